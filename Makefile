@@ -1,0 +1,74 @@
+# relook: run `make` for the list of targets. Needs Python 3.11 or later and make; everything else is installed into .venv.
+#
+# PIP_ARGS goes to every pip install. On Linux the package index offers the CUDA build of torch (several GB); to take the
+# CPU build:  make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+# The first of these that runs and is new enough (a name may exist and not work, as pyenv's shims do).
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_ARGS)
+
+# Nothing in the suite or the demo needs the network; torch's threads are left to the machine.
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint bench docs examples clean cards-tiny receipts-tiny
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "relook needs Python 3.11 or later; none found. Install it, or: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps: a second run installs nothing until pyproject.toml or constraints.txt changes. torch comes first and alone, so
+# that the pinned build is settled before anything that depends on it is resolved.
+$(VENV)/.core: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing relook into $(VENV) (some minutes the first time)"
+	$(PIP) torch
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	@echo "installing what the tests need"
+	$(PIP) -e ".[dev,serve]"
+	@touch $@
+
+setup: $(VENV)/.dev  ## a virtual environment with everything, in .venv
+
+demo: $(VENV)/.core  ## ask the shipped models about the pages in examples/; pictures go to out/
+	@$(BIN)/python examples/demo.py
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## lint and the whole default suite (no network, no GPU)
+	$(BIN)/pytest
+
+test-slow: $(VENV)/.dev  ## the long tests
+	$(BIN)/pytest -m slow
+
+bench: $(VENV)/.dev  ## what a look costs, as ratios within one run
+	$(BIN)/relook bench
+
+docs: $(VENV)/.dev  ## write docs/cli.md again from --help
+	$(BIN)/python -m relook.cli.reference > docs/cli.md
+
+examples: $(VENV)/.dev  ## draw the pages in examples/ again
+	$(BIN)/python examples/make_pages.py
+
+cards-tiny: $(VENV)/.dev  ## train the shipped cards-tiny again
+	$(BIN)/relook train recipes/cards-tiny.yaml
+
+receipts-tiny: $(VENV)/.dev  ## train the shipped receipts-tiny again
+	$(BIN)/relook train recipes/receipts-tiny.yaml
+
+clean:  ## remove caches, build outputs and out/ (not .venv)
+	rm -rf build dist out src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,79 @@
+"""Make transformers' Auto classes know `qwen2_vl_vpt`, without importing transformers (or torch) to do so.
+
+transformers is itself lazy: tables of *names* say which class belongs to a model type, and the class is imported from
+`transformers.models.<model type>` when first asked for. `announce` adds our names to those tables as each table's module
+is imported, and answers for the one module `transformers.models.qwen2_vl_vpt` by forwarding to `relook.model`. Nothing of
+relook.model is imported before somebody asks for one of its classes; so no import order can produce a cycle.
+
+Where the tables were already read (transformers' Auto classes imported before relook), torch is loaded anyway, and the
+classes are registered in the ordinary, eager way.
+
+What this module does not know: what the classes are. `relook.model` defines them.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MODEL_TYPE = "qwen2_vl_vpt"
+_AUTO = "transformers.models.auto."
+_ALIAS = f"transformers.models.{MODEL_TYPE}"  # the module transformers derives from the model type
+
+# module of transformers -> (its table of names, our class in it)
+_TABLES = {
+    _AUTO + "configuration_auto": ("CONFIG_MAPPING_NAMES", "VPTQwen2VLConfig"),
+    _AUTO + "modeling_auto": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "VPTQwen2VLForConditionalGeneration"),
+    _AUTO + "processing_auto": ("PROCESSOR_MAPPING_NAMES", "VPTQwen2VLProcessor"),
+}
+
+
+class _Alias(Loader):
+    """Loads `transformers.models.qwen2_vl_vpt`: an empty module whose attributes are those of `relook.model`."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None  # the default module
+
+    def exec_module(self, module: ModuleType) -> None:
+        def forward(name: str) -> Any:
+            if name.startswith("__"):  # the import system probes __path__ and the like
+                raise AttributeError(name)
+            return getattr(import_module("relook.model"), name)
+
+        module.__getattr__ = forward  # type: ignore[method-assign]  # PEP 562, set from outside
+
+
+class _Finder(MetaPathFinder):
+    """Finds the alias module, and adds our row to each table right after its module has run."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname == _ALIAS:
+            return ModuleSpec(fullname, _Alias())
+        if fullname not in _TABLES:
+            return None
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((found for found in others if found is not None), None)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_add(module: ModuleType) -> None:
+                run(module)
+                table, name = _TABLES[fullname]
+                getattr(module, table)[MODEL_TYPE] = name
+
+            spec.loader.exec_module = run_and_add  # type: ignore[method-assign]  # this loader object is ours alone
+        return spec
+
+
+def announce() -> None:
+    """Make the names known, once per process; see the module's docstring for how."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Finder())
+    if any(name in sys.modules for name in _TABLES):
+        from relook.model import register
+
+        register()
