@@ -1,0 +1,21 @@
+"""Errors that are shown to people. Each message is one line: what was seen, what was expected, what to do.
+
+Knows nothing of models, images or the command line; the command line maps `exit_code` to the process's exit status.
+Anything else that escapes (a `TypeError`, a `KeyError`) is a bug of ours and keeps its traceback.
+"""
+
+
+class RelookError(Exception):
+    """The work was asked for rightly and failed (out of memory, a server that does not answer)."""
+
+    exit_code = 1
+
+
+class UserError(RelookError, ValueError):
+    """The input was wrong. Also a `ValueError`, so library users can catch it without knowing relook."""
+
+    exit_code = 2
+
+
+class CheckpointError(UserError):
+    """A checkpoint that does not fit: the message names missing, unexpected or ill-shaped weights."""

@@ -1,0 +1,226 @@
+"""Region geometry: grid cells, fractions and pixels, and crops. Pure arithmetic; knows no tokens and no models.
+
+Frames, the same everywhere in relook:
+
+    Cells   (x0, y0, x1, y1)   whole grid cells 0..grid-1, both ends INCLUSIVE; x to the right, y down, (0, 0) top left
+    Box     (x1, y1, x2, y2)   whole pixels of the upright original image; x2 and y2 are EXCLUSIVE edges
+    size    (width, height)    pixels
+
+A 640 x 400 image on the published 8 x 8 grid has cells of 80 x 50 pixels, so cells (1, 2, 3, 4) are the box
+(80, 100, 320, 250): three columns wide, because both ends count.
+
+An image narrower than `grid` pixels has cells without a pixel of their own. Their box is still one pixel wide (the pixel
+at their left or upper edge), several cells share it, and going back from pixels gives the last cell that starts in that
+pixel: cells -> pixels -> cells is the identity only where every cell has a pixel; pixels -> cells -> pixels always
+covers the box.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from relook.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+GRID = 8  # cells a side in the published models
+
+Cells: TypeAlias = tuple[int, int, int, int]
+Box: TypeAlias = tuple[int, int, int, int]
+Fractions: TypeAlias = tuple[float, float, float, float]
+
+
+def check_cells(cells: Sequence[int], grid: int = GRID) -> Cells:
+    """`cells` as plain ints. Raises UserError unless 0 <= x0 <= x1 < grid and 0 <= y0 <= y1 < grid."""
+    wanted = f"expected x0,y0,x1,y1 with 0 <= x0 <= x1 <= {grid - 1} and 0 <= y0 <= y1 <= {grid - 1}"
+    if len(cells) != 4 or any(int(value) != value for value in cells):
+        raise UserError(f"region {tuple(cells)} is not four whole numbers: {wanted}")
+    x0, y0, x1, y1 = (int(value) for value in cells)
+    if not (0 <= x0 <= x1 < grid and 0 <= y0 <= y1 < grid):
+        raise UserError(f"region {(x0, y0, x1, y1)} does not fit the {grid} x {grid} grid: {wanted}")
+    return x0, y0, x1, y1
+
+
+def cells_to_box(cells: Cells, size: tuple[int, int], grid: int = GRID) -> Box:
+    """Pixel box of `cells` in an image of `size`: edges truncated to whole pixels (spec.md, 3), at least 1 px a side.
+
+    >>> cells_to_box((1, 2, 3, 4), (640, 400))
+    (80, 100, 320, 250)
+    >>> cells_to_box((7, 7, 7, 7), (100, 3))  # 12.5 px and 3/8 px a cell
+    (87, 2, 100, 3)
+    """
+    x0, y0, x1, y1 = check_cells(cells, grid)
+    width, height = _check_size(size)
+    left, top = x0 * width // grid, y0 * height // grid
+    right, bottom = (x1 + 1) * width // grid, (y1 + 1) * height // grid
+    return left, top, max(right, left + 1), max(bottom, top + 1)
+
+
+def box_to_cells(box: Sequence[float], size: tuple[int, int], grid: int = GRID) -> Cells:
+    """Smallest cells whose pixels cover `box`; what leaves the image is cut off, and an empty box counts as one pixel.
+
+    x2 and y2 are exclusive, so a box that ends on the image's border names the last cell, never the one after it.
+    Fractions of a pixel count as the whole pixel. Raises UserError for a box that runs backwards or is no four numbers.
+
+    >>> box_to_cells((80, 100, 320, 250), (640, 400))
+    (1, 2, 3, 4)
+    >>> box_to_cells((80, 100, 321, 250), (640, 400))
+    (1, 2, 4, 4)
+    """
+    width, height = _check_size(size)
+    left, top, right, bottom = clamp_box(box, size)
+    return (
+        _cell_of_pixel(left, width, grid),
+        _cell_of_pixel(top, height, grid),
+        _cell_of_pixel(right - 1, width, grid),
+        _cell_of_pixel(bottom - 1, height, grid),
+    )
+
+
+def _cell_of_pixel(pixel: int, length: int, grid: int) -> int:
+    """The last cell whose first pixel, ``cell * length // grid``, is not after `pixel`.
+
+    Not ``pixel * grid // length``: with 10 pixels the cells start at 0, 1, 2, 3, 5, 6, 7, 8, so pixel 3 is in cell 3,
+    where plain division says 2, whose box ends before that pixel.
+    """
+    return ((pixel + 1) * grid - 1) // length
+
+
+def clamp_box(box: Sequence[float], size: tuple[int, int]) -> Box:
+    """`box` in whole pixels (grown outwards), cut to the image, at least 1 px a side. Raises as `box_to_cells` does."""
+    width, height = _check_size(size)
+    if len(box) != 4 or not all(math.isfinite(value) for value in box):
+        raise UserError(f"box {tuple(box)} is not four numbers: expected x1,y1,x2,y2 in pixels")
+    x1, y1, x2, y2 = box
+    if x2 < x1 or y2 < y1:
+        raise UserError(f"box {tuple(box)} runs backwards: expected x1,y1,x2,y2 with x1 <= x2 and y1 <= y2")
+    left, top = _clamp(math.floor(x1), 0, width - 1), _clamp(math.floor(y1), 0, height - 1)
+    return left, top, _clamp(math.ceil(x2), left + 1, width), _clamp(math.ceil(y2), top + 1, height)
+
+
+def widen(cells: Cells, margin: int, grid: int = GRID) -> Cells:
+    """`cells` grown by `margin` cells on each side, kept on the grid. Published: 1 at evaluation, 0 in training."""
+    x0, y0, x1, y1 = check_cells(cells, grid)
+    if margin < 0:
+        raise UserError(f"margin {margin} is negative: expected 0 or more cells")
+    last = grid - 1
+    return max(x0 - margin, 0), max(y0 - margin, 0), min(x1 + margin, last), min(y1 + margin, last)
+
+
+def cells_to_fractions(cells: Cells, grid: int = GRID) -> Fractions:
+    """(left, top, right, bottom) edges as fractions 0..1 of the image's sides.
+
+    >>> cells_to_fractions((1, 2, 3, 4))
+    (0.125, 0.25, 0.5, 0.625)
+    """
+    x0, y0, x1, y1 = check_cells(cells, grid)
+    return x0 / grid, y0 / grid, (x1 + 1) / grid, (y1 + 1) / grid
+
+
+def fractions_to_cells(fractions: Sequence[float], grid: int = GRID) -> Cells:
+    """Smallest cells that cover `fractions` (left, top, right, bottom edges, 0..1), cut to the image."""
+    if len(fractions) != 4 or not all(math.isfinite(value) for value in fractions):
+        raise UserError(f"box {tuple(fractions)} is not four numbers: expected left,top,right,bottom as fractions 0..1")
+    left, top, right, bottom = fractions
+    if right < left or bottom < top:
+        raise UserError(f"box {tuple(fractions)} runs backwards: expected left <= right and top <= bottom")
+    rounding = 1e-9  # i / grid * grid may come out a hair beside i
+    x0, y0 = (_clamp(math.floor(edge * grid + rounding), 0, grid - 1) for edge in (left, top))
+    x1, y1 = (math.ceil(edge * grid - rounding) - 1 for edge in (right, bottom))
+    return x0, y0, _clamp(x1, x0, grid - 1), _clamp(y1, y0, grid - 1)
+
+
+def covered(box: Sequence[float], other: Sequence[float]) -> float:
+    """Share 0..1 of `other`'s area that `box` covers: how much of an annotated box a region shows. 0 if it is empty."""
+    area = _area(other)
+    return _overlap(box, other) / area if area else 0.0
+
+
+def iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of two boxes, 0..1; 0 when both are empty."""
+    shared = _overlap(a, b)
+    union = _area(a) + _area(b) - shared
+    return shared / union if union else 0.0
+
+
+def crop(image: "Image.Image", cells: Cells, *, grid: int = GRID, margin: int = 0) -> tuple["Image.Image", Box]:
+    """The part of `image` under `cells`, widened by `margin` cells, cut from the original pixels; and its box.
+
+    The frame is the upright image: EXIF rotation is undone first, and the crop is RGB.
+    """
+    whole = upright(image)
+    box = cells_to_box(widen(cells, margin, grid), whole.size, grid)
+    return whole.crop(box), box
+
+
+def upright(image: "Image.Image") -> "Image.Image":
+    """`image` as people see it: turned as its EXIF tag says, RGB, transparent parts white, 16-bit grey scaled to 8.
+
+    Returns the very same object when there is nothing to do.
+    """
+    from PIL import Image, ImageOps
+
+    orientation_tag = 0x0112
+    try:
+        turned = image.getexif().get(orientation_tag, 1) != 1
+    except SyntaxError:  # how Pillow reports an EXIF block that is not one
+        turned = False
+    if turned:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips at 255, which turns a 16-bit scan white
+        import numpy as np
+
+        values = np.asarray(image).astype(np.int64)
+        bits = 8 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 0
+        return Image.fromarray(np.clip(values >> bits, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+_CROP_SUFFIX = re.compile(r"(?P<path>.*\.[^./\\]+)_(?P<box>-?[0-9]{1,9}(?:,-?[0-9]{1,9}){3})", re.DOTALL)
+
+
+def split_crop_suffix(path: str) -> tuple[str, Box | None]:
+    """Path and crop box of the published data's file names; the box is as written, it may leave the image.
+
+    >>> split_crop_suffix("dir/a.jpg_80,100,320,250")
+    ('dir/a.jpg', (80, 100, 320, 250))
+    >>> split_crop_suffix("dir/a_1,2,3,4.jpg")
+    ('dir/a_1,2,3,4.jpg', None)
+    """
+    match = _CROP_SUFFIX.fullmatch(path)
+    if match is None:
+        return path, None
+    x1, y1, x2, y2 = (int(value) for value in match["box"].split(","))
+    return match["path"], (x1, y1, x2, y2)
+
+
+def join_crop_suffix(path: str, box: Box) -> str:
+    """The inverse of `split_crop_suffix`: ``("a.jpg", (80, 100, 320, 250))`` -> ``"a.jpg_80,100,320,250"``."""
+    return f"{path}_{','.join(str(value) for value in box)}"
+
+
+def _check_size(size: tuple[int, int]) -> tuple[int, int]:
+    width, height = size
+    if width < 1 or height < 1:
+        raise UserError(f"image of {width} x {height} pixels: expected at least 1 x 1")
+    return width, height
+
+
+def _clamp(value: int, low: int, high: int) -> int:
+    return min(max(value, low), high)
+
+
+def _area(box: Sequence[float]) -> float:
+    return max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    return _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
