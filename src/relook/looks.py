@@ -32,7 +32,7 @@ _TRIGGER_REENCODE = "Require additional perception features, and then answer the
 class LookSpec:
     """One row of the look table: how a look is asked for, and how its result enters the conversation.
 
-    name          region | clip | detection | seg ("clip": the model's own vision tower, "detection": DINOv2, "seg": SAM)
+    name          region | clip | detection | seg (clip: the model's own vision tower, detection: DINOv2, seg: SAM)
     start, end    control tokens around the call
     action        the control token between them, whose input embedding is replaced by a hidden state; None: the call
                   holds cell coordinates instead
@@ -283,6 +283,7 @@ class _Open:
         self.actions: list[str] = []
         self.stray: list[str] = []
         self.pending: list[str] = []  # strays not yet followed by a token of the call: they may be the answer's text
+        self.off_grid = False
         self.problems: list[str] = [] if look else ["its start token is missing"]
 
     def take(self, token: str, end: int) -> None:
@@ -296,6 +297,7 @@ class _Open:
         elif token in _BY_ACTION:
             self.actions.append(token)
         else:
+            self.off_grid = True
             self.problems.append(f"{token} is not on the grid of {self.grid} x {self.grid} cells")
         self.look = self.look or (_BY_ACTION[token].name if token in _BY_ACTION else "region")
         self._reach(end)
@@ -332,7 +334,7 @@ class _Open:
             problems.append(f"a {spec.name} call that holds {next(a for a in self.actions if a != spec.action)}")
         elif len(self.actions) > 1:
             problems.append(f"{spec.action} stands in it {len(self.actions)} times")
-        if complete and spec.action is None and not (self.xs and self.ys):
+        if complete and spec.action is None and not (self.xs and self.ys) and not self.off_grid:
             missing = "no cells" if not (self.xs or self.ys) else "no row (y)" if self.xs else "no column (x)"
             problems.append(f"the region names {missing}")
         if complete and spec.action is not None and not self.actions:

@@ -9,10 +9,10 @@ Frames, the same everywhere in relook:
 A 640 x 400 image on the published 8 x 8 grid has cells of 80 x 50 pixels, so cells (1, 2, 3, 4) are the box
 (80, 100, 320, 250): three columns wide, because both ends count.
 
-An image narrower than `grid` pixels has cells without a pixel of their own. Their box is still one pixel wide (the pixel
-at their left or upper edge), several cells share it, and going back from pixels gives the last cell that starts in that
-pixel: cells -> pixels -> cells is the identity only where every cell has a pixel; pixels -> cells -> pixels always
-covers the box.
+An image narrower than `grid` pixels has cells without a pixel of their own. Their box is still one pixel wide (the
+pixel at their left or upper edge), several cells share it, and going back from pixels gives the last cell that starts
+in that pixel: cells -> pixels -> cells is the identity only where every cell has a pixel; pixels -> cells -> pixels
+always covers the box.
 """
 
 import math
