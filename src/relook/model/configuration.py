@@ -1,0 +1,115 @@
+"""The configuration of a Qwen2-VL that may look again.
+
+Everything needed to rebuild the model without a network is here: the published keys (transformers 4.45,
+spec: `detection_action_id`, `num_inner_forward_run`, ...) under their published names and meanings, and the few
+fields the published checkpoints left to the command line (which looks, which encoders, which positions).
+It refuses to know tokenizers, images and files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from huggingface_hub.dataclasses import strict
+from transformers import Qwen2VLConfig
+
+from relook.looks import LOOKS
+
+POSITION_MODES = ("mrope", "sequential")
+INPUT_GRADS = ("full", "published")
+
+
+@dataclass(frozen=True)
+class ReencodeIds:
+    """Token ids of one re-encoding look: its image pad, and the control token with the start before it."""
+
+    pad: int
+    start: int
+    action: int
+
+
+@strict
+class VPTQwen2VLConfig(Qwen2VLConfig):
+    """Qwen2-VL's configuration with visual perception tokens (https://arxiv.org/abs/2502.17425).
+
+    Published keys keep their published meaning:
+
+    - `<look>_image_token_id`, `<look>_action_start_id`, `<look>_action_id` for look in clip, detection, seg; None
+      where the model lacks the look.
+    - `num_inner_forward_run`: 2 conditions the second look on the control token's hidden state; 1 does not
+      (alignment stage: y = F).
+    - `para_mask_id`: 0 no mask modelling; 1 zeroes the first user turn's input embeddings once the condition is
+      known; 2 the second user turn's as well. Training only, in rows that hold a control token, with probability
+      `para_mask_ratio` drawn once per batch.
+    - `projector_scale`: number of control vectors in one condition. Only 1 is accepted: no published checkpoint uses
+      another value, so there is nothing to check another one against.
+    - `vision_encoder_ls`: of "clip", "dino", "sam".
+
+    relook's own: `encoders` (look -> the config of its stock encoder, as a dict), `position_mode` ("mrope" as the base
+    model generates, or "sequential" as the published training ran), `input_grads` ("full", or "published": embeddings
+    and vision towers under no_grad), `region` (whether the model was taught region tokens), `domain` (what a small
+    model was trained on) and `provenance` (free-form record of where the weights come from).
+    """
+
+    model_type = "qwen2_vl_vpt"
+
+    detection_image_token_id: int | None = None
+    detection_action_start_id: int | None = None
+    detection_action_id: int | None = None
+    clip_image_token_id: int | None = None
+    clip_action_start_id: int | None = None
+    clip_action_id: int | None = None
+    seg_image_token_id: int | None = None
+    seg_action_start_id: int | None = None
+    seg_action_id: int | None = None
+    para_start_id: int = 151644
+    para_end_id: int = 151645
+    num_inner_forward_run: int = 2
+    projector_scale: int = 1
+    para_mask_id: int = 0
+    para_mask_ratio: float | int = 0.0
+    alignment: bool = False
+    vision_encoder_ls: list[str] | None = None
+
+    region: bool = True
+    encoders: dict | None = None
+    position_mode: str = "mrope"
+    input_grads: str = "full"
+    domain: str | None = None
+    provenance: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.vision_encoder_ls = list(self.vision_encoder_ls or [])
+        self.encoders = dict(self.encoders or {})
+        known = [spec.encoder for spec in LOOKS.values() if spec.reencodes]
+        _one_of("vision_encoder_ls", self.vision_encoder_ls, known)
+        _one_of("position_mode", [self.position_mode], POSITION_MODES)
+        _one_of("input_grads", [self.input_grads], INPUT_GRADS)
+        _one_of("num_inner_forward_run", [self.num_inner_forward_run], (1, 2))
+        _one_of("projector_scale", [self.projector_scale], (1,))
+        _one_of("para_mask_id", [self.para_mask_id], (0, 1, 2))
+
+    @property
+    def reencodings(self) -> list[str]:
+        """Names of the re-encoding looks this model has, in the order of the look table."""
+        return [n for n, s in LOOKS.items() if s.reencodes and s.encoder in (self.vision_encoder_ls or [])]
+
+    @property
+    def looks(self) -> list[str]:
+        """Names of all looks this model has, in the order of the look table."""
+        return (["region"] if self.region else []) + self.reencodings
+
+    def reencode_ids(self, look: str) -> ReencodeIds | None:
+        """Token ids of re-encoding look `look`; None where the config does not name them."""
+        pad = getattr(self, f"{look}_image_token_id")
+        start, action = getattr(self, f"{look}_action_start_id"), getattr(self, f"{look}_action_id")
+        return (
+            None if pad is None else ReencodeIds(pad, -1 if start is None else start, -1 if action is None else action)
+        )
+
+
+def _one_of(field: str, seen, expected) -> None:
+    wrong = [v for v in seen if v not in expected]
+    if wrong:
+        raise ValueError(f"config field {field} holds {wrong[0]!r}; expected one of {', '.join(map(str, expected))}")
