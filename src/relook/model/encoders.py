@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
+from .projector import FeatureMap
+
 
 @dataclass(frozen=True)
 class EncoderSpec:
@@ -22,6 +24,7 @@ class EncoderSpec:
 
     `features`: model output -> F, one row per image: (256, c) tokens for DINOv2, (c, 64, 64) a map for SAM.
     `input`: the keyword of `forward` that carries its images. `width`: config -> number of feature channels c.
+    `feature_map`: how the projector makes F of them.
     `published`: config of the encoder the published checkpoints use, where it differs from the class's defaults.
     `legacy_key`: key of its config in a published `encoder_config.json`.
     """
@@ -31,7 +34,7 @@ class EncoderSpec:
     input: str
     features: Callable[[Any], Tensor]
     width: Callable[[Any], int]
-    grid: Callable[[Any], int]
+    feature_map: FeatureMap
     published: dict[str, Any]
     legacy_key: str
 
@@ -44,7 +47,7 @@ ENCODERS: dict[str, EncoderSpec] = {
         input="detection_images",
         features=lambda out: out.last_hidden_state[:, 1:],
         width=lambda config: config.hidden_size,
-        grid=lambda config: 224 // config.patch_size,
+        feature_map="linear",
         published=dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518, patch_size=14),
         legacy_key="dino",
     ),
@@ -55,7 +58,7 @@ ENCODERS: dict[str, EncoderSpec] = {
         input="seg_images",
         features=lambda out: out.last_hidden_state,
         width=lambda config: config.output_channels,
-        grid=lambda config: config.image_size // config.patch_size,
+        feature_map="conv",
         published=dict(
             hidden_size=1024,
             num_hidden_layers=24,

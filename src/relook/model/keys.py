@@ -7,6 +7,8 @@ functions are not stable API (transformers 5.23): this is the one file that touc
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
@@ -24,5 +26,7 @@ PUBLISHED_TO_HERE: dict[str, str] = {
 
 def register_keys(class_name: str) -> None:
     """Let transformers read and write the published names for the model class `class_name` (exact name)."""
-    renames = [WeightRenaming(source_patterns=old, target_patterns=new) for old, new in PUBLISHED_TO_HERE.items()]
+    renames: list[Any] = [
+        WeightRenaming(source_patterns=old, target_patterns=new) for old, new in PUBLISHED_TO_HERE.items()
+    ]
     register_checkpoint_conversion_mapping(class_name, renames, overwrite=True)

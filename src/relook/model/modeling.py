@@ -1,9 +1,9 @@
 """Qwen2-VL that may look again: a delta over transformers' model at the embedding seam.
 
 The decoder is untouched. What changes is what goes into it: pads of re-encoded images are filled with projected
-features, conditioned on a hidden state that the same decoder computed further left, and the control token's embedding is
-that hidden state. By causality one pass is enough: run every row up to its control token, look, continue from the keys
-and values (`splice.cut_into_waves`). With mask modelling (training only) the prefix runs once more.
+features, conditioned on a hidden state that the same decoder computed further left, and the control token's embedding
+is that hidden state. By causality one pass is enough: run every row up to its control token, look, continue from the
+keys and values (`waves`). With mask modelling (training only) the prefix runs once more.
 
 `LooksAgain` is the mechanism and knows only `get_input_embeddings`, `get_image_features`, `get_rope_index` and
 `language_model`, which Qwen2.5-VL and Qwen3-VL also have; `VPTQwen2VLForConditionalGeneration` gives it to Qwen2-VL.
@@ -12,14 +12,13 @@ This module refuses to know images, text and files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.models.qwen2_vl.modeling_qwen2_vl import CausalLMOutputWithPast
 
@@ -30,7 +29,8 @@ from .encoders import ENCODERS, build_encoder
 from .generation import LooksInGenerate
 from .keys import register_keys
 from .projector import ConditionedProjector
-from .splice import Block, CallSite, Wave, cut_into_waves, find_blocks, find_calls, paragraph_mask, put, take
+from .splice import Block, CallSite, find_blocks, find_calls, paragraph_mask, put
+from .waves import Job, Waves
 
 
 @dataclass
@@ -47,11 +47,18 @@ class LookAgainOutput(CausalLMOutputWithPast):
 class LooksAgain(LooksInGenerate, nn.Module):
     """Gives a transformers vision-language model its looks. Mix in left of the model class."""
 
+    # What the mechanism uses of the class it is mixed into (transformers' own annotations are wider than that).
     config: Any
     model: Any
     lm_head: Any
+    device: Any
+    loss_function: Any
+    get_input_embeddings: Any
+    encoders: Any
+    projectors: Any
+    load_report: Any = None
 
-    def _add_looks(self, config: VPTQwen2VLConfig) -> None:
+    def _add_looks(self, config: Any) -> None:
         """Encoders and projectors, keyed by the look's name."""
         width = config.text_config.hidden_size
         extra = [look for look in config.reencodings if look in ENCODERS]
@@ -61,15 +68,15 @@ class LooksAgain(LooksInGenerate, nn.Module):
         self.projectors = nn.ModuleDict()
         for look in config.reencodings:
             if look in ENCODERS:
-                channels = ENCODERS[look].width(self.encoders[look].config)
-                kind = "conv" if look == "seg" else "linear"
-            else:
-                channels, kind = width, "identity"
-            self.projectors[look] = ConditionedProjector(channels, width, kind)
+                spec = ENCODERS[look]
+                projector = ConditionedProjector(spec.width(self.encoders[look].config), width, spec.feature_map)
+            else:  # the model's own ViT
+                projector = ConditionedProjector(width, width, "identity")
+            self.projectors[look] = projector
 
     # -- pieces: what `forward` and the loop are made of; none keeps state -------------------------------------------
 
-    def encode(self, look: str, **tensors: Tensor) -> list[Tensor]:
+    def encode(self, look: str, **tensors: Any) -> list[Tensor]:
         """Encode images for one look, unconditioned.
 
         Args:
@@ -194,8 +201,8 @@ class LooksAgain(LooksInGenerate, nn.Module):
         if position_ids is None and input_ids is not None:
             if past:
                 raise UserError(
-                    "a cache is continued without position_ids: positions after an image cannot be told from the new tokens "
-                    "alone. Pass position_ids=model.rope_positions(block, grids, start)[0][:, None]"
+                    "a cache is continued without position_ids, and positions after an image cannot be told from the "
+                    "new tokens alone. Pass position_ids=model.rope_positions(block, grids, start)[0][:, None]"
                 )
             position_ids = self._positions(input_ids, attention_mask, image_grid_thw, video_grid_thw)
 
@@ -216,12 +223,12 @@ class LooksAgain(LooksInGenerate, nn.Module):
             base = {}
 
         run = dict(past_key_values=past_key_values, use_cache=use_cache, **kwargs)
-        if not calls:
+        if not calls or input_ids is None or inputs_embeds is None or position_ids is None:
             outputs = self.model(
                 inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **base, **run
             )
         else:
-            job = _Job(inputs_embeds, attention_mask, position_ids[-3:], calls, blocks, features)
+            job = Job(inputs_embeds, attention_mask, position_ids[-3:], calls, blocks, features)
             outputs = self._run_with_calls(job, input_ids, run)
         return self._head(outputs, labels, logits_to_keep, kwargs)
 
@@ -276,13 +283,13 @@ class LooksAgain(LooksInGenerate, nn.Module):
     def _token_count(self, look: str, features: Tensor) -> int:
         return features.shape[0] if features.ndim == 2 else (features.shape[1] // 4) * (features.shape[2] // 4)
 
-    def _run_with_calls(self, job: _Job, input_ids: Tensor, run: dict[str, Any]) -> Any:
-        """Run a batch that holds calls: in waves over one cache, or the prefix first where a mask hides it afterwards."""
+    def _run_with_calls(self, job: Job, input_ids: Tensor, run: dict[str, Any]) -> Any:
+        """Run a batch with calls: in waves over one cache, or the prefix first where a mask hides it afterwards."""
         masked = self._masked_columns(input_ids, job)
         checkpointing = self.training and self.model.language_model.gradient_checkpointing
         if masked is None and not checkpointing:
-            return _Waves(self, job, run).run()
-        # Checkpointed decoder layers drop the cache (transformers 5.23), so the prefix is run again instead of continued.
+            return Waves(self, job, run).run()
+        # Checkpointed decoder layers drop the cache (transformers 5.23), so the prefix is run again, not continued.
         embeds = self._conditioned_embeddings(job, keep_cache=not checkpointing)
         if masked is not None:
             embeds = embeds.masked_fill(masked.unsqueeze(-1), 0)
@@ -290,10 +297,10 @@ class LooksAgain(LooksInGenerate, nn.Module):
             inputs_embeds=embeds, attention_mask=job.attention_mask, position_ids=job.position_ids, **run
         )
 
-    def _conditioned_embeddings(self, job: _Job, keep_cache: bool) -> Tensor:
+    def _conditioned_embeddings(self, job: Job, keep_cache: bool) -> Tensor:
         """Pass 1: only up to the last control token of each row."""
         if keep_cache:
-            return _Waves(self, job, {}).conditions()
+            return Waves(self, job, {}).conditions()
         embeds = job.inputs_embeds
         for order in range(job.depth):
             calls = [c for c in job.calls if c.order == order]
@@ -305,11 +312,11 @@ class LooksAgain(LooksInGenerate, nn.Module):
                 use_cache=False,
             ).last_hidden_state
             for call in calls:
-                embeds = self._look(job, embeds, call, states[call.row, call.start])
+                embeds = self.spend(job, embeds, call, states[call.row, call.start])
         return embeds
 
-    def _look(self, job: _Job, embeds: Tensor, call: CallSite, state: Tensor) -> Tensor:
-        """Spend one condition: it becomes the control token's embedding and conditions the blocks that answer the call."""
+    def spend(self, job: Job, embeds: Tensor, call: CallSite, state: Tensor) -> Tensor:
+        """Spend one condition: it is the control token's embedding and conditions the blocks that answer the call."""
         embeds = put(embeds, call.row, torch.tensor([call.start + 1], device=embeds.device), state[None])
         for block in job.blocks:
             if block.call == call:
@@ -317,7 +324,7 @@ class LooksAgain(LooksInGenerate, nn.Module):
                 embeds = put(embeds, block.row, block.columns, tokens)
         return embeds
 
-    def _masked_columns(self, input_ids: Tensor, job: _Job) -> Tensor | None:
+    def _masked_columns(self, input_ids: Tensor, job: Job) -> Tensor | None:
         """Mask modelling: which embeddings pass 2 does not see; None for none. Drawn once per batch, as published."""
         mode = self.config.para_mask_id
         if not self.training or mode == 0 or torch.rand(1).item() >= self.config.para_mask_ratio:
@@ -346,114 +353,6 @@ class LooksAgain(LooksInGenerate, nn.Module):
             attentions=outputs.attentions,
             last_state=hidden[:, -1],
         )
-
-
-@dataclass
-class _Job:
-    """One batch with calls, between embedding and language model."""
-
-    inputs_embeds: Tensor
-    attention_mask: Tensor | None
-    position_ids: Tensor
-    calls: Sequence[CallSite]
-    blocks: Sequence[Block]
-    features: dict[str, list[Tensor]]
-
-    @property
-    def depth(self) -> int:
-        """Largest number of calls in one row."""
-        return max(c.order for c in self.calls) + 1
-
-
-class _Waves:
-    """Runs a job stretch by stretch over one growing cache (`splice.cut_into_waves`)."""
-
-    def __init__(self, model: LooksAgain, job: _Job, run: dict[str, Any]):
-        self.model, self.job = model, job
-        self.extra = {k: v for k, v in run.items() if k not in ("past_key_values", "use_cache")}
-        given = run.get("past_key_values")
-        if given is not None and not isinstance(given, DynamicCache):
-            raise UserError(f"calls in the input need a DynamicCache to continue from, got {type(given).__name__}")
-        self.keep_cache = given is not None or bool(run.get("use_cache"))
-        self.cache = given if given is not None else DynamicCache()
-        self.past = self.cache.get_seq_length()
-        rows, length = job.inputs_embeds.shape[:2]
-        mask = job.attention_mask
-        if mask is None:
-            mask = torch.ones(rows, self.past + length, dtype=torch.long, device=job.inputs_embeds.device)
-        if mask.ndim != 2 or mask.shape[1] != self.past + length:
-            raise UserError(f"attention_mask has shape {tuple(mask.shape)}; expected ({rows}, {self.past + length})")
-        self.seen = [mask[:, : self.past].bool()]
-        self.waves = cut_into_waves(mask[:, self.past :], job.calls)
-
-    def _run(self, wave: Wave, embeds: Tensor) -> Any:
-        # A row without tokens in this wave would have nothing to attend to; let its padding see itself, for this wave only.
-        here = wave.real | ~wave.real.any(dim=1, keepdim=True)
-        positions = self.job.position_ids.gather(2, wave.columns.expand(3, -1, -1))
-        output = self.model.model.language_model(
-            inputs_embeds=take(embeds, wave.columns),
-            attention_mask=torch.cat([*self.seen, here], dim=1).long(),
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            **self.extra,
-        )
-        self.seen.append(wave.real)
-        return output
-
-    def _look(self, order: int, wave: Wave, states: Tensor, embeds: Tensor) -> Tensor:
-        for call in self.job.calls:
-            if call.order == order:
-                state = states[call.row, int(wave.real[call.row].sum()) - 1]
-                embeds = self.model._look(self.job, embeds, call, state)
-        return embeds
-
-    def conditions(self) -> Tensor:
-        """All waves but the last: the embeddings with every condition spent."""
-        embeds = self.job.inputs_embeds
-        for order, wave in enumerate(self.waves[:-1]):
-            embeds = self._look(order, wave, self._run(wave, embeds).last_hidden_state, embeds)
-        return embeds
-
-    def run(self) -> Any:
-        """All waves; hidden states (and the cache, where it is kept) come back in the batch's own column order."""
-        embeds, outputs = self.job.inputs_embeds, []
-        for order, wave in enumerate(self.waves):
-            outputs.append(self._run(wave, embeds))
-            embeds = self._look(order, wave, outputs[-1].last_hidden_state, embeds)
-        last = outputs[-1]
-        last.last_hidden_state = self._restore([o.last_hidden_state for o in outputs])
-        if last.hidden_states is not None:
-            last.hidden_states = tuple(
-                self._restore(layer) for layer in zip(*(o.hidden_states for o in outputs), strict=True)
-            )
-        last.attentions = None  # attention maps of different waves have different widths; there is no honest whole
-        last.past_key_values = self._restore_cache() if self.keep_cache else None
-        return last
-
-    def _order(self) -> Tensor:
-        """(B, L): for each column of the batch, its place in the concatenated waves; -1 for padding."""
-        rows, length = self.job.inputs_embeds.shape[:2]
-        columns = torch.cat([w.columns for w in self.waves], dim=1)
-        real = torch.cat([w.real for w in self.waves], dim=1)
-        order = torch.full((rows, length), -1, device=columns.device)
-        row, place = real.nonzero(as_tuple=True)
-        order[row, columns[row, place]] = place
-        return order
-
-    def _restore(self, parts: Sequence[Tensor]) -> Tensor:
-        order = self._order()
-        return take(torch.cat(list(parts), dim=1), order.clamp(min=0)) * (order >= 0).unsqueeze(-1)
-
-    def _restore_cache(self) -> DynamicCache:
-        order = self._order().clamp(min=0) + self.past
-        before = torch.arange(self.past, device=order.device).expand(len(order), -1)
-        index = torch.cat([before, order], dim=1)[:, None, :, None]
-        for layer in self.cache.layers:
-            shape = (-1, layer.keys.shape[1], -1, layer.keys.shape[3])
-            layer.keys = layer.keys.gather(2, index.expand(shape))
-            layer.values = layer.values.gather(2, index.expand(shape))
-        return self.cache
 
 
 class VPTQwen2VLForConditionalGeneration(LooksAgain, Qwen2VLForConditionalGeneration):

@@ -10,7 +10,7 @@ It refuses to know where h and F come from.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,8 @@ class ConditionedProjector(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Xavier-uniform weights, zero biases, unit LayerNorms, as published."""
-        for module in self.children():
+        layers: Any = self.children()
+        for module in layers:
             if isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
             else:

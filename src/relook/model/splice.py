@@ -1,4 +1,4 @@
-"""Pure functions between token ids and tensors: where the calls and the image blocks are, how a batch is cut at its calls.
+"""Pure functions between token ids and tensors: where calls and image blocks are, how a batch is cut at its calls.
 
 Everything here works on ids, masks and lengths; it refuses to know models, features and files. Legend for shapes:
 B rows, L columns of the batch as given, S columns of one wave, N tokens of one image.
@@ -32,7 +32,7 @@ class CallSite:
 
 @dataclass(frozen=True)
 class Block:
-    """The image tokens of one re-encoded image: columns (N,) of `row`, conditioned by `call` (None: not conditioned)."""
+    """The image tokens of one re-encoded image: columns (N,) of `row`, conditioned by `call` (None: by nothing)."""
 
     look: str
     image: int
@@ -96,11 +96,11 @@ def find_blocks(
 
 
 def cut_into_waves(mask: Tensor, calls: Sequence[CallSite]) -> list[Wave]:
-    """Cut every row right before the action token of each call; wave w holds stretch w of all rows, padded on the right.
+    """Cut every row right before the action token of each call; wave w holds stretch w of all rows, right-padded.
 
     The hidden state that conditions call w of a row is then the last one of its stretch in wave w, and everything that
-    depends on it (the action token's embedding, the second look) lies in later waves. The last stretch of every row is in
-    the last wave, so rows without a call only run there. Padding columns of the batch are in no wave.
+    depends on it (the action token's embedding, the second look) lies in later waves. The last stretch of every row is
+    in the last wave, so rows without a call only run there. Padding columns of the batch are in no wave.
 
     Example: mask of ones (2, 10); a call starting at column 3 of row 0 gives waves
     [row 0: 0..3, row 1: nothing], [row 0: 4..9, row 1: 0..9].

@@ -1,0 +1,84 @@
+"""Starting a new model that may look again from the parts it is made of. Training it is not this module's business."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relook.errors import CheckpointError, UserError
+
+from .configuration import VPTQwen2VLConfig
+from .loading import encoder_name, load_with_report, resolve, torch_dtype
+from .modeling import VPTQwen2VLForConditionalGeneration
+
+
+def new_model(
+    base: str | Path,
+    looks: tuple[str, ...] = ("region", "clip"),
+    detection: str | Path | None = None,
+    seg: str | Path | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    seed: int = 0,
+) -> tuple[VPTQwen2VLForConditionalGeneration, Any]:
+    """A new model that may look again, from a plain Qwen2-VL folder plus DINOv2 and SAM folders.
+
+    Control tokens are added to the tokenizer; their embeddings start at the mean of the old ones; projectors are
+    Xavier-uniform from `seed`; everything else is the given weights.
+
+    Returns:
+        (model, processor)
+    """
+    from transformers import AutoConfig, Dinov2Model, SamModel
+
+    from relook.processing import VPTQwen2VLProcessor
+
+    sources: dict[str, tuple[str | Path | None, Callable[[Any], Any]]] = {
+        "detection": (detection, lambda path: Dinov2Model.from_pretrained(path, dtype=dtype)),
+        "seg": (seg, lambda path: SamModel.from_pretrained(path, dtype=dtype).vision_encoder),
+    }
+    lacking = [look for look, (path, _) in sources.items() if look in looks and path is None]
+    if lacking:
+        raise UserError(f"look {lacking[0]!r} needs its encoder: give {lacking[0]}=FOLDER (DINOv2 or SAM weights)")
+    folder = resolve(base)
+    base_config = AutoConfig.from_pretrained(folder)
+    if base_config.model_type != "qwen2_vl":
+        raise UserError(f"{base}: model_type is {base_config.model_type!r}; a plain 'qwen2_vl' checkpoint was expected")
+    processor = VPTQwen2VLProcessor.from_pretrained(folder)
+    known = len(processor.tokenizer)
+    processor.add_look_tokens(looks)
+    encoders = {look: load(path) for look, (path, load) in sources.items() if look in looks}
+    values = base_config.to_dict()
+    values.pop("architectures", None)
+    config = VPTQwen2VLConfig.from_dict(
+        {
+            **values,
+            "model_type": VPTQwen2VLConfig.model_type,
+            **processor.config_token_ids(),
+            "vision_encoder_ls": [encoder_name(look) for look in looks if look != "region"],
+            "encoders": {look: encoder.config.to_diff_dict() for look, encoder in encoders.items()},
+            "region": "region" in looks,
+            "num_inner_forward_run": 2,
+            "provenance": {"base": Path(folder).name, "seed": seed},
+        }
+    )
+    torch.manual_seed(seed)
+    model, report = load_with_report(folder, config, torch_dtype(dtype), None)
+    foreign = [k for k in report.missing if not k.startswith(("encoders.", "projectors."))]
+    if foreign or report.unexpected or report.mismatched:
+        raise CheckpointError(f"{base}: not a whole Qwen2-VL checkpoint: {report}")
+    for look, encoder in encoders.items():
+        model.encoders[look].load_state_dict(encoder.state_dict())
+    _new_token_rows(model, known, len(processor.tokenizer))
+    return model.eval(), processor
+
+
+@torch.no_grad()
+def _new_token_rows(model: VPTQwen2VLForConditionalGeneration, known: int, total: int) -> None:
+    """Rows known..total of the embedding (and of an untied head): the mean of the rows before, growing if need be."""
+    if total > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(total, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.lm_head):
+        layer.weight[known:total] = layer.weight[:known].mean(0)
