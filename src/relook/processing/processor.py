@@ -1,0 +1,411 @@
+"""Text, images and looks to tensors, on transformers' Qwen2-VL processor, with or without torchvision.
+
+`VPTQwen2VLProcessor` is a Qwen2VLProcessor that also knows the control tokens of the looks, the resolution of each look
+(`relook.views`) and how conversations with second looks are written down: `encode_item` for training data, `turn_ids`
+and its relatives for the loop, the usual call for transformers. All three write the same ids. It refuses to know any
+model: which tower perceives an image, and what the hidden states do to it, is `relook.model`'s affair.
+
+Conversations are tokenised piece by piece, as the published pipeline did: the system turn, each user turn together with
+the assistant's header, and each assistant content on its own. (As one text, an answer that begins with a newline would
+melt into the newline of its header.)
+
+The images are prepared by the PIL classes of transformers even where torchvision is installed: the two differ by up to
+0.03 in normalised pixels, and a model should see the same image everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, BitImageProcessorPil, Qwen2VLImageProcessorPil, SamImageProcessorPil
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, make_flat_list_of_images
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.processing_utils import ProcessorMixin
+
+from relook.errors import UserError
+from relook.looks import DEFAULT_SYSTEM, IM_END, IM_START, LOOKS, control_tokens
+from relook.processing.turns import (
+    Message,
+    check_counts,
+    check_pads,
+    expand_pads,
+    image_stages,
+    pad_stages,
+    split_system,
+)
+from relook.processing.vocabulary import IGNORED, KINDS, TENSORS, add_look_tokens, expand
+from relook.processing.vocabulary import chat_template as own_template  # `chat_template` is an argument of __init__
+from relook.views import DEFAULT_VIEW, PREPROCESSING, Size, View, load_item_image, open_image
+
+
+class VPTQwen2VLProcessor(Qwen2VLProcessor):
+    """Text, images and looks to the tensors of `VPTQwen2VLForConditionalGeneration.forward`, and ids back to text.
+
+    Args:
+        image_processor: Qwen2-VL's; its PIL class is used whatever is given.
+        tokenizer: with the control tokens of `looks` in it, or without them until `add_look_tokens` is called.
+        chat_template: of the folder; if there is none, the tokenizer's or our own.
+        looks: names of the looks that the model has.
+        grid_size: cells along each side of the region grid.
+        region_margin: cells by which a region is widened before it is cropped.
+        first_look, second_look: views of the image and of a crop. A `View`, its dict, or a longest side.
+        reencode_look: view of a re-encoded image; None for the view of the first look, whose features can be reused.
+        free_choice: whether the model decides to look without being asked for it in the prompt.
+        system: system prompt; empty for no system turn.
+        question_first: whether the question stands before the image in the first turn (tiny models are trained so:
+            image tokens can then see what is asked) and not after it, as in the published data; see `first_turn`.
+
+    All but the first three are kept in processor_config.json.
+    """
+
+    # transformers finds the sub-processors by the names of these arguments. There is no `video_processor` among them,
+    # because the only one there is needs torchvision; and so ProcessorMixin.__init__ is called past Qwen2VLProcessor's.
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | dict | None = None,
+        looks: Sequence[str] = ("region", "clip"),
+        grid_size: int = 8,
+        region_margin: int = 1,
+        first_look: View | Mapping | int | None = DEFAULT_VIEW,
+        second_look: View | Mapping | int | None = DEFAULT_VIEW,
+        reencode_look: View | Mapping | int | None = None,
+        free_choice: bool = False,
+        system: str = DEFAULT_SYSTEM,
+        question_first: bool = False,
+    ) -> None:
+        if unknown := [look for look in looks if look not in LOOKS]:
+            raise UserError(f"looks: {', '.join(unknown)} unknown; expected some of {', '.join(LOOKS)}")
+        self.looks = list(looks)
+        self.grid_size = grid_size
+        self.region_margin = region_margin
+        self.first_look = View.of(first_look)
+        self.second_look = View.of(second_look)
+        self.reencode_look = None if reencode_look is None else View.of(reencode_look)
+        self.free_choice = free_choice
+        self.system = system
+        self.question_first = question_first
+        self.image_token, self.video_token = KINDS["image"].pad, "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        ProcessorMixin.__init__(
+            self,
+            _pinned(image_processor),
+            tokenizer,
+            chat_template=chat_template or _template_of(tokenizer) or own_template(system),
+        )
+
+    # ---- loading and saving
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: dict | None = None, **kwargs: Any
+    ) -> list:
+        # transformers' own way asks AutoImageProcessor, which prefers torchvision, and hands every keyword (such as
+        # `looks=`) to the tokenizer, which would write it into its config.
+        settings = set(cls.__init__.__code__.co_varnames)
+        kwargs = {key: value for key, value in kwargs.items() if key not in settings}
+        return [
+            Qwen2VLImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        saved = super().to_dict()
+        return {key: value.to_dict() if isinstance(value, View) else value for key, value in saved.items()}
+
+    def with_settings(self, name: str) -> VPTQwen2VLProcessor:
+        """A processor with the views of a named setting ("default", "published", "published-224"), all else shared."""
+        if name not in PREPROCESSING:
+            raise UserError(f"preprocessing {name!r} is unknown; expected one of {', '.join(PREPROCESSING)}")
+        other = copy.copy(self)
+        for stage, view in PREPROCESSING[name].items():
+            setattr(other, stage, view)
+        return other
+
+    # ---- vocabulary
+
+    def add_look_tokens(self, looks: Iterable[str] | None = None) -> int:
+        """Add the control tokens of `looks` (default: the processor's) to its tokenizer; returns how many were new."""
+        if looks is not None:
+            self.looks = list(looks)
+        return add_look_tokens(self.tokenizer, self.looks, self.grid_size)
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Every control token of the looks, the pads among them, with its id."""
+        pads, ordinary = control_tokens(tuple(self.looks), grid=self.grid_size)
+        ids = {token: self._id(token) for token in [*pads, *ordinary]}
+        if missing := [token for token, i in ids.items() if i is None]:
+            raise UserError(
+                f"tokenizer lacks {len(missing)} control tokens of the looks {', '.join(self.looks)} "
+                f"({', '.join(missing[:3])}...); call processor.add_look_tokens() and resize the model's embeddings"
+            )
+        return {token: i for token, i in ids.items() if i is not None}
+
+    @property
+    def pad_ids(self) -> dict[str, int]:
+        """The pad's id of each kind of encoding ("image", "clip", ...) that the tokenizer has."""
+        ids = {kind: self._id(spec.pad) for kind, spec in KINDS.items()}
+        return {kind: i for kind, i in ids.items() if i is not None}
+
+    @property
+    def unlearnt_ids(self) -> frozenset[int]:
+        """Ids that are never a label: the `*_action` tokens, which the loop writes itself."""
+        ids = (self._id(spec.action) for spec in LOOKS.values() if spec.action)
+        return frozenset(i for i in ids if i is not None)
+
+    def _id(self, token: str) -> int | None:
+        i = self.tokenizer.convert_tokens_to_ids(token)  # an absent token is None, or the unknown token's id
+        return i if i is not None and self.tokenizer.convert_ids_to_tokens(i) == token else None
+
+    # ---- images
+
+    @property
+    def min_side(self) -> int:
+        """Pixels along one merged token: the least side of an image that the ViT takes (28 in Qwen2-VL)."""
+        return self.image_processor.patch_size * self.image_processor.merge_size
+
+    def view(self, image: Any, stage: str, look: str = "image") -> Any:
+        """A PIL image as the look sees it.
+
+        Args:
+            image: whatever `open_image` takes; for a crop, the crop of the original pixels.
+            stage: "first", "crop" or "reencode".
+            look: what it will be encoded as: "image", "clip", "detection" or "seg". For the ViT's two the size is moved
+                to the multiples of `min_side` that it takes, so that pixels are resampled once; the others resize by
+                themselves.
+        """
+        views = {"first": self.first_look, "crop": self.second_look, "reencode": self.reencode_look or self.first_look}
+        if stage not in views:
+            raise UserError(f"stage {stage!r} is unknown; expected one of {', '.join(views)}")
+        return views[stage].apply(open_image(image), self.min_side, self._snap if _is_vit(look) else None)
+
+    def _snap(self, size: Size) -> Size:
+        limits = self.image_processor.size
+        height, width = smart_resize(
+            size[1], size[0], self.min_side, min_pixels=limits["shortest_edge"], max_pixels=limits["longest_edge"]
+        )
+        return width, height
+
+    def encode_images(self, images: Sequence[Any], look: str = "image") -> dict[str, Any]:
+        """Images as viewed (PIL, RGB) to tensors under forward's names; an empty dict for no images.
+
+        "image": pixel_values (patches, 3*2*p*p), image_grid_thw (n, 3); "clip" likewise under its names; "detection":
+        detection_images (n, 3, 224, 224); "seg": seg_images (n, 3, 1024, 1024). float32; the grids int64.
+        """
+        if look not in TENSORS:
+            raise UserError(f"look {look!r} is unknown; expected one of {', '.join(TENSORS)}")
+        if not images:
+            return {}
+        processor = self.image_processor if _is_vit(look) else _ENCODER_PROCESSORS[look]
+        encoded = processor(list(images), return_tensors="pt")
+        return {name: encoded[source] for name, source in zip(TENSORS[look], TENSORS["image"], strict=False)}
+
+    def pad_count(self, look: str, grid_thw: Sequence[int] | Any = None) -> int:
+        """How many pads stand for an encoded image: t*h*w / merge^2 of its patch grid, or the look's fixed number.
+
+        `pad_count("image", (1, 22, 36))` is 198 in Qwen2-VL, `pad_count("seg")` is 256.
+        """
+        fixed = KINDS[look].fixed_tokens
+        if fixed is not None:
+            return fixed
+        if grid_thw is None:
+            raise UserError(f"look {look!r} has no fixed number of tokens; give the patch grid (t, h, w) of its image")
+        t, h, w = (int(v) for v in grid_thw)
+        return t * h * w // self.image_processor.merge_size**2
+
+    def pad_counts(self, look: str, tensors: Mapping[str, Any], images: int) -> list[int]:
+        """`pad_count` of each of the `images` that `encode_images` made into `tensors`."""
+        grids = tensors[TENSORS[look][1]].tolist() if images and _is_vit(look) else [None] * images
+        return [self.pad_count(look, grid) for grid in grids]
+
+    # ---- text and ids
+
+    def expand(self, text: str, counts: Mapping[str, Iterable[int]]) -> str:
+        """Placeholders (<image>, <clip_image>, ...) to runs of pads; see `vocabulary.expand`."""
+        return expand(text, counts)
+
+    def turn_ids(self, role: str, content: str, close: bool = True) -> list[int]:
+        """Ids of one turn, contents expanded.
+
+        "system": the turn with its newline; "user": the turn, its newline and the assistant's header, so that the
+        assistant goes on from there; "assistant": what it wrote, and <|im_end|> if `close`.
+        """
+        if role == "assistant":
+            return self._encode(content) + (self._encode(IM_END) if close else [])
+        header = f"{IM_START}assistant\n" if role == "user" else ""
+        return self._encode(f"{IM_START}{role}\n{content}{IM_END}\n{header}")
+
+    def first_turn(self, question: str, images: int = 1) -> str:
+        """Content of the first user turn: `<image>` per image and the question, in the order the model was taught."""
+        placeholders = KINDS["image"].placeholder * images
+        parts = [question, placeholders] if self.question_first else [placeholders, question]
+        return "\n".join(part for part in parts if part)
+
+    def opening_ids(self, content: str, system: str | None = None) -> list[int]:
+        """The block before the first sampled token: system turn, first user turn, assistant's header."""
+        system = self.system if system is None else system
+        return (self.turn_ids("system", system) if system else []) + self.turn_ids("user", content)
+
+    def next_turn_ids(self, content: str, closed: bool) -> list[int]:
+        """The block that follows a sampled assistant turn: its end if it was not `closed`, a user turn, the header.
+
+        `closed` says whether the assistant's <|im_end|> is already among the ids.
+        """
+        return (self._encode(IM_END) if not closed else []) + self._encode("\n") + self.turn_ids("user", content)
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation with expanded contents that ends with a user turn and the assistant's header."""
+        return self._conversation_ids(messages)[0]
+
+    def _conversation_ids(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation, and whether each one is the assistant's (its <|im_end|> is)."""
+        system, turns = split_system(messages)
+        ids: list[int] = []
+        written: list[bool] = []
+        for i, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                block = self.turn_ids("assistant", turn["content"])
+            elif i == 0:
+                block = self.opening_ids(turn["content"], system)
+            else:
+                block = self.next_turn_ids(turn["content"], closed=True)
+            ids += block
+            written += [turn["role"] == "assistant"] * len(block)
+        return ids, written
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    # ---- data items
+
+    def encode_item(
+        self, item: Mapping[str, Any], *, labels: bool = True, image_root: str | Path | None = None
+    ) -> dict[str, Any]:
+        """One conversation in the published JSON format (spec.md, section 8) to what a model is trained on.
+
+        Images are paths (relative to `image_root`; crops by path suffix), PIL images, arrays, bytes, or (image, box).
+
+        Returns:
+            input_ids, labels (lists of one length; IGNORED where nothing is learnt: everything but assistant turns
+            with their <|im_end|>, and in them the `*_action` tokens), prompt_ids (everything before the last answer),
+            and the tensors of `encode_images` for every kind of image in the item.
+        """
+        messages = item["messages"]
+        sources = {kind: list(item.get(spec.item_key) or []) for kind, spec in KINDS.items()}
+        check_counts(messages, {kind: len(images) for kind, images in sources.items()})
+        stages = {kind: ["reencode"] * len(images) for kind, images in sources.items()}
+        stages["image"] = image_stages(messages)
+        encoded: dict[str, Any] = {}
+        counts: dict[str, Iterator[int]] = {}
+        for kind, images in sources.items():
+            opened = [load_item_image(image, image_root) for image in images]
+            viewed = [self.view(image, stage, kind) for image, stage in zip(opened, stages[kind], strict=True)]
+            tensors = self.encode_images(viewed, kind)
+            encoded.update(tensors)
+            counts[kind] = iter(self.pad_counts(kind, tensors, len(images)))
+        expanded = [{"role": m["role"], "content": self.expand(m["content"], counts)} for m in messages]
+        ids, written = self._conversation_ids(expanded)
+        before = expanded[:-1] if expanded[-1]["role"] == "assistant" else expanded
+        result: dict[str, Any] = {"input_ids": ids, "prompt_ids": self.prompt_ids(before)}
+        if labels:
+            unlearnt = self.unlearnt_ids
+            result["labels"] = [i if w and i not in unlearnt else IGNORED for i, w in zip(ids, written, strict=True)]
+        return result | encoded
+
+    # ---- the way transformers calls it
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: Any = None,
+        videos: Any = None,
+        clip_images: Any = None,
+        detection_images: Any = None,
+        seg_images: Any = None,
+        views: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Texts with one pad per image (as the chat template writes them) and their images to forward's tensors.
+
+        Images of a kind are taken in the order of its pads. Each is first brought to the view of its stage: re-encoded
+        images to `reencode_look`, an image after an assistant turn that called a region to `second_look`, others to
+        `first_look`; `views=False` leaves them as they are. Other keywords are those of Qwen2VLProcessor.
+        """
+        if videos is not None:
+            raise UserError("videos are not supported; give images")
+        texts = [text] if isinstance(text, str) else list(text or [])
+        given = {"image": images, "clip": clip_images, "detection": detection_images, "seg": seg_images}
+        flat = {kind: self._flat(value) for kind, value in given.items()}
+        if texts:
+            check_pads(texts, {kind: len(value) for kind, value in flat.items()})
+        extra: dict[str, Any] = {}
+        for kind in ("clip", "detection", "seg"):
+            seen = [self.view(image, "reencode", kind) if views else image for image in flat[kind]]
+            tensors = self.encode_images(seen, kind)
+            extra.update(tensors)
+            texts = expand_pads(texts, KINDS[kind].pad, self.pad_counts(kind, tensors, len(seen)))
+        stages = pad_stages(texts) if texts else ["first"] * len(flat["image"])
+        seen = [self.view(i, s) if views else i for i, s in zip(flat["image"], stages, strict=True)]
+        out = super().__call__(images=seen or None, text=texts or None, **kwargs)
+        as_torch = kwargs.get("return_tensors") == "pt"
+        out.update(extra if as_torch else {name: tensor.numpy() for name, tensor in extra.items()})
+        return out
+
+    def _flat(self, images: Any) -> list[Any]:
+        if images is None:
+            return []
+        fetched: Any = self.image_processor.fetch_images(images)  # URLs and paths, as transformers takes them
+        flat: Any = make_flat_list_of_images(fetched) if fetched else []
+        return [open_image(image) for image in flat]
+
+    def _multimodal_inputs_from_conversations(self, conversations: list, *args: Any, **kwargs: Any) -> tuple:
+        # apply_chat_template(tokenize=True) passes the fourth value on to __call__ as keywords
+        images, videos, audios, more = super()._multimodal_inputs_from_conversations(conversations, *args, **kwargs)
+        parts = [p for c in conversations for m in c if not isinstance(m["content"], str) for p in m["content"]]
+        for kind in ("clip", "detection", "seg"):
+            name = KINDS[kind].placeholder.strip("<>")
+            found = [p[key] for p in parts if p["type"] == name for key in (name, "image", "url", "path") if key in p]
+            if found:
+                more = {**more, KINDS[kind].item_key: found}
+        return images, videos, audios, more
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return super().model_input_names + [name for look in self.looks if look in TENSORS for name in TENSORS[look]]
+
+
+def _is_vit(look: str) -> bool:
+    """Whether a kind of encoding goes through the model's own ViT (and so comes with a patch grid)."""
+    return len(TENSORS[look]) == 2
+
+
+def _pinned(image_processor: Any) -> Any:
+    """The PIL image processor with the settings of a Qwen2-VL one."""
+    if isinstance(image_processor, Qwen2VLImageProcessorPil) or not hasattr(image_processor, "merge_size"):
+        return image_processor  # transformers says what is wrong with a class that is not an image processor
+    return Qwen2VLImageProcessorPil.from_dict(image_processor.to_dict())
+
+
+def _template_of(tokenizer: Any) -> str | dict | None:
+    """The tokenizer's chat template, if it knows images (a text model's does not)."""
+    template = getattr(tokenizer, "chat_template", None)
+    return template if isinstance(template, dict) or (template and "image" in template) else None
+
+
+# spec.md, section 4. DINOv2: shortest side 256, centre crop 224, ImageNet statistics; SAM: longest side 1024, padded.
+_ENCODER_PROCESSORS = {
+    "detection": BitImageProcessorPil(
+        size={"shortest_edge": 256},
+        crop_size={"height": 224, "width": 224},
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
+    ),
+    "seg": SamImageProcessorPil(),
+}

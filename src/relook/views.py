@@ -1,0 +1,251 @@
+"""How an image is opened and at which resolution it is looked at.
+
+A `View` says what one look sees of an image: a scale, a cap on the longest side, a resampling filter. Three stages of
+an answer have a view each (first look, crop of a region, re-encoding), so that a second look can be a closer one.
+This module knows PIL and nothing of tokens, models or conversations; `processing` decides which view a stage uses.
+Frames: sizes are (width, height) in pixels, boxes (x1, y1, x2, y2) with x2 and y2 exclusive, origin top left, y down.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from relook.errors import UserError
+from relook.regions import split_crop_suffix, upright
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Size = tuple[int, int]
+
+MIN_SIDE = 28  # one merged token of Qwen2-VL: 2 x 2 patches of 14 pixels
+MAX_RATIO, CUT_RATIO = 200, 180  # over 200:1 Qwen2-VL's image processor refuses; the published code cuts to 180:1
+RESAMPLES = ("nearest", "bicubic", "lanczos")
+
+
+@dataclass(frozen=True)
+class View:
+    """What one look sees of an image.
+
+    Attributes:
+        longest_side: longer sides are scaled down to this many pixels (never up); None leaves them.
+        resample: "bicubic" or "lanczos", which filter before they drop pixels, or "nearest" (published), which does
+            not.
+        scale: factor on the original pixels, applied before the cap. Tiny models use it to see glyphs at the size they
+            were trained on.
+
+    Example: `View(512).target((1000, 400))` is (512, 204); `View(512, scale=0.5).target((1000, 400))` is (500, 200).
+    """
+
+    longest_side: int | None = 512
+    resample: str = "bicubic"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.resample not in RESAMPLES:
+            raise UserError(f"View: resample={self.resample!r} is unknown; expected one of {', '.join(RESAMPLES)}")
+        if self.longest_side is not None and self.longest_side < 1:
+            raise UserError(
+                f"View: longest_side={self.longest_side} is not a size; expected pixels (1 or more) or None"
+            )
+        if not self.scale > 0:
+            raise UserError(f"View: scale={self.scale} is not a factor; expected a number above 0")
+
+    @classmethod
+    def of(cls, value: View | Mapping[str, Any] | int | None) -> View:
+        """A view from itself, from its dict in processor_config.json, from a longest side, or from None (no cap)."""
+        if isinstance(value, View):
+            return value
+        if value is None or isinstance(value, int):
+            return cls(longest_side=value)
+        if unknown := set(value) - {"longest_side", "resample", "scale"}:
+            raise UserError(f"View: unknown setting {sorted(unknown)}; expected longest_side, resample, scale")
+        return cls(**value)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def steps(self, size: Size, min_side: int = MIN_SIDE) -> list[Size]:
+        """The sizes an image of `size` goes through; the last one is what the look sees, an empty list means as it is.
+
+        Each rule of spec.md section 4 is a step: scale and cap, sides under `min_side` raised to it, aspect ratios over
+        200 cut to 180. Sides are truncated to whole pixels, as published.
+        """
+        seen: list[Size] = []
+        width, height = size
+        factor = self.scale
+        if self.longest_side is not None and max(width, height) * factor > self.longest_side:
+            factor = self.longest_side / max(width, height)
+        if factor != 1.0:
+            width, height = max(1, int(width * factor)), max(1, int(height * factor))
+            seen.append((width, height))
+        if min(width, height) < min_side:
+            width, height = max(width, min_side), max(height, min_side)
+            seen.append((width, height))
+        if max(width, height) > MAX_RATIO * min(width, height):
+            width, height = min(width, CUT_RATIO * height), min(height, CUT_RATIO * width)
+            seen.append((width, height))
+        return seen
+
+    def target(self, size: Size, min_side: int = MIN_SIDE) -> Size:
+        """The size at which an image of `size` is seen."""
+        return (self.steps(size, min_side) or [size])[-1]
+
+    def apply(
+        self, image: Image.Image, min_side: int = MIN_SIDE, snap: Callable[[Size], Size] | None = None
+    ) -> Image.Image:
+        """The image as this look sees it, RGB.
+
+        Args:
+            image: a PIL image, upright.
+            min_side: the least width and height that the vision tower takes, in pixels.
+            snap: moves the target size to one that the vision tower takes as it is, so that the pixels are resampled
+                once and not twice. "nearest" ignores it: the published code leaves that to the image processor.
+        """
+        from PIL import Image
+
+        filters = {
+            "nearest": Image.Resampling.NEAREST,
+            "bicubic": Image.Resampling.BICUBIC,
+            "lanczos": Image.Resampling.LANCZOS,
+        }
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        steps = self.steps(image.size, min_side)
+        if self.resample != "nearest":  # one resize to the final size: every resampling costs sharpness
+            final = steps[-1] if steps else image.size
+            steps = [snap(final) if snap else final]
+        for size in steps:
+            if size != image.size:
+                image = image.resize(size, filters[self.resample])
+        return image
+
+
+def _published(longest_side: int) -> dict[str, View | None]:
+    view = View(longest_side, "nearest")
+    return {"first_look": view, "second_look": view, "reencode_look": None}
+
+
+DEFAULT_VIEW = View(512)
+
+# Named settings of the three views; None for re-encoding means "the view of the first look".
+PREPROCESSING: dict[str, dict[str, View | None]] = {
+    "default": {"first_look": DEFAULT_VIEW, "second_look": DEFAULT_VIEW, "reencode_look": None},
+    "published": _published(512),
+    "published-224": _published(224),
+}
+
+
+def open_image(source: Any) -> Image.Image:
+    """An upright RGB image from a path, a PIL image, a numpy array or the bytes of an image file.
+
+    Arrays are (height, width), (height, width, 3) or (height, width, 4); uint8, or floats in 0..1.
+
+    Raises:
+        UserError: nothing there, not an image, a file that ends early, an image without pixels.
+    """
+    from PIL import Image
+
+    if isinstance(source, (str, Path)):
+        return _open_file(Path(source))
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _decode(io.BytesIO(bytes(source)), f"{len(source)} bytes")
+    if isinstance(source, Image.Image):
+        if 0 in source.size:
+            raise UserError(
+                f"image of {source.width} x {source.height} pixels has nothing to see; give one with pixels"
+            )
+        try:
+            return upright(source)
+        except (OSError, SyntaxError, ValueError) as error:  # PIL reads lazily: a broken file shows only here
+            raise UserError(f"image cannot be read ({error}); give a complete image") from error
+    if hasattr(source, "__array_interface__"):
+        return _from_array(source)
+    raise UserError(
+        f"image is a {type(source).__name__}; expected a path, a PIL image, a numpy array or the bytes of an image file"
+    )
+
+
+def load_item_image(source: Any, root: str | Path | None = None) -> Image.Image:
+    """An image of a data item: whatever `open_image` takes, a path with a crop suffix, or a pair (image, box).
+
+    `a.jpg_80,100,320,250` is the crop x1, y1, x2, y2 of a.jpg in pixels of the original (spec.md, section 3). A
+    box that leaves the image is clipped to it. Relative paths are taken from `root`.
+    """
+    box = None
+    name = source
+    if isinstance(source, (str, Path)):
+        name, box = split_crop_suffix(str(source))
+        path = Path(root or ".") / name
+        whole = Path(root or ".") / source
+        if box is not None and not path.exists() and whole.exists():  # a file that is really called like that
+            path, box = whole, None
+        image = open_image(path)
+    elif isinstance(source, (tuple, list)) and len(source) == 2:
+        image, box = open_image(source[0]), tuple(source[1])
+        name = "image"
+    else:
+        return open_image(source)
+    if box is None:
+        return image
+    left, top, right, bottom = (int(v) for v in box)
+    kept = (max(0, left), max(0, top), min(image.width, right), min(image.height, bottom))
+    if kept[0] >= kept[2] or kept[1] >= kept[3]:
+        raise UserError(
+            f"{name}: crop {left},{top},{right},{bottom} holds no pixel of the {image.width} x {image.height} image; "
+            "expected x1,y1,x2,y2 with x1 < x2 and y1 < y2 inside it"
+        )
+    return image.crop(kept)
+
+
+def _open_file(path: Path) -> Image.Image:
+    if not path.exists():
+        raise UserError(f"{path}: no such file; give the path of an image")
+    if not path.is_file():
+        raise UserError(f"{path}: not a file; give the path of an image")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty; give the path of an image")
+    with path.open("rb") as stream:
+        return _decode(stream, str(path))
+
+
+def _decode(stream: Any, name: str) -> Image.Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(stream) as image:
+            image.load()
+            return upright(image)
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name}: not an image that can be read; give a JPEG, PNG, WebP, TIFF or similar") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name}: {error}; give a smaller image") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # what PIL raises on damaged files
+        raise UserError(f"{name}: the image is damaged or cut short ({error}); give a complete file") from error
+
+
+def _from_array(source: Any) -> Image.Image:
+    import numpy as np
+    from PIL import Image
+
+    array = np.asarray(source)
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in array.shape:
+        raise UserError(
+            f"array of shape {array.shape} is no image; expected (height, width), or (height, width, 3 or 4)"
+        )
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if np.issubdtype(array.dtype, np.floating):
+        if not (np.isfinite(array).all() and array.min() >= 0.0 and array.max() <= 1.0):
+            raise UserError(f"array of {array.dtype} leaves 0..1; expected floats in 0..1, or uint8")
+        array = np.round(array * 255).astype(np.uint8)
+    elif array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype != np.uint8:
+        raise UserError(f"array of {array.dtype}; expected uint8, or floats in 0..1")
+    return upright(Image.fromarray(array))
