@@ -1,0 +1,202 @@
+"""A recipe: everything that decides a training run, in one YAML file, checked before anything starts.
+
+A recipe names a model (a size from `tiny.SIZES`, or weights to start from), data (a synthetic world, or a JSON of items
+in the published format) and stages. Unknown keys are errors that name the nearest valid key. Paths are relative: to the
+working directory, as in `out=`; a recipe in the repository holds no absolute path.
+
+Knows the schema only: not how a stage learns (stages), not how a run goes (run).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from relook.errors import UserError
+
+
+class Strict(BaseModel):
+    """A pydantic model in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Strict):
+    """Where examples come from. `source: world` draws pages of `world`; `source: json` reads published items."""
+
+    source: Literal["world", "json"] = "world"
+    world: str | None = Field(None, description="name of a synthetic world (relook.data.worlds)")
+    path: str | None = Field(None, description="JSON or JSONL of items in the published format")
+    image_root: str | None = Field(None, description="folder the items' image paths are relative to")
+
+    @field_validator("path", "image_root")
+    @classmethod
+    def _relative(cls, value: str | None) -> str | None:
+        if value is not None and Path(value).is_absolute():
+            raise ValueError(f"{value!r} is an absolute path; give it relative to the folder you start from")
+        return value
+
+    @model_validator(mode="after")
+    def _complete(self) -> Data:
+        if self.source == "world" and not self.world:
+            raise ValueError("source is 'world' but no world is named; add e.g. world: cards")
+        if self.source == "json" and not self.path:
+            raise ValueError("source is 'json' but there is no path; add path: items.json")
+        return self
+
+
+class ModelSource(Strict):
+    """A fresh tiny model (`size`) or weights to go on from (`start`: shipped name, folder or hub id)."""
+
+    size: str | None = None
+    start: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> ModelSource:
+        if (self.size is None) == (self.start is None):
+            raise ValueError("give exactly one of size: (a fresh tiny model) and start: (weights to go on from)")
+        return self
+
+
+class Stage(Strict):
+    """One stretch of training with one objective (a row of `stages.OBJECTIVES`)."""
+
+    name: str
+    objective: str
+    samples: int = Field(gt=0)
+    batch: int = Field(16, gt=0)
+    accumulate: int = Field(1, gt=0, description="batches per optimiser step")
+    lr: float = Field(1e-3, gt=0)
+    lr_scale: dict[str, float] = Field({}, description="part of the model -> factor on lr, e.g. clip_projector: 0.3")
+    schedule: Literal["linear_tail", "cosine", "constant"] = "linear_tail"
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+    freeze: list[str] = Field([], description="parts that do not learn, e.g. visual, language_model.layers")
+    seed: int | None = Field(None, description="defaults to the recipe's")
+    data: Data | None = Field(None, description="defaults to the recipe's")
+    options: dict[str, Any] = Field({}, description="what the objective itself can be told (its Options class)")
+
+
+class Recipe(Strict):
+    """A whole run: `run(path)` carries it out."""
+
+    name: str
+    seed: int = 1
+    threads: int = Field(1, gt=0, description="CPU threads for torch")
+    workers: int = Field(0, ge=0, description="processes that draw examples; does not change what is drawn")
+    model: ModelSource
+    data: Data
+    stages: list[Stage] = Field(min_length=1)
+    log_every: int = 25
+    domain: str | None = Field(None, description="what the model is good for, written into its config")
+    save_dtype: Literal["float16", "float32", "bfloat16"] = "float16"
+
+    @model_validator(mode="after")
+    def _names(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"two stages are called {doubled[0]!r}; stage names must differ")
+        return self
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: `key=value` with dots into the recipe; stages by name: `stages.dense.samples=100`. Values are YAML.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key (with the nearest valid one), a value of the wrong kind.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no recipe at {path}; recipes are YAML files such as recipes/cards-tiny.yaml.")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds {type(raw).__name__}, not a mapping of recipe keys (name, model, data, stages).")
+    for override in overrides:
+        _apply(raw, override)
+    return validate(Recipe, raw, str(path))
+
+
+def validate(schema: type[BaseModel], raw: Mapping[str, Any], where: str) -> Any:
+    """`schema(**raw)` with errors for people: one line, the first problem, the nearest valid key.
+
+    Raises:
+        UserError: `raw` does not fit.
+    """
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            valid = list(_siblings(schema, problem["loc"]))
+            near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(valid)}."
+            raise UserError(f"{where}: unknown key {key!r}; {hint}") from error
+        message = problem["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: {key or 'recipe'}: {message} (seen: {_short(problem.get('input'))})") from error
+
+
+def _siblings(schema: type[BaseModel], loc: Sequence[int | str]) -> Iterator[str]:
+    """The keys that would have been valid where `loc` points."""
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        inner = [a for a in _models_in(schema.model_fields[str(part)].annotation)]
+        if not inner:
+            return
+        schema = inner[0]
+    yield from schema.model_fields
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    from typing import get_args
+
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one `a.b.c=value` in place; a list of stages is entered by stage name."""
+    import yaml
+
+    key, sign, text = override.partition("=")
+    if not sign or not key.strip():
+        raise UserError(f"{override!r} is not an override; write key=value, for example stages.dense.samples=800.")
+    *path, last = key.strip().split(".")
+    node: Any = raw
+    for part in path:
+        if isinstance(node, list):
+            named = {str(item.get("name")): item for item in node if isinstance(item, dict)}
+            if part not in named:
+                raise UserError(f"{override!r}: there is no stage called {part!r}; there are {', '.join(named)}.")
+            node = named[part]
+        elif isinstance(node, dict):
+            node = node.setdefault(part, {})
+        else:
+            raise UserError(f"{override!r}: {part!r} lies inside {_short(node)}, which has no keys.")
+    if not isinstance(node, dict):
+        raise UserError(f"{override!r}: {key} does not name a single value; enter a stage by its name first.")
+    node[last] = yaml.safe_load(text)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,290 @@
+"""What a stage learns: a table of objectives, each an nn.Module around the model that makes its own examples and loss.
+
+An objective has three parts, and nothing else knows what they are: `example(index)` draws one training example (from
+the seed and the index alone, so that a run can be repeated and continued), `collate(examples)` batches them, and
+`forward(**batch)` returns the loss and what to log. Throwaway heads live in the objective, not in the model.
+
+Objectives know a world, a processor and a model; optimisers and files are `run`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from relook.data.worlds import Box, Page, World, rng
+from relook.errors import UserError
+from relook.train.recipe import Stage, Strict, validate
+
+
+class Objective(nn.Module):
+    """Base of all rows of `OBJECTIVES`.
+
+    Args:
+        model: the VPT model that learns.
+        processor: its processor (views, tokens, pixels).
+        world: where pages come from; None when the stage reads items from a file.
+        stage: the stage of the recipe; `stage.options` must fit the class's `Options`.
+        seed: of the examples.
+        items: the items of a stage whose data source is json; None with a world.
+    """
+
+    accepts_loss_kwargs: ClassVar[bool] = False  # transformers' Trainer: the loss is already a mean over the batch
+
+    class Options(Strict):
+        """What a recipe may set under `options:`; subclasses extend it."""
+
+    def __init__(
+        self, model: nn.Module, processor: Any, world: World | None, stage: Stage, seed: int, items: Any = None
+    ) -> None:
+        super().__init__()
+        self.model, self.processor, self.world, self.stage, self.seed = model, processor, world, stage, seed
+        self.items = items
+        self.options: Any = validate(self.Options, stage.options, f"stage {stage.name}: options")
+        self.log: dict[str, list[float]] = {}
+
+    def example(self, index: int) -> Any:
+        """One training example, a function of the seed, the stage and `index` only."""
+        raise NotImplementedError
+
+    def collate(self, examples: Sequence[Any]) -> dict[str, Any]:
+        """Examples to the keyword arguments of `forward`."""
+        raise NotImplementedError
+
+    def forward(self, **batch: Any) -> dict[str, Tensor]:
+        """`{"loss": scalar}`; figures to log go through `note`."""
+        raise NotImplementedError
+
+    def random(self, index: int) -> np.random.Generator:
+        """The generator of example `index` (apart from the page's own)."""
+        return rng(self.seed, self.stage.name, index)
+
+    def page(self, index: int) -> Page:
+        """Page `index` of the world. Indices of one stage are never those of another (each has its own 2**24)."""
+        if self.world is None:
+            raise UserError(f"Stage {self.stage.name!r} ({self.stage.objective}) needs a world; set data.world.")
+        return self.world.sample(page_offset(self.stage.name) + index)
+
+    def note(self, **figures: float) -> None:
+        """Remember figures of this batch; `run` logs their means."""
+        for key, value in figures.items():
+            self.log.setdefault(key, []).append(float(value))
+
+    def figures(self) -> dict[str, float]:
+        """Means since the last call (entries that were nan, e.g. no example of a kind, are left out)."""
+        means = {k: float(np.nanmean(v)) for k, v in self.log.items() if not np.all(np.isnan(v))}
+        self.log = {}
+        return means
+
+
+def page_offset(stage_name: str) -> int:
+    """First page index of a stage: its own block of 2**24 pages, above the low block kept for evaluation."""
+    import zlib
+
+    return (1 + zlib.crc32(stage_name.encode()) % 127) << 24
+
+
+def coverage(boxes: Sequence[Box], window: Box, grid: tuple[int, int]) -> np.ndarray:
+    """How much of each cell of a grid over a window lies in the boxes.
+
+    Args:
+        boxes: pixels of the page.
+        window: what the grid covers, pixels of the page.
+        grid: rows, columns.
+
+    Returns:
+        (rows, columns) shares in 0..1; overlapping boxes count once each and are capped at 1.
+
+    Example: a window of 64 x 32 with a 1 x 2 grid and the box (16, 0, 32, 32) gives [[0.5, 0.0]].
+    """
+    x1, y1, x2, y2 = window
+    rows, columns = grid
+    xs, ys = np.linspace(x1, x2, columns + 1), np.linspace(y1, y2, rows + 1)
+    total = np.zeros((rows, columns))
+    for a, b, c, d in boxes:
+        across = np.clip(np.minimum(xs[1:], c) - np.maximum(xs[:-1], a), 0, None) / (xs[1:] - xs[:-1])
+        down = np.clip(np.minimum(ys[1:], d) - np.maximum(ys[:-1], b), 0, None) / (ys[1:] - ys[:-1])
+        total += down[:, None] * across[None, :]
+    return np.clip(total, 0, 1)
+
+
+def merge_order(grid: np.ndarray, merge: int = 2) -> np.ndarray:
+    """(rows, columns, ...) per patch -> (tokens, merge * merge, ...) in the order of Qwen2-VL's merged tokens.
+
+    Tokens run row by row; within a token its patches run row by row.
+    """
+    rows, columns = grid.shape[:2]
+    split = grid.reshape(rows // merge, merge, columns // merge, merge, *grid.shape[2:])
+    return split.swapaxes(1, 2).reshape(rows * columns // merge**2, merge * merge, *grid.shape[2:])
+
+
+def patch_grid(thw: Tensor) -> tuple[int, int]:
+    """(t, h, w) of one image -> (rows, columns) of patches."""
+    return int(thw[1]), int(thw[2])
+
+
+def patch_truth(page: Page, window: Box, grid: tuple[int, int], charset: str, labels: Sequence[str]):
+    """What is printed in every patch of a window.
+
+    Returns:
+        glyph (tokens, 4): index in charset, plus one, of the glyph whose centre lies in the patch; 0 for none.
+        area (tokens, 4, labels): share of the patch that areas of each label cover.
+        Both in `merge_order`.
+    """
+    x1, y1, x2, y2 = window
+    rows, columns = grid
+    glyph = np.zeros(grid, dtype=np.int64)
+    for mark in page.glyphs:
+        a, b, c, d = mark.box
+        column, row = ((a + c) / 2 - x1) / (x2 - x1) * columns, ((b + d) / 2 - y1) / (y2 - y1) * rows
+        if 0 <= column < columns and 0 <= row < rows:
+            glyph[int(row), int(column)] = charset.find(mark.char) + 1
+    area = np.zeros((*grid, len(labels)))
+    for k, label in enumerate(labels):
+        area[..., k] = coverage([a.box for a in page.areas if a.label == label], window, grid)
+    return merge_order(glyph), merge_order(area)
+
+
+class Dense(Objective):
+    """Every merged ViT token predicts what is printed in its four patches: the glyph, and the areas' shares.
+
+    Reading end to end stays at chance for a long time; with this as the first stage it does not. One example is a
+    window of a page seen as a crop, and the whole page as at the first look (areas only: its glyphs are too small).
+    """
+
+    class Options(Strict):
+        window: tuple[int, int] = (256, 256)  # width, height of the windows, page pixels
+        snap: int = 16  # windows start at multiples of this, page pixels
+        overview: float = 1.0  # weight of the whole page's areas
+        absent: float = 0.15  # weight of patches without a glyph in the glyph loss
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert self.world is not None
+        self.charset, self.labels = self.world.charset, self.world.labels
+        width = self.model.config.text_config.hidden_size
+        self.classes = len(self.charset) + 1
+        self.glyph_head = nn.Linear(width, 4 * self.classes)
+        self.area_head = nn.Linear(width, 4 * len(self.labels))
+
+    def example(self, index: int) -> dict[str, Any]:
+        page, random = self.page(index), self.random(index)
+        width, height = page.image.size
+        w, h = min(self.options.window[0], width), min(self.options.window[1], height)
+        x = int(random.integers(0, (width - w) // self.options.snap + 1)) * self.options.snap
+        y = int(random.integers(0, (height - h) // self.options.snap + 1)) * self.options.snap
+        views = []
+        for window, stage in (((x, y, x + w, y + h), "crop"), ((0, 0, width, height), "first")):
+            seen = self.processor.view(page.image.crop(window), stage)
+            pixels = self.processor.encode_images([seen], "image")
+            glyph, area = patch_truth(page, window, patch_grid(pixels["image_grid_thw"][0]), self.charset, self.labels)
+            views.append({**pixels, "glyph": torch.tensor(glyph), "area": torch.tensor(area, dtype=torch.float32)})
+        return {"crop": views[0], "first": views[1]}
+
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        views = [e["crop"] for e in examples] + [e["first"] for e in examples]
+        batch = {key: torch.cat([v[key] for v in views]) for key in views[0]}
+        batch["crop_tokens"] = sum(len(e["crop"]["glyph"]) for e in examples)
+        return batch
+
+    def forward(self, pixel_values, image_grid_thw, glyph, area, crop_tokens) -> dict[str, Tensor]:  # type: ignore[override]
+        tokens = torch.cat(self.model.encode("image", pixel_values=pixel_values, image_grid_thw=image_grid_thw))
+        return {"loss": self.patch_loss(tokens, glyph, area, crop_tokens)}
+
+    def patch_loss(self, tokens: Tensor, glyph: Tensor, area: Tensor, crop_tokens: int) -> Tensor:
+        """tokens (n, d), glyph (n, 4), area (n, 4, labels); the first `crop_tokens` are legible."""
+        logits = self.glyph_head(tokens[:crop_tokens]).view(-1, self.classes)
+        target = glyph[:crop_tokens].reshape(-1)
+        weight = torch.ones(self.classes)
+        weight[0] = self.options.absent
+        reading = F.cross_entropy(logits, target, weight=weight.to(logits))
+        areas = self.area_head(tokens).view(-1, 4, len(self.labels))
+        losses = F.binary_cross_entropy_with_logits(areas, area, reduction="none").sum(-1)
+        colours = losses[:crop_tokens].mean() + self.options.overview * losses[crop_tokens:].mean()
+        there = target > 0
+        with torch.no_grad():
+            guess = logits[:, 1:].argmax(-1) + 1
+            self.note(
+                reading=reading.item(),
+                glyphs=(guess[there] == target[there]).float().mean().item(),
+                empty=(logits.argmax(-1)[~there] == 0).float().mean().item(),
+                areas=((areas[crop_tokens:] > 0) == (area[crop_tokens:] > 0.5)).all(-1).float().mean().item(),
+            )
+        return reading + colours
+
+
+class Align(Dense):
+    """Dense, and each merged token is drawn (cosine) to the language model's own embeddings of what it holds.
+
+    The target is the sum of the embeddings of the glyphs and the area names in the token's patches; patches in its
+    right half are rotated by half the width (roll), so that the order of two glyphs is kept. Tokens without any are
+    left alone. The embeddings do not move.
+    """
+
+    class Options(Dense.Options):
+        weight: float = 1.0  # of the cosine loss
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        tokenizer = self.processor.tokenizer
+        chars = [tokenizer.encode(c, add_special_tokens=False)[0] for c in self.charset]
+        names = [tokenizer.encode(" " + label, add_special_tokens=False)[0] for label in self.labels]
+        self.register_buffer("char_ids", torch.tensor(chars), persistent=False)
+        self.register_buffer("name_ids", torch.tensor(names), persistent=False)
+
+    def targets(self, glyph: Tensor, area: Tensor) -> Tensor:
+        """(n, 4), (n, 4, labels) -> (n, d) sums of unit-length embeddings, zero where nothing is printed."""
+        with torch.no_grad():
+            table = F.normalize(self.model.get_input_embeddings().weight.detach(), dim=-1)
+            chars = torch.cat([torch.zeros_like(table[:1]), table[self.char_ids]])  # type: ignore[index]
+            slots = chars[glyph] + 0.5 * area @ table[self.name_ids]  # type: ignore[index]
+            half = slots.shape[-1] // 2
+            return slots[:, 0::2].sum(1) + slots[:, 1::2].sum(1).roll(half, dims=-1)
+
+    def forward(self, pixel_values, image_grid_thw, glyph, area, crop_tokens) -> dict[str, Tensor]:  # type: ignore[override]
+        tokens = torch.cat(self.model.encode("image", pixel_values=pixel_values, image_grid_thw=image_grid_thw))
+        target = self.targets(glyph, area)
+        target[crop_tokens:] = self.targets(torch.zeros_like(glyph[crop_tokens:]), area[crop_tokens:])
+        held = target.norm(dim=-1) > 0.2
+        cosine = F.cosine_similarity(tokens[held], target[held], dim=-1).mean()
+        self.note(cosine=cosine.item())
+        dense = self.patch_loss(tokens, glyph, area, crop_tokens)
+        return {"loss": dense + self.options.weight * (1 - cosine)}
+
+
+def _conversation(name: str) -> Callable[..., Objective]:
+    def build(*args: Any, **kwargs: Any) -> Objective:
+        from relook.train import conversation
+
+        return getattr(conversation, name)(*args, **kwargs)
+
+    return build
+
+
+# The one mechanism: a stage's `objective` is a key of this table. A world with needs of its own adds a row.
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "dense": Dense,
+    "align": Align,
+    "read": _conversation("Read"),
+    "locate": _conversation("Locate"),
+    "instruct": _conversation("Instruct"),
+}
+
+
+def make_objective(model: Any, processor: Any, world: World | None, stage: Stage, seed: int, items: Any) -> Objective:
+    """The objective of a stage.
+
+    Raises:
+        UserError: no such objective, or options it does not have.
+    """
+    if stage.objective not in OBJECTIVES:
+        raise UserError(
+            f"Stage {stage.name!r}: there is no objective called {stage.objective!r}; "
+            f"the objectives are {', '.join(OBJECTIVES)}."
+        )
+    return OBJECTIVES[stage.objective](model, processor, world, stage, seed, items)
