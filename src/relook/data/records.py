@@ -1,0 +1,235 @@
+"""JSON records on disk: read one at a time with their place, written aside and then renamed.
+
+A file is either a JSON array of objects (the published form) or JSON lines; which of the two is seen from its
+first character. This module knows bytes, lines and JSON; it refuses to know what a record means.
+
+Places are exact because records are found in the *bytes*: the text is scanned as latin-1, where one byte is one
+character (JSON's own punctuation is ASCII in UTF-8), and only then is a record decoded as UTF-8. So a record has a
+byte span, which `ItemsDataset` keeps to read it again, and a broken byte has a line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from relook.errors import UserError
+
+CHUNK = 1 << 20  # bytes read at a time from an array
+LARGEST_RECORD = 64 << 20  # bytes; a longer one means a missing brace, and is reported instead of read to the end
+_TAIL = 16  # characters: an error this near the end of what was read may only mean that more must be read
+_SPACE = " \t\r\n"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One JSON object of a file: its value, the line it starts on (from 1) and its bytes [start, end)."""
+
+    value: dict[str, Any]
+    line: int
+    start: int
+    end: int
+
+
+def read_records(path: str | Path) -> Iterator[Record]:
+    """The records of a JSON array or JSON-lines file, one at a time; memory stays that of one chunk.
+
+    Raises:
+        UserError: no such file, not JSON, not UTF-8, or an entry that is not an object; with file and line.
+    """
+    path = Path(path)
+    with open_input(path) as file:
+        first = _first_character(file)
+        file.seek(0)
+        if first == "[":
+            yield from _read_array(path, file)
+        elif first == "{":
+            yield from _read_lines(path, file)
+        elif first:
+            raise UserError(
+                f"{path}: starts with {first!r}; expected a JSON array of objects or one JSON object a line"
+            )
+
+
+def read_span(path: str | Path, start: int, end: int, line: int) -> dict[str, Any]:
+    """One record again from its bytes [start, end), as `read_records` reported them."""
+    path = Path(path)
+    with open_input(path) as file:
+        file.seek(start)
+        return _decode(path, file.read(end - start), line)
+
+
+def open_input(path: Path) -> IO[bytes]:
+    """Open for reading, or say in one line why not."""
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give the path of a JSON or JSON-lines file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; give the path of a JSON or JSON-lines file in it") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[IO[str]]:
+    """A text file written aside (`NAME.part` in the same folder) and renamed when the block ends without an error."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(path.name + ".part")
+        file = aside.open("w", encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_records(path: str | Path, records: Iterable[dict[str, Any]]) -> int:
+    """Write records (`.json`: an array, any other name: JSON lines); returns how many. Nothing is left half-written."""
+    array = Path(path).suffix == ".json"
+    count = 0
+    with replacing(path) as file:
+        file.write("[\n" if array else "")
+        for record in records:
+            file.write(",\n" if array and count else "")
+            file.write(json.dumps(record, ensure_ascii=False))
+            file.write("" if array else "\n")
+            count += 1
+        file.write("\n]\n" if array else "")
+    return count
+
+
+def _first_character(file: IO[bytes]) -> str:
+    """The first character that is not white space or a byte-order mark; "" for an empty file."""
+    file.seek(_bom(file))
+    while chunk := file.read(4096):
+        if text := chunk.decode("latin-1").lstrip(_SPACE):
+            return text[0]
+    return ""
+
+
+def _bom(file: IO[bytes]) -> int:
+    """Length of a UTF-8 byte-order mark at the start of the file: 3 or 0."""
+    file.seek(0)
+    return 3 if file.read(3) == b"\xef\xbb\xbf" else 0
+
+
+def _decode(path: Path, data: bytes, line: int) -> dict[str, Any]:
+    """The object in these bytes, which start on this line."""
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        at = line + data.count(b"\n", 0, error.start)
+        raise UserError(f"{path}:{at}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{line + error.lineno - 1}: broken JSON ({error.msg}); mend or remove the record"
+        ) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}:{line}: a {type(value).__name__} where an object {{...}} was expected")
+    return value
+
+
+def _read_lines(path: Path, file: IO[bytes]) -> Iterator[Record]:
+    start = _bom(file)
+    file.seek(start)
+    for line, data in enumerate(file, start=1):
+        end = start + len(data)
+        if data.strip():
+            yield Record(_decode(path, data, line), line, start, end)
+        start = end
+
+
+def _read_array(path: Path, file: IO[bytes]) -> Iterator[Record]:
+    """Objects of a JSON array, scanned chunk by chunk (see the module's text for why as latin-1)."""
+    window = _Window(path, file)
+    window.skip_spaces()
+    window.expect("[")
+    if window.skip_spaces() == "]":
+        return
+    while True:
+        yield window.record()
+        if window.skip_spaces() == "]":
+            break
+        window.expect(",")
+        window.skip_spaces()
+    window.expect("]")
+    if extra := window.skip_spaces():
+        raise UserError(f"{path}:{window.line}: {extra!r} after the end of the array; expected the end of the file")
+
+
+class _Window:
+    """The part of an array file that is in memory, and where in it the scan stands."""
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self.path, self.file = path, file
+        self.offset = _bom(file)  # of text[0] in the file, bytes
+        file.seek(self.offset)
+        self.text, self.at, self.line = "", 0, 1
+        self.decoder = json.JSONDecoder()
+
+    def more(self) -> bool:
+        """Drop what was scanned and read on; doubling what is held keeps a long record linear in its length."""
+        chunk = self.file.read(max(CHUNK, len(self.text) - self.at))
+        self.offset += self.at
+        self.text, self.at = self.text[self.at :] + chunk.decode("latin-1"), 0
+        return bool(chunk)
+
+    def skip_spaces(self) -> str:
+        """The next character that is not white space, not taken; "" at the end of the file."""
+        while True:
+            while self.at < len(self.text):
+                character = self.text[self.at]
+                if character not in _SPACE:
+                    return character
+                self.line += character == "\n"
+                self.at += 1
+            if not self.more():
+                return ""
+
+    def expect(self, character: str) -> None:
+        found = self.text[self.at : self.at + 1]
+        if found != character:
+            seen = repr(found) if found else "the end of the file"
+            raise UserError(
+                f"{self.path}:{self.line}: {seen} where {character!r} was expected; the array is broken or cut off"
+            )
+        self.at += 1
+
+    def record(self) -> Record:
+        """The object that starts here; reads on while the text ends inside it."""
+        if self.text[self.at : self.at + 1] != "{":
+            found = self.text[self.at : self.at + 1]
+            seen = f"an entry that starts with {found!r}" if found else "the end of the file"
+            raise UserError(f"{self.path}:{self.line}: {seen} where an object {{...}} was expected")
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.at)
+                break
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - _TAIL
+                if cut and len(self.text) - self.at <= LARGEST_RECORD and self.more():
+                    continue
+                at = self.line + self.text.count("\n", self.at, error.pos)
+                why = f"broken JSON ({error.msg}); mend or remove the record that starts on line {self.line}"
+                raise UserError(f"{self.path}:{at}: {why}") from None
+        text = self.text[self.at : end]
+        if not text.isascii():
+            value = _decode(self.path, text.encode("latin-1"), self.line)
+        record = Record(value, self.line, self.offset + self.at, self.offset + end)
+        self.line += text.count("\n")
+        self.at = end
+        return record
