@@ -2,7 +2,7 @@
 
 No test downloads a model: resources/qwen.tiktoken holds the 151,643 byte-level tokens in rank order. A rank says which
 pairs merge first, so the merges of a Hugging Face BPE follow from the ranks alone: the pair that makes a token is what
-is left of it when it is merged with only the tokens before it. The package is located, not imported (its import is slow).
+is left of it when it is merged with only the tokens before it. The package is located, not imported (that is slow).
 """
 
 import base64

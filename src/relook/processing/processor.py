@@ -27,7 +27,7 @@ from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from relook.errors import UserError
-from relook.looks import DEFAULT_SYSTEM, IM_END, IM_START, LOOKS, control_tokens
+from relook.looks import DEFAULT_SYSTEM, IM_END, IM_START, LOOKS, VISION_END, VISION_START, control_tokens
 from relook.processing.turns import (
     Message,
     check_counts,
@@ -159,6 +159,26 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         """Ids that are never a label: the `*_action` tokens, which the loop writes itself."""
         ids = (self._id(spec.action) for spec in LOOKS.values() if spec.action)
         return frozenset(i for i in ids if i is not None)
+
+    def config_token_ids(self) -> dict[str, int]:
+        """The token ids that the model's config needs, under the config's names (`clip_action_start_id`, ...)."""
+        names = {
+            "image_token_id": self.image_token,
+            "video_token_id": self.video_token,
+            "vision_start_token_id": VISION_START,
+            "vision_end_token_id": VISION_END,
+            "para_start_id": IM_START,
+            "para_end_id": IM_END,
+        }
+        for look, spec in LOOKS.items():
+            if look in self.looks and spec.action is not None:
+                names[f"{look}_image_token_id"] = spec.pad
+                names[f"{look}_action_start_id"] = spec.start
+                names[f"{look}_action_id"] = spec.action
+        ids = {name: self._id(token) for name, token in names.items()}
+        if missing := [names[name] for name, i in ids.items() if i is None]:
+            raise UserError(f"tokenizer lacks {', '.join(missing)}; call processor.add_look_tokens() first")
+        return {name: i for name, i in ids.items() if i is not None}
 
     def _id(self, token: str) -> int | None:
         i = self.tokenizer.convert_tokens_to_ids(token)  # an absent token is None, or the unknown token's id
