@@ -1,9 +1,9 @@
 """Make transformers' Auto classes know `qwen2_vl_vpt`, without importing transformers (or torch) to do so.
 
 transformers is itself lazy: tables of *names* say which class belongs to a model type, and the class is imported from
-`transformers.models.<model type>` when first asked for. `announce` adds our names to those tables as each table's module
-is imported, and answers for the one module `transformers.models.qwen2_vl_vpt` by forwarding to `relook.model`. Nothing of
-relook.model is imported before somebody asks for one of its classes; so no import order can produce a cycle.
+`transformers.models.<model type>` when first asked for. `announce` adds our names to those tables as each table's
+module is imported, and answers for the one module `transformers.models.qwen2_vl_vpt` by forwarding to `relook.model`.
+Nothing of relook.model is imported before somebody asks for one of its classes; so no import order makes a cycle.
 
 Where the tables were already read (transformers' Auto classes imported before relook), torch is loaded anyway, and the
 classes are registered in the ordinary, eager way.
@@ -49,7 +49,9 @@ class _Alias(Loader):
 class _Finder(MetaPathFinder):
     """Finds the alias module, and adds our row to each table right after its module has run."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname == _ALIAS:
             return ModuleSpec(fullname, _Alias())
         if fullname not in _TABLES:

@@ -1,0 +1,86 @@
+"""The commands put together, and the one place where an error becomes a line and an exit code."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from relook.cli import ask, data, models, work
+from relook.errors import RelookError
+
+
+class _Group(TyperGroup):
+    """The top group: runs a command and turns what it raises into one line on stderr and an exit code."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = "relook",
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        code = self._run(args, prog_name, complete_var, windows_expand_args, extra)
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+    def _run(self, args: Any, prog_name: Any, complete_var: Any, expand: bool, extra: dict[str, Any]) -> int:
+        try:
+            # An Exit comes back as its code (130 for Ctrl-C); a command's own return value is None.
+            return super().main(args, prog_name, complete_var, False, expand, **extra) or 0
+        except typer.Abort:
+            return _say("interrupted", 130)
+        except typer.TyperException as error:  # a usage error: unknown option, missing argument, ...
+            return _say(_usage_line(error), error.exit_code)
+        except RelookError as error:
+            return _say(str(error), error.exit_code)
+        except BrokenPipeError:  # `relook ... | head`: the reader has what it wanted
+            sys.stdout = None  # nothing left to flush at exit
+            return 0
+
+
+def _usage_line(error: typer.TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "relook"
+    return f"{error.format_message().rstrip('.')}; see '{command} --help'"
+
+
+def _say(message: str, code: int) -> int:
+    print("relook: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Let a vision-language model look again.",
+    rich_markup_mode=None,  # plain text: quick to print, and docs/cli.md holds the same
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    invoke_without_command=True,
+)
+app.command("ask")(ask.ask)
+app.add_typer(models.app, name="models")
+app.add_typer(data.app, name="data")
+app.command("train")(work.train)
+app.command("evaluate", cls=work.ListOptions)(work.evaluate)
+app.command("bench")(work.bench)
+
+
+@app.callback()
+def _top(context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+    if version:
+        from relook import __version__
+
+        print(__version__)
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main() -> None:
+    """The `relook` command."""
+    app()

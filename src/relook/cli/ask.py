@@ -1,0 +1,112 @@
+"""`relook ask`: one image, one question, the answer and every look on the way."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from relook.errors import UserError
+
+if TYPE_CHECKING:
+    from relook.trace import Answer, Look
+
+DEFAULT_MODEL = "receipts-tiny"
+
+
+def ask(
+    image: Annotated[str, Argument(metavar="IMAGE", help="An image file.")],
+    question: Annotated[str, Argument(metavar="QUESTION", help="What to ask about it.")],
+    model: Annotated[
+        str, Option("--model", "-m", metavar="NAME", help="A shipped model, a folder, or a hub id.")
+    ] = DEFAULT_MODEL,
+    look: Annotated[
+        str, Option(metavar="LOOK", help="auto (the model decides), none, region, clip, detection or seg.")
+    ] = "auto",
+    region: Annotated[
+        str | None, Option(metavar="X0,Y0,X1,Y1", help="Look at these grid cells (both ends in).")
+    ] = None,
+    max_looks: Annotated[int, Option(min=0, metavar="N", help="At most this many second looks.")] = 1,
+    max_new_tokens: Annotated[int, Option(min=1, metavar="N", help="At most this many tokens per turn.")] = 64,
+    device: Annotated[
+        str | None, Option(metavar="DEVICE", help="cpu, cuda, ...; the fastest at hand unless told.")
+    ] = None,
+    dtype: Annotated[str | None, Option(metavar="DTYPE", help="float32, bfloat16 or float16.")] = None,
+    save: Annotated[
+        Path | None, Option(metavar="PNG", help="Draw grid, box, crop, map and answer into this PNG.")
+    ] = None,
+    as_json: Annotated[bool, Option("--json", help="Print the whole trace as JSON.")] = False,
+) -> None:
+    """Ask a question about an image; print the answer and each look (cells and pixel box)."""
+    # Everything that can be wrong without a model is found before the model is loaded.
+    from relook.views import open_image
+
+    check_look(look)
+    cells = parse_cells(region) if region is not None else None
+    if not question.strip():
+        raise UserError("the question is empty; say what to find out about the image, in quotes")
+    if save is not None:
+        check_writable(save)
+    picture = open_image(image)
+
+    import relook
+
+    vlm = relook.load(model, **{k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None})
+    answer = vlm.ask(picture, question, look=look, region=cells, max_looks=max_looks, max_new_tokens=max_new_tokens)
+    if save is not None:
+        answer.save(save)
+    for warning in answer.warnings:
+        print(f"relook: {warning}", file=sys.stderr)
+    print(json.dumps(answer.to_dict(), ensure_ascii=False, indent=2) if as_json else describe(answer, save))
+
+
+def describe(answer: "Answer", save: Path | None = None) -> str:
+    """The answer on the first line, then a line per look and one for the picture."""
+    lines = [answer.text, *(f"look {i}: {describe_look(each)}" for i, each in enumerate(answer.looks, 1))]
+    if not answer.looks:
+        lines.append("no second look")
+    if save is not None:
+        lines.append(f"saved: {save}")
+    return "\n".join(lines)
+
+
+def describe_look(look: "Look") -> str:
+    """As `--region` takes it: 'region, cells 2,5,6,6, box 117,800,409,1120 (x1,y1,x2,y2 pixels)'."""
+    parts = [look.kind]
+    if look.cells is not None:
+        parts.append("cells " + ",".join(map(str, look.cells)))
+    if look.box is not None:
+        parts.append("box " + ",".join(map(str, look.box)) + " (x1,y1,x2,y2 pixels)")
+    if look.problem:
+        parts.append(f"not taken: {look.problem}")
+    return ", ".join(parts)
+
+
+def check_look(look: str) -> None:
+    from relook.looks import LOOKS
+
+    known = ["auto", "none", *LOOKS]
+    if look not in known:
+        raise UserError(f"there is no look called {look!r}; --look is one of {', '.join(known)}")
+
+
+def parse_cells(text: str) -> tuple[int, int, int, int]:
+    """'2,5,6,6' -> (2, 5, 6, 6): x0,y0,x1,y1, both ends inclusive. `VLM.ask` knows the grid and its bounds."""
+    try:
+        x0, y0, x1, y1 = (int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--region is {text!r}; expected four cells x0,y0,x1,y1 such as 2,5,6,6") from None
+    return x0, y0, x1, y1
+
+
+def check_writable(path: Path) -> None:
+    """Try the place now: after a minute of work is the wrong time to find that it cannot be written."""
+    existed = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--save: cannot write {path} ({error.strerror}); choose another place") from None

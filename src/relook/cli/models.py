@@ -1,0 +1,84 @@
+"""`relook models`: what ships, what a checkpoint holds, and conversion between the published layout and ours."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from relook.errors import UserError
+
+app = typer.Typer(help="Models: what ships, what is inside, conversion.")
+
+
+@app.command("list")
+def list_models(as_json: Annotated[bool, Option("--json", help="Print as JSON.")] = False) -> None:
+    """List the models that ship with relook."""
+    from relook.model.checkpoints import inspect
+    from relook.model.loading import shipped_models
+
+    found = [inspect(name) for name in shipped_models()]
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for each in found:
+        million = sum(each["parameters"].values()) / 1e6
+        print(f"{each['model']:16} {million:6.2f} M parameters   looks: {', '.join(each['looks'])}")
+    if not found:
+        print("no model ships with this installation; give --model a folder or a hub id")
+
+
+@app.command("inspect")
+def inspect_model(
+    model: Annotated[str, Argument(metavar="MODEL", help="A shipped model, a folder, or a hub id.")],
+    as_json: Annotated[bool, Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Show a model's parts, parameters, dtype, looks and token ids, without loading its weights."""
+    from relook.model.checkpoints import inspect
+
+    found = inspect(model)
+    print(json.dumps(found, indent=2) if as_json else describe(found))
+
+
+@app.command("convert")
+def convert_model(
+    source: Annotated[str, Argument(metavar="SOURCE", help="A folder or hub id, in either layout.")],
+    target: Annotated[Path, Argument(metavar="TARGET", help="A new or empty folder.")],
+    to: Annotated[str, Option(metavar="LAYOUT", help="relook or published.")] = "relook",
+    encoder_config: Annotated[
+        Path | None, Option(metavar="JSON", help="Encoder configs of a published folder with encoders of its own.")
+    ] = None,
+) -> None:
+    """Write a checkpoint in the other layout: relook's own (safetensors, complete) or the published one."""
+    from relook.model.checkpoints import convert
+
+    encoders = read_json(encoder_config) if encoder_config is not None else None
+    print(f"written: {convert(source, target, to=to, encoder_config=encoders)}")
+
+
+def describe(found: dict[str, Any]) -> str:
+    """A table of a checkpoint's parts and parameters, then its other facts, one a line."""
+    parameters = found["parameters"]
+    rows = [*parameters.items(), ("all", sum(parameters.values()))]
+    width = max(len(part) for part, _ in rows)
+    lines = [f"{part:{width}}  {count:>15,}" for part, count in rows]
+    for look, ids in found["token_ids"].items():
+        lines.append(f"{look} tokens: " + ", ".join(f"{name} {number}" for name, number in ids.items()))
+    for key, value in found.items():
+        if key not in ("parameters", "token_ids") and value is not None:
+            lines.append(f"{key.replace('_', ' ')}: {_plain(value)}")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {each}" for key, each in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error})") from None
