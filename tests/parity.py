@@ -1,7 +1,7 @@
 """The published implementation's recorded outputs, and how to feed them to our model. Used by several test files.
 
-`tests/fixtures/parity` holds `clip` whole and part of `dino` (12 MB is the limit for a clone); where `../shared/parity` is
-at hand all four models are covered.
+`tests/fixtures/parity` holds `clip` whole and part of `dino` (12 MB is the limit for a clone); where `../shared/parity`
+is at hand all four models are covered.
 """
 
 from __future__ import annotations
