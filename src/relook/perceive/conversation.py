@@ -1,0 +1,153 @@
+"""One conversation as the language model knows it: its tokens, their keys and values, its images, its turns.
+
+A `Conversation` only grows. It is what a follow-up question continues; a question under way works on a copy (which
+costs nothing), so that an answer that is abandoned leaves no half turn behind.
+A `Block` is the stretch of tokens that comes next: already part of the text, not yet pushed through the language model.
+This module refuses to know who decides what is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from relook.trace import Look, Turn
+
+from .cache import KVRows
+from .sights import Sight, Sights
+
+
+@dataclass(eq=False)
+class Shown:
+    """One image in a user turn: what was seen, as which kind of encoding, and the look that asked for it (if one did).
+
+    `condition` (d,) is the hidden state of the control token, for re-encoding looks.
+    """
+
+    kind: str
+    sight: Sight
+    look: Look | None = None
+    condition: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Block:
+    """Tokens that wait to be pushed.
+
+    Attributes:
+        ids: token ids, in order.
+        shown: (offset of the first pad in `ids`, image) of every image among them.
+        states: (offset, (d,)) input embeddings that are not the token's own: the control token's hidden state.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    shown: list[tuple[int, Shown]] = field(default_factory=list)
+    states: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def grids(self) -> list[tuple[int, int, int]]:
+        """Patch grids of the images that have two-dimensional positions: first looks and crops, in order."""
+        return [s.sight.grid for _, s in self.shown if s.kind == "image" and s.sight.grid is not None]
+
+
+@dataclass(eq=False)
+class Conversation:
+    """Everything that a follow-up needs.
+
+    Attributes:
+        ids, sampled: every token pushed or waiting, and whether the model chose it.
+        block: the tokens at the end of `ids` that are not pushed yet.
+        kv: keys and values of the pushed tokens, one row.
+        position: the next token's position (M-RoPE: larger than the largest so far).
+        images: the user's images, upright, original pixels.
+        turns: the transcript.
+        target: number of the image that looks go to.
+    """
+
+    sights: Sights
+    kv: KVRows
+    ids: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    block: Block = field(default_factory=Block)
+    position: int = 0
+    images: list[Image.Image] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    target: int = 0
+
+    @classmethod
+    def begin(cls, processor: Any, device: torch.device | str) -> Conversation:
+        """A conversation in which nothing has been said."""
+        return cls(Sights(processor), KVRows.empty(device=device))
+
+    def copy(self) -> Conversation:
+        """The same conversation, to continue apart from this one."""
+        return Conversation(
+            self.sights.copy(),
+            self.kv.copy(),
+            list(self.ids),
+            list(self.sampled),
+            Block(list(self.block.ids), list(self.block.shown), list(self.block.states)),
+            self.position,
+            list(self.images),
+            list(self.turns),
+            self.target,
+        )
+
+    def add(self, ids: Sequence[int], sampled: bool = False) -> None:
+        """Tokens at the end."""
+        self.ids += ids
+        self.sampled += [sampled] * len(ids)
+        self.block.ids += ids
+
+    def take_block(self, model: Any) -> tuple[Block, Tensor]:
+        """The waiting tokens, from now on the caller's to push, and their positions (3, L)."""
+        block, self.block = self.block, Block()
+        device = model.device
+        if len(block) == 1 and not block.shown:
+            positions = torch.full((3, 1), self.position, device=device)
+            self.position += 1
+        else:
+            grids = block.grids()
+            positions, self.position = model.rope_positions(
+                torch.tensor(block.ids, device=device),
+                torch.tensor(grids, device=device) if grids else None,
+                start=self.position,
+            )
+        return block, positions
+
+
+def push(model: Any, kv: KVRows, conversations: Sequence[Conversation]) -> Tensor:
+    """One forward over the waiting blocks of several conversations, whose caches are the rows of `kv`.
+
+    Image features must have been encoded. Attention maps are written to the looks that asked for the images.
+
+    Returns:
+        (B, d): the final hidden state of each conversation's last token.
+    """
+    taken = [conversation.take_block(model) for conversation in conversations]
+    width = max(len(block) for block, _ in taken)
+    ids = torch.tensor([block.ids + [0] * (width - len(block)) for block, _ in taken], device=model.device)
+    lengths = torch.tensor([len(block) for block, _ in taken], device=model.device)
+    embeds = model.get_input_embeddings()(ids)  # (B, L, d), a fresh tensor
+    positions = embeds.new_zeros(3, *ids.shape, dtype=torch.long)
+    for row, (block, places) in enumerate(taken):
+        positions[:, row, : len(block)] = places
+        for offset, state in block.states:
+            embeds[row, offset] = state.to(embeds.dtype)
+        for offset, shown in block.shown:
+            tokens, attention = model.project(shown.kind, shown.sight.features, shown.condition)
+            embeds[row, offset : offset + len(tokens)] = tokens.to(embeds.dtype)
+            if shown.look is not None and attention is not None:
+                merge = conversations[row].sights.processor.image_processor.merge_size
+                grid = shown.sight.token_grid(len(attention), merge)
+                shown.look.attention = attention.float().reshape(grid).cpu().numpy()
+    real = torch.arange(width, device=model.device) < lengths[:, None]
+    hidden = kv.push(model, embeds, positions, real)
+    return hidden[torch.arange(len(taken), device=model.device), lengths - 1]

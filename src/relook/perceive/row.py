@@ -1,0 +1,328 @@
+"""One question under way: what is written next, by whom, and what it leads to.
+
+A `Row` is a state machine; the loop that moves a group of rows is `session.py`. It is always in one of four states:
+
+    wants a token     everything written so far is pushed; its logits decide the next token
+    has one token     written, sampled or forced: pushed together with the other rows' tokens in the next step
+    waits             has more than one token to push (an opening, an injected turn): steps aside until no row of the
+                      group is decoding, then joins the others in one forward
+    finished          its closing token is pushed
+
+Forced tokens are not decoded one by one: they are simply written, so a call whose tokens are all known costs no step.
+This module refuses to know caches, devices and how users spell their wishes (`vlm.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from relook.looks import IM_END, LOOKS, VISION_START, Call, look_turn, parse_tokens, write_call
+from relook.regions import Cells, cells_to_box, widen
+from relook.trace import Answer, Finished, Look, LookTaken, TextDelta, Turn, Usage
+
+from .conversation import Conversation, Shown
+from .prose import Prose
+from .sampling import Sampling, Vocabulary
+
+Event = TextDelta | LookTaken | Finished
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One question, checked (`vlm.py` checks). See `VLM.ask` for the meaning of the fields.
+
+    `look`: "auto", "none" or a look the model has. `target`: number of the image that looks go to.
+    """
+
+    question: str
+    images: Sequence[Image.Image] = ()
+    look: str = "auto"
+    region: Cells | None = None
+    max_looks: int = 1
+    max_new_tokens: int = 64
+    target: int = 0
+    constrain: bool = True
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True, eq=False)
+class Machine:
+    """What all rows share, and none changes."""
+
+    model: Any
+    processor: Any
+    vocabulary: Vocabulary
+    name: str = ""
+
+    @property
+    def looks(self) -> list[str]:
+        return list(self.model.config.looks)
+
+
+class Row:
+    """One question under way."""
+
+    def __init__(self, machine: Machine, conversation: Conversation, request: Request):
+        self.machine, self.request = machine, request
+        self.conversation = conversation.copy()
+        self.generator = request.sampling.generator()
+        self.looks: list[Look] = []
+        self.news: deque[Event] = deque()  # events not yet given out
+        self.finished = False
+        self.started = False
+        self.seconds = dict.fromkeys(("vision", "prefill", "decode", "look"), 0.0)
+        self._pushed_before = len(conversation.ids)
+        self._patches_before = sum(s.patches for s in conversation.sights.seen.values())
+        self._looks_left = 0 if request.look == "none" else request.max_looks
+        self._forced: deque[int] = deque()
+        self._open: str | None = None  # re-encoding look whose start was written and whose condition is awaited
+        self._written = 0
+        self._begin_turn()
+        self._ask()
+
+    # -- what the loop sees ------------------------------------------------------------------------------------------
+
+    @property
+    def wants_token(self) -> bool:
+        return not self.finished and not self.conversation.block.ids
+
+    @property
+    def waits(self) -> bool:
+        return len(self.conversation.block) > 1 or bool(self.conversation.block.shown)
+
+    @property
+    def stage(self) -> str:
+        """Which of `seconds` the next push belongs to."""
+        if not self.started:
+            return "prefill"
+        return "look" if self.waits and not self._closing else "decode"
+
+    def banned(self) -> Tensor:
+        """(V,) bool: what may not be chosen now."""
+        may_look = self._looks_left > 0
+        return self.machine.vocabulary.banned(self._turn, may_look, self.request.constrain)
+
+    def pushed(self, state: Tensor) -> None:
+        """The block went through the language model; `state` (d,) is the hidden state of its last token."""
+        self.started = True
+        if self._closing:
+            self.finished = True
+            self.news.append(Finished(self._answer()))
+            return
+        if self._open is not None:
+            self._spend(state)
+        self._write_forced()
+
+    def choose(self, token: int) -> None:
+        """Take the token that was drawn for this row."""
+        vocabulary = self.machine.vocabulary
+        self._write(vocabulary.im_end if token in vocabulary.ends else token, sampled=True)
+        self._write_forced()
+
+    # -- writing assistant turns -------------------------------------------------------------------------------------
+
+    def _begin_turn(self) -> None:
+        self._turn: list[str] = []
+        self._turn_ids: list[int] = []
+        self._turn_sampled = False
+        self._chosen = 0
+        self._closing = False
+        self._conditions: dict[str, Tensor | None] = {}
+        self._prose = Prose(self.machine.processor.tokenizer, self.machine.vocabulary.unspoken)
+
+    def _write_forced(self) -> None:
+        while self._forced and self._open is None and not self._closing:
+            self._write(self._forced.popleft(), sampled=False)
+
+    def _write(self, token: int, sampled: bool, state: Tensor | None = None) -> None:
+        """One more token of the assistant's turn; `state` (d,) takes the place of its input embedding."""
+        conversation, text = self.conversation, self.machine.vocabulary.text_of(token)
+        if state is not None:
+            conversation.block.states.append((len(conversation.block), state))
+        conversation.add([token], sampled)
+        self._turn.append(text)
+        self._turn_ids.append(token)
+        self._turn_sampled |= sampled
+        self._chosen += sampled
+        self._written += 1
+        if text == IM_END:
+            self._end_turn()
+            return
+        if piece := self._prose.add(token):
+            self.news.append(TextDelta(piece))
+        starts = [n for n in self.machine.model.config.reencodings if LOOKS[n].start == text]
+        if starts and self._looks_left > 0:
+            self._open = starts[0]
+        elif self._chosen >= self.request.max_new_tokens and not self._forced and self._may_end():
+            self._forced.append(self.machine.vocabulary.im_end)
+
+    def _may_end(self) -> bool:
+        """Whether the turn can be cut here: not in the middle of a call, unless calls may be malformed."""
+        if not self.request.constrain or self._looks_left <= 0:
+            return True
+        allowed = self.machine.vocabulary.allowed(self._turn)
+        return allowed is None or IM_END in allowed
+
+    def _spend(self, state: Tensor) -> None:
+        """The state at `*_action_start`: it conditions the look and is the input of the `*_action` that must follow."""
+        spec, vocabulary = LOOKS[self._open or ""], self.machine.vocabulary
+        conditioned = self.machine.model.config.num_inner_forward_run == 2  # 1: alignment stage, no condition
+        self._open = None
+        self._conditions[spec.name] = state if conditioned else None
+        self._write(vocabulary[spec.action or ""], sampled=False, state=state if conditioned else None)
+        if self.request.constrain:  # nothing else can follow; written here, the rest of the call costs no step
+            self._forced.extend([vocabulary[spec.end], vocabulary.im_end])
+
+    # -- turns -------------------------------------------------------------------------------------------------------
+
+    def _ask(self) -> None:
+        """The user's turn with the question, and the tokens of a look that is asked for."""
+        request, conversation = self.request, self.conversation
+        first = len(conversation.images)
+        conversation.images += request.images
+        with self._timed("vision"):
+            sights = [
+                conversation.sights.sight("image", first + i, image, "first")[0]
+                for i, image in enumerate(request.images)
+            ]
+        content = self.machine.processor.first_turn(self._sentence(), len(sights))
+        self._user_turn(content, [Shown("image", sight) for sight in sights])
+        if request.region is not None:
+            self._force_text(write_call("region", request.region, self.machine.vocabulary.grid) + IM_END)
+        elif request.look in LOOKS:
+            self._force_text(LOOKS[request.look].start)
+        self._write_forced()
+
+    def _sentence(self) -> str:
+        """The question, with the published sentence that asks for a look where the model was trained to be asked.
+
+        look="auto": prompted models were trained with the sentence of the look to take, so the region's is given to a
+        model that has regions, else the re-encoding one; free-choice models decide without.
+        """
+        request = self.request
+        if self.machine.processor.free_choice or self._looks_left <= 0:
+            return request.question
+        look = request.look
+        if look == "auto":
+            look = next(iter(self.machine.looks), "none")
+        return f"{request.question} {LOOKS[look].trigger}" if look in LOOKS else request.question
+
+    def _force_text(self, text: str) -> None:
+        self._forced.extend(self.machine.processor.tokenizer.encode(text, add_special_tokens=False))
+
+    def _user_turn(self, content: str, images: Sequence[Shown]) -> None:
+        """A user turn with its images in the order of its placeholders, and the header of the answer to it."""
+        conversation, processor = self.conversation, self.machine.processor
+        counts: dict[str, list[int]] = {}
+        for shown in images:
+            counts.setdefault(shown.kind, []).append(processor.pad_count(shown.kind, shown.sight.grid))
+        expanded = processor.expand(content, counts)
+        if not conversation.turns and processor.system:
+            conversation.turns.append(Turn("system", processor.system))
+        opening = not conversation.ids
+        ids = processor.opening_ids(expanded) if opening else processor.next_turn_ids(expanded, closed=True)
+        base, start = len(conversation.block), self.machine.vocabulary[VISION_START]
+        places = [base + i + 1 for i, token in enumerate(ids) if token == start]
+        conversation.block.shown += zip(places, images, strict=True)
+        conversation.add(ids)
+        conversation.turns.append(Turn("user", content))
+
+    def _end_turn(self) -> None:
+        """The assistant's turn is over: look, ask again, or be done."""
+        if piece := self._prose.finish():
+            self.news.append(TextDelta(piece))
+        written = self.machine.processor.tokenizer.decode(
+            self._turn_ids[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        self.conversation.turns.append(Turn("assistant", written, sampled=self._turn_sampled))
+        calls = parse_tokens(self._turn[:-1], self.machine.vocabulary.grid) if self._looks_left > 0 else []
+        calls = [self._judge(call) for call in calls]
+        if not calls:
+            self._closing = True
+            return
+        for call in calls:
+            if call.problem:
+                self._note(Look(call.look, cells=call.cells, problem=call.problem))
+        good = [call for call in calls if call.problem is None]
+        if good:
+            self._looks_left -= 1
+            with self._timed("look"):
+                images = self._look(good)
+            self._user_turn(look_turn(good), images)
+        else:  # nothing to show: the question again, to be answered without a look
+            self._looks_left = 0
+            self._user_turn(self.request.question, [])
+        self._begin_turn()
+
+    def _judge(self, call: Call) -> Call:
+        """A well-formed call that still cannot be followed gets its problem here."""
+        if call.problem is None and call.look not in self.machine.looks:
+            has = ", ".join(self.machine.looks) or "none"
+            return Call(call.look, call.cells, f"the model has no {call.look} look (it has: {has})", call.span)
+        return call
+
+    def _look(self, calls: Sequence[Call]) -> list[Shown]:
+        """What the calls show, in the order in which `look_turn` places it: looks grouped, by their first call."""
+        kinds = list(dict.fromkeys(call.look for call in calls))
+        ordered = sorted(calls, key=lambda call: kinds.index(call.look))
+        return [self._reencode(call) if LOOKS[call.look].reencodes else self._crop(call) for call in ordered]
+
+    def _crop(self, call: Call) -> Shown:
+        """A region, widened by the processor's margin, from the original pixels."""
+        processor, number = self.machine.processor, self.request.target
+        grid, whole = self.machine.vocabulary.grid, self.conversation.images[number]
+        cells = widen(call.cells or (0, 0, grid - 1, grid - 1), processor.region_margin, grid)
+        box = cells_to_box(cells, whole.size, grid)
+        sight, seen = self.conversation.sights.sight("region", number, whole, "crop", box)
+        return Shown("image", sight, self._note(Look("region", cells=call.cells, box=box, image=seen)))
+
+    def _reencode(self, call: Call) -> Shown:
+        """The whole image again, through the look's own tower."""
+        number = self.request.target
+        whole = self.conversation.images[number]
+        sight, seen = self.conversation.sights.sight(call.look, number, whole, "reencode")
+        look = self._note(Look(call.look, box=(0, 0, *whole.size), image=seen))
+        return Shown(call.look, sight, look, self._conditions.get(call.look))
+
+    def _note(self, look: Look) -> Look:
+        """Record a look. One that will be shown is announced when it has been (its attention map is part of it)."""
+        self.looks.append(look)
+        if look.problem:
+            self.news.append(LookTaken(look))
+        return look
+
+    # -- the record --------------------------------------------------------------------------------------------------
+
+    def _answer(self) -> Answer:
+        conversation, request = self.conversation, self.request
+        patches = sum(s.patches for s in conversation.sights.seen.values())
+        return Answer(
+            text=self._prose.text,
+            looks=self.looks,
+            usage=Usage(
+                lm_positions=len(conversation.ids) - self._pushed_before,
+                sequence_length=len(conversation.ids),
+                vision_patches=patches - self._patches_before,
+                generated_tokens=self._written,
+                seconds=dict(self.seconds),
+            ),
+            transcript=list(conversation.turns),
+            question=request.question,
+            image=conversation.images[request.target] if conversation.images else None,
+            model=self.machine.name,
+            grid=self.machine.vocabulary.grid,
+        )
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - begin

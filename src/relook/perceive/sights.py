@@ -1,0 +1,122 @@
+"""What a conversation has seen: each distinct view goes through its vision tower once.
+
+A `Sight` is one view (an image, a box of it, a size) as one tower perceives it. The table of towers says which looks
+share one: the first look, region crops and `clip` looks all use the model's own ViT, so a `clip` look at the view of
+the first look costs no vision at all. Encoding is put off until the loop has collected what all its rows want to see,
+so that one call serves them.
+It refuses to know tokens, turns and caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from relook.regions import Box
+
+# look -> the tower that perceives it (and the look name under which the processor and the model encode for that tower)
+TOWERS = {"image": "image", "region": "image", "clip": "image", "detection": "detection", "seg": "seg"}
+ENCODE_AT_ONCE = 16  # images per call of a tower: bounds memory (a SAM image is 1024 x 1024)
+
+
+@dataclass(eq=False)
+class Sight:
+    """One view through one tower.
+
+    Attributes:
+        tower: "image" (the model's own ViT), "detection" or "seg".
+        tensors: what `model.encode` takes, for this one image.
+        grid: (t, h, w) patches of the ViT, None for the other towers.
+        features: raw features, None until encoded: (n, d) merged tokens of the ViT, (256, c) DINOv2, (c, 64, 64) SAM.
+    """
+
+    tower: str
+    tensors: dict[str, Tensor]
+    grid: tuple[int, int, int] | None
+    features: Tensor | None = None
+
+    @property
+    def patches(self) -> int:
+        """Patches that went through the tower: t*h*w of the ViT, 256 of DINOv2 (16 x 16), 4096 of SAM (64 x 64)."""
+        if self.grid is not None:
+            return self.grid[0] * self.grid[1] * self.grid[2]
+        if self.features is None:
+            return 0
+        return self.features.shape[0] if self.features.ndim == 2 else self.features.shape[-2] * self.features.shape[-1]
+
+    def token_grid(self, tokens: int, merge: int) -> tuple[int, int]:
+        """(height, width) in which `tokens` image tokens of this sight lie: the ViT's merged grid, else a square.
+
+        Example: a ViT grid of (1, 22, 36) merged 2 x 2 lies in (11, 18); 256 tokens of DINOv2 in (16, 16).
+        """
+        if self.grid is not None:
+            t, h, w = self.grid
+            return t * h // merge, w // merge
+        side = round(tokens**0.5)
+        return (side, side) if side * side == tokens else (1, tokens)
+
+
+@dataclass
+class Sights:
+    """The sights of one conversation, by view."""
+
+    processor: Any
+    seen: dict[Hashable, Sight] = field(default_factory=dict)
+
+    def copy(self) -> Sights:
+        """The same sights, to grow apart from these."""
+        return Sights(self.processor, dict(self.seen))
+
+    def sight(
+        self, look: str, number: int, whole: Image.Image, stage: str, box: Box | None = None
+    ) -> tuple[Sight, Image.Image]:
+        """The sight of a view, new or seen before, and the view itself as an image.
+
+        Args:
+            look: "image" for a first look or a look of the table.
+            number: which image of the conversation `whole` is.
+            whole: the image, upright, original pixels.
+            stage: "first", "crop" or "reencode": which of the processor's views to use.
+            box: (x1, y1, x2, y2) pixels of `whole`, exclusive; None, or a box of all of it: the whole image.
+        """
+        if box == (0, 0, *whole.size):
+            box = None
+        part = whole if box is None else whole.crop(box)
+        tower = TOWERS[look]
+        seen_as = self.processor.view(part, stage, tower)
+        key = (tower, number, box, self._view(stage))
+        if key not in self.seen:
+            tensors = self.processor.encode_images([seen_as], tower)
+            grids = tensors.get("image_grid_thw")
+            self.seen[key] = Sight(tower, tensors, None if grids is None else tuple(grids[0].tolist()))
+        return self.seen[key], seen_as
+
+    def _view(self, stage: str) -> Hashable:
+        """The settings of a stage; two stages with equal settings see the same. Re-encoding's default: the first's."""
+        views = {"first": self.processor.first_look, "crop": self.processor.second_look}
+        return views.get(stage) or self.processor.reencode_look or self.processor.first_look
+
+
+def encode(model: Any, sights: Sequence[Sight]) -> None:
+    """Fill in the features of the sights that have none yet, one call per tower and at most ENCODE_AT_ONCE images."""
+    wanted: dict[str, dict[int, Sight]] = {}
+    for sight in sights:
+        if sight.features is None:
+            wanted.setdefault(sight.tower, {})[id(sight)] = sight
+    for tower, by_id in wanted.items():
+        todo = list(by_id.values())
+        for begin in range(0, len(todo), ENCODE_AT_ONCE):
+            batch = todo[begin : begin + ENCODE_AT_ONCE]
+            tensors = {name: _to(torch.cat([s.tensors[name] for s in batch]), model) for name in batch[0].tensors}
+            for sight, features in zip(batch, model.encode(tower, **tensors), strict=True):
+                sight.features = features
+
+
+def _to(x: Tensor, model: Any) -> Tensor:
+    """Onto the model's device, floats in its dtype."""
+    return x.to(model.device, model.dtype if x.is_floating_point() else x.dtype)

@@ -1,0 +1,298 @@
+"""The front door: load a model, ask it about images, get a typed record back.
+
+Everything a user can get wrong is found here, before any model runs; behind this module requests are known to be sound.
+It refuses to know tokens and tensors: those are `session.py`'s and below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from relook.errors import UserError
+from relook.looks import LOOKS, VISION_END, VISION_START, control_tokens
+from relook.regions import check_cells
+from relook.trace import Answer, Finished
+from relook.views import open_image
+
+from .conversation import Conversation
+from .row import Event, Machine, Request, Row
+from .sampling import Sampling, Vocabulary
+from .session import Recorder, run
+
+AUTO, NONE = "auto", "none"
+ROWS_AT_ONCE = 8  # how many questions `ask_many` works on side by side
+
+
+def load(name: str | Path, *, dtype: Any = None, device: Any = None, attn_implementation: str | None = None) -> VLM:
+    """Load a model with its processor.
+
+    Args:
+        name: a model that ships ("cards-tiny", "receipts-tiny"), a local folder, or a hub id.
+        dtype, device, attn_implementation: as `relook.model.loading.load_model` takes them.
+
+    Raises:
+        UserError: no such model, or a folder that is not one. CheckpointError: weights that do not fit.
+    """
+    from relook.model.loading import load_model, load_processor
+
+    model = load_model(name, dtype=dtype, device=device, attn_implementation=attn_implementation)
+    return VLM(model, load_processor(name), str(name))
+
+
+class VLM:
+    """A vision-language model that may look again.
+
+    Holds nothing that a question changes: several conversations, also from several threads, do not disturb each other.
+
+    Args:
+        model: a `VPTQwen2VLForConditionalGeneration`, in eval mode.
+        processor: its `VPTQwen2VLProcessor`.
+        name: what answers call it.
+    """
+
+    def __init__(self, model: Any, processor: Any, name: str = ""):
+        self.model, self.processor, self.name = model.eval(), processor, name
+        vocabulary = Vocabulary(
+            processor.tokenizer, model.lm_head.weight.shape[0], model.config.looks, processor.grid_size, model.device
+        )
+        self._machine = Machine(model, processor, vocabulary, name)
+
+    @property
+    def looks(self) -> list[str]:
+        """Names of the looks this model can take."""
+        return self._machine.looks
+
+    @property
+    def domain(self) -> str | None:
+        """What a small model was trained on ("receipts", "cards"); None for a general one."""
+        return getattr(self.model.config, "domain", None)
+
+    # -- asking ------------------------------------------------------------------------------------------------------
+
+    def ask(self, image: Any, question: str, **options: Any) -> Answer:
+        """Answer one question about one image, or about several (a list).
+
+        Args:
+            image: a path, a PIL image, a numpy array, the bytes of an image file, or a list of these.
+            question: in words; asked as it is.
+            look: "auto": the model decides. A model that was trained to be asked for a look (a prompted one) is given
+                the published sentence that asks for a region (for a re-encoding, where it has no regions); a
+                free-choice model gets the question alone. "none": no sentence, and no look. A look's name ("region",
+                "clip", "detection", "seg"): its sentence, and the call's first token is written for the model.
+            region: (x0, y0, x1, y1) grid cells, both ends inclusive: the model is made to look there.
+            max_looks: how many times the model may look again (one turn may ask for several regions). 0 is "none".
+            max_new_tokens: limit on the tokens the model chooses in one turn; a call that was begun is completed.
+            do_sample, temperature, top_p, top_k, seed: sampling; greedy without `do_sample`.
+            constrain: while a call is being written, only tokens that keep it well formed can be chosen. Without it, a
+                malformed call is recorded in `answer.looks` with its problem, and the question is asked again with no
+                look allowed.
+            look_at: which image looks go to, counted from 0 over the conversation (negative: from its end). Default:
+                the first image that came with the latest question that had one.
+
+        Raises:
+            UserError: an image that cannot be read, an empty question, a look the model lacks, a region off the grid.
+        """
+        return _last(self.stream(image, question, **options))
+
+    def stream(self, image: Any, question: str, **options: Any) -> Iterator[Event]:
+        """As `ask`, event by event: TextDelta, LookTaken, and at the end Finished with the answer.
+
+        The text pieces of the last turn add up to `answer.text`. (What a model writes before a call in the same turn is
+        given out too; it is in the transcript, not in the answer.)
+        """
+        return self.chat(image).stream(question, **options)
+
+    def ask_many(self, pairs: Iterable[Sequence[Any] | Mapping[str, Any]], **options: Any) -> list[Answer]:
+        """Answer several questions side by side, in order. Each answer is the one `ask` gives.
+
+        Args:
+            pairs: (image, question), or (image, question, options), or dicts {"image": .., "question": .., options..}.
+            options: for all of them, as in `ask`; a pair's own options win. `batch_size`: how many at once (8).
+        """
+        size = options.pop("batch_size", ROWS_AT_ONCE)
+        if not isinstance(size, int) or size < 1:
+            raise UserError(f"batch_size={size!r} is not a number of questions; expected 1 or more")
+        rows = []
+        for number, pair in enumerate(pairs):
+            try:
+                image, question, own = _unpack(pair)
+                rows.append(self._row(self._begin(), image, question, {**options, **own}))
+            except UserError as error:
+                raise UserError(f"question {number}: {error}") from error
+        answers: list[Answer] = []
+        while rows:
+            batch, rows = rows[:size], rows[size:]
+            done = {i: e.answer for i, e in run(self._machine, batch) if isinstance(e, Finished)}
+            answers += [done[i] for i in range(len(batch))]
+        return answers
+
+    def chat(self, image: Any = None) -> Chat:
+        """A conversation about an image (or a list of images), for questions that build on each other."""
+        return Chat(self, _images(image))
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> Conversation:
+        return Conversation.begin(self.processor, self.model.device)
+
+    def _row(self, conversation: Conversation, image: Any, question: str, options: Mapping[str, Any]) -> Row:
+        images = _images(image)
+        if not images and not conversation.images:
+            raise UserError("no image was given; give a path, a PIL image, an array, bytes, or a list of these")
+        return Row(self._machine, conversation, self._request(conversation, images, question, **options))
+
+    def _request(
+        self,
+        conversation: Conversation,
+        images: list[Image.Image],
+        question: str,
+        *,
+        look: str = AUTO,
+        region: Sequence[int] | None = None,
+        max_looks: int = 1,
+        max_new_tokens: int = 64,
+        do_sample: bool = False,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        constrain: bool = True,
+        look_at: int | None = None,
+    ) -> Request:
+        """The checked request; every wish of the user that cannot be met is refused here."""
+        _whole("max_looks", max_looks, 0)
+        _whole("max_new_tokens", max_new_tokens, 1)
+        self._check_look(look)
+        cells = None
+        if region is not None:
+            self._check_look("region")
+            if look not in (AUTO, "region"):
+                raise UserError(
+                    f"region={tuple(region)} was given with look={look!r}; leave look out, or make it 'region'"
+                )
+            cells = check_cells(_four(region), self.processor.grid_size)
+        if max_looks == 0 and (cells is not None or look in LOOKS):
+            raise UserError(f"look={'region' if cells else look!r} was asked for with max_looks=0; allow at least 1")
+        total = len(conversation.images) + len(images)
+        target = look_at
+        if target is None:
+            target = len(conversation.images) if images else conversation.target
+        if not -total <= target < total:
+            raise UserError(f"look_at={target} names no image; the conversation has {total}, counted from 0")
+        return Request(
+            question=self._check_question(question),
+            images=images,
+            look=look,
+            region=cells,
+            max_looks=max_looks,
+            max_new_tokens=max_new_tokens,
+            target=target % total,
+            constrain=constrain,
+            sampling=Sampling(do_sample, temperature, top_p, top_k, seed),
+        )
+
+    def _check_look(self, look: str) -> None:
+        offered = [AUTO, NONE, *self.looks]
+        if look in offered:
+            return
+        if look in LOOKS:
+            raise UserError(f"this model has no {look!r} look; expected one of {', '.join(offered)}")
+        raise UserError(f"look {look!r} is unknown; expected one of {', '.join(offered)}")
+
+    def _check_question(self, question: str) -> str:
+        if not isinstance(question, str):
+            raise UserError(f"the question is a {type(question).__name__}; expected text")
+        if not question.strip():
+            raise UserError("the question is empty; ask something about the image")
+        for text in self._reserved():
+            if text in question:
+                raise UserError(f"the question holds {text!r}, which is no text to this model; leave it out")
+        return question.strip()
+
+    def _reserved(self) -> Collection[str]:
+        """What would be read as structure: special tokens, the control tokens of looks, placeholders of images."""
+        pads, ordinary = control_tokens(list(LOOKS), self.processor.grid_size)
+        special = self.processor.tokenizer.all_special_tokens
+        placeholders = [spec.placeholder for spec in LOOKS.values()]
+        return dict.fromkeys([VISION_START, VISION_END, *special, *pads, *ordinary, *placeholders])
+
+
+class Chat:
+    """A conversation that goes on: each question continues the same cache.
+
+    A question that is abandoned (its stream not read to the end, an error) leaves the conversation as it was.
+    """
+
+    def __init__(self, vlm: VLM, images: list[Image.Image]):
+        self._vlm, self._new_images = vlm, images
+        self._conversation = vlm._begin()
+
+    @property
+    def transcript(self) -> list[Any]:
+        """All turns so far."""
+        return list(self._conversation.turns)
+
+    def ask(self, question: str, image: Any = None, **options: Any) -> Answer:
+        """The next question; `image` adds images to the conversation. Options as in `VLM.ask`.
+
+        `usage` counts what this question cost, except `sequence_length`, which is the whole conversation's: over all
+        questions, `lm_positions` add up to it.
+        """
+        return _last(self.stream(question, image, **options))
+
+    def stream(self, question: str, image: Any = None, **options: Any) -> Iterator[Event]:
+        """As `ask`, event by event."""
+        row = self._vlm._row(self._conversation, self._new_images + _images(image), question, options)
+        return self._run(row)
+
+    def _run(self, row: Row, record: Recorder | None = None) -> Iterator[Event]:
+        for _, event in run(self._vlm._machine, [row], record):
+            if isinstance(event, Finished):
+                self._conversation, self._new_images = row.conversation, []
+                self._conversation.target = row.request.target
+            yield event
+
+
+def _last(events: Iterator[Event]) -> Answer:
+    for event in events:
+        if isinstance(event, Finished):
+            return event.answer
+    raise AssertionError("a session ended without an answer")  # a bug of ours: every row finishes
+
+
+def _images(image: Any) -> list[Image.Image]:
+    """Opened images of whatever was given; [] for None."""
+    if image is None:
+        return []
+    several = image if isinstance(image, (list, tuple)) else [image]
+    return [open_image(one) for one in several]
+
+
+def _unpack(pair: Sequence[Any] | Mapping[str, Any]) -> tuple[Any, str, dict[str, Any]]:
+    if isinstance(pair, Mapping):
+        options = dict(pair)
+        if "image" not in options or "question" not in options:
+            raise UserError(f"a question needs 'image' and 'question', got {', '.join(map(str, options)) or 'nothing'}")
+        return options.pop("image"), options.pop("question"), options
+    if not isinstance(pair, (list, tuple)) or len(pair) not in (2, 3):
+        raise UserError(f"expected (image, question) or (image, question, options), got {type(pair).__name__}")
+    return pair[0], pair[1], dict(pair[2]) if len(pair) == 3 else {}
+
+
+def _four(region: Sequence[int]) -> tuple[int, int, int, int]:
+    try:
+        values = tuple(region)
+    except TypeError as error:
+        raise UserError(f"region={region!r} is not four cells; expected (x0, y0, x1, y1)") from error
+    if len(values) != 4 or not all(isinstance(v, (int, float)) or hasattr(v, "__index__") for v in values):
+        raise UserError(f"region={values} is not four cells; expected (x0, y0, x1, y1), both ends inclusive")
+    return values
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{name}={value!r} is not a whole number of at least {least}")
