@@ -8,12 +8,15 @@ This module refuses to know images and conversations.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers.utils import logging
 
 from relook.errors import CheckpointError, UserError
 
@@ -198,17 +201,12 @@ def load_with_report(
         config.tie_word_embeddings = False  # trained apart: tying would throw one of the two away
         config.get_text_config().tie_word_embeddings = False
     cls: Any = VPTQwen2VLForConditionalGeneration  # from_pretrained's return type depends on output_loading_info
-    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    extra: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    # Mismatched shapes are let through here so that they come back by name, with everything else that does not fit.
+    extra |= {"dtype": dtype, "ignore_mismatched_sizes": True, "local_files_only": True, "weights_only": True}
     try:
-        model, info = cls.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            local_files_only=True,
-            weights_only=True,
-            **extra,
-        )
+        with _quiet():
+            model, info = cls.from_pretrained(folder, config=config, output_loading_info=True, **extra)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{folder}: the weights cannot be read: {str(error).strip().splitlines()[0]}") from error
     names = set(model.state_dict())
@@ -220,6 +218,20 @@ def load_with_report(
         loaded=len(keys),
     )
     return model, report
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no table of keys from transformers: the report is ours to give."""
+    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def weight_files(folder: Path) -> list[Path]:
