@@ -136,8 +136,8 @@ def load_published(
 ) -> VPTQwen2VLForConditionalGeneration:
     """Load a checkpoint in the published layout (spec section 7) on the CPU.
 
-    `encoder_config` is the parsed `encoder_config.json` of a tiny model; published checkpoints leave the DINOv2-large
-    and SAM ViT-L configs to the hub, and relook knows those.
+    `encoder_config` is the parsed `encoder_config.json` of a tiny model (read from the folder where it lies there);
+    published checkpoints leave the DINOv2-large and SAM ViT-L configs to the hub, and relook knows those.
     """
     return load_model(folder, dtype=dtype, device="cpu", encoder_config=encoder_config)
 
@@ -162,7 +162,7 @@ def read_config(folder: str | Path, encoder_configs: dict[str, Any] | None = Non
     if "position_mode" not in values:  # the published layout
         values["num_inner_forward_run"] = 1 if values.get("alignment") else 2
         values["encoders"] = {}
-        given = encoder_configs or {}
+        given = encoder_configs or _encoder_configs_beside(Path(folder))
         for look, spec in ENCODERS.items():
             if encoder_name(look) in (values.get("vision_encoder_ls") or []):
                 values["encoders"][look] = _full_encoder_config(look, given.get(spec.legacy_key))
@@ -171,6 +171,15 @@ def read_config(folder: str | Path, encoder_configs: dict[str, Any] | None = Non
         return VPTQwen2VLConfig.from_dict(values)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _encoder_configs_beside(folder: Path) -> dict[str, Any]:
+    """The folder's own encoder_config.json, where it has one (what `convert --to published` writes)."""
+    path = folder / "encoder_config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
 
 
 def encoder_name(look: str) -> str | None:
