@@ -145,7 +145,12 @@ def run_stage(model: Any, processor: Any, recipe: Recipe, stage: Stage, log: Pat
     result = trainer.train()
     seconds = round(time.perf_counter() - journal.started, 1)
     freeze(model, [])
-    return {"stage": stage.name, "samples": steps * per_step, "seconds": seconds, "loss": round(result.training_loss, 4)}
+    return {
+        "stage": stage.name,
+        "samples": steps * per_step,
+        "seconds": seconds,
+        "loss": round(result.training_loss, 4),
+    }
 
 
 def freeze(model: nn.Module, parts: Sequence[str]) -> None:
@@ -175,7 +180,9 @@ def check_parts(model: nn.Module, recipe: Recipe) -> None:
         for part in [*stage.freeze, *stage.lr_scale]:
             if not any(in_part(name, part) for name in names):
                 known = sorted({piece for name in names for piece in name.split(".")[:2]} - {"model"})
-                raise UserError(f"Stage {stage.name!r}: the model has no part {part!r}; parts are {', '.join(known)}, ...")
+                raise UserError(
+                    f"Stage {stage.name!r}: the model has no part {part!r}; parts are {', '.join(known)}, ..."
+                )
 
 
 def build_optimiser(objective: Objective, stage: Stage) -> torch.optim.Optimizer:
@@ -195,7 +202,7 @@ def build_optimiser(objective: Objective, stage: Stage) -> torch.optim.Optimizer
 
 
 def schedule(stage: Stage, steps: int) -> Callable[[int], float]:
-    """Factor on the learning rate by step: linear warm-up, then constant, constant with a falling last quarter, or cosine.
+    """Factor on the learning rate by step: linear warm-up, then as the recipe says.
 
     Example: "linear_tail" over 100 steps without warm-up gives 1 at step 50, 0.5 near step 87, 0 at step 100.
     """
@@ -268,7 +275,7 @@ def _items(data: Data) -> Any:
 
 def _digest(before: str, recipe: Recipe, stage: Stage) -> str:
     """Names everything that decides the weights after a stage."""
-    start = [recipe.seed, recipe.model.model_dump(), recipe.data.model_dump()] if not before else before
+    start = before or [recipe.seed, recipe.model.model_dump(), recipe.data.model_dump()]
     text = json.dumps([start, stage.model_dump()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

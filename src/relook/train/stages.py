@@ -43,8 +43,8 @@ class Objective(nn.Module):
         self, model: nn.Module, processor: Any, world: World | None, stage: Stage, seed: int, items: Any = None
     ) -> None:
         super().__init__()
-        self.model, self.processor, self.world, self.stage, self.seed = model, processor, world, stage, seed
-        self.items = items
+        self.model: Any = model
+        self.processor, self.world, self.stage, self.seed, self.items = processor, world, stage, seed, items
         self.options: Any = validate(self.Options, stage.options, f"stage {stage.name}: options")
         self.log: dict[str, list[float]] = {}
 
@@ -151,35 +151,53 @@ def patch_truth(page: Page, window: Box, grid: tuple[int, int], charset: str, la
 
 
 class Dense(Objective):
-    """Every merged ViT token predicts what is printed in its four patches: the glyph, and the areas' shares.
+    """What is printed in every patch: the glyph, and the areas' shares, from throwaway heads.
 
     Reading end to end stays at chance for a long time; with this as the first stage it does not. One example is a
     window of a page seen as a crop, and the whole page as at the first look (areas only: its glyphs are too small).
+    Heads sit both before the merger (one per patch) and behind it (four patches per token).
     """
 
     class Options(Strict):
-        window: tuple[int, int] = (256, 256)  # width, height of the windows, page pixels
+        window: tuple[int, int] = (192, 192)  # width, height of the windows, page pixels
         snap: int = 16  # windows start at multiples of this, page pixels
+        focus: float = 0.9  # share of the windows that hold a chosen glyph; the others lie anywhere
+        empty: float = 0.3  # weight of patches without a glyph
         overview: float = 1.0  # weight of the whole page's areas
-        absent: float = 0.15  # weight of patches without a glyph in the glyph loss
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         assert self.world is not None
         self.charset, self.labels = self.world.charset, self.world.labels
-        width = self.model.config.text_config.hidden_size
+        vision, text = self.model.config.vision_config, self.model.config.text_config
         self.classes = len(self.charset) + 1
-        self.glyph_head = nn.Linear(width, 4 * self.classes)
-        self.area_head = nn.Linear(width, 4 * len(self.labels))
+        self.patch_head = nn.Linear(vision.embed_dim, self.classes)
+        self.glyph_head = nn.Linear(text.hidden_size, 4 * self.classes)
+        self.area_head = nn.Linear(text.hidden_size, 4 * len(self.labels))
+
+    # -- examples
+
+    def window(self, page: Page, random: np.random.Generator) -> Box:
+        """A window on the page, in page pixels: around a random glyph, or (1 - focus) anywhere."""
+        sides = [min(w, s) for w, s in zip(self.options.window, page.image.size, strict=True)]
+        low, high = [0, 0], [s - w for w, s in zip(sides, page.image.size, strict=True)]
+        if page.glyphs and random.random() < self.options.focus:
+            box = page.glyphs[int(random.integers(len(page.glyphs)))].box
+            for axis in (0, 1):
+                low[axis] = min(max(low[axis], box[axis + 2] - sides[axis]), high[axis])
+                high[axis] = max(min(high[axis], box[axis]), low[axis])
+        snap = self.options.snap
+        corner = []
+        for a, b, size, side in zip(low, high, page.image.size, sides, strict=True):
+            first, last = -(-a // snap), b // snap
+            corner.append(min(int(random.integers(first, max(first, last) + 1)) * snap, size - side))
+        x, y = corner
+        return x, y, x + sides[0], y + sides[1]
 
     def example(self, index: int) -> dict[str, Any]:
         page, random = self.page(index), self.random(index)
-        width, height = page.image.size
-        w, h = min(self.options.window[0], width), min(self.options.window[1], height)
-        x = int(random.integers(0, (width - w) // self.options.snap + 1)) * self.options.snap
-        y = int(random.integers(0, (height - h) // self.options.snap + 1)) * self.options.snap
         views = []
-        for window, stage in (((x, y, x + w, y + h), "crop"), ((0, 0, width, height), "first")):
+        for window, stage in ((self.window(page, random), "crop"), ((0, 0, *page.image.size), "first")):
             seen = self.processor.view(page.image.crop(window), stage)
             pixels = self.processor.encode_images([seen], "image")
             glyph, area = patch_truth(page, window, patch_grid(pixels["image_grid_thw"][0]), self.charset, self.labels)
@@ -189,33 +207,47 @@ class Dense(Objective):
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         views = [e["crop"] for e in examples] + [e["first"] for e in examples]
         batch = {key: torch.cat([v[key] for v in views]) for key in views[0]}
-        batch["crop_tokens"] = sum(len(e["crop"]["glyph"]) for e in examples)
+        batch["legible"] = sum(len(e["crop"]["glyph"]) for e in examples)
         return batch
 
-    def forward(self, pixel_values, image_grid_thw, glyph, area, crop_tokens) -> dict[str, Tensor]:  # type: ignore[override]
-        tokens = torch.cat(self.model.encode("image", pixel_values=pixel_values, image_grid_thw=image_grid_thw))
-        return {"loss": self.patch_loss(tokens, glyph, area, crop_tokens)}
+    # -- loss
 
-    def patch_loss(self, tokens: Tensor, glyph: Tensor, area: Tensor, crop_tokens: int) -> Tensor:
-        """tokens (n, d), glyph (n, 4), area (n, 4, labels); the first `crop_tokens` are legible."""
-        logits = self.glyph_head(tokens[:crop_tokens]).view(-1, self.classes)
-        target = glyph[:crop_tokens].reshape(-1)
-        weight = torch.ones(self.classes)
-        weight[0] = self.options.absent
-        reading = F.cross_entropy(logits, target, weight=weight.to(logits))
+    def see(self, pixel_values: Tensor, image_grid_thw: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches (4 n, embed_dim) before the merger, in merge order, and merged tokens (n, d)."""
+        out = self.model.model.visual(pixel_values, grid_thw=image_grid_thw)
+        return out.last_hidden_state, out.pooler_output
+
+    def forward(self, pixel_values, image_grid_thw, glyph, area, legible) -> dict[str, Tensor]:  # type: ignore[override]
+        patches, tokens = self.see(pixel_values, image_grid_thw)
+        return {"loss": self.dense_loss(patches, tokens, glyph, area, legible)}
+
+    def dense_loss(self, patches: Tensor, tokens: Tensor, glyph: Tensor, area: Tensor, legible: int) -> Tensor:
+        """glyph (n, 4), area (n, 4, labels); the glyphs of the first `legible` tokens can be read."""
+        target = glyph[:legible].reshape(-1)
+        by_patch = self.patch_head(patches[: 4 * legible])
+        by_token = self.glyph_head(tokens[:legible]).view(-1, self.classes)
         areas = self.area_head(tokens).view(-1, 4, len(self.labels))
         losses = F.binary_cross_entropy_with_logits(areas, area, reduction="none").sum(-1)
-        colours = losses[:crop_tokens].mean() + self.options.overview * losses[crop_tokens:].mean()
+        colours = losses[:legible].mean() + self.options.overview * losses[legible:].mean()
+        self.note(
+            patches=_share_read(by_patch, target),
+            glyphs=_share_read(by_token, target),
+            areas=((areas[legible:] > 0) == (area[legible:] > 0.5)).all(-1).float().mean().item(),
+        )
+        return self._reading(by_patch, target) + self._reading(by_token, target) + colours
+
+    def _reading(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross entropy, glyphs and empty patches averaged apart: glyphs are rare and would drown."""
+        losses = F.cross_entropy(logits, target, reduction="none")
         there = target > 0
-        with torch.no_grad():
-            guess = logits[:, 1:].argmax(-1) + 1
-            self.note(
-                reading=reading.item(),
-                glyphs=(guess[there] == target[there]).float().mean().item(),
-                empty=(logits.argmax(-1)[~there] == 0).float().mean().item(),
-                areas=((areas[crop_tokens:] > 0) == (area[crop_tokens:] > 0.5)).all(-1).float().mean().item(),
-            )
-        return reading + colours
+        return losses[there].sum() / there.sum().clamp(min=1) + self.options.empty * losses[~there].mean()
+
+
+@torch.no_grad()
+def _share_read(logits: Tensor, target: Tensor) -> float:
+    """Share of the glyphs that are named right (the class 'none' counts as wrong)."""
+    there = target > 0
+    return (logits.argmax(-1)[there] == target[there]).float().mean().item()
 
 
 class Align(Dense):
@@ -246,15 +278,20 @@ class Align(Dense):
             half = slots.shape[-1] // 2
             return slots[:, 0::2].sum(1) + slots[:, 1::2].sum(1).roll(half, dims=-1)
 
-    def forward(self, pixel_values, image_grid_thw, glyph, area, crop_tokens) -> dict[str, Tensor]:  # type: ignore[override]
-        tokens = torch.cat(self.model.encode("image", pixel_values=pixel_values, image_grid_thw=image_grid_thw))
-        target = self.targets(glyph, area)
-        target[crop_tokens:] = self.targets(torch.zeros_like(glyph[crop_tokens:]), area[crop_tokens:])
+    def forward(self, pixel_values, image_grid_thw, glyph, area, legible) -> dict[str, Tensor]:  # type: ignore[override]
+        patches, tokens = self.see(pixel_values, image_grid_thw)
+        readable = torch.cat([glyph[:legible], torch.zeros_like(glyph[legible:])])
+        target = self.targets(readable, area)
         held = target.norm(dim=-1) > 0.2
         cosine = F.cosine_similarity(tokens[held], target[held], dim=-1).mean()
         self.note(cosine=cosine.item())
-        dense = self.patch_loss(tokens, glyph, area, crop_tokens)
-        return {"loss": dense + self.options.weight * (1 - cosine)}
+        return {"loss": self.dense_loss(patches, tokens, glyph, area, legible) + self.options.weight * (1 - cosine)}
+
+
+def _lines(*args: Any, **kwargs: Any) -> Objective:
+    from relook.train.lines import Lines
+
+    return Lines(*args, **kwargs)
 
 
 def _conversation(name: str) -> Callable[..., Objective]:
@@ -270,6 +307,7 @@ def _conversation(name: str) -> Callable[..., Objective]:
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "dense": Dense,
     "align": Align,
+    "lines": _lines,
     "read": _conversation("Read"),
     "locate": _conversation("Locate"),
     "instruct": _conversation("Instruct"),

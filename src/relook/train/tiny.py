@@ -1,4 +1,4 @@
-"""Scaled-down Qwen2-VLs that may look again: configuration, tokenizer, image processor and processor from one table row.
+"""Scaled-down Qwen2-VLs that may look again: configuration, tokenizer and processor from one table row.
 
 The tokenizer is byte-level BPE in Qwen2's own class, so it loads anywhere and encodes any text. Its merges are learnt
 only from the phrases of the model's world, the published trigger sentences and the chat roles: known sentences cost
@@ -11,7 +11,7 @@ Knows sizes and vocabularies; not how anything is trained.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from relook.data.worlds import world_class
 from relook.errors import UserError
@@ -35,6 +35,8 @@ SPECIALS = (
 class Size:
     """A row of the size table.
 
+    `condition_std` is the initial spread of Linear_c: y = F + <F, c> c is quadratic in c, so a large c wrecks what the
+    language model can already read, and c = 0 has no gradient.
     `first`, `crop` and `reencode` are keyword arguments of `processing.View`: how the page is seen at first, as the
     crop of a region look, and as a whole when re-encoded.
     """
@@ -53,6 +55,7 @@ class Size:
     max_pixels: int = 512 * 512
     rope_theta: float = 1000.0
     init_std: float = 0.04
+    condition_std: float = 0.005
     extra_phrases: tuple[str, ...] = field(default=())
 
 
@@ -65,6 +68,17 @@ SIZES: dict[str, Size] = {
         first={"longest_side": 64},
         crop={"longest_side": None, "scale": 0.5},
         reencode={"longest_side": 256, "scale": 0.5},
+    ),
+    # Tokens of 12 x 12 pixels: about one letter of a receipt 1280 pixels high.
+    "receipts-tiny": Size(
+        worlds=("receipts",),
+        vit={"embed_dim": 128, "depth": 4, "num_heads": 4, "patch_size": 6},
+        lm={"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
+            "intermediate_size": 512},
+        first={"longest_side": 240},
+        crop={"longest_side": 456},
+        reencode={"longest_side": 384},
+        region_margin=0,
     ),
 }  # fmt: skip
 
@@ -98,16 +112,15 @@ def build_tokenizer(size: Size) -> PreTrainedTokenizerBase:
     """
     import json
 
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     from relook import looks
 
-    del decoders
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(_regex(PRETOKENIZE_REGEX), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
     learner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     trainer = trainers.BpeTrainer(
         vocab_size=4096, min_frequency=1, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
@@ -115,18 +128,12 @@ def build_tokenizer(size: Size) -> PreTrainedTokenizerBase:
     learner.train_from_iterator(phrases(size), trainer)
     model = json.loads(learner.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
-    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, eos_token="<|im_end|>")
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=cast(Any, merges), eos_token="<|im_end|>")
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
     pads, ordinary = looks.control_tokens(size.looks, size.grid)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in pads])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in ordinary])
     return tokenizer
-
-
-def _regex(pattern: str) -> Any:
-    from tokenizers import Regex
-
-    return Regex(pattern)
 
 
 def build_config(size: Size, tokenizer: PreTrainedTokenizerBase, **extra: Any) -> Any:
@@ -223,4 +230,6 @@ def build(name: str, seed: int, **extra: Any) -> tuple[Any, Any]:
     config = build_config(size, tokenizer, **extra)
     torch.manual_seed(seed)
     model = VPTQwen2VLForConditionalGeneration(config)
+    for projector in model.projectors.values():
+        torch.nn.init.normal_(projector.linear_condition.weight, std=size.condition_std)
     return model.float(), build_processor(size, tokenizer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 
 from relook.data.worlds.base import QA, Area, Box, Glyph, Page, World, rng
-
+from relook.errors import UserError
 
 WORLDS: dict[str, tuple[str, str]] = {
     "cards": ("relook.data.worlds.cards", "Cards"),
@@ -22,8 +22,6 @@ def world_class(name: str) -> type[World]:
     Raises:
         UserError: no world of that name.
     """
-    from relook.errors import UserError
-
     if name not in WORLDS:
         raise UserError(f"There is no world called {name!r}; the worlds are {', '.join(sorted(WORLDS))}.")
     module, attribute = WORLDS[name]

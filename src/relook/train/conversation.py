@@ -1,0 +1,256 @@
+"""Learning from conversations: read a crop, locate what is asked, and whole dialogues with a second look.
+
+All three are one class with different mixes of the same kinds of conversation (the table `KINDS`), so that what is
+learnt in parts is learnt in the very words of the whole. The loss is the language model's on the assistant's tokens;
+`locate` adds a throwaway head on an inner layer that says, for every image token, whether it lies in what is asked and
+in which row and column it stands (the vision tower knows relative places only; without it, locating crawls).
+
+Knows pages, items and views; not optimisers, not files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from relook.data.collator import IGNORED, join_rows
+from relook.data.worlds import QA, Box, Page
+from relook.looks import LOOKS, look_turn, parse_calls, write_call
+from relook.regions import Cells, box_to_cells, cells_to_box, widen
+from relook.train.stages import Objective, coverage, merge_order, patch_grid
+
+# An item in the published format (images in memory), and the page pixels that each of its "images" shows.
+Conversation = tuple[dict[str, Any], list[Box]]
+
+
+def turns(
+    processor: Any, question: str, replies: Sequence[tuple[str, str]], images: Sequence[Any], **looks: Any
+) -> dict[str, Any]:
+    """An item: the question, then alternately what the assistant writes and what the next user turn says.
+
+    `replies` are pairs (assistant, next user turn); the last pair's user turn is not used.
+    """
+    messages = [{"role": "user", "content": processor.first_turn(question)}]
+    for i, (assistant, user) in enumerate(replies):
+        messages.append({"role": "assistant", "content": assistant})
+        if i + 1 < len(replies):
+            messages.append({"role": "user", "content": user})
+    return {"messages": messages, "images": list(images), **looks}
+
+
+def union(boxes: Sequence[Box]) -> Box:
+    """The least box around all: `union([(0, 0, 1, 1), (4, 2, 5, 3)])` is (0, 0, 5, 3)."""
+    return min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes)
+
+
+def shaken(cells: Cells, random: np.random.Generator, chance: float, grid: int) -> Cells:
+    """Cells as a model might have put them: each edge off by one cell with probability `chance`, never empty."""
+    x0, y0, x1, y1 = (
+        int(np.clip(v + (int(random.integers(0, 2)) * 2 - 1 if random.random() < chance else 0), 0, grid - 1))
+        for v in cells
+    )
+    return min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
+
+
+class Teller:
+    """Makes the conversations of a page; one method per row of `KINDS`."""
+
+    def __init__(self, processor: Any, jitter: float) -> None:
+        self.processor, self.jitter = processor, jitter
+
+    def ask(self, qa: QA, look: str) -> str:
+        """The question, with the published sentence that asks for the look unless the model chooses freely."""
+        return qa.question if self.processor.free_choice else f"{qa.question} {LOOKS[look].trigger}"
+
+    def crop(self, page: Page, cells: Cells, random: np.random.Generator) -> Box:
+        """What the model is shown for these cells: shaken a little, widened by the margin. Page pixels."""
+        grid = self.processor.grid_size
+        near = shaken(cells, random, self.jitter, grid)
+        return cells_to_box(widen(near, self.processor.region_margin, grid), page.image.size, grid)
+
+    def cells(self, page: Page, qa: QA) -> Cells:
+        return box_to_cells(union(qa.boxes), page.image.size, self.processor.grid_size)
+
+    def read(self, page: Page, qa: QA, random: np.random.Generator) -> Conversation:
+        """A region look without its first look: the crop is the only image. Only the answer can be learnt from it."""
+        item, windows = self.region(page, qa, random)
+        item["messages"][0]["content"] = self.ask(qa, "region")
+        return {**item, "images": item["images"][1:]}, windows[1:]
+
+    def locate(self, page: Page, qa: QA, random: np.random.Generator) -> Conversation:
+        """The page, and the call for the region: the first half of a region look."""
+        call = write_call("region", self.cells(page, qa))
+        return turns(self.processor, self.ask(qa, "region"), [(call, "")], [page.image]), [_whole(page)]
+
+    def region(self, page: Page, qa: QA, random: np.random.Generator) -> Conversation:
+        cells = self.cells(page, qa)
+        call, box = write_call("region", cells), self.crop(page, cells, random)
+        replies = [(call, look_turn(parse_calls(call))), (qa.answer, "")]
+        images = [page.image, (page.image, box)]
+        return turns(self.processor, self.ask(qa, "region"), replies, images), [_whole(page), box]
+
+    def clip(self, page: Page, qa: QA, random: np.random.Generator) -> Conversation:
+        call = write_call("clip")
+        replies = [(call, look_turn(parse_calls(call))), (qa.answer, "")]
+        item = turns(self.processor, self.ask(qa, "clip"), replies, [page.image], clip_images=[page.image])
+        return item, [_whole(page)]
+
+    def direct(self, page: Page, qa: QA, random: np.random.Generator) -> Conversation:
+        return turns(self.processor, qa.question, [(qa.answer, "")], [page.image]), [_whole(page)]
+
+
+# kind of conversation -> how it is told
+KINDS: dict[str, Callable[[Teller, Page, QA, np.random.Generator], Conversation]] = {
+    "read": Teller.read,
+    "locate": Teller.locate,
+    "region": Teller.region,
+    "clip": Teller.clip,
+    "direct": Teller.direct,
+}
+
+
+def _whole(page: Page) -> Box:
+    return (0, 0, page.image.width, page.image.height)
+
+
+class Conversations(Objective):
+    """Next-token loss on conversations, of one kind per batch (rows of a kind are alike in length)."""
+
+    class Options(Objective.Options):
+        mix: dict[str, float] = {"region": 1.0}  # kind -> share of the batches
+        jitter: float = 0.1  # chance that an edge of a shown crop is a cell off
+        place: float = 0.0  # weight of the throwaway head: asked or not, row and column of every image token
+        place_layer: int = 2  # it reads the hidden states after this many layers
+        places: int = 32  # most rows or columns of merged tokens an image may have under the head
+        max_length: int | None = None  # longer items of a json source are left out
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teller = Teller(self.processor, self.options.jitter)
+        width = self.model.config.text_config.hidden_size
+        if self.options.place > 0:
+            self.asked_head = nn.Linear(width, 4)
+            self.row_head, self.column_head = (nn.Linear(width, self.options.places) for _ in range(2))
+
+    # -- examples
+
+    def kind(self, index: int) -> str:
+        """The kind of the batch that example `index` falls into."""
+        from relook.data.worlds import rng
+
+        kinds, shares = list(self.options.mix), np.array(list(self.options.mix.values()))
+        random = rng(self.seed, self.stage.name, "kind", index // self.stage.batch)
+        return kinds[int(random.choice(len(kinds), p=shares / shares.sum()))]
+
+    def example(self, index: int) -> dict[str, Any]:
+        if self.items is not None:
+            return self._item(index)
+        page, random, kind = self.page(index), self.random(index), self.kind(index)
+        qa = page.qas[int(random.integers(len(page.qas)))]
+        item, windows = KINDS[kind](self.teller, page, qa, random)
+        row = dict(self.processor.encode_item(item))
+        row["kind"], row["answer_from"] = kind, len(row["prompt_ids"])
+        if kind == "read":  # nothing was seen yet when the call was written
+            row["labels"] = [IGNORED] * row["answer_from"] + row["labels"][row["answer_from"] :]
+        if self.options.place > 0:
+            row |= self._truth(row, windows, qa)
+        return row
+
+    def _item(self, index: int) -> dict[str, Any]:
+        """Items of a file, in a new order every epoch."""
+        epoch, place = divmod(index, len(self.items))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
+        item = self.items[int(order[place])]
+        item = item.to_dict() if hasattr(item, "to_dict") else item
+        return dict(self.processor.encode_item(item)) | {"kind": "items", "answer_from": 0}
+
+    def _truth(self, row: dict[str, Any], windows: Sequence[Box], qa: QA) -> dict[str, Tensor]:
+        """For every image token of the row: share of its four patches that is asked for (n, 4); row, column (n, 2)."""
+        asked, places = [], []
+        for thw, window in zip(row["image_grid_thw"], windows, strict=True):
+            grid = patch_grid(thw)
+            asked.append(merge_order(coverage(qa.boxes, window, grid)))
+            rows, columns = grid[0] // 2, grid[1] // 2
+            places.append(np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(-1, 2))
+        return {
+            "asked": torch.tensor(np.concatenate(asked), dtype=torch.float32),
+            "places": torch.tensor(np.concatenate(places)),
+        }
+
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        limit = self.options.max_length
+        rows = [row for row in examples if limit is None or len(row["input_ids"]) <= limit] or list(examples[:1])
+        starts = torch.tensor([row["answer_from"] for row in rows])
+        kind = rows[0]["kind"]
+        tensors = [{k: v for k, v in row.items() if k not in ("kind", "answer_from", "prompt_ids")} for row in rows]
+        return {**join_rows(tensors, self.processor.tokenizer.pad_token_id), "kind": kind, "answer_from": starts}
+
+    # -- loss
+
+    def forward(self, kind, answer_from, asked=None, places=None, **batch) -> dict[str, Tensor]:  # type: ignore[override]
+        inner: list[Tensor] = []
+        handle = None
+        if asked is not None and kind != "clip":
+            layer = self.model.model.language_model.layers[self.options.place_layer - 1]
+            handle = layer.register_forward_hook(
+                lambda _m, _i, out: inner.append(out if torch.is_tensor(out) else out[0])
+            )
+        try:
+            out = self.model(**batch, use_cache=False)
+        finally:
+            if handle is not None:
+                handle.remove()
+        loss = out.loss
+        self._note_tokens(kind, out.logits, batch["labels"], answer_from)
+        if inner:
+            tokens = inner[0][batch["input_ids"] == self.model.config.image_token_id]
+            loss = loss + self.options.place * self._place_loss(tokens, asked, places)
+        return {"loss": loss}
+
+    def _place_loss(self, tokens: Tensor, asked: Tensor, places: Tensor) -> Tensor:
+        """tokens (n, d), asked (n, 4), places (n, 2)."""
+        guess = self.asked_head(tokens)
+        inside = F.binary_cross_entropy_with_logits(guess, asked, pos_weight=torch.tensor(4.0, device=guess.device))
+        rows = F.cross_entropy(self.row_head(tokens), places[:, 0])
+        columns = F.cross_entropy(self.column_head(tokens), places[:, 1])
+        with torch.no_grad():
+            truth = asked > 0.3
+            self.note(asked=((guess > 0)[truth]).float().mean().item(), place=(rows + columns).item() / 2)
+        return 4 * inside + 0.5 * (rows + columns)
+
+    @torch.no_grad()
+    def _note_tokens(self, kind: str, logits: Tensor, labels: Tensor, answer_from: Tensor) -> None:
+        """Share of rows whose last assistant turn is all right, under teacher forcing; and of the turns before it."""
+        right = (logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] < 0)
+        columns = torch.arange(1, labels.shape[1], device=labels.device)
+        last = columns >= answer_from.to(labels.device)[:, None]
+        self.note(**{kind: (right | ~last).all(1).float().mean().item()})
+        if kind in ("region", "clip"):
+            self.note(**{f"{kind}_call": (right | last).all(1).float().mean().item()})
+
+
+class Read(Conversations):
+    """Answering from a legible crop."""
+
+    class Options(Conversations.Options):
+        mix: dict[str, float] = {"read": 1.0}
+
+
+class Locate(Conversations):
+    """Naming the cells of what is asked, with the throwaway head; reading is kept up beside it."""
+
+    class Options(Conversations.Options):
+        mix: dict[str, float] = {"locate": 0.5, "read": 0.5}
+        place: float = 1.0
+
+
+class Instruct(Conversations):
+    """Whole conversations, as the model will hold them; from a world, or from a JSON of items."""
+
+
+__all__ = ["KINDS", "Conversations", "Instruct", "Locate", "Read", "Teller"]
