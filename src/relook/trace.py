@@ -143,7 +143,7 @@ class Answer:
         return render(self)
 
     def save(self, path: str | Path) -> Path:
-        """Write `picture()` to `path`, in the format of its suffix (PNG when it has none). Raises UserError if it cannot."""
+        """Write `picture()` to `path`, in the format of its suffix (PNG without one). Raises UserError if it cannot."""
         from PIL import Image
 
         path = Path(path)
