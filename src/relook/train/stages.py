@@ -187,7 +187,7 @@ class Dense(Objective):
                 low[axis] = min(max(low[axis], box[axis + 2] - sides[axis]), high[axis])
                 high[axis] = max(min(high[axis], box[axis]), low[axis])
         snap = self.options.snap
-        corner = []
+        corner: list[int] = []
         for a, b, size, side in zip(low, high, page.image.size, sides, strict=True):
             first, last = -(-a // snap), b // snap
             corner.append(min(int(random.integers(first, max(first, last) + 1)) * snap, size - side))
@@ -206,7 +206,7 @@ class Dense(Objective):
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         views = [e["crop"] for e in examples] + [e["first"] for e in examples]
-        batch = {key: torch.cat([v[key] for v in views]) for key in views[0]}
+        batch: dict[str, Any] = {key: torch.cat([v[key] for v in views]) for key in views[0]}
         batch["legible"] = sum(len(e["crop"]["glyph"]) for e in examples)
         return batch
 
@@ -232,7 +232,7 @@ class Dense(Objective):
         self.note(
             patches=_share_read(by_patch, target),
             glyphs=_share_read(by_token, target),
-            areas=((areas[legible:] > 0) == (area[legible:] > 0.5)).all(-1).float().mean().item(),
+            areas=_share_named(areas[legible:], area[legible:]),
         )
         return self._reading(by_patch, target) + self._reading(by_token, target) + colours
 
@@ -248,6 +248,13 @@ def _share_read(logits: Tensor, target: Tensor) -> float:
     """Share of the glyphs that are named right (the class 'none' counts as wrong)."""
     there = target > 0
     return (logits.argmax(-1)[there] == target[there]).float().mean().item()
+
+
+@torch.no_grad()
+def _share_named(logits: Tensor, area: Tensor) -> float:
+    """Share of the patches mostly or partly (30 %) in an area whose label comes out on top."""
+    there = area.amax(-1) > 0.3
+    return (logits.argmax(-1)[there] == area.argmax(-1)[there]).float().mean().item()
 
 
 class Align(Dense):

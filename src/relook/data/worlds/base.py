@@ -75,6 +75,8 @@ class World(Protocol):
 def rng(*key: int | str) -> np.random.Generator:
     """A generator that depends on the key alone, not on call order, process or platform.
 
+    Keys of one use should be of one length: numpy takes (1, 2) and (1, 2, 0) for the same seed.
+
     >>> rng(1, "cards", 7).integers(1000) == rng(1, "cards", 7).integers(1000)
     True
     """
