@@ -58,6 +58,20 @@ def byte_letters() -> dict[int, str]:
     return letters
 
 
+def byte_tokenizer():
+    """A small tokenizer for tests that need no words: Qwen2's, with a token per byte, then the special tokens."""
+    from transformers import AddedToken, Qwen2Tokenizer
+
+    tokenizer = Qwen2Tokenizer(
+        vocab={letter: byte for byte, letter in sorted(byte_letters().items())},
+        merges=[],
+        eos_token="<|im_end|>",
+        padding_side="left",
+    )
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS], special_tokens=True)
+    return tokenizer
+
+
 def write_folder(folder: Path) -> None:
     """vocab.json, merges.txt and tokenizer_config.json of Qwen2-VL's tokenizer, as its hub folder has them."""
     path = ranks_file()

@@ -9,25 +9,24 @@ Conversations are tokenised piece by piece, as the published pipeline did: the s
 the assistant's header, and each assistant content on its own. (As one text, an answer that begins with a newline would
 melt into the newline of its header.)
 
-The images are prepared by the PIL classes of transformers even where torchvision is installed: the two differ by up to
-0.03 in normalised pixels, and a model should see the same image everywhere.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, BitImageProcessorPil, Qwen2VLImageProcessorPil, SamImageProcessorPil
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, make_flat_list_of_images
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+from transformers.image_utils import make_flat_list_of_images
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from relook.errors import UserError
 from relook.looks import DEFAULT_SYSTEM, IM_END, IM_START, LOOKS, VISION_END, VISION_START, control_tokens
+from relook.processing.pixels import encode_images, is_vit, pinned, vit_size
 from relook.processing.turns import (
     Message,
     check_counts,
@@ -39,7 +38,7 @@ from relook.processing.turns import (
 )
 from relook.processing.vocabulary import IGNORED, KINDS, TENSORS, add_look_tokens, expand
 from relook.processing.vocabulary import chat_template as own_template  # `chat_template` is an argument of __init__
-from relook.views import DEFAULT_VIEW, PREPROCESSING, Size, View, load_item_image, open_image
+from relook.views import DEFAULT_VIEW, PREPROCESSING, View, load_item_image, open_image
 
 
 class VPTQwen2VLProcessor(Qwen2VLProcessor):
@@ -95,7 +94,7 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         ProcessorMixin.__init__(
             self,
-            _pinned(image_processor),
+            pinned(image_processor),
             tokenizer,
             chat_template=chat_template or _template_of(tokenizer) or own_template(system),
         )
@@ -204,14 +203,8 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         views = {"first": self.first_look, "crop": self.second_look, "reencode": self.reencode_look or self.first_look}
         if stage not in views:
             raise UserError(f"stage {stage!r} is unknown; expected one of {', '.join(views)}")
-        return views[stage].apply(open_image(image), self.min_side, self._snap if _is_vit(look) else None)
-
-    def _snap(self, size: Size) -> Size:
-        limits = self.image_processor.size
-        height, width = smart_resize(
-            size[1], size[0], self.min_side, min_pixels=limits["shortest_edge"], max_pixels=limits["longest_edge"]
-        )
-        return width, height
+        snap = partial(vit_size, self.image_processor)
+        return views[stage].apply(open_image(image), self.min_side, snap if is_vit(look) else None)
 
     def encode_images(self, images: Sequence[Any], look: str = "image") -> dict[str, Any]:
         """Images as viewed (PIL, RGB) to tensors under forward's names; an empty dict for no images.
@@ -219,13 +212,7 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         "image": pixel_values (patches, 3*2*p*p), image_grid_thw (n, 3); "clip" likewise under its names; "detection":
         detection_images (n, 3, 224, 224); "seg": seg_images (n, 3, 1024, 1024). float32; the grids int64.
         """
-        if look not in TENSORS:
-            raise UserError(f"look {look!r} is unknown; expected one of {', '.join(TENSORS)}")
-        if not images:
-            return {}
-        processor = self.image_processor if _is_vit(look) else _ENCODER_PROCESSORS[look]
-        encoded = processor(list(images), return_tensors="pt")
-        return {name: encoded[source] for name, source in zip(TENSORS[look], TENSORS["image"], strict=False)}
+        return encode_images(self.image_processor, images, look)
 
     def pad_count(self, look: str, grid_thw: Sequence[int] | Any = None) -> int:
         """How many pads stand for an encoded image: t*h*w / merge^2 of its patch grid, or the look's fixed number.
@@ -242,7 +229,7 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
 
     def pad_counts(self, look: str, tensors: Mapping[str, Any], images: int) -> list[int]:
         """`pad_count` of each of the `images` that `encode_images` made into `tensors`."""
-        grids = tensors[TENSORS[look][1]].tolist() if images and _is_vit(look) else [None] * images
+        grids = tensors[TENSORS[look][1]].tolist() if images and is_vit(look) else [None] * images
         return [self.pad_count(look, grid) for grid in grids]
 
     # ---- text and ids
@@ -263,10 +250,9 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         return self._encode(f"{IM_START}{role}\n{content}{IM_END}\n{header}")
 
     def first_turn(self, question: str, images: int = 1) -> str:
-        """Content of the first user turn: `<image>` per image and the question, in the order the model was taught."""
-        placeholders = KINDS["image"].placeholder * images
-        parts = [question, placeholders] if self.question_first else [placeholders, question]
-        return "\n".join(part for part in parts if part)
+        """Content of the first user turn: a line `<image>` per image and the question, in the order of training."""
+        placeholders = [KINDS["image"].placeholder] * images
+        return "\n".join([question, *placeholders] if self.question_first else [*placeholders, question])
 
     def opening_ids(self, content: str, system: str | None = None) -> list[int]:
         """The block before the first sampled token: system turn, first user turn, assistant's header."""
@@ -379,10 +365,10 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         return out
 
     def _flat(self, images: Any) -> list[Any]:
-        if images is None:
+        if images is None or (isinstance(images, (list, tuple)) and not images):
             return []
         fetched: Any = self.image_processor.fetch_images(images)  # URLs and paths, as transformers takes them
-        flat: Any = make_flat_list_of_images(fetched) if fetched else []
+        flat: Any = make_flat_list_of_images(fetched)
         return [open_image(image) for image in flat]
 
     def _multimodal_inputs_from_conversations(self, conversations: list, *args: Any, **kwargs: Any) -> tuple:
@@ -401,31 +387,7 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         return super().model_input_names + [name for look in self.looks if look in TENSORS for name in TENSORS[look]]
 
 
-def _is_vit(look: str) -> bool:
-    """Whether a kind of encoding goes through the model's own ViT (and so comes with a patch grid)."""
-    return len(TENSORS[look]) == 2
-
-
-def _pinned(image_processor: Any) -> Any:
-    """The PIL image processor with the settings of a Qwen2-VL one."""
-    if isinstance(image_processor, Qwen2VLImageProcessorPil) or not hasattr(image_processor, "merge_size"):
-        return image_processor  # transformers says what is wrong with a class that is not an image processor
-    return Qwen2VLImageProcessorPil.from_dict(image_processor.to_dict())
-
-
 def _template_of(tokenizer: Any) -> str | dict | None:
     """The tokenizer's chat template, if it knows images (a text model's does not)."""
     template = getattr(tokenizer, "chat_template", None)
     return template if isinstance(template, dict) or (template and "image" in template) else None
-
-
-# spec.md, section 4. DINOv2: shortest side 256, centre crop 224, ImageNet statistics; SAM: longest side 1024, padded.
-_ENCODER_PROCESSORS = {
-    "detection": BitImageProcessorPil(
-        size={"shortest_edge": 256},
-        crop_size={"height": 224, "width": 224},
-        image_mean=IMAGENET_DEFAULT_MEAN,
-        image_std=IMAGENET_DEFAULT_STD,
-    ),
-    "seg": SamImageProcessorPil(),
-}
