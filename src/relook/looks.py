@@ -42,6 +42,7 @@ class LookSpec:
     trigger       the published sentence that asks a model to look this way
     fixed_tokens  vision tokens per view, None when it depends on the view's size
     encoder       the published name in `vision_encoder_ls`, None when nothing is re-encoded
+    extent        which part of the view its tokens lie over: whole | centre | padded (`regions.token_area`)
     """
 
     name: str
@@ -54,6 +55,7 @@ class LookSpec:
     trigger: str
     fixed_tokens: int | None
     encoder: str | None
+    extent: str = "whole"
 
     @property
     def reencodes(self) -> bool:
@@ -61,7 +63,7 @@ class LookSpec:
         return self.action is not None
 
 
-def _reencoding(name: str, encoder: str, fixed_tokens: int | None) -> LookSpec:
+def _reencoding(name: str, encoder: str, fixed_tokens: int | None = None, extent: str = "whole") -> LookSpec:
     return LookSpec(
         name=name,
         start=f"<|{name}_action_start|>",
@@ -73,6 +75,7 @@ def _reencoding(name: str, encoder: str, fixed_tokens: int | None) -> LookSpec:
         trigger=_TRIGGER_REENCODE,
         fixed_tokens=fixed_tokens,
         encoder=encoder,
+        extent=extent,
     )
 
 
@@ -91,9 +94,9 @@ LOOKS: dict[str, LookSpec] = {
             fixed_tokens=None,
             encoder=None,
         ),
-        _reencoding("clip", encoder="clip", fixed_tokens=None),
-        _reencoding("detection", encoder="dino", fixed_tokens=256),
-        _reencoding("seg", encoder="sam", fixed_tokens=256),
+        _reencoding("clip", encoder="clip"),
+        _reencoding("detection", encoder="dino", fixed_tokens=256, extent="centre"),
+        _reencoding("seg", encoder="sam", fixed_tokens=256, extent="padded"),
     )
 }
 

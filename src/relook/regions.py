@@ -184,6 +184,25 @@ def upright(image: "Image.Image") -> "Image.Image":
     return image.convert("RGB")
 
 
+def token_area(extent: str, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """(x1, y1, x2, y2) pixels of a view of `size` over which an encoder's tokens lie; `LookSpec.extent` names how.
+
+    whole   the view, stretched
+    centre  a centred square of 224/256 of the shorter side (DINOv2: shortest side 256, centre crop 224)
+    padded  a square on the longer side, from the top left, so it may reach beyond the view (SAM)
+
+    >>> token_area("centre", (640, 400))
+    (145.0, 25.0, 495.0, 375.0)
+    """
+    width, height = _check_size(size)
+    if extent == "centre":
+        side = min(size) * 224 / 256
+        left, top = (width - side) / 2, (height - side) / 2
+        return left, top, left + side, top + side
+    side = max(size)
+    return (0.0, 0.0, float(side), float(side)) if extent == "padded" else (0.0, 0.0, float(width), float(height))
+
+
 _CROP_SUFFIX = re.compile(r"(?P<path>.*\.[^./\\]+)_(?P<box>-?[0-9]{1,9}(?:,-?[0-9]{1,9}){3})", re.DOTALL)
 
 
