@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
 
 import pytest
+import qwen_vocab
 from tiny import PATCH, tiny_model
 
 from relook.looks import LOOKS
@@ -64,8 +67,9 @@ def _tiny_vlm(looks: tuple[str, ...], seed: int, settings: tuple):
 
 @pytest.fixture(scope="session")
 def tiny_vlm():
-    """Makes a random VLM of a few thousand parameters: `tiny_vlm(looks=("region", "clip"), seed=0, **processor settings)`.
+    """Makes a random VLM of a few thousand parameters: `tiny_vlm(looks=("region", "clip"), seed=0, **settings)`.
 
+    `settings` are the processor's (`free_choice=True`, `reencode_look=View(96)`).
     Made once per set of arguments; VLMs keep no state, so tests may share them.
     """
 
@@ -73,3 +77,24 @@ def tiny_vlm():
         return _tiny_vlm(tuple(looks), seed, tuple(sorted(settings.items())))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(request, tmp_path_factory):
+    """A plain Qwen2-VL folder as on the hub: tokenizer, preprocessor_config.json, no processor_config.json."""
+    if qwen_vocab.ranks_file() is None:
+        pytest.skip("dashscope is not installed: it carries the Qwen vocabulary (dev extra)")
+    kept = getattr(request.config, "cache", None)  # building takes seconds: done once where pytest keeps things
+    folder = Path(kept.mkdir("qwen-vocab-1") if kept else tmp_path_factory.mktemp("qwen"))
+    if not (folder / "done").exists():
+        qwen_vocab.write_folder(folder)
+        preprocessing = {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2VLProcessor",
+            **{"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2},
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+        (folder / "done").touch()
+    return folder

@@ -247,6 +247,8 @@ def test_options_change_what_they_say():
     free = build_item(question, BuildOptions(free_choice=True))
     assert free.messages[0].content == "<image>\nWhat is the name of the company?"
     assert free.messages[1:] == each.messages[1:]
+    first = build_item(question, BuildOptions(question_first=True, look="none"))
+    assert first.messages[0].content == "What is the name of the company?\n<image>"
 
 
 def test_odd_boxes_are_mended_or_left_out_and_counted():
@@ -442,3 +444,59 @@ def test_items_over_the_cutoff_are_left_out_and_said(caplog):
         collate([long])
     with pytest.raises(UserError, match="over the cutoff of 4"):
         Collator(Rows(), max_length=4, too_long="error")([long])
+
+
+# ---- collator: the real vocabulary, and a model
+
+
+@needs_pipeline
+def test_published_items_of_one_model_make_one_batch_with_the_recorded_ids_and_labels(qwen_folder, published):
+    """All items of the CLIP model's tokenizer, whose lengths run from 51 to 456: real padding, mixed looks."""
+    import torch
+
+    from relook.model import VPTQwen2VLProcessor
+
+    processor = VPTQwen2VLProcessor.from_pretrained(qwen_folder, looks=["region", "clip"])
+    processor.add_look_tokens()
+    processor = processor.with_settings("published")
+    samples = [sample for sample in published.values() if sample["tokenizer"] == "clip"]
+    assert len({len(sample["input_ids"]) for sample in samples}) == len(samples) == 4
+    batch = Collator(processor, image_root=PIPELINE)([Item.from_dict(sample["sample"]) for sample in samples])
+    for row, sample in enumerate(samples):
+        length = len(sample["input_ids"])
+        assert batch["input_ids"][row, :length].tolist() == sample["input_ids"]
+        assert batch["labels"][row, :length].tolist() == sample["labels"]
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (456 - length)
+        assert set(batch["labels"][row, length:].tolist()) <= {-100}
+        assert set(batch["input_ids"][row, length:].tolist()) <= {processor.tokenizer.pad_token_id}
+    for key in ("image_grid_thw", "clip_images_grid_thw"):
+        recorded = [grid for sample in samples for grid in sample["vision"].get(key, [])]
+        assert batch[key].tolist() == recorded
+    for key in ("pixel_values", "clip_pixel_values"):
+        rows = [processor.encode_item(sample["sample"], image_root=PIPELINE) for sample in samples]
+        assert torch.equal(batch[key], torch.cat([row[key] for row in rows if key in row]))
+
+
+def test_a_batch_of_mixed_looks_equals_its_rows_one_by_one(tiny_vlm):
+    """Logits of every real position, and the loss as the mean over learnt positions, with looks and without."""
+    import torch
+
+    vlm = tiny_vlm()
+    page = make_world("cards", 5).sample(0)
+    question = from_page(page, 0)
+    looks = ["region", "none", "clip", "detection"]
+    items = [build_item(question, BuildOptions(look=look)) for look in looks]
+    items.append(build_item(from_page(page, 1), BuildOptions(look="region", free_choice=True)))
+    collate = Collator(vlm.processor)
+    batch = collate(items)
+    assert len({int(n) for n in batch["attention_mask"].sum(1)}) > 1
+    with torch.no_grad():
+        together = vlm.model(**batch)
+        alone = [(row, vlm.model(**row)) for row in (collate([item]) for item in items)]
+    weights = []
+    for number, (row, out) in enumerate(alone):
+        length = row["input_ids"].shape[1]
+        assert torch.allclose(together.logits[number, :length], out.logits[0], atol=1e-4)
+        weights.append(int((row["labels"][0, 1:] != -100).sum()))
+    mean = sum(w * float(out.loss) for w, (_, out) in zip(weights, alone, strict=True)) / sum(weights)
+    assert float(together.loss) == pytest.approx(mean, abs=1e-4)

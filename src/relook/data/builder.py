@@ -44,6 +44,7 @@ class BuildOptions:
     margin: cells by which the *crop* is widened on each side; the tokens always name the cells of the box itself.
     free_choice: leave out the sentence that asks for the look, so that the model learns to decide.
     answer_prefix: open the answer after a look with the published "Now answer the question.\\n".
+    question_first: write the question before the image, for models that were trained so (a processor's setting).
     boxes: "each" box is a region of its own (boxes in the same cells are one), or their "union" is one region.
     no_box: what to do with a question without a usable box under look="region": "skip" it (counted), make it a
         "direct" answer, or stop with an "error".
@@ -54,6 +55,7 @@ class BuildOptions:
     margin: int = 0
     free_choice: bool = False
     answer_prefix: bool = False
+    question_first: bool = False
     boxes: BoxRule = "each"
     no_box: NoBoxRule = "skip"
 
@@ -137,7 +139,7 @@ def build_item(
     options, report = options or BuildOptions(), report if report is not None else BuildReport()
     _refuse_marks(question)
     if options.look == DIRECT:
-        return _direct(question)
+        return _direct(question, options)
     if LOOKS[options.look].reencodes:
         return _looking(question, options, write_call(options.look), {LOOKS[options.look].item_key: [question.image]})
     cells = region_cells(question, options, report)
@@ -145,7 +147,7 @@ def build_item(
         if options.no_box == "error":
             raise UserError(f"{question.where}: no usable box; give one, or build with no_box='skip' or 'direct'")
         report.note("questions without a usable box", question.where)
-        return _direct(question) if options.no_box == "direct" else None
+        return _direct(question, options) if options.no_box == "direct" else None
     size = image_size(question)
     crops = [crop_ref(question.image, each, size, grid=options.grid, margin=options.margin) for each in cells]
     call = "".join(write_call("region", each, options.grid) for each in cells)
@@ -193,9 +195,14 @@ def _usable(box: Box, size: tuple[int, int], where: str, report: BuildReport) ->
     return inside
 
 
-def _direct(question: Question) -> Item:
-    turns = (Message("user", f"{LOOKS['region'].placeholder}\n{question.text}"), Message("assistant", question.answer))
+def _direct(question: Question, options: BuildOptions) -> Item:
+    turns = (_first_turn(question.text, options), Message("assistant", question.answer))
     return Item(turns, _image_lists(question, {}))
+
+
+def _first_turn(text: str, options: BuildOptions) -> Message:
+    lines = [LOOKS["region"].placeholder, text]
+    return Message("user", "\n".join(reversed(lines) if options.question_first else lines))
 
 
 def _looking(question: Question, options: BuildOptions, call: str, seen: dict[str, list[ImageRef]]) -> Item:
@@ -203,7 +210,7 @@ def _looking(question: Question, options: BuildOptions, call: str, seen: dict[st
     trigger = "" if options.free_choice else f" {LOOKS[options.look].trigger}"
     prefix = ANSWER_PREFIX if options.answer_prefix else ""
     turns = (
-        Message("user", f"{LOOKS['region'].placeholder}\n{question.text}{trigger}"),
+        _first_turn(f"{question.text}{trigger}", options),
         Message("assistant", call),
         Message("user", look_turn(parse_calls(call, options.grid))),
         Message("assistant", f"{prefix}{question.answer}"),

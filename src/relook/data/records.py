@@ -135,9 +135,8 @@ def _decode(path: Path, data: bytes, line: int) -> dict[str, Any]:
         at = line + data.count(b"\n", 0, error.start)
         raise UserError(f"{path}:{at}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{line + error.lineno - 1}: broken JSON ({error.msg}); mend or remove the record"
-        ) from None
+        at = line + min(error.lineno - 1, data.rstrip().count(b"\n"))  # not the line after its last
+        raise UserError(f"{path}:{at}: broken JSON ({error.msg}); mend or remove the record") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}:{line}: a {type(value).__name__} where an object {{...}} was expected")
     return value

@@ -1,0 +1,85 @@
+"""Tasks: what is asked, and how each answer is scored. A task is a row of `TASKS`, or any file of questions.
+
+Knows where questions come from; refuses to know models and looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+
+from relook.data.questions import Question, from_page, read_questions
+from relook.data.worlds import make_world, rng
+from relook.errors import UserError
+
+# Worlds of training recipes take small seeds; pages for evaluation come from seeds beyond this one, so none was seen.
+UNSEEN = 1_000_000_007
+REAL_RECEIPTS = Path("../shared/data/receipts/val_qa.jsonl")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row: its name, what it is, its questions for a seed (possibly without end), and its scores.
+
+    `usual` is how many questions are asked where nobody says; None for all of them.
+    """
+
+    name: str
+    about: str
+    questions: Callable[[int], Iterator[Question]]
+    scores: tuple[str, ...] = ("exact", "anls")
+    usual: int | None = None
+
+    def items(self, n: int | None, seed: int) -> Iterator[Question]:
+        """The first `n` questions (None: as many as usual); world tasks draw other pages for another seed."""
+        return islice(self.questions(seed), self.usual if n is None else n)
+
+
+def world_questions(world: str, seed: int) -> Iterator[Question]:
+    """One question about each page of a world that no training saw, which one drawn by page; without end."""
+    pages = make_world(world, UNSEEN + seed)
+    for index in count():
+        page = pages.sample(index)
+        chosen = int(rng(seed, "evaluate", world, index).integers(len(page.qas)))
+        yield from_page(page, chosen, f"{world} page {index} of seed {UNSEEN + seed}")
+
+
+def real_receipts(seed: int) -> Iterator[Question]:
+    """The validation questions about real scanned receipts, where the project's shared folder is at hand."""
+    beside = Path(__file__).parents[3] / REAL_RECEIPTS  # of the checkout this file may lie in
+    path = next((path for path in (REAL_RECEIPTS, beside) if path.is_file()), None)
+    if path is None:
+        raise UserError(
+            f"task receipts-real needs the real receipts, and there is no {REAL_RECEIPTS} here or beside the checkout; "
+            "give the path of your own questions (JSON lines of image, question, answer, bboxs) as a task instead"
+        )
+    return read_questions(path)
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("cards", "cards with codes, pages never seen", lambda seed: world_questions("cards", seed), usual=1000),
+        Task("receipts", "rendered receipts never seen", lambda seed: world_questions("receipts", seed), usual=500),
+        Task("receipts-real", "60 real scanned receipts (SROIE), 234 questions", real_receipts),
+    )
+}
+
+
+def find_task(name: str) -> Task:
+    """The task of that name, or the questions of the file at that path.
+
+    Raises:
+        UserError: neither a task nor a file.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    path = Path(name)
+    if not path.is_file():
+        known = ", ".join(TASKS)
+        raise UserError(
+            f"{name!r} is neither a task ({known}) nor a file of questions; name one of these, or give a path"
+        )
+    return Task(path.stem, str(path), lambda seed: read_questions(path))
