@@ -51,16 +51,22 @@ class Journal(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not logs or "loss" not in logs:
+        figures = self.objective.figures()
+        if not logs or not figures:  # nothing new since the last entry
             return
         seconds = time.perf_counter() - self.started
         done = min(state.global_step * self.stage.batch * self.stage.accumulate, self.stage.samples)
-        record = {"stage": self.stage.name, "samples": done, "seconds": round(seconds, 1), "loss": logs["loss"]}
-        record |= {k: round(v, 4) for k, v in self.objective.figures().items()}
+        record = {
+            "stage": self.stage.name,
+            "samples": done,
+            "seconds": round(seconds, 1),
+            "loss": logs.get("loss", logs.get("train_loss")),
+        }
+        record |= {k: round(v, 4) for k, v in figures.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        figures = "  ".join(f"{k} {v:.3f}" for k, v in record.items() if isinstance(v, float) and k != "seconds")
-        print(f"{self.stage.name} {done}/{self.stage.samples}  {seconds:.0f} s  {figures}", file=sys.stderr, flush=True)
+        shown = "  ".join(f"{k} {v:.3f}" for k, v in record.items() if isinstance(v, float) and k != "seconds")
+        print(f"{self.stage.name} {done}/{self.stage.samples}  {seconds:.0f} s  {shown}", file=sys.stderr, flush=True)
 
 
 def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), out: str | Path | None = None) -> Path:

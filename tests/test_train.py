@@ -1,0 +1,275 @@
+"""Training: what the stages are taught is true, runs repeat and resume, and only what should learn does."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import relook.train
+from relook.data.worlds import make_world
+from relook.errors import UserError
+from relook.looks import LOOKS, parse_calls
+from relook.regions import cells_to_box
+from relook.train import tiny
+from relook.train.conversation import KINDS, shaken
+from relook.train.recipe import Recipe, Stage
+from relook.train.runner import run, run_stage, schedule
+from relook.train.stages import coverage, make_objective, merge_order, patch_truth
+
+SIZE = tiny.SIZES["cards-tiny"]
+
+
+@pytest.fixture(scope="module")
+def built():
+    return tiny.build("cards-tiny", seed=0)
+
+
+def objective(built, name: str, **options):
+    stage = Stage(name="s", objective=name, samples=8, batch=2, options=options)
+    return make_objective(*built, make_world("cards", 5), stage, 5, None)
+
+
+def recipe(stages: list[dict], **changes) -> Recipe:
+    base = {"name": "r", "model": {"size": "cards-tiny"}, "data": {"world": "cards"}, "stages": stages}
+    return Recipe.model_validate(base | changes)
+
+
+# -- the tiny model
+
+
+@given(st.text(max_size=60))
+def test_any_text_can_be_written(text: str) -> None:
+    import unicodedata
+
+    tokenizer = _tokenizer()
+    text = unicodedata.normalize("NFC", text)
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_words_of_the_world_are_whole_and_answers_are_spelt() -> None:
+    tokenizer = _tokenizer()
+    question = "What is the code in the red box?"
+    assert len(tokenizer.tokenize(question)) == len(question.split()) + 1
+    for answer in ("407", "SIN THYE & COMPANY", "28/02/2016"):
+        assert len(tokenizer.tokenize(answer)) == len(answer)
+    for spec in (LOOKS["region"], LOOKS["clip"]):
+        assert all(len(tokenizer.tokenize(t)) == 1 for t in (spec.start, spec.end, spec.pad))
+
+
+def _tokenizer(cache=[]):  # noqa: B006  (built once)
+    if not cache:
+        cache.append(tiny.build_tokenizer(SIZE))
+    return cache[0]
+
+
+def test_size_and_views(built) -> None:
+    model, processor = built
+    assert 2.0e6 < sum(p.numel() for p in model.parameters()) < 2.5e6
+    page = make_world("cards", 1).sample(0).image
+    assert processor.view(page, "first").size == (64, 64)
+    assert processor.view(page.crop((64, 0, 320, 192)), "crop").size == (128, 96)
+    assert processor.view(page, "reencode").size == (256, 256)
+    assert len(processor.tokenizer) == model.get_input_embeddings().num_embeddings
+
+
+# -- the truth that stages teach
+
+
+@given(st.tuples(*[st.integers(0, 63)] * 4), st.tuples(*[st.integers(0, 40)] * 4))
+def test_coverage_against_counted_pixels(corners, window_corners) -> None:
+    x1, x2, y1, y2 = min(corners[:2]), max(corners[:2]) + 1, min(corners[2:]), max(corners[2:]) + 1
+    wx, wy = window_corners[0], window_corners[1]
+    window = (wx, wy, wx + 24, wy + 16)
+    painted = np.zeros((64, 64))
+    painted[y1:y2, x1:x2] = 1
+    seen = painted[wy : wy + 16, wx : wx + 24].reshape(2, 8, 4, 6).mean((1, 3))
+    assert np.allclose(coverage([(x1, y1, x2, y2)], window, (2, 4)), seen)
+
+
+def test_merge_order_is_the_vision_towers(built) -> None:
+    """Number the patches of an image by their place; the image processor's order, merged, must be `merge_order`'s."""
+    _, processor = built
+    rows, columns, side = 4, 6, 8
+    numbers = np.arange(rows * columns).reshape(rows, columns)
+    pixels = np.repeat(np.repeat(numbers, side, 0), side, 1).astype(np.uint8)
+    from PIL import Image
+
+    encoded = processor.encode_images([Image.fromarray(np.stack([pixels] * 3, -1))], "image")
+    values = encoded["pixel_values"].reshape(rows * columns, -1)[:, 0].numpy()
+    assert (np.argsort(np.argsort(values)).reshape(-1, 4) == merge_order(numbers)).all()
+
+
+def test_patch_truth_spells_the_page() -> None:
+    page = make_world("cards", 2).sample(4)
+    glyph, area = patch_truth(page, (0, 0, 512, 512), (32, 32), "0123456789", tuple(a.label for a in page.areas))
+    assert (glyph > 0).sum() == len(page.glyphs)
+    for i, part in enumerate(page.areas):
+        x1, y1, x2, y2 = part.box
+        assert area[..., i].sum() == pytest.approx((x2 - x1) * (y2 - y1) / 16**2)
+
+
+def test_conversations_are_true(built) -> None:
+    """Read back from the ids alone: the call names cells that hold the box, and the crop shows it."""
+    _, processor = built
+    teller = objective(built, "instruct").teller
+    page = make_world("cards", 5).sample(0)
+    random = np.random.default_rng(0)
+    for qa in page.qas:
+        item, windows = KINDS["region"](teller, page, qa, random)
+        call = parse_calls(item["messages"][1]["content"])[0]
+        box = cells_to_box(call.cells, page.image.size)
+        (x1, y1, x2, y2), crop = qa.boxes[0], windows[1]
+        assert box[0] <= x1 and box[1] <= y1 and box[2] >= x2 and box[3] >= y2
+        assert crop[0] <= x1 and crop[1] <= y1 and crop[2] >= x2 and crop[3] >= y2
+        assert item["messages"][-1]["content"] == qa.answer
+        row = processor.encode_item(item)
+        learnt = [i for i in row["labels"] if i >= 0]
+        assert processor.tokenizer.decode(learnt) == f"{item['messages'][1]['content']}<|im_end|>{qa.answer}<|im_end|>"
+
+
+@given(st.integers(0, 10**6))
+def test_shaken_cells_stay_cells(seed: int) -> None:
+    x0, y0, x1, y1 = shaken((0, 3, 1, 7), np.random.default_rng(seed), 0.5, 8)
+    assert 0 <= x0 <= x1 <= 7 and 0 <= y0 <= y1 <= 7
+    assert abs(x0) <= 1 and abs(y1 - 7) <= 1
+
+
+def test_reading_learns_the_answer_only(built) -> None:
+    row = objective(built, "read").example(0)
+    learnt = [i for i in row["labels"] if i >= 0]
+    assert len(learnt) == 4  # three digits and the end of the turn
+    assert LOOKS["region"].start in built[1].tokenizer.decode(row["input_ids"])
+
+
+# -- objectives and runs
+
+
+@pytest.mark.parametrize("name", ["dense", "align", "read", "locate", "instruct"])
+def test_examples_repeat_and_losses_are_finite(built, name: str) -> None:
+    first, second = objective(built, name), objective(built, name)
+    a, b = first.example(3), second.example(3)
+    for x, y in zip(_tensors(a), _tensors(b), strict=True):
+        assert torch.equal(x, y)
+    batch = first.collate([first.example(0), first.example(1)])
+    loss = first(**batch)["loss"]
+    assert torch.isfinite(loss)
+    loss.backward()
+
+
+def _tensors(tree):
+    if torch.is_tensor(tree):
+        yield tree
+    elif isinstance(tree, dict):
+        for key in sorted(tree):
+            yield from _tensors(tree[key])
+
+
+def test_clip_and_direct_turns_learn_too(built) -> None:
+    for kind in ("clip", "direct"):
+        learner = objective(built, "instruct", mix={kind: 1.0})
+        learner.model.zero_grad()
+        learner(**learner.collate([learner.example(0), learner.example(1)]))["loss"].backward()
+        condition = learner.model.projectors["clip"].linear_condition.weight.grad
+        assert (condition is not None and condition.abs().sum() > 0) == (kind == "clip")
+
+
+def test_unknown_objective_and_option(built) -> None:
+    with pytest.raises(UserError, match="dense, align"):
+        objective(built, "dens")
+    with pytest.raises(UserError, match="'window'"):
+        objective(built, "dense", windov=[8, 8])
+
+
+def test_a_run_resumes_and_repeats(tmp_path: Path) -> None:
+    stages = [
+        {"name": "a", "objective": "dense", "samples": 4, "batch": 2, "options": {"window": [64, 64]}},
+        {"name": "b", "objective": "instruct", "samples": 4, "batch": 2, "freeze": ["visual"]},
+    ]
+    whole = run(recipe(stages), out=tmp_path / "whole")
+    run(recipe(stages[:1]), out=tmp_path / "parts")
+    first = tmp_path / "parts" / "stages" / "00-a" / "weights.safetensors"
+    before = first.stat().st_mtime_ns
+    resumed = run(recipe(stages), out=tmp_path / "parts")
+    assert first.stat().st_mtime_ns == before  # the finished stage was not run again
+    from safetensors.torch import load_file
+
+    ours, theirs = load_file(whole / "model.safetensors"), load_file(resumed / "model.safetensors")
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours) and ours.keys() == theirs.keys()
+    assert next(iter(ours.values())).dtype == torch.float16
+    config = json.loads((whole / "config.json").read_text())
+    assert [s["stage"] for s in config["provenance"]["stages"]] == ["a", "b"]
+    assert str(tmp_path) not in (whole / "config.json").read_text()
+    logged = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [entry["stage"] for entry in logged] == ["a", "b"]
+
+
+def test_frozen_parts_do_not_move(built) -> None:
+    model, processor = tiny.build("cards-tiny", seed=0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    plan = recipe(
+        [
+            {
+                "name": "x",
+                "objective": "instruct",
+                "samples": 4,
+                "batch": 2,
+                "warmup": 0,
+                "freeze": ["visual", "layers.0"],
+            }
+        ]
+    )
+    run_stage(model, processor, plan, plan.stages[0], Path("/dev/null"))
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved and not [k for k in moved if ".visual." in k or ".layers.0." in k]
+    assert all(p.requires_grad for p in model.model.visual.parameters())
+
+
+def test_plain_instruction_tuning_on_a_file_of_items(tmp_path: Path, monkeypatch) -> None:
+    """A recipe with one stage and data.source=json: published items, weights to start from, a freeze list."""
+    monkeypatch.chdir(tmp_path)
+    model, processor = tiny.build("cards-tiny", seed=0)
+    model.save_pretrained("start")
+    processor.save_pretrained("start")
+    page = make_world("cards", 1).sample(0)
+    page.image.save("page.png")
+    call = "<|region_token_start|><|x_1|><|y_2|><|x_3|><|y_4|><|region_token_end|>"
+    turns = [("user", "<image>\nWhat?"), ("assistant", call), ("user", "<image>"), ("assistant", "42")]
+    item = {
+        "messages": [{"role": r, "content": c} for r, c in turns],
+        "images": ["page.png", "page.png_64,128,256,320"],
+        "clip_images": [],
+        "detection_images": [],
+        "seg_images": [],
+    }
+    Path("items.json").write_text(json.dumps([item, item]))
+    plan = {
+        "name": "own",
+        "model": {"start": "start"},
+        "data": {"source": "json", "path": "items.json"},
+        "stages": [{"name": "tune", "objective": "instruct", "samples": 4, "batch": 2, "freeze": ["visual"]}],
+    }
+    Path("own.yaml").write_text(yaml.safe_dump(plan))
+    final = relook.train.run("own.yaml", ["out=tuned"])
+    assert final == Path("tuned/final") and (final / "model.safetensors").is_file()
+
+
+def test_parts_that_are_not_there(tmp_path: Path) -> None:
+    plan = recipe([{"name": "x", "objective": "dense", "samples": 2, "freeze": ["vision_tower"]}])
+    with pytest.raises(UserError, match="vision_tower"):
+        run(plan, out=tmp_path)
+
+
+def test_schedules() -> None:
+    stage = Stage(name="s", objective="dense", samples=1, warmup=0)
+    tail = schedule(stage, 100)
+    assert [tail(s) for s in (0, 50, 75, 100)] == [1, 1, 1, 0]
+    assert tail(90) == pytest.approx(0.4)
+    cosine = schedule(stage.model_copy(update={"schedule": "cosine"}), 100)
+    assert cosine(50) == pytest.approx(0.5)
+    warm = schedule(stage.model_copy(update={"warmup": 0.1}), 100)
+    assert 0 < warm(0) < warm(5) < warm(10) == 1
