@@ -73,7 +73,7 @@ class Sampling:
             warpers.append(TopPLogitsWarper(float(self.top_p)))
         scores = logits.float().cpu().unsqueeze(0)
         no_ids = torch.LongTensor([[]])  # part of the interface; these three look at the scores alone
-        probabilities = warpers(no_ids, scores).softmax(-1)  # type: ignore[arg-type]
+        probabilities = warpers(no_ids, scores).softmax(-1)
         return int(torch.multinomial(probabilities[0], 1, generator=generator))
 
 

@@ -39,8 +39,9 @@ def run(machine: Machine, rows: Sequence[Row], record: Recorder | None = None) -
     while waiting:
         live, waiting = waiting, []
         images = [[shown for _, shown in row.conversation.block.shown] for row in live]
-        with _shared(machine, live, lambda row: "look" if row.started else "vision"):
-            encode(machine.model, [shown.sight for row in images for shown in row])
+        if any(images):
+            with _shared(machine, live, lambda row: "look" if row.started else "vision"):
+                encode(machine.model, [shown.sight for row in images for shown in row])
         kv = KVRows.join([row.conversation.kv for row in live])
         states = _push(machine, kv, live)
         for row, seen in zip(live, images, strict=True):

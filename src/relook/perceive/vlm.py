@@ -7,8 +7,9 @@ It refuses to know tokens and tensors: those are `session.py`'s and below.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from PIL import Image
 
@@ -25,6 +26,22 @@ from .session import Recorder, run
 
 AUTO, NONE = "auto", "none"
 ROWS_AT_ONCE = 8  # how many questions `ask_many` works on side by side
+
+
+class AskOptions(TypedDict, total=False):
+    """How a question is to be answered; `VLM.ask` says what each one means."""
+
+    look: str
+    region: Sequence[int] | None
+    max_looks: int
+    max_new_tokens: int
+    do_sample: bool
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    constrain: bool
+    look_at: int | None
 
 
 def load(name: str | Path, *, dtype: Any = None, device: Any = None, attn_implementation: str | None = None) -> VLM:
@@ -73,7 +90,7 @@ class VLM:
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
-    def ask(self, image: Any, question: str, **options: Any) -> Answer:
+    def ask(self, image: Any, question: str, **options: Unpack[AskOptions]) -> Answer:
         """Answer one question about one image, or about several (a list).
 
         Args:
@@ -98,7 +115,7 @@ class VLM:
         """
         return _last(self.stream(image, question, **options))
 
-    def stream(self, image: Any, question: str, **options: Any) -> Iterator[Event]:
+    def stream(self, image: Any, question: str, **options: Unpack[AskOptions]) -> Iterator[Event]:
         """As `ask`, event by event: TextDelta, LookTaken, and at the end Finished with the answer.
 
         The text pieces of the last turn add up to `answer.text`. (What a model writes before a call in the same turn is
@@ -106,28 +123,29 @@ class VLM:
         """
         return self.chat(image).stream(question, **options)
 
-    def ask_many(self, pairs: Iterable[Sequence[Any] | Mapping[str, Any]], **options: Any) -> list[Answer]:
+    def ask_many(
+        self,
+        pairs: Iterable[Sequence[Any] | Mapping[str, Any]],
+        *,
+        batch_size: int = ROWS_AT_ONCE,
+        **options: Unpack[AskOptions],
+    ) -> list[Answer]:
         """Answer several questions side by side, in order. Each answer is the one `ask` gives.
 
         Args:
             pairs: (image, question), or (image, question, options), or dicts {"image": .., "question": .., options..}.
-            options: for all of them, as in `ask`; a pair's own options win. `batch_size`: how many at once (8).
+            batch_size: how many at once.
+            options: for all of them, as in `ask`; a pair's own options win.
         """
-        size = options.pop("batch_size", ROWS_AT_ONCE)
-        if not isinstance(size, int) or size < 1:
-            raise UserError(f"batch_size={size!r} is not a number of questions; expected 1 or more")
-        rows = []
-        for number, pair in enumerate(pairs):
-            try:
-                image, question, own = _unpack(pair)
-                rows.append(self._row(self._begin(), image, question, {**options, **own}))
-            except UserError as error:
-                raise UserError(f"question {number}: {error}") from error
+        _whole("batch_size", batch_size, 1)
         answers: list[Answer] = []
-        while rows:
-            batch, rows = rows[:size], rows[size:]
-            done = {i: e.answer for i, e in run(self._machine, batch) if isinstance(e, Finished)}
-            answers += [done[i] for i in range(len(batch))]
+        rest = enumerate(pairs)
+        while batch := list(
+            islice(rest, batch_size)
+        ):  # opened batch by batch: thousands of images need not fit in memory
+            rows = [self._numbered_row(number, pair, options) for number, pair in batch]
+            done = {i: event.answer for i, event in run(self._machine, rows) if isinstance(event, Finished)}
+            answers += [done[i] for i in range(len(rows))]
         return answers
 
     def chat(self, image: Any = None) -> Chat:
@@ -144,6 +162,13 @@ class VLM:
         if not images and not conversation.images:
             raise UserError("no image was given; give a path, a PIL image, an array, bytes, or a list of these")
         return Row(self._machine, conversation, self._request(conversation, images, question, **options))
+
+    def _numbered_row(self, number: int, pair: Any, options: Mapping[str, Any]) -> Row:
+        try:
+            image, question, own = _unpack(pair)
+            return self._row(self._begin(), image, question, {**options, **own})
+        except UserError as error:
+            raise UserError(f"question {number}: {error}") from error
 
     def _request(
         self,
@@ -236,7 +261,7 @@ class Chat:
         """All turns so far."""
         return list(self._conversation.turns)
 
-    def ask(self, question: str, image: Any = None, **options: Any) -> Answer:
+    def ask(self, question: str, image: Any = None, **options: Unpack[AskOptions]) -> Answer:
         """The next question; `image` adds images to the conversation. Options as in `VLM.ask`.
 
         `usage` counts what this question cost, except `sequence_length`, which is the whole conversation's: over all
@@ -244,7 +269,7 @@ class Chat:
         """
         return _last(self.stream(question, image, **options))
 
-    def stream(self, question: str, image: Any = None, **options: Any) -> Iterator[Event]:
+    def stream(self, question: str, image: Any = None, **options: Unpack[AskOptions]) -> Iterator[Event]:
         """As `ask`, event by event."""
         row = self._vlm._row(self._conversation, self._new_images + _images(image), question, options)
         return self._run(row)
