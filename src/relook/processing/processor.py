@@ -318,8 +318,8 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
             counts[kind] = iter(self.pad_counts(kind, tensors, len(images)))
         expanded = [{"role": m["role"], "content": self.expand(m["content"], counts)} for m in messages]
         ids, written = self._conversation_ids(expanded)
-        before = expanded[:-1] if expanded[-1]["role"] == "assistant" else expanded
-        result: dict[str, Any] = {"input_ids": ids, "prompt_ids": self.prompt_ids(before)}
+        answer = next((i for i, w in enumerate(reversed(written)) if not w), 0)  # the last block, if the assistant's
+        result: dict[str, Any] = {"input_ids": ids, "prompt_ids": ids[: len(ids) - answer]}
         if labels:
             unlearnt = self.unlearnt_ids
             result["labels"] = [i if w and i not in unlearnt else IGNORED for i, w in zip(ids, written, strict=True)]
