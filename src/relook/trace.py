@@ -144,13 +144,8 @@ class Answer:
 
     def save(self, path: str | Path) -> Path:
         """Write `picture()` to `path`, in the format of its suffix (PNG without one). Raises UserError if it cannot."""
-        from PIL import Image
-
         path = Path(path)
-        formats = {"": "PNG", **{suffix: name for suffix, name in Image.registered_extensions().items()}}
-        form = formats.get(path.suffix.lower())
-        if form is None or form not in Image.SAVE:
-            raise UserError(f"cannot save a picture as {path.name!r}: expected a name ending in .png, .jpg or .webp")
+        form = picture_format(path)
         try:
             self.picture().save(path, format=form)
         except OSError as error:
@@ -194,6 +189,17 @@ class Finished:
 
 
 Event = TextDelta | LookTaken | Finished
+
+
+def picture_format(path: Path) -> str:
+    """The format ("PNG", ...) a picture saved under this name has. Raises UserError where Pillow writes none."""
+    from PIL import Image
+
+    formats = {"": "PNG", **Image.registered_extensions()}
+    form = formats.get(path.suffix.lower())
+    if form is None or form not in Image.SAVE:
+        raise UserError(f"cannot save a picture as {path.name!r}: expected a name ending in .png, .jpg or .webp")
+    return form
 
 
 def _image_dict(image: "Image.Image | None", with_pixels: bool) -> dict[str, Any] | None:

@@ -83,4 +83,8 @@ def _top(context: typer.Context, version: bool = typer.Option(False, "--version"
 
 def main() -> None:
     """The `relook` command."""
+    import os
+
+    if not sys.stderr.isatty():  # bars of transformers and the hub are for people who watch
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     app()

@@ -58,7 +58,7 @@ def ask(
         answer.save(save)
     for warning in answer.warnings:
         print(f"relook: {warning}", file=sys.stderr)
-    print(json.dumps(answer.to_dict(), ensure_ascii=False, indent=2) if as_json else describe(answer, save))
+    print(json.dumps(answer.to_dict(), ensure_ascii=False) if as_json else describe(answer, save))
 
 
 def describe(answer: "Answer", save: Path | None = None) -> str:
@@ -68,7 +68,12 @@ def describe(answer: "Answer", save: Path | None = None) -> str:
         lines.append("no second look")
     if save is not None:
         lines.append(f"saved: {save}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
+
+
+def printable(text: str) -> str:
+    """Without control characters: what a model writes must not move a terminal's cursor."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def describe_look(look: "Look") -> str:
@@ -102,6 +107,9 @@ def parse_cells(text: str) -> tuple[int, int, int, int]:
 
 def check_writable(path: Path) -> None:
     """Try the place now: after a minute of work is the wrong time to find that it cannot be written."""
+    from relook.trace import picture_format
+
+    picture_format(path)
     existed = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

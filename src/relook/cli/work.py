@@ -1,51 +1,97 @@
-"""`relook train`, `relook evaluate`, `relook bench`: the long-running commands."""
+"""`relook train`, `relook evaluate`, `relook bench`: the commands that take their time. Progress goes to stderr."""
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument
+from typer import Argument, Option
 from typer.core import TyperCommand
 
-LISTS = ("--tasks", "--looks")
+from relook.cli.ask import DEFAULT_MODEL
+
+LISTS = ("--tasks", "--looks")  # options that take several values in a row
 
 
 class ListOptions(TyperCommand):
     """A command whose `--tasks a b c` reads as `--tasks a --tasks b --tasks c`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, spread(args, LISTS))
+        return super().parse_args(ctx, spread(args))
 
 
-def spread(args: list[str], lists: tuple[str, ...]) -> list[str]:
+def spread(args: list[str]) -> list[str]:
     """Repeat a list option before each of its values.
 
-    >>> spread(["--tasks", "cards", "receipts", "--json"], ("--tasks",))
+    >>> spread(["--tasks", "cards", "receipts", "--json"])
     ['--tasks', 'cards', '--tasks', 'receipts', '--json']
     """
     out: list[str] = []
-    current = None  # the list option whose values we are among
+    current = None  # the list option whose values we are among, None outside
+    fresh = False  # it has had no value yet
     for arg in args:
         if arg.startswith("-"):
-            current = arg if arg in lists else None
+            out += [current] if current and fresh else []  # a list option without a value: the parser says so
+            current, fresh = (arg, True) if arg in LISTS else (None, False)
             out += [] if current else [arg]
         else:
             out += [current, arg] if current else [arg]
-    return out
+            fresh = False
+    return out + ([current] if current and fresh else [])
 
 
 def train(
-    recipe: Annotated[Path, Argument(metavar="RECIPE.yaml", help="A recipe (YAML); see recipes/.")],
-    overrides: Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="Keys of the recipe to change.")] = None,
+    recipe: Annotated[Path, Argument(metavar="RECIPE.yaml", help="A recipe; recipes/ holds those of the models.")],
+    overrides: Annotated[
+        list[str] | None, Argument(metavar="KEY=VALUE", help="Keys to change, such as seed=2 or out=FOLDER.")
+    ] = None,
 ) -> None:
-    """Train a model by a recipe."""
+    """Train a model by a recipe; a rerun goes on after the stages that are done."""
     from relook.train import run
 
-    print(run(recipe, overrides or []))
+    print(f"written: {run(recipe, overrides or [])}")
 
 
-def evaluate() -> None:
-    """Measure a model."""
+def evaluate(
+    model: Annotated[
+        str, Option("--model", "-m", metavar="NAME", help="A shipped model, a folder, or a hub id.")
+    ] = DEFAULT_MODEL,
+    tasks: Annotated[
+        list[str] | None, Option(metavar="TASK...", help="cards, receipts, receipts-real, or files of questions.")
+    ] = None,
+    looks: Annotated[
+        list[str] | None,
+        Option(metavar="LOOK...", help="auto, none, region, clip, detection, seg, oracle (annotated), random."),
+    ] = None,
+    n: Annotated[int | None, Option("--n", min=1, metavar="N", help="Questions of each task.")] = None,
+    out: Annotated[Path | None, Option(metavar="FOLDER", help="Where results and a record of each answer go.")] = None,
+    seed: Annotated[int, Option(metavar="N", help="Of pages drawn, random regions, intervals.")] = 0,
+    batch: Annotated[int, Option(min=1, metavar="N", help="Questions asked side by side.")] = 8,
+    as_json: Annotated[bool, Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Measure a model: tasks x ways to look, with 95 % intervals."""
+    from relook.evaluate import evaluate as run
+
+    done = run(model, tasks or ["cards"], looks or ["auto", "none"], n=n, out=out, seed=seed, batch=batch,
+               progress=lambda task, count: progress(f"{task}: {count} questions"))  # fmt: skip
+    progress("")
+    print(json.dumps(done.to_dict(), indent=2, ensure_ascii=False) if as_json else done)
 
 
-def bench() -> None:
-    """Measure."""
+def bench(
+    repeats: Annotated[int, Option(min=1, metavar="N", help="Rounds; each measures every case once.")] = 7,
+    seed: Annotated[int, Option(metavar="N", help="Of the random weights, the image and the intervals.")] = 0,
+    as_json: Annotated[bool, Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Measure what a look costs, as ratios within one run on this machine (some minutes)."""
+    from relook.bench import run
+
+    done = run(repeats, seed, note=progress)
+    progress("")
+    print(json.dumps(done.to_dict(), indent=2) if as_json else done)
+
+
+def progress(text: str) -> None:
+    """One line on stderr that is written over, where a person is watching; nothing in a log."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

@@ -119,7 +119,7 @@ def load_model(
         UserError: no such model. CheckpointError: files that do not fit the config; the message names the tensors.
     """
     folder = resolve(name_or_path)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch_device(device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     model, report = load_with_report(
@@ -191,6 +191,23 @@ def encoder_name(look: str) -> str | None:
 
 def _full_encoder_config(look: str, values: dict[str, Any] | None) -> dict[str, Any]:
     return encoder_config(look, values).to_diff_dict()
+
+
+def torch_device(device: torch.device | str | None) -> torch.device:
+    """The device asked for, or the fastest at hand: a GPU where there is one.
+
+    Raises:
+        UserError: torch knows no such device, or this machine has none.
+    """
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch raises all of these
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"device {str(device)!r} cannot be used ({reason}); use cpu, or cuda where there is a GPU"
+        ) from None
+    return found
 
 
 def torch_dtype(dtype: torch.dtype | str) -> torch.dtype | str:

@@ -1,0 +1,39 @@
+"""Draw the pages of this folder again: two receipts and a page of cards, from the project's own worlds.
+
+    python examples/make_pages.py [FOLDER]
+
+The receipts are written, printed, creased and scanned by code (relook.data.worlds); no real document is among them. The
+seed is used by no recipe, so a model has seen none of these pages. Beside them goes `questions.jsonl`: every question a
+page can answer, with the boxes, as `relook data build` and `relook evaluate --tasks` read them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from relook.data.worlds import make_world
+
+SEED = 700_000_000
+PAGES = {  # file -> world, page number
+    "receipt-1.jpg": ("receipts", 0),
+    "receipt-2.jpg": ("receipts", 4),
+    "card.png": ("cards", 0),
+}
+
+
+def main(folder: Path) -> None:
+    lines = []
+    for name, (world, number) in PAGES.items():
+        page = make_world(world, SEED).sample(number)
+        grey = world == "receipts"  # as a scanner saves them
+        (page.image.convert("L") if grey else page.image).save(folder / name, **({"quality": 85} if grey else {}))
+        for qa in page.qas:
+            size = {"width": page.image.width, "height": page.image.height}
+            what = {"question": qa.question, "answer": qa.answer, "bboxs": [list(box) for box in qa.boxes]}
+            lines.append(json.dumps({"image": name, **size, **what, "field": qa.field}) + "\n")
+    (folder / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
+    print(f"written: {', '.join(PAGES)}, questions.jsonl")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
