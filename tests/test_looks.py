@@ -116,6 +116,10 @@ MALFORMED = {
     "missing end": (S + "<|x_1|><|y_2|><|x_3|><|y_4|>", [("region", "cut off", None)]),
     "half a token": (S + "<|x_1|><|y_", [("region", "cut off", S + "<|x_1|>")]),
     "turn ends": (S + "<|x_1|>" + IM_END, [("region", "cut off", S + "<|x_1|>")]),
+    "over two turns": (
+        S + "<|x_1|>" + IM_END + "<|y_1|>" + E,
+        [("region", "cut off", S + "<|x_1|>"), ("region", "start token is missing", "<|y_1|>" + E)],
+    ),
     "end alone": (E, [("region", "start token is missing", None)]),
     "no start": ("<|x_1|><|y_2|>" + E, [("region", "start token is missing", None)]),
     "loose coordinates": ("<|x_1|><|y_2|>", [("region", "start token is missing", None)]),
