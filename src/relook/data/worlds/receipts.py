@@ -67,7 +67,10 @@ class Receipts:
             if name in areas and name in script.answers
         ]
         glyphs = tuple(
-            Glyph(char, box) for line in lines for char, box in zip(line.text, line.boxes, strict=True) if box is not None
+            Glyph(char, box)
+            for line in lines
+            for char, box in zip(line.text, line.boxes, strict=True)
+            if box is not None
         )
         marks = tuple(Area(name, box) for name, box in areas.items())
         return Page(image.convert("RGB"), tuple(qas), glyphs, marks, {"lines": tuple(lines)})

@@ -101,7 +101,19 @@ _SECOND = (
     "FOOD CATERING SEAFOOD NOODLE PIZZA BURGER FASHION OPTICAL CLINIC DENTAL MOBILE PHONE COMPUTER SYSTEM PRINTING "
     "PERNIAGAAN PEMBORONG KLINIK FARMASI GROCER MART EXPRESS VENTURES HOLDINGS INDUSTRIES LOGISTICS INTERNATIONAL"
 )
-_LEGAL = ("SDN BHD", "SDN BHD", "SDN BHD", "SDN. BHD.", "SDN.BHD.", "ENTERPRISE", "TRADING", "(M) SDN BHD", "& CO", "", "")
+_LEGAL = (
+    "SDN BHD",
+    "SDN BHD",
+    "SDN BHD",
+    "SDN. BHD.",
+    "SDN.BHD.",
+    "ENTERPRISE",
+    "TRADING",
+    "(M) SDN BHD",
+    "& CO",
+    "",
+    "",
+)
 _ROADS = (
     "SAGU DEDAP PERMAS MAHAGONI PUTERI WANGSA TEMASYA BUNGA ANGSA TAMPOI SETIA GENTING IPOH KEPONG KUCHAI PUDU AMPANG "
     "BUKIT RAJA TUN RAZAK SULTAN ISMAIL MERDEKA KENANGA MELATI ANGGERIK CEMPAKA DAMAI BAKTI USAHA INDUSTRI PELABUR PERUBATAN"
@@ -110,14 +122,28 @@ _TOWNS = (
     "KUALA LUMPUR|PETALING JAYA|SHAH ALAM|JOHOR BAHRU|KLANG|SUBANG JAYA|PUCHONG|KAJANG|SERI KEMBANGAN|BATU CAVES|IPOH|"
     "SEREMBAN|MELAKA|KUANTAN|KUCHING|SKUDAI|CHERAS|RAWANG|SEPANG|BALAKONG|AMPANG|SETAPAK|MASAI|GEORGE TOWN|BANGI|DENGKIL"
 ).split("|")
-_STATES = ("SELANGOR", "SELANGOR", "JOHOR", "SELANGOR DARUL EHSAN", "MALAYSIA", "W.P.", "PERAK", "PAHANG", "SARAWAK", "", "")
+_STATES = (
+    "SELANGOR",
+    "SELANGOR",
+    "JOHOR",
+    "SELANGOR DARUL EHSAN",
+    "MALAYSIA",
+    "W.P.",
+    "PERAK",
+    "PAHANG",
+    "SARAWAK",
+    "",
+    "",
+)
 _GOODS = (
     "SOCKS BELT BAG PEN BOOK PAPER CLAY GLUE TAPE SCREW NAIL BASIN PIPE LAMP BULB FAN CABLE PLUG SOAP SHAMPOO CREAM MILK "
     "BREAD RICE OIL SUGAR SALT EGG CHICKEN FISH BEEF MUTTON NOODLE SOUP TEA COFFEE KOPI TEH AIS LIMAU NASI MEE GORENG AYAM "
     "ROTI CANAI KARI SATAY JUICE WATER COLA BEER TOWER CUP PLATE SPOON TRAY BOX FILE CLIP RULER ERASER SHIRT PANTS SHOE "
     "TOY BALL KEY LOCK BRUSH PAINT WIRE HOSE VALVE SWITCH BATTERY CHARGER DIESEL RON95 PRIMAX V-POWER WHOLEMEAL JUMBO"
 )
-_KINDS = "RED BLUE BLACK WHITE SMALL LARGE (S) (M) (L) 12X13 2S 3PCS 500ML 1KG 250G KIDDY EXTRA HOT COLD SPECIAL ORI A4 NO.5"
+_KINDS = (
+    "RED BLUE BLACK WHITE SMALL LARGE (S) (M) (L) 12X13 2S 3PCS 500ML 1KG 250G KIDDY EXTRA HOT COLD SPECIAL ORI A4 NO.5"
+)
 _MONTHS = "JAN FEB MAR APR MAY JUN JUL AUG SEP OCT NOV DEC".split()
 
 
@@ -147,16 +173,22 @@ def _code(random: Random, pattern: str) -> str:
 
 def _address(random: Random) -> list[str]:
     """Lines; joined by spaces they are the answer."""
-    number = random.choice(("NO {}", "NO.{}", "NO. {}", "{}", "{}", "LOT {}", "LOT {}-A", "{}-G", "UNIT {}", "NO {} & {}"))
+    number = random.choice(
+        ("NO {}", "NO.{}", "NO. {}", "{}", "{}", "LOT {}", "LOT {}-A", "{}-G", "UNIT {}", "NO {} & {}")
+    )
     n = random.randint(1, 300)
     parts = [number.format(n, n + 2)]
     road = pick(random, _ROADS)
-    road_style = random.choice(("JALAN {r}", "JALAN {r} {a}", "JALAN {r} {a}/{b}", "JLN {r} {a}/{b}A", "LORONG {r} {a}"))
+    road_style = random.choice(
+        ("JALAN {r}", "JALAN {r} {a}", "JALAN {r} {a}/{b}", "JLN {r} {a}/{b}A", "LORONG {r} {a}")
+    )
     parts.append(road_style.format(r=road, a=random.randint(1, 60), b=random.randint(1, 30)))
     if random.random() < 0.7:
         kind = random.choice(("TAMAN", "TAMAN", "BANDAR", "KAWASAN PERINDUSTRIAN", "DESA", "PUSAT DAGANGAN"))
         parts.append(f"{kind} {pick(random, _ROADS)}")
-    parts.append(f"{random.randint(10, 98)}{random.choice(('000', '100', '200', '300', '400', '500'))} {random.choice(_TOWNS)}")
+    parts.append(
+        f"{random.randint(10, 98)}{random.choice(('000', '100', '200', '300', '400', '500'))} {random.choice(_TOWNS)}"
+    )
     state = random.choice(_STATES)
     if state:
         parts.append(state)
@@ -214,7 +246,9 @@ class _Facts:
             price = random.choice((random.randint(20, 999), random.randint(100, 3000), random.randint(100, 20000)))
             if random.random() < 0.4:
                 price = price // 10 * 10 or 10
-            name = " ".join([pick(random, _GOODS), *[pick(random, _GOODS + " " + _KINDS) for _ in range(random.randint(0, 3))]])
+            name = " ".join(
+                [pick(random, _GOODS), *[pick(random, _GOODS + " " + _KINDS) for _ in range(random.randint(0, 3))]]
+            )
             self.items.append((name, quantity, price))
         self.subtotal = sum(q * p for _, q, p in self.items)
         self.taxed = random.random() < 0.7
@@ -236,7 +270,16 @@ def _header(script: Script, random: Random) -> None:
     for line in _wrapped(company, int(34 / big)):
         script.add(Piece(_cased(random, line, case), *at, size=big, bold=bold, field="company"))
     if random.random() < 0.7:
-        form = random.choice(("(999999-A)", "(CO. REG NO: 999999-A)", "CO NO.: 999999A", "(9999999-A)", "ROC NO. 999999-A", "(AA9999999-A)"))
+        form = random.choice(
+            (
+                "(999999-A)",
+                "(CO. REG NO: 999999-A)",
+                "CO NO.: 999999A",
+                "(9999999-A)",
+                "ROC NO. 999999-A",
+                "(AA9999999-A)",
+            )
+        )
         script.add(Piece(_code(random, form).replace("99", str(random.randint(10, 99))), *at))
     address = _address(random)
     script.answers["address"] = " ".join(address).upper()
@@ -244,7 +287,20 @@ def _header(script: Script, random: Random) -> None:
         script.add(Piece(_cased(random, line, case), *at, field="address"))
     rows = []
     if random.random() < 0.75:
-        phone = _code(random, random.choice(("03-9999 9999", "03-99999999", "07-9999999", "019-9999999", "+603-99999999", "03 9999 9999", "04-9999999")))
+        phone = _code(
+            random,
+            random.choice(
+                (
+                    "03-9999 9999",
+                    "03-99999999",
+                    "07-9999999",
+                    "019-9999999",
+                    "+603-99999999",
+                    "03 9999 9999",
+                    "04-9999999",
+                )
+            ),
+        )
         label = random.choice(("TEL : ", "TEL: ", "Tel: ", "TEL NO. : ", "H/P: ", "TEL ", "Phone : ", ""))
         fax = "" if random.random() < 0.7 else random.choice((" FAX: ", " Fax : ")) + _code(random, "03-99999999")
         rows.append([Piece(label + phone + fax, *at, field="phone")])
@@ -257,7 +313,19 @@ def _header(script: Script, random: Random) -> None:
     if random.random() < 0.7:
         if random.random() < 0.4:
             script.add()
-        title = random.choice(("TAX INVOICE", "TAX INVOICE", "SIMPLIFIED TAX INVOICE", "INVOICE", "CASH BILL", "-TAX INVOICE-", "RECEIPT", "Tax Invoice", "GUEST CHECK"))
+        title = random.choice(
+            (
+                "TAX INVOICE",
+                "TAX INVOICE",
+                "SIMPLIFIED TAX INVOICE",
+                "INVOICE",
+                "CASH BILL",
+                "-TAX INVOICE-",
+                "RECEIPT",
+                "Tax Invoice",
+                "GUEST CHECK",
+            )
+        )
         script.add(Piece(title, "c", 0.5, size=random.choice((1.0, 1.0, 1.3)), bold=random.random() < 0.3))
     if random.random() < 0.3:
         script.add()
@@ -278,18 +346,41 @@ def _sale(script: Script, random: Random, facts: _Facts, with_date: bool) -> Non
     date, time = _date(random), _time(random)
     script.answers["date"] = date.upper()
     shown = _cased(random, date, random.choice((0, 0, 1)))
-    invoice = _code(random, random.choice(("99999", "AA99999999", "A999999999", "9999999-9", "AA-99999", "999999999999", "99/999999")))
+    invoice = _code(
+        random,
+        random.choice(("99999", "AA99999999", "A999999999", "9999999-9", "AA-99999", "999999999999", "99/999999")),
+    )
     colon = random.choice((": ", " : ", ":", " :", ": "))
     entries: list[tuple[str, str, str | None]] = []
     if random.random() < 0.7:
-        entries.append((random.choice(("INVOICE NO", "Invoice No", "Inv No.", "DOC NO", "Bill No", "RECEIPT #", "Receipt No", "DOCUMENT NO")), invoice, "invoice"))
+        entries.append(
+            (
+                random.choice(
+                    (
+                        "INVOICE NO",
+                        "Invoice No",
+                        "Inv No.",
+                        "DOC NO",
+                        "Bill No",
+                        "RECEIPT #",
+                        "Receipt No",
+                        "DOCUMENT NO",
+                    )
+                ),
+                invoice,
+                "invoice",
+            )
+        )
         script.answers["invoice"] = invoice
     joined = random.random() < 0.45
     label = random.choice(("DATE", "Date", "DATE", "Date", "Invoice Date", "Bill Date", "Dt", "Tarikh", ""))
     entries.append((label, f"{shown} {time}" if joined else shown, "date"))
     if not joined and random.random() < 0.7:
         entries.append((random.choice(("TIME", "Time", "Time")), time, None))
-    for names, values in (("CASHIER Cashier Served_By USER Operator", "USER MANIS ADMIN NUR KIM LEE SITI 01"), ("TABLE Counter POS TERMINAL Member", "1 12 A1 T3 5 001")):
+    for names, values in (
+        ("CASHIER Cashier Served_By USER Operator", "USER MANIS ADMIN NUR KIM LEE SITI 01"),
+        ("TABLE Counter POS TERMINAL Member", "1 12 A1 T3 5 001"),
+    ):
         if random.random() < 0.55:
             entries.append((pick(random, names).replace("_", " "), pick(random, values), None))
     random.shuffle(entries)
@@ -305,7 +396,9 @@ def _sale(script: Script, random: Random, facts: _Facts, with_date: bool) -> Non
             script.add(Piece(name, "l", 0.0), Piece(colon.strip() + " " + value, "l", middle, field=mark))
         elif shape == "two" and entries and len(name + value) < 16 and len(entries[0][0] + entries[0][1]) < 16:
             other, its, its_mark = entries.pop(0)
-            script.add(Piece(name + colon + value, "l", 0.0, field=mark), Piece(other + colon + its, "l", 0.55, field=its_mark))
+            script.add(
+                Piece(name + colon + value, "l", 0.0, field=mark), Piece(other + colon + its, "l", 0.55, field=its_mark)
+            )
         else:
             script.add(Piece(name + colon + value, "l", 0.0, field=mark))
 
@@ -324,7 +417,11 @@ def _items(script: Script, random: Random, facts: _Facts) -> None:
         heads = {
             "columns": (("Item", "l", 0.0), ("Qty", "r", 0.55), ("Price", "r", 0.75), ("Amount", "r", 1.0)),
             "two_rows": (("CODE/DESC", "l", 0.0), ("PRICE", "r", 0.6), ("AMOUNT", "r", 1.0)),
-            "quantity_first": (("Qty", "l", 0.0), ("Description", "l", 0.15), (random.choice(("Total", "RM", "Amt(RM)")), "r", 1.0)),
+            "quantity_first": (
+                ("Qty", "l", 0.0),
+                ("Description", "l", 0.15),
+                (random.choice(("Total", "RM", "Amt(RM)")), "r", 1.0),
+            ),
         }
         script.add(*[Piece(*head) for head in heads[shape]])
         _rule(script, random)
@@ -332,15 +429,24 @@ def _items(script: Script, random: Random, facts: _Facts) -> None:
     for name, quantity, price in facts.items:
         amount = _money(quantity * price) + code
         if shape == "columns":
-            script.add(Piece(name[:18], "l", 0.0), Piece(str(quantity), "r", 0.55), Piece(_money(price), "r", 0.75), Piece(amount, "r", 1.0))
+            script.add(
+                Piece(name[:18], "l", 0.0),
+                Piece(str(quantity), "r", 0.55),
+                Piece(_money(price), "r", 0.75),
+                Piece(amount, "r", 1.0),
+            )
         elif shape == "quantity_first":
             script.add(Piece(str(quantity), "l", 0.0), Piece(name[:22], "l", 0.15), Piece(amount, "r", 1.0))
         else:
             script.add(Piece(name[:36], "l", 0.0))
             number = _code(random, random.choice(("9999999", "9559999999999", "99999")))
-            script.add(Piece(number, "l", 0.0), Piece(f"{quantity} X {_money(price)}", "r", 0.7), Piece(amount, "r", 1.0))
+            script.add(
+                Piece(number, "l", 0.0), Piece(f"{quantity} X {_money(price)}", "r", 0.7), Piece(amount, "r", 1.0)
+            )
         if random.random() < 0.08:
-            script.add(Piece(f"DISC {random.randint(5, 50)}%", "l", 0.1), Piece(_money(-random.randint(10, 300)), "r", 1.0))
+            script.add(
+                Piece(f"DISC {random.randint(5, 50)}%", "l", 0.1), Piece(_money(-random.randint(10, 300)), "r", 1.0)
+            )
 
 
 def _totals(script: Script, random: Random, facts: _Facts) -> None:
@@ -351,12 +457,29 @@ def _totals(script: Script, random: Random, facts: _Facts) -> None:
     colon = random.choice(("", ":", " :", ""))
 
     def row(label: str, value: str, mark: str | None = None, size: float = 1.0, bold: bool = False) -> None:
-        script.add(Piece(label + colon, *label_at, size=size, bold=bold), Piece(value, "r", end, size=size, bold=bold, field=mark))
+        script.add(
+            Piece(label + colon, *label_at, size=size, bold=bold),
+            Piece(value, "r", end, size=size, bold=bold, field=mark),
+        )
 
     if random.random() < 0.3:
-        script.add(Piece(f"{random.choice(('Item(s)', 'No. Items', 'Total Qty', 'ITEM'))}: {len(facts.items)}", "l", 0.0))
+        script.add(
+            Piece(f"{random.choice(('Item(s)', 'No. Items', 'Total Qty', 'ITEM'))}: {len(facts.items)}", "l", 0.0)
+        )
     if random.random() < 0.6:
-        row(random.choice(("SUBTOTAL", "Sub Total", "Sub-Total", "TOTAL SALES (EXCL. GST)", "Total (Excluding GST)", "Gross Amount")), _money(facts.subtotal - facts.tax))
+        row(
+            random.choice(
+                (
+                    "SUBTOTAL",
+                    "Sub Total",
+                    "Sub-Total",
+                    "TOTAL SALES (EXCL. GST)",
+                    "Total (Excluding GST)",
+                    "Gross Amount",
+                )
+            ),
+            _money(facts.subtotal - facts.tax),
+        )
     if random.random() < 0.25:
         row(random.choice(("Discount", "DISC", "Serv. Charge (0%)")), _money(0))
     if facts.taxed and random.random() < 0.7:
@@ -369,7 +492,23 @@ def _totals(script: Script, random: Random, facts: _Facts) -> None:
     if random.random() < 0.2:
         _rule(script, random)
     size, bold = random.choice((1.0, 1.0, 1.0, 1.25, 1.5, 1.8)), random.random() < 0.4
-    label = random.choice(("TOTAL", "Total", "TOTAL", "GRAND TOTAL", "Grand Total", "Rounded Total (RM)", "NET TOTAL", "TOTAL AMOUNT", "Total Incl. GST@6%", "NETT TOTAL", "TOTAL RM", "Amount Due", "Total Sales (Inclusive of GST)"))
+    label = random.choice(
+        (
+            "TOTAL",
+            "Total",
+            "TOTAL",
+            "GRAND TOTAL",
+            "Grand Total",
+            "Rounded Total (RM)",
+            "NET TOTAL",
+            "TOTAL AMOUNT",
+            "Total Incl. GST@6%",
+            "NETT TOTAL",
+            "TOTAL RM",
+            "Amount Due",
+            "Total Sales (Inclusive of GST)",
+        )
+    )
     if size > 1.2:
         label = label.split(" (")[0][:11]
     separated = random.random() < 0.85
@@ -380,10 +519,20 @@ def _totals(script: Script, random: Random, facts: _Facts) -> None:
     if random.random() < 0.75:
         cash = random.random() < 0.75
         paid = facts.paid if cash else facts.total
-        row(random.choice(("CASH", "Cash", "PAID", "CASH RM") if cash else ("VISA", "MASTER CARD", "Credit Card", "DEBIT")), currency + _money(paid), "paid")
+        row(
+            random.choice(
+                ("CASH", "Cash", "PAID", "CASH RM") if cash else ("VISA", "MASTER CARD", "Credit Card", "DEBIT")
+            ),
+            currency + _money(paid),
+            "paid",
+        )
         script.answers["paid"] = _money(paid)
         if random.random() < 0.85:
-            row(random.choice(("CHANGE", "Change", "CHANGE DUE", "Balance")), currency + _money(paid - facts.total), "change")
+            row(
+                random.choice(("CHANGE", "Change", "CHANGE DUE", "Balance")),
+                currency + _money(paid - facts.total),
+                "change",
+            )
             script.answers["change"] = _money(paid - facts.total)
 
 
@@ -391,9 +540,17 @@ def _tax_summary(script: Script, random: Random, facts: _Facts) -> None:
     if random.random() < 0.5:
         script.add()
     script.add(Piece("GST Summary", "l", 0.0), Piece("Amount(RM)", "r", 0.7), Piece("Tax(RM)", "r", 1.0))
-    script.add(Piece(random.choice(("SR @ 6%", "S(6%)", "SR 6", "S = 6%")), "l", 0.0), Piece(_money(facts.subtotal - facts.tax), "r", 0.7), Piece(_money(facts.tax), "r", 1.0))
+    script.add(
+        Piece(random.choice(("SR @ 6%", "S(6%)", "SR 6", "S = 6%")), "l", 0.0),
+        Piece(_money(facts.subtotal - facts.tax), "r", 0.7),
+        Piece(_money(facts.tax), "r", 1.0),
+    )
     if random.random() < 0.3:
-        script.add(Piece("Total :", "l", 0.0), Piece(_money(facts.subtotal - facts.tax), "r", 0.7), Piece(_money(facts.tax), "r", 1.0))
+        script.add(
+            Piece("Total :", "l", 0.0),
+            Piece(_money(facts.subtotal - facts.tax), "r", 0.7),
+            Piece(_money(facts.tax), "r", 1.0),
+        )
 
 
 _THANKS = (

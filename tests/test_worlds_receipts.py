@@ -1,0 +1,122 @@
+"""The receipt world: the same page for the same seed, ink where the boxes are, answers where the questions say."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from relook.data.worlds import make_world
+from relook.data.worlds.receipts_print import MONO, PROPORTIONAL, Style, print_line, width
+from relook.data.worlds.receipts_text import MAIN, QUESTIONS
+
+PAGES = 12
+
+
+@pytest.fixture(scope="module")
+def pages():
+    world = make_world("receipts", 11)
+    return [world.sample(i) for i in range(PAGES)]
+
+
+def test_same_seed_same_page(pages):
+    again = make_world("receipts", 11).sample(3)
+    assert np.array_equal(np.asarray(again.image), np.asarray(pages[3].image))
+    assert again.qas == pages[3].qas and again.glyphs == pages[3].glyphs
+    other = make_world("receipts", 12).sample(3)
+    assert other.image.size != pages[3].image.size or not np.array_equal(
+        np.asarray(other.image), np.asarray(again.image)
+    )
+
+
+def test_pages_have_the_sizes_of_the_real_set(pages):
+    for page in pages:
+        assert page.image.mode == "RGB"
+        assert 330 <= page.image.width <= 924 and 605 <= page.image.height <= 1280
+
+
+def test_boxes_lie_on_the_page(pages):
+    for page in pages:
+        w, h = page.image.size
+        boxes = [g.box for g in page.glyphs] + [b for qa in page.qas for b in qa.boxes] + [a.box for a in page.areas]
+        assert boxes
+        for x1, y1, x2, y2 in boxes:
+            assert 0 <= x1 < x2 <= w and 0 <= y1 < y2 <= h
+
+
+def test_letters_are_ink(pages):
+    """Where a letter is said to be, the page is darker than beside the line: judged on pixels, not on our own masks."""
+    darker = total = 0
+    for page in pages:
+        grey = np.asarray(page.image.convert("L"), float)
+        for line in page.meta["lines"]:
+            x1, y1, x2, y2 = line.box
+            if y1 < 8 or len(line.text) < 3:
+                continue
+            total += 1
+            darker += grey[y1:y2, x1:x2].min() < np.median(grey[max(0, y1 - 8) : y2 + 8, x1:x2]) - 12
+    assert total > 200 and darker / total > 0.97
+
+
+def test_every_page_asks_what_the_real_set_asks(pages):
+    fields = [{qa.field for qa in page.qas} for page in pages]
+    assert all({"company", "date", "address", "total"} == set(MAIN) <= f for f in fields)
+    assert set().union(*fields) == set(QUESTIONS)
+    for page in pages:
+        for qa in page.qas:
+            assert qa.question in QUESTIONS[qa.field]
+
+
+def test_the_answer_stands_in_its_box(pages):
+    for page in pages:
+        for qa in page.qas:
+            (box,) = qa.boxes
+            inside = [
+                line
+                for line in page.meta["lines"]
+                if line.box[0] >= box[0] and line.box[1] >= box[1] and line.box[2] <= box[2] and line.box[3] <= box[3]
+            ]
+            text = " ".join(line.text for line in sorted(inside, key=lambda line: line.box[1]))
+            squeezed = re.sub(r"\s+", "", text)
+            assert re.sub(r"\s+", "", qa.answer) in squeezed, (qa, text)
+
+
+def test_letters_stand_in_order_in_their_line(pages):
+    for page in pages:
+        for line in page.meta["lines"]:
+            assert len(line.text) == len(line.boxes) == len(line.centres)
+            assert line.text == line.text.upper()
+            middles = [c[0] for c in line.centres if c]
+            assert middles == sorted(middles)
+            assert all((b is None) == (c == " ") for b, c in zip(line.boxes, line.text, strict=True))
+
+
+def test_the_numbers_of_a_sale_add_up(pages):
+    for page in pages:
+        answers = {qa.field: qa.answer for qa in page.qas}
+        if {"paid", "change"} <= set(answers):
+            cents = {k: round(100 * float(answers[k].replace(",", ""))) for k in ("paid", "change", "total")}
+            assert cents["paid"] - cents["total"] == cents["change"]
+
+
+@pytest.mark.parametrize("face", MONO + PROPORTIONAL)
+def test_every_face_prints_every_letter(face):
+    """Each printable ASCII character but the space leaves ink, in order, inside the line's box."""
+    text = "".join(chr(c) for c in range(33, 127))
+    style = Style(face, 20)
+    ink = np.zeros((40, int(width(style, text)) + 20), np.uint8)
+    line = print_line(ink, 5, 5, text, style)
+    assert line is not None and line.text == text
+    for box in line.boxes:
+        assert ink[box[1] : box[3], box[0] : box[2]].max() > 60
+    outside = ink.copy()
+    outside[line.box[1] : line.box[3], line.box[0] : line.box[2]] = 0
+    assert outside.max() == 0
+
+
+def test_letters_that_leave_the_sheet_are_not_claimed():
+    ink = np.zeros((30, 60), np.uint8)
+    line = print_line(ink, 4, 4, "ABCDEFGHIJ", Style("mono", 18))
+    assert line is not None and 0 < len(line.text) < 10 and line.box[2] <= 60
+    assert print_line(ink, 200, 4, "A", Style("mono", 18)) is None
