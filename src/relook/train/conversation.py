@@ -114,6 +114,31 @@ KINDS: dict[str, Callable[[Teller, Page, QA, np.random.Generator], Conversation]
 }
 
 
+def answer_order(page: Page, qa: QA) -> list[Box]:
+    """Boxes of the glyphs inside the asked boxes, in reading order (by lines, then from the left).
+
+    Empty where they do not spell the answer (as when it is worded otherwise than it is printed).
+    """
+    inside = [g for g in page.glyphs for box in qa.boxes if coverage([box], g.box, (1, 1))[0, 0] > 0.5]
+    heights = [g.box[3] - g.box[1] for g in inside] or [1]
+    line = max(heights) / 2
+    inside.sort(key=lambda g: (round(g.box[3] / line) // 2, g.box[0]))
+    spelt = "".join(g.char for g in inside)
+    return [g.box for g in inside] if spelt == "".join(qa.answer.split()) else []
+
+
+def numbered(boxes: Sequence[Box], window: Box, grid: tuple[int, int], legible: bool) -> np.ndarray:
+    """(rows, columns): number of the box, from 1, whose centre lies in the patch, else 0; all -1 if not legible."""
+    rows, columns = grid
+    x1, y1, x2, y2 = window
+    out = np.full(grid, 0 if legible else -1, dtype=np.int64)
+    for i, (a, b, c, d) in enumerate(boxes if legible else ()):
+        column, row = ((a + c) / 2 - x1) / (x2 - x1) * columns, ((b + d) / 2 - y1) / (y2 - y1) * rows
+        if 0 <= column < columns and 0 <= row < rows:
+            out[int(row), int(column)] = i + 1
+    return out
+
+
 def _whole(page: Page) -> Box:
     return (0, 0, page.image.width, page.image.height)
 
@@ -126,6 +151,7 @@ class Conversations(Objective):
         jitter: float = 0.1  # chance that an edge of a shown crop is a cell off
         place: float = 0.0  # weight of the throwaway head: asked or not, row and column of every image token
         place_layer: int = 2  # it reads the hidden states after this many layers
+        spell: int = 16  # how many of the answer's glyphs the head also numbers, patch by patch; 0: none
         places: int = 32  # most rows or columns of merged tokens an image may have under the head
         max_length: int | None = None  # longer items of a json source are left out
 
@@ -136,6 +162,7 @@ class Conversations(Objective):
         if self.options.place > 0:
             self.asked_head = nn.Linear(width, 4)
             self.row_head, self.column_head = (nn.Linear(width, self.options.places) for _ in range(2))
+            self.spell_head = nn.Linear(width, 4 * (1 + self.options.spell))
 
     # -- examples
 
@@ -158,7 +185,7 @@ class Conversations(Objective):
         if kind == "read":  # nothing was seen yet when the call was written
             row["labels"] = [IGNORED] * row["answer_from"] + row["labels"][row["answer_from"] :]
         if self.options.place > 0:
-            row |= self._truth(row, windows, qa)
+            row |= self._truth(row, page, windows, qa)
         return row
 
     def _item(self, index: int) -> dict[str, Any]:
@@ -169,17 +196,24 @@ class Conversations(Objective):
         item = item.to_dict() if hasattr(item, "to_dict") else item
         return dict(self.processor.encode_item(item)) | {"kind": "items", "answer_from": 0}
 
-    def _truth(self, row: dict[str, Any], windows: Sequence[Box], qa: QA) -> dict[str, Tensor]:
-        """For every image token of the row: share of its four patches that is asked for (n, 4); row, column (n, 2)."""
-        asked, places = [], []
+    def _truth(self, row: dict[str, Any], page: Page, windows: Sequence[Box], qa: QA) -> dict[str, Tensor]:
+        """The truth about every image token of the row, for the throwaway head.
+
+        asked (n, 4): share of its patches that is asked for. spelt (n, 4): number of the answer's glyph in the patch,
+        from 1, else 0; -1 where glyphs are not legible (a whole page). places (n, 2): row, column.
+        """
+        asked, places, spelt = [], [], []
+        order = answer_order(page, qa)[: self.options.spell]
         for thw, window in zip(row["image_grid_thw"], windows, strict=True):
             grid = patch_grid(thw)
             asked.append(merge_order(coverage(qa.boxes, window, grid)))
             rows, columns = grid[0] // 2, grid[1] // 2
+            spelt.append(merge_order(numbered(order, window, grid, legible=window != _whole(page))))
             places.append(np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(-1, 2))
         return {
             "asked": torch.tensor(np.concatenate(asked), dtype=torch.float32),
             "places": torch.tensor(np.concatenate(places)),
+            "spelt": torch.tensor(np.concatenate(spelt)),
         }
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -192,7 +226,7 @@ class Conversations(Objective):
 
     # -- loss
 
-    def forward(self, kind, answer_from, asked=None, places=None, **batch) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, kind, answer_from, asked=None, places=None, spelt=None, **batch) -> dict[str, Tensor]:  # type: ignore[override]
         inner: list[Tensor] = []
         handle = None
         if asked is not None and kind != "clip":
@@ -209,11 +243,11 @@ class Conversations(Objective):
         self._note_tokens(kind, out.logits, batch["labels"], answer_from)
         if inner:
             tokens = inner[0][batch["input_ids"] == self.model.config.image_token_id]
-            loss = loss + self.options.place * self._place_loss(tokens, asked, places)
+            loss = loss + self.options.place * self._place_loss(tokens, asked, places, spelt)
         return {"loss": loss}
 
-    def _place_loss(self, tokens: Tensor, asked: Tensor, places: Tensor) -> Tensor:
-        """tokens (n, d), asked (n, 4), places (n, 2)."""
+    def _place_loss(self, tokens: Tensor, asked: Tensor, places: Tensor, spelt: Tensor) -> Tensor:
+        """tokens (n, d), asked (n, 4), places (n, 2), spelt (n, 4); see `_truth`."""
         guess = self.asked_head(tokens)
         inside = F.binary_cross_entropy_with_logits(guess, asked, pos_weight=torch.tensor(4.0, device=guess.device))
         rows = F.cross_entropy(self.row_head(tokens), places[:, 0])
@@ -221,7 +255,14 @@ class Conversations(Objective):
         with torch.no_grad():
             truth = asked > 0.3
             self.note(asked=((guess > 0)[truth]).float().mean().item(), place=(rows + columns).item() / 2)
-        return 4 * inside + 0.5 * (rows + columns)
+        loss = 4 * inside + 0.5 * (rows + columns)
+        numbers, truth = self.spell_head(tokens).view(-1, 1 + self.options.spell), spelt.reshape(-1)
+        for known, weight in ((truth > 0, 1.0), (truth == 0, 0.3)):
+            if self.options.spell and known.any():
+                loss = loss + weight * F.cross_entropy(numbers[known], truth[known])
+        if (truth > 0).any():
+            self.note(spelt=(numbers.argmax(-1) == truth)[truth > 0].float().mean().item())
+        return loss
 
     @torch.no_grad()
     def _note_tokens(self, kind: str, logits: Tensor, labels: Tensor, answer_from: Tensor) -> None:
@@ -229,7 +270,9 @@ class Conversations(Objective):
         right = (logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] < 0)
         columns = torch.arange(1, labels.shape[1], device=labels.device)
         last = columns >= answer_from.to(labels.device)[:, None]
+        said = last & (labels[:, 1:] >= 0)
         self.note(**{kind: (right | ~last).all(1).float().mean().item()})
+        self.note(**{f"{kind}_tokens": right[said].float().mean().item()})
         if kind in ("region", "clip"):
             self.note(**{f"{kind}_call": (right | last).all(1).float().mean().item()})
 

@@ -9,7 +9,8 @@ Objectives know a world, a processor and a model; optimisers and files are `run`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -289,35 +290,24 @@ class Align(Dense):
         patches, tokens = self.see(pixel_values, image_grid_thw)
         readable = torch.cat([glyph[:legible], torch.zeros_like(glyph[legible:])])
         target = self.targets(readable, area)
-        held = target.norm(dim=-1) > 0.2
-        cosine = F.cosine_similarity(tokens[held], target[held], dim=-1).mean()
-        self.note(cosine=cosine.item())
-        return {"loss": self.dense_loss(patches, tokens, glyph, area, legible) + self.options.weight * (1 - cosine)}
-
-
-def _lines(*args: Any, **kwargs: Any) -> Objective:
-    from relook.train.lines import Lines
-
-    return Lines(*args, **kwargs)
-
-
-def _conversation(name: str) -> Callable[..., Objective]:
-    def build(*args: Any, **kwargs: Any) -> Objective:
-        from relook.train import conversation
-
-        return getattr(conversation, name)(*args, **kwargs)
-
-    return build
+        cosine = F.cosine_similarity(tokens, target, dim=-1)
+        with_glyph = (readable > 0).any(-1)
+        with_area = (target.norm(dim=-1) > 0.2) & ~with_glyph
+        glyphs, areas = (cosine[mask].sum() / mask.sum().clamp(min=1) for mask in (with_glyph, with_area))
+        self.note(cosine=glyphs.item(), cosine_areas=areas.item())
+        dense = self.dense_loss(patches, tokens, glyph, area, legible)
+        return {"loss": dense + self.options.weight * (2 - glyphs - areas)}
 
 
 # The one mechanism: a stage's `objective` is a key of this table. A world with needs of its own adds a row.
-OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "dense": Dense,
-    "align": Align,
-    "lines": _lines,
-    "read": _conversation("Read"),
-    "locate": _conversation("Locate"),
-    "instruct": _conversation("Instruct"),
+OBJECTIVES: dict[str, tuple[str, str]] = {
+    "dense": ("relook.train.stages", "Dense"),
+    "align": ("relook.train.stages", "Align"),
+    "lines": ("relook.train.lines", "Lines"),
+    "documents": ("relook.train.documents", "Documents"),
+    "read": ("relook.train.conversation", "Read"),
+    "locate": ("relook.train.conversation", "Locate"),
+    "instruct": ("relook.train.conversation", "Instruct"),
 }
 
 
@@ -332,4 +322,5 @@ def make_objective(model: Any, processor: Any, world: World | None, stage: Stage
             f"Stage {stage.name!r}: there is no objective called {stage.objective!r}; "
             f"the objectives are {', '.join(OBJECTIVES)}."
         )
-    return OBJECTIVES[stage.objective](model, processor, world, stage, seed, items)
+    module, name = OBJECTIVES[stage.objective]
+    return getattr(importlib.import_module(module), name)(model, processor, world, stage, seed, items)

@@ -90,11 +90,15 @@ def _paper(random: np.random.Generator) -> Image.Image:
 
 
 def _places(random: np.random.Generator, count: int) -> list[Box]:
-    """Boxes on the unit grid, one unit inside the page, at least one unit apart (rejection sampling)."""
+    """Boxes on the unit grid, one unit inside the page, at least one unit apart (rejection sampling).
+
+    Their left edges stand on odd columns, so that the first two digits of a code share a merged token at half scale
+    and the third has one to itself: one layout of digits to learn and not two.
+    """
     units = SIDE // UNIT
     taken: list[tuple[int, int]] = []
     while len(taken) < count:
-        x, y = int(random.integers(1, units - BOX[0])), int(random.integers(1, units - BOX[1]))
+        x, y = 1 + 2 * int(random.integers((units - BOX[0]) // 2)), int(random.integers(1, units - BOX[1]))
         if all(abs(x - a) > BOX[0] or abs(y - b) > BOX[1] for a, b in taken):
             taken.append((x, y))
     return [(x * UNIT, y * UNIT, (x + BOX[0]) * UNIT, (y + BOX[1]) * UNIT) for x, y in taken]
