@@ -20,12 +20,14 @@ from torch.nn import functional as F
 
 from relook.data.collator import IGNORED, join_rows
 from relook.data.worlds import QA, Box, Page
-from relook.looks import LOOKS, look_turn, parse_calls, write_call
+from relook.looks import LOOKS, look_turn, parse_calls, write_call, x_token, y_token
 from relook.regions import Cells, box_to_cells, cells_to_box, widen
 from relook.train.stages import Objective, coverage, merge_order, patch_grid
 
 # An item in the published format (images in memory), and the page pixels that each of its "images" shows.
 Conversation = tuple[dict[str, Any], list[Box]]
+
+SIGHTS = 8  # most image tokens that tell one written token
 
 
 def turns(
@@ -114,6 +116,11 @@ KINDS: dict[str, Callable[[Teller, Page, QA, np.random.Generator], Conversation]
 }
 
 
+def _first(value: Any) -> Any:
+    """The first of a tuple, or the value itself; None for an empty tuple."""
+    return (value[0] if value else None) if isinstance(value, tuple) else value
+
+
 def answer_order(page: Page, qa: QA) -> list[Box]:
     """Boxes of the glyphs inside the asked boxes, in reading order (by lines, then from the left).
 
@@ -153,11 +160,16 @@ class Conversations(Objective):
         place_layer: int = 2  # it reads the hidden states after this many layers
         spell: int = 16  # how many of the answer's glyphs the head also numbers, patch by patch; 0: none
         places: int = 32  # most rows or columns of merged tokens an image may have under the head
+        heed: int = 0  # layer (from 1) whose first head is shown where to look while the assistant writes; 0: none
+        heed_weight: float = 0.5
         max_length: int | None = None  # longer items of a json source are left out
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.teller = Teller(self.processor, self.options.jitter)
+        tokens = self.processor.tokens
+        grid = range(self.processor.grid_size)
+        self.cell_ids = [tokens[name(i)] for name in (x_token, y_token) for i in grid if name(i) in tokens]
         width = self.model.config.text_config.hidden_size
         if self.options.place > 0:
             self.asked_head = nn.Linear(width, 4)
@@ -186,6 +198,8 @@ class Conversations(Objective):
             row["labels"] = [IGNORED] * row["answer_from"] + row["labels"][row["answer_from"] :]
         if self.options.place > 0:
             row |= self._truth(row, page, windows, qa)
+        if self.options.heed > 0:
+            row["heed"] = self.sights(row, page, windows, qa)
         return row
 
     def _item(self, index: int) -> dict[str, Any]:
@@ -216,35 +230,91 @@ class Conversations(Objective):
             "spelt": torch.tensor(np.concatenate(spelt)),
         }
 
+    def sights(self, row: dict[str, Any], page: Page, windows: Sequence[Box], qa: QA) -> Tensor:
+        """Where to look while writing: (m, 1 + SIGHTS) positions in the row, -1 for none.
+
+        First the position from which a token is predicted, then the image tokens that tell it: for a cell of a region,
+        the tokens of the first look that are asked for; for a letter of the answer, the token it is printed in.
+        """
+        ids = np.array(row["input_ids"])
+        pads = np.flatnonzero(ids == self.model.config.image_token_id)
+        pairs: list[tuple[int, list[int]]] = []
+        order = answer_order(page, qa)
+        for thw, window in zip(row["image_grid_thw"], windows, strict=True):
+            grid = patch_grid(thw)
+            here, pads = np.split(pads, [grid[0] * grid[1] // 4])
+            if window == _whole(page):
+                asked = here[merge_order(coverage(qa.boxes, window, grid)).max(1) > 0.3].tolist()
+                cells = np.flatnonzero(np.isin(ids, self.cell_ids))
+                pairs += [(int(at) - 1, asked) for at in cells] if row["kind"] in ("locate", "region") else []
+                continue
+            spelt = merge_order(numbered(order, window, grid, legible=True))
+            letters = len(ids) - row["answer_from"] - 1
+            if letters == len(order):
+                pairs += [(row["answer_from"] + i - 1, here[(spelt == i + 1).any(1)].tolist()) for i in range(letters)]
+        out = [[at, *seen[:SIGHTS], *[-1] * (SIGHTS - len(seen))] for at, seen in pairs if seen]
+        return torch.tensor(out, dtype=torch.long).view(-1, 1 + SIGHTS)
+
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         limit = self.options.max_length
         rows = [row for row in examples if limit is None or len(row["input_ids"]) <= limit] or list(examples[:1])
         starts = torch.tensor([row["answer_from"] for row in rows])
         kind = rows[0]["kind"]
-        tensors = [{k: v for k, v in row.items() if k not in ("kind", "answer_from", "prompt_ids")} for row in rows]
-        return {**join_rows(tensors, self.processor.tokenizer.pad_token_id), "kind": kind, "answer_from": starts}
+        apart = ("kind", "answer_from", "prompt_ids", "heed")
+        tensors = [{k: v for k, v in row.items() if k not in apart} for row in rows]
+        batch = join_rows(tensors, self.processor.tokenizer.pad_token_id)
+        heed = [F.pad(row["heed"], (1, 0), value=i) for i, row in enumerate(rows) if "heed" in row]
+        return {**batch, "kind": kind, "answer_from": starts, "heed": torch.cat(heed) if heed else None}
 
     # -- loss
 
-    def forward(self, kind, answer_from, asked=None, places=None, spelt=None, **batch) -> dict[str, Tensor]:  # type: ignore[override]
-        inner: list[Tensor] = []
-        handle = None
+    def forward(  # type: ignore[override]
+        self, kind, answer_from, asked=None, places=None, spelt=None, heed=None, **batch
+    ) -> dict[str, Tensor]:
+        layers = self.model.model.language_model.layers
+        caught: dict[str, Any] = {}
+        handles = []
         if asked is not None and kind != "clip":
-            layer = self.model.model.language_model.layers[self.options.place_layer - 1]
-            handle = layer.register_forward_hook(
-                lambda _m, _i, out: inner.append(out if torch.is_tensor(out) else out[0])
-            )
+            layer = layers[self.options.place_layer - 1]
+            handles.append(layer.register_forward_hook(lambda _m, _i, o: caught.update(inner=_first(o))))
+        if heed is not None and len(heed):
+            attention = layers[self.options.heed - 1].self_attn
+            catch = lambda _m, args, named: caught.update(seen=(_first(args), named))  # noqa: E731
+            handles.append(attention.register_forward_pre_hook(catch, with_kwargs=True))
         try:
             out = self.model(**batch, use_cache=False)
         finally:
-            if handle is not None:
+            for handle in handles:
                 handle.remove()
         loss = out.loss
         self._note_tokens(kind, out.logits, batch["labels"], answer_from)
-        if inner:
-            tokens = inner[0][batch["input_ids"] == self.model.config.image_token_id]
+        if "inner" in caught:
+            tokens = caught["inner"][batch["input_ids"] == self.model.config.image_token_id]
             loss = loss + self.options.place * self._place_loss(tokens, asked, places, spelt)
+        if "seen" in caught:
+            first, named = caught["seen"]
+            states = named.get("hidden_states", first)
+            loss = loss + self.options.heed_weight * self._heed_loss(attention, states, named, heed)
         return {"loss": loss}
+
+    def _heed_loss(self, attention: Any, states: Tensor, named: dict[str, Any], heed: Tensor) -> Tensor:
+        """Mean of -log(share of the first head's attention that falls on the tokens of `heed`).
+
+        heed (m, 2 + SIGHTS): row, position of the query, positions of the tokens (see `sights`).
+        """
+        from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
+
+        size = attention.head_dim
+        query = attention.q_proj(states)[..., :size].unsqueeze(1)
+        key = attention.k_proj(states)[..., :size].unsqueeze(1)
+        query, key = (t[:, 0] for t in apply_rotary_pos_emb(query, key, *named["position_embeddings"]))
+        rows, at, sights = heed[:, 0], heed[:, 1], heed[:, 2:]
+        scores = torch.einsum("md,mld->ml", query[rows, at], key[rows]) * size**-0.5
+        later = torch.arange(scores.shape[1], device=scores.device) > at[:, None]
+        logs = scores.masked_fill(later, -torch.inf).log_softmax(-1)
+        on = logs.gather(1, sights.clamp(min=0)).masked_fill(sights < 0, -torch.inf).logsumexp(-1)
+        self.note(heed=on.detach().exp().mean().item())
+        return -on.mean()
 
     def _place_loss(self, tokens: Tensor, asked: Tensor, places: Tensor, spelt: Tensor) -> Tensor:
         """tokens (n, d), asked (n, 4), places (n, 2), spelt (n, 4); see `_truth`."""
