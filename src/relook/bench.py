@@ -30,7 +30,7 @@ from typing import Any
 
 ANSWER_TOKENS = 8  # short: long answers cost the same on both sides and would hide the look
 SIDE = 504  # pixels: 36 x 36 patches, 324 tokens
-BATCH = 2  # rows of a training step
+BATCH = 1  # rows of a training step
 QUESTION = "What is the code in the red box?"
 
 # what -> (case measured, case it is set against, budget of the ratio)
