@@ -146,6 +146,28 @@ def test_reading_learns_the_answer_only(built) -> None:
     assert LOOKS["region"].start in built[1].tokenizer.decode(row["input_ids"])
 
 
+def test_the_head_is_shown_the_digit_to_be_written(built) -> None:
+    """From the positions back to page pixels: the token to look at holds the glyph that the next token spells."""
+    model, processor = built
+    learner = objective(built, "read", heed=3)
+    for index in range(6):
+        page, random = learner.page(index), learner.random(index)
+        qa = page.qas[int(random.integers(len(page.qas)))]
+        _, (window,) = KINDS["read"](learner.teller, page, qa, random)
+        row = learner.example(index)
+        ids = row["input_ids"]
+        pads = [i for i, t in enumerate(ids) if t == model.config.image_token_id]
+        columns = int(row["image_grid_thw"][0][2]) // 2
+        side = (window[2] - window[0]) // columns  # of a token, page pixels
+        assert len(row["heed"]) == len(qa.answer)
+        for at, token, *others in row["heed"].tolist():
+            assert set(others) == {-1}
+            y, x = divmod(pads.index(token), columns)
+            left, top = window[0] + x * side, window[1] + y * side
+            here = [g.char for g in page.glyphs if left <= g.box[0] < left + side and top <= g.box[1] < top + side]
+            assert processor.tokenizer.decode([ids[at + 1]]) in here
+
+
 # -- objectives and runs
 
 
