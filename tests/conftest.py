@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threads only slow tiny models down
+
 from functools import cache
 from pathlib import Path
 

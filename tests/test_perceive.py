@@ -593,3 +593,17 @@ def test_a_tokenizer_without_the_tokens_is_refused(tiny_vlm):
     bare = type("Processor", (), {"tokenizer": Qwen2Tokenizer(vocab={"a": 0}, merges=[]), "grid_size": 8})()
     with pytest.raises(UserError, match="the tokenizer has no token"):
         VLM(vlm.model, bare)
+
+
+def test_load_gives_the_same_answers(tiny_vlm, tmp_path):
+    import relook
+
+    vlm = tiny_vlm(("region", "clip"))
+    vlm.model.save_pretrained(tmp_path)
+    vlm.processor.save_pretrained(tmp_path)
+    loaded = relook.load(tmp_path, dtype="float32", device="cpu")
+    assert loaded.looks == ["region", "clip"] and loaded.domain is None and loaded.name == str(tmp_path)
+    for options in ({"look": "clip"}, {"region": (0, 0, 2, 2)}):
+        ours, theirs = (v.ask(picture(), QUESTION, max_new_tokens=4, **options) for v in (vlm, loaded))
+        assert ours.transcript == theirs.transcript and ours.looks == theirs.looks
+        assert theirs.model == str(tmp_path) and theirs.to_dict()["usage"]["lm_positions"] == ours.usage.lm_positions
