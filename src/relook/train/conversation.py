@@ -116,6 +116,11 @@ KINDS: dict[str, Callable[[Teller, Page, QA, np.random.Generator], Conversation]
 }
 
 
+def _padded_sights(pairs: Sequence[tuple[int, list[int]]]) -> Tensor:
+    rows = [[at, *seen[:SIGHTS], *[-1] * (SIGHTS - len(seen))] for at, seen in pairs if seen]
+    return torch.tensor(rows, dtype=torch.long).view(-1, 1 + SIGHTS)
+
+
 def _first(value: Any) -> Any:
     """The first of a tuple, or the value itself; None for an empty tuple."""
     return (value[0] if value else None) if isinstance(value, tuple) else value
@@ -235,25 +240,35 @@ class Conversations(Objective):
 
         First the position from which a token is predicted, then the image tokens that tell it: for a cell of a region,
         the tokens of the first look that are asked for; for a letter of the answer, the token it is printed in.
+        Rows with a clip look are run in two stretches (`modeling`): their positions count from the second.
         """
         ids = np.array(row["input_ids"])
-        pads = np.flatnonzero(ids == self.model.config.image_token_id)
+        config, kind = self.model.config, row["kind"]
         pairs: list[tuple[int, list[int]]] = []
-        order = answer_order(page, qa)
+        if kind == "clip":
+            start = int(np.flatnonzero(ids == config.clip_action_start_id)[0]) + 1
+            pads = np.flatnonzero(ids == config.clip_image_token_id)
+            pairs += self._letters(row, page, qa, pads, row["clip_images_grid_thw"][0], _whole(page))
+            return _padded_sights([(at - start, [t - start for t in seen]) for at, seen in pairs])
+        pads = np.flatnonzero(ids == config.image_token_id)
         for thw, window in zip(row["image_grid_thw"], windows, strict=True):
-            grid = patch_grid(thw)
-            here, pads = np.split(pads, [grid[0] * grid[1] // 4])
-            if window == _whole(page):
-                asked = here[merge_order(coverage(qa.boxes, window, grid)).max(1) > 0.3].tolist()
-                cells = np.flatnonzero(np.isin(ids, self.cell_ids))
-                pairs += [(int(at) - 1, asked) for at in cells] if row["kind"] in ("locate", "region") else []
-                continue
-            spelt = merge_order(numbered(order, window, grid, legible=True))
-            letters = len(ids) - row["answer_from"] - 1
-            if letters == len(order):
-                pairs += [(row["answer_from"] + i - 1, here[(spelt == i + 1).any(1)].tolist()) for i in range(letters)]
-        out = [[at, *seen[:SIGHTS], *[-1] * (SIGHTS - len(seen))] for at, seen in pairs if seen]
-        return torch.tensor(out, dtype=torch.long).view(-1, 1 + SIGHTS)
+            here, pads = np.split(pads, [int(thw.prod()) // 4])
+            if window != _whole(page):
+                pairs += self._letters(row, page, qa, here, thw, window)
+            elif kind in ("locate", "region"):
+                asked = here[merge_order(coverage(qa.boxes, window, patch_grid(thw))).max(1) > 0.3].tolist()
+                pairs += [(int(at) - 1, asked) for at in np.flatnonzero(np.isin(ids, self.cell_ids))]
+        return _padded_sights(pairs)
+
+    def _letters(
+        self, row: dict[str, Any], page: Page, qa: QA, tokens: np.ndarray, thw: Tensor, window: Box
+    ) -> list[tuple[int, list[int]]]:
+        """For each letter of the answer: the position before it, and those of `tokens` (of one image) that show it."""
+        order, letters = answer_order(page, qa), len(row["input_ids"]) - row["answer_from"] - 1
+        if len(order) != letters:  # tokens of more than one letter, or an answer that is not printed so
+            return []
+        spelt = merge_order(numbered(order, window, patch_grid(thw), legible=True))
+        return [(row["answer_from"] + i - 1, tokens[(spelt == i + 1).any(1)].tolist()) for i in range(letters)]
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         limit = self.options.max_length
