@@ -1,8 +1,8 @@
 """Scanned receipts with their lines: the real counterpart of the receipt world, for training.
 
 A folder as in `../shared/data/receipts`: `train.jsonl` (image, width, height, fields, lines of box and text) and
-`train_qa.jsonl` (question, answer, bboxs, field). Nothing of it is part of the project; without the folder a recipe trains on
-the synthetic world alone and says so. Knows files; not models, not tokens.
+`train_qa.jsonl` (question, answer, bboxs, field). Nothing of it is part of the project; without the folder a recipe
+trains on the synthetic world alone and says so. Knows files; not models, not tokens.
 
 Frames: boxes (x1, y1, x2, y2) in pixels of the scan, x2 and y2 exclusive.
 """

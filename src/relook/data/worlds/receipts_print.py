@@ -1,9 +1,10 @@
-"""Printing text into an ink plane: glyph masks from small bundled fonts, cached, and lines that know where each letter stands.
+"""Printing text into an ink plane: glyph masks from small bundled fonts, cached, and lines that know where letters stand.
 
-A `Style` names a face, a size and what the printer does to it (stretch, few dots, double strike). `Printer.line` puts a text
-into an array and returns a `PrintedLine` with the ink box of every letter. Knows nothing of receipts.
+A `Style` names a face, a size and what the printer does to it (stretch, few dots, double strike). `Printer.line` puts a
+text into an array and returns a `PrintedLine` with the ink box of every letter. Knows nothing of receipts.
 
-Frames: pixels of the ink plane, origin top left, y down, boxes (x1, y1, x2, y2) with x2 and y2 exclusive. Ink is uint8, 255 = black.
+Frames: pixels of the ink plane, origin top left, y down, boxes (x1, y1, x2, y2) with x2 and y2 exclusive. Ink is uint8,
+255 = black.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ _CACHED_GLYPHS = 40_000  # of a few hundred bytes each
 class Style:
     """How a line is printed.
 
-    face: a row of MONO or PROPORTIONAL. em: font size, pixels. stretch: factor on widths. dots: 0 for smooth outlines, else
-    the em in printer dots at which the glyph is made of black and white dots before it is enlarged. strike: extra pixels of
-    stroke width (0 or 1).
+    face: a row of MONO or PROPORTIONAL. em: font size, pixels. stretch: factor on widths. dots: 0 for smooth outlines,
+    else the em in printer dots at which the glyph is made of black and white dots before it is enlarged. strike: extra
+    pixels of stroke width (0 or 1).
     """
 
     face: str

@@ -1,4 +1,4 @@
-"""What happens to a printed receipt on its way to a file: fading, streaks, skew, blur, grey paper, marks, scanner, JPEG.
+"""What happens to a printed receipt on its way to a file: fading, streaks, skew, blur, paper, marks, scan, JPEG.
 
 `wear(ink, random)` turns an ink plane into a grey image and returns the 2 x 3 matrix that takes points of the plane to
 points of the image. Knows nothing of text.
