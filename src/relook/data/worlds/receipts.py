@@ -1,8 +1,8 @@
 """Receipts: synthetic till receipts like the scanned Malaysian ones of SROIE, drawn on the fly from a seed.
 
 `Receipts(seed).sample(i)` writes a receipt (receipts_text), prints it (receipts_print) and wears it (receipts_wear);
-the page knows its fields, the box of every letter and of every line. Labels are upper case, as in the real set, whatever
-is printed.
+the page knows its fields, the box of every letter and of every line. Labels are upper case, as in the real set,
+whatever is printed.
 
 Knows how the three parts fit; not models, not tokens. Frames as in `worlds.base`.
 """

@@ -1,4 +1,4 @@
-"""Printing text into an ink plane: glyph masks from small bundled fonts, cached, and lines that know where letters stand.
+"""Printing text into an ink plane: glyph masks from small bundled fonts, cached, and lines that know their letters.
 
 A `Style` names a face, a size and what the printer does to it (stretch, few dots, double strike). `Printer.line` puts a
 text into an array and returns a `PrintedLine` with the ink box of every letter. Knows nothing of receipts.
