@@ -37,7 +37,9 @@ def test_forward_matches_published(models, path):
             assert error < GRADIENT, name
 
 
-@pytest.mark.parametrize("path", [p for p in recorded("out_*") if "mrope" in p.stem], ids=lambda p: f"{p.parent.name}-{p.stem[4:]}")
+@pytest.mark.parametrize(
+    "path", [p for p in recorded("out_*") if "mrope" in p.stem], ids=lambda p: f"{p.parent.name}-{p.stem[4:]}"
+)
 def test_positions_match_published(models, path):
     side = path.stem.split("_")[1]
     batch, truth = tensors(path.parent / f"batch_{side}.safetensors"), tensors(path)
