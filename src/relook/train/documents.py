@@ -1,9 +1,9 @@
-"""Conversations about printed pages, with a finger on the line: `Conversations` for worlds that know where each letter stands.
+"""Conversations about printed pages, with a finger on the line: for worlds that know where each letter stands.
 
-Three things beside the language model's own loss. Pages also come from real scans (`scans`), cut and shaded at random. Two
-kinds of conversation more: `snip` reads a tight window around an answer, `line` reads any line out. And attention is guided:
-while an answer is written, one head of an inner layer is asked to look at the letter just written (`guide[0]`), one of the
-next layer at the letter to come (`guide[1]`), which turns reading a line from a puzzle into copying.
+Three things beside the language model's own loss. Pages also come from real scans (`scans`), cut and shaded at random.
+Two kinds of conversation more: `snip` reads a tight window around an answer, `line` reads any line out. And attention
+is guided: while an answer is written, one head of an inner layer is asked to look at the letter just written
+(`guide[0]`), one of the next layer at the letter to come (`guide[1]`): reading a line becomes copying it.
 
 Knows pages, scans and the language model's attention; not optimisers, not files.
 """
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
 
 from relook.data.collator import IGNORED
@@ -24,7 +26,8 @@ from relook.data.scans import Scan, read_scans
 from relook.data.worlds import QA, Area, Box, Page
 from relook.data.worlds.receipts import Line
 from relook.train.conversation import KINDS, Conversation, Conversations, Teller, union
-from relook.train.lines import Lines, clamp, shade
+from relook.train.lines import PAGES_AT_HAND, Lines, clamp, shade
+from relook.train.stages import coverage, merge_order
 
 READ_OUT = "Read the text."  # the question of the kind `line`
 NEAR = 6  # most tokens that a letter may be seen in
@@ -36,6 +39,8 @@ class Documents(Conversations):
     class Options(Conversations.Options):
         real: str | None = None  # folder of scans; absent: synthetic pages only
         share: float = 0.0  # of examples that come from scans, where there are any
+        uses: int = 1  # examples per drawn page
+        fields: dict[str, float] = {}  # how often a field is asked for, beside 1: long answers cost more and teach less
         guide: tuple[int, int] = (1, 2)  # layers whose first head is guided: to the letter written, to the one to come
         guidance: float = 0.5  # weight
         dense: float = (
@@ -47,6 +52,7 @@ class Documents(Conversations):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.scans: list[Scan] = read_scans(self.options.real)
+        self.drawn = lru_cache(maxsize=2 * PAGES_AT_HAND)(self.draw)
         if self.options.dense > 0:
             inner = self.stage.model_copy(
                 update={"name": self.stage.name + "-dense", "options": self.options.dense_options}
@@ -58,15 +64,22 @@ class Documents(Conversations):
     # -- pages
 
     def page(self, index: int) -> Page:
+        """The page of an example: one of PAGES_AT_HAND that take turns, each for `uses` examples."""
+        if self.options.uses == 1:
+            return self.drawn(index)
+        lap = PAGES_AT_HAND * self.options.uses
+        return self.drawn(index // lap * PAGES_AT_HAND + index % PAGES_AT_HAND)
+
+    def draw(self, number: int) -> Page:
         """A synthetic page, or a scan cut and shaded at random."""
         from relook.data.worlds import rng
 
-        random = rng(self.seed, self.stage.name, "page", index)
+        random = rng(self.seed, self.stage.name, "page", number)
         if self.scans and random.random() < self.options.share:
             page = scan_page(self.scans[int(random.integers(len(self.scans)))], random)
             if page.qas:
                 return page
-        return super().page(index)
+        return super().page(number)
 
     def kind(self, index: int) -> str:
         from relook.data.worlds import rng
@@ -79,7 +92,8 @@ class Documents(Conversations):
         if self.kind(index) == "dense":
             return {"kind": "dense", "windows": self.reader.example(index)}
         page, random, kind = self.page(index), self.random(index), self.kind(index)
-        qa = page.qas[int(random.integers(len(page.qas)))]
+        weights = np.array([self.options.fields.get(qa.field, 1.0) for qa in page.qas])
+        qa = page.qas[int(random.choice(len(page.qas), p=weights / weights.sum()))]
         spans = answer_spans(page, qa)
         if kind == "line":
             qa, spans = some_line(page, random)
@@ -89,13 +103,13 @@ class Documents(Conversations):
         if kind in ("read", "snip", "line", "clip") or (kind == "region" and random.random() < 0.25):
             row["labels"] = [IGNORED] * row["answer_from"] + row["labels"][row["answer_from"] :]
         if self.options.place > 0:
-            row |= self._truth(row, windows, qa)
+            row |= self._truth(row, page, windows, qa)
         if kind in ("read", "snip", "line", "region") and spans:
             row["aim"] = self.aim(row, windows[-1], qa.answer, spans)
         return row
 
     def aim(self, row: dict[str, Any], window: Box, answer: str, spans: Sequence[Box | None]) -> Tensor:
-        """(letters, 1 + NEAR): the position of each letter of the answer, and of the crop's tokens it is printed in, or -1."""
+        """(letters, 1 + NEAR): place of each letter of the answer, and the crop's tokens it is printed in, or -1."""
         ids = np.array(row["input_ids"])
         thw = row["image_grid_thw"][-1].tolist()
         rows, columns = thw[1] // 2, thw[2] // 2
@@ -114,6 +128,34 @@ class Documents(Conversations):
             place, at = place + 1, at + len(piece)
         return torch.tensor(aims, dtype=torch.long).view(-1, 1 + NEAR)
 
+    def _truth(self, row: dict[str, Any], page: Page, windows: Sequence[Box], qa: QA) -> dict[str, Tensor]:
+        """For every image token: share of its patches that is asked for (n, 4); cell row and column (n, 2).
+
+        The cells are those of the region grid, in which the answer of a locating model is written.
+        """
+        grid = self.processor.grid_size
+        asked, cells = [], []
+        for (_, rows, columns), window in zip(row["image_grid_thw"].tolist(), windows, strict=True):
+            asked.append(merge_order(coverage(qa.boxes, window, (rows, columns))))
+            down = ((np.arange(rows // 2) + 0.5) * grid / (rows // 2)).astype(int)
+            right = ((np.arange(columns // 2) + 0.5) * grid / (columns // 2)).astype(int)
+            cells.append(np.stack(np.meshgrid(down, right, indexing="ij"), -1).reshape(-1, 2))
+        return {
+            "asked": torch.tensor(np.concatenate(asked), dtype=torch.float32),
+            "places": torch.tensor(np.concatenate(cells)),
+        }
+
+    def _place_loss(self, tokens: Tensor, asked: Tensor, places: Tensor, *_: Any) -> Tensor:
+        """tokens (n, d), asked (n, 4), places (n, 2); see `_truth`."""
+        guess = self.asked_head(tokens)
+        weight = torch.tensor(4.0, device=guess.device)
+        inside = F.binary_cross_entropy_with_logits(guess, asked, pos_weight=weight)
+        rows = F.cross_entropy(self.row_head(tokens), places[:, 0])
+        columns = F.cross_entropy(self.column_head(tokens), places[:, 1])
+        with torch.no_grad():
+            self.note(asked=(guess > 0)[asked > 0.3].float().mean().item(), place=(rows + columns).item() / 2)
+        return 4 * inside + 0.5 * (rows + columns)
+
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if examples[0]["kind"] == "dense":
             return {"dense": self.reader.collate([row["windows"] for row in examples])}
@@ -124,6 +166,8 @@ class Documents(Conversations):
     # -- loss
 
     def forward(self, aims=(), dense=None, **batch) -> dict[str, Tensor]:  # type: ignore[override]
+        if self.options.dense > 0:  # letters teach the tower, conversations do not: their noise would undo it
+            self.model.model.visual.requires_grad_(dense is not None)
         if dense is not None:
             return self.reader(**dense)
         if not any(len(aim) for aim in aims):
@@ -155,7 +199,7 @@ class Documents(Conversations):
     def guided(
         self, attention: Any, states: Tensor, rope: Any, aims: Sequence[Tensor], shift: int, name: str
     ) -> Tensor:
-        """Mean of -log(attention of the layer's first head on the tokens aimed at), queries at the letters' places + shift."""
+        """Mean of -log(attention of the layer's first head on the tokens aimed at); queries at the places + shift."""
         size = attention.head_dim
         query = attention.q_proj(states)[..., :size].unsqueeze(1)
         key = attention.k_proj(states)[..., :size].unsqueeze(1)
@@ -191,9 +235,11 @@ def letter_spans(line: Line) -> list[Box | None]:
 
 def answer_spans(page: Page, qa: QA) -> list[Box | None]:
     """Where each letter of the answer is printed; an empty list where the lines under the box do not spell it."""
-    lines: list[Line] = [line for line in page.meta["lines"] if _lies_in(line.box, qa.boxes)]  # type: ignore[attr-defined]
+    printed: Any = page.meta["lines"]
+    lines: list[Line] = [line for line in printed if _lies_in(line.box, qa.boxes)]
     lines.sort(key=lambda line: ((line.box[1] + line.box[3]) // 2, line.box[0]))
-    text, spans = "", []  # type: ignore[var-annotated]
+    text = ""
+    spans: list[Box | None] = []
     for line in lines:
         text += line.text + " "
         spans += [*letter_spans(line), None]
@@ -235,7 +281,7 @@ KINDS.update(snip=snip, line=snip)
 
 
 def scan_page(scan: Scan, random: np.random.Generator) -> Page:
-    """A scan as a page: up to 6 % cut from each side, another exposure, lines with letters spaced evenly in their boxes."""
+    """A scan as a page: up to 6 % cut from each side, another exposure, letters spaced evenly in their lines."""
     w, h = scan.image.size
     cut = [int(v) for v in random.uniform(0, 0.06, 4) * (w, h, w, h) * (random.random() < 0.7)]
     frame = clamp((cut[0], cut[1], w - cut[2], h - cut[3]), (w, h))

@@ -1,20 +1,21 @@
 """Reading, taught densely: the vision tower learns which letters lie in each of its tokens.
 
-A throwaway head asks every merged token for the letters whose centres lie in it, in `SLOTS` columns from left to right. In the
-synthetic world the place of every letter is known (cross entropy, slot by slot). On real scans only boxes and texts of lines
-are known: the slots of a line, read along it, must spell its text (CTC, with the rows inside the box pooled).
+A throwaway head asks every merged token for the letters whose centres lie in it, in `SLOTS` columns from left to right.
+In the synthetic world the place of every letter is known (cross entropy, slot by slot). On real scans only boxes and
+texts of lines are known: the slots of a line, read along it, must spell its text (CTC, with the rows inside the box
+pooled). A second head asks each patch for the letter it lies on: blunter, and learnt first; it carries the sharp one
+off the ground.
 
-A second head asks each patch for the letter it lies on: blunter, and learnt first; it carries the sharp one off the ground.
+In the same stage the first look of whole receipts is taught which fields (company, date, total, ...) each token covers,
+so that the vision tower sees layouts as well as letters and forgets neither. `align` draws tokens to the language
+model's own words for their letters, and `meet` brings the two together before that.
 
-In the same stage the first look of whole receipts is taught which fields (company, date, total, ...) each token covers, so that
-the vision tower sees layouts as well as letters and forgets neither.
-
-Letters are upper case and without spaces. Knows pages, scans and the vision tower; not the language model.
+Letters are upper case and without spaces. Knows pages, scans and the vision tower; not how the language model thinks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -45,19 +46,67 @@ class Lines(Objective):
         scale: tuple[float, float] = (0.8, 1.3)  # of the page's pixels
         blank: float = 0.12  # weight of empty slots
         under: float = 1.0  # weight of the blunt head
+        align: float = 0.0  # weight of drawing tokens to the language model's own embeddings of their letters
+        meet: bool = False  # first bring tower and language model together, see `meet`
         overview: float = 0.2  # share of examples that are first looks of whole pages
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         charset = self.world.charset if self.world is not None else ""
         self.classes = {c: i + 1 for i, c in enumerate(charset)}
-        self.head = nn.Linear(self.model.config.text_config.hidden_size, SLOTS * (len(charset) + 1))
-        self.under_head = nn.Linear(self.model.config.text_config.hidden_size, 4 * (len(charset) + 1))
         self.fields = {name: i for i, name in enumerate(self.world.labels if self.world is not None else ())}
-        self.field_head = nn.Linear(self.model.config.text_config.hidden_size, len(self.fields))
+        self.head, self.under_head, self.field_head = self.heads(len(charset) + 1)
+        ids = [self.processor.tokenizer.encode(c, add_special_tokens=False)[0] for c in charset]
+        self.letter_ids = torch.tensor(ids, dtype=torch.long)
         self.scans: list[Scan] = read_scans(self.options.real)
         self.pages = lru_cache(maxsize=2 * PAGES_AT_HAND)(self.page)
         self.unit = self.processor.image_processor.patch_size * self.processor.image_processor.merge_size
+        if self.options.meet:
+            self.meet()
+
+    @torch.no_grad()
+    def meet(self, examples: int = 120) -> None:
+        """Bring the tower and a fresh language model together without teaching either.
+
+        By the tower's last layer, tokens get mean zero and mean length 1 (the heads make up for it, so that nothing is
+        forgotten), and the word of each letter becomes the mean of the tokens that hold it alone. (A penalty on the
+        tokens' length instead destroyed a trained tower within a hundred steps.)
+        """
+        batch = self.collate([e for e in (self.example(i) for i in range(examples)) if "target" in e[0]])
+        seen = self.model.encode("image", pixel_values=batch["pixel_values"], image_grid_thw=batch["image_grid_thw"])
+        tokens = torch.cat(list(seen))
+        letters = torch.cat([part["target"].flatten() for part in batch["parts"]]).view(-1, SLOTS)
+        held = tokens[(letters > 0).any(-1)]
+        middle, length = held.mean(0), (held - held.mean(0)).norm(dim=-1).mean()
+        last: Any = self.model.model.visual.merger.mlp[-1]
+        last.bias -= middle
+        last.weight /= length
+        last.bias /= length
+        for head in (self.head, self.under_head, self.field_head):
+            head.bias.add_(head.weight @ middle)
+            head.weight.mul_(length)
+        table = self.model.get_input_embeddings().weight
+        size = table.norm(dim=-1).mean()
+        alone = (letters > 0).sum(-1) == 1
+        for number, word in enumerate(self.letter_ids.tolist(), 1):
+            mine = alone & (letters == number).any(-1)
+            if mine.sum() >= 5:
+                table[word] = size * F.normalize((tokens[mine] - middle).mean(0), dim=-1)
+
+    def heads(self, classes: int) -> list[nn.Linear]:
+        """The throwaway heads. They are handed from stage to stage of one run beside the model, and never saved.
+
+        Heads that start afresh send a trained tower noise for a while; a run that is taken up again does so with a
+        short stage in which the tower rests.
+        """
+        width = self.model.config.text_config.hidden_size
+        sizes = [SLOTS * classes, 4 * classes, len(self.fields)]
+        kept = self.model.__dict__.get("_reading_heads", [])
+        if [head.out_features for head in kept] != sizes:
+            kept = [nn.Linear(width, size) for size in sizes]
+            nn.init.normal_(kept[0].weight, std=0.04)
+            self.model.__dict__["_reading_heads"] = kept
+        return kept
 
     # -- examples
 
@@ -121,14 +170,15 @@ class Lines(Objective):
         ]
         return {**pixels, "text": torch.tensor(letters), "rows": (rows[0], rows[-1] + 1)}
 
-    def overview(self, image: Image.Image, boxes: dict[str, tuple[Box, ...]], asked: tuple[str, ...], random: Any):
+    def overview(self, image: Image.Image, boxes: Mapping[str, Sequence[Box]], asked: tuple[str, ...], random: Any):
         """A first look (cut a little at random): which fields each token covers, for the fields the source knows."""
         w, h = image.size
         cut = [int(v) for v in random.uniform(0, 0.06, 4) * (w, h, w, h) * (random.random() < 0.7)]
         frame = clamp((cut[0], cut[1], w - cut[2], h - cut[3]), image.size)
         seen = self.processor.view(shade(image.crop(frame), random), "first")
         pixels = self.processor.encode_images([seen], "image")
-        grid = tuple(int(v) // 2 for v in pixels["image_grid_thw"][0, 1:])
+        rows, columns = (int(v) // 2 for v in pixels["image_grid_thw"][0, 1:])
+        grid = (rows, columns)
         target = np.full((*grid, len(self.fields)), -1.0, np.float32)
         for name in asked:
             target[..., self.fields[name]] = coverage(boxes.get(name, ()), frame, grid) > 0.25
@@ -168,6 +218,8 @@ class Lines(Objective):
         loss = flat.new_zeros(())
         if dense_logits:
             loss = loss + self.dense_loss(torch.cat(dense_logits), torch.cat(dense_targets)) * len(dense_logits)
+            if self.options.align > 0:
+                loss = loss + self.options.align * self.align_loss(lying, dense_targets) * len(lying)
             loss = loss + self.options.under * self.under_loss(lying) * len(lying)
         if spelled:
             loss = loss + self.spelling_loss(spelled) * len(spelled)
@@ -204,12 +256,34 @@ class Lines(Objective):
         weight[0] = 2 * self.options.blank
         return F.cross_entropy(logits, target, weight=weight)
 
+    def align_loss(self, lying: list[tuple[Tensor, Tensor]], targets: list[Tensor]) -> Tensor:
+        """1 - cosine between tokens and the sum of their letters' embeddings, each rolled by its number in the token.
+
+        A token with one letter comes to look like that letter's word; the roll keeps two letters in order. The
+        embeddings are not moved.
+        """
+        tokens = torch.cat([tokens for tokens, _ in lying])
+        letters = torch.cat(targets).view(-1, SLOTS)  # slots of a token are neighbours in its row
+        with torch.no_grad():
+            table = F.normalize(self.model.get_input_embeddings().weight.detach(), dim=-1)
+            words = torch.cat([torch.zeros_like(table[:1]), table[self.letter_ids]])
+            number = (letters > 0).cumsum(-1) - 1
+            step = table.shape[1] // SLOTS
+            each = [words[letters] * ((number == i) & (letters > 0))[..., None] for i in range(SLOTS)]
+            goal = torch.stack([w.sum(1).roll(i * step, -1) for i, w in enumerate(each)]).sum(0)
+        held = (letters > 0).any(-1)
+        cosine = F.cosine_similarity(tokens[held], goal[held], dim=-1).mean()
+        self.note(cosine=cosine.item())
+        return 1 - cosine
+
     def spelling_loss(self, spelled: list[tuple[Tensor, Tensor]]) -> Tensor:
         losses = []
         for steps, text in spelled:
             if len(steps) < len(text):
                 continue
-            ctc = F.ctc_loss(steps[:, None], text[None], (len(steps),), (len(text),), zero_infinity=True)
+            ctc = F.ctc_loss(
+                steps[:, None], text[None], torch.tensor([len(steps)]), torch.tensor([len(text)]), zero_infinity=True
+            )
             losses.append(ctc)
             with torch.no_grad():
                 self.note(cer=error_rate(spell(steps), text.tolist()))
