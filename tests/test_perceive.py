@@ -108,18 +108,27 @@ CASES = {
     "the same look twice": ({"max_looks": 2, "look": "clip"}, [LOOKS["clip"].start, "742"]),
 }
 
+KINDS_TAKEN = {
+    "two regions": ["region", "region"],
+    "region and seg in one turn": ["region", "seg"],
+    "two looks": ["region", "clip"],
+    "the same look twice": ["clip", "clip"],
+}
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_loop_equals_one_forward_over_the_final_conversation(tiny_vlm, case):
     vlm = tiny_vlm()
     options, texts = CASES[case]
-    request = (picture(), QUESTION, {"max_new_tokens": 5, **options})
+    request = (picture(), QUESTION, {"max_new_tokens": 20 if texts else 5, **options})
     if texts:
         with writing(vlm, *texts):
             (answer,), (conversation,), (logits,) = recorded(vlm, [request])
     else:
         (answer,), (conversation,), (logits,) = recorded(vlm, [request])
     assert all(look.problem is None for look in answer.looks)
+    if texts and "written" not in case:
+        assert [look.kind for look in answer.looks] == KINDS_TAKEN[case]
     assert largest_difference(vlm, conversation, logits, [answer]) < 1e-4
     assert len(conversation.ids) - 1 in logits, "the closing token is in the cache too"
 
