@@ -7,6 +7,8 @@ import pytest
 
 from relook.cli.reference import reference
 from relook.model.loading import shipped_models
+from relook.train.recipe import load_recipe
+from relook.train.stages import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,6 +32,13 @@ def test_readme_python_runs(tmp_path, monkeypatch) -> None:
     values: dict[str, object] = {}
     exec(compile(block, "README.md", "exec"), values)
     assert values["answer"].text and (tmp_path / "receipt.png").is_file()  # type: ignore[attr-defined]
+
+
+def test_readme_recipe_loads(tmp_path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "own.yaml").write_text(block)
+    recipe = load_recipe(tmp_path / "own.yaml")
+    assert all(stage.objective in OBJECTIVES for stage in recipe.stages)
 
 
 def tree() -> list[str]:
