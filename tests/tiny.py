@@ -18,6 +18,7 @@ SAM = dict(
     output_channels=12,
     global_attn_indexes=[],  # windows only: 4096 places attending to each other would take seconds
     window_size=14,
+    initializer_range=0.1,  # SamVisionConfig's own 1e-10 gives features of zero, on which no condition shows
 )
 
 
