@@ -76,7 +76,7 @@ class Cards:
 
 
 def _paper(random: np.random.Generator) -> Image.Image:
-    """An empty page: a light tint, a fine dotted grid, a frame, and a headline too faint to be mistaken for a code."""
+    """An empty page: a light tint, a fine dotted grid and a frame."""
     from PIL import Image, ImageDraw
 
     tint = tuple(int(v) for v in 255 - random.integers(0, 22, 3))
