@@ -110,7 +110,8 @@ def phrases(size: Size) -> list[str]:
 def build_tokenizer(size: Size) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer of class Qwen2Tokenizer: 256 bytes, merges from `phrases`, then the special tokens.
 
-    Ids: bytes and merges first, then the end of turn and padding, the rest of `SPECIALS`, and the control tokens of the size's looks in the published order.
+    Ids: bytes and merges first, then the end of turn and padding, the rest of `SPECIALS`, and the control tokens of the
+    size's looks in the published order.
     """
     import json
 
