@@ -77,9 +77,7 @@ def test_trainer_lowers_the_loss_on_a_mix_of_looks(tmp_path):
         remove_unused_columns=False,
         seed=0,
     )
-    trainer = Trainer(
-        model=tiny_model(looks=("clip",)), args=arguments, train_dataset=Rows(), data_collator=stack
-    )
+    trainer = Trainer(model=tiny_model(looks=("clip",)), args=arguments, train_dataset=Rows(), data_collator=stack)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
