@@ -8,6 +8,7 @@ from tiny import conversation, image, stack, tiny_config, tiny_model
 from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from relook.errors import UserError
+from relook.model import VPTQwen2VLForConditionalGeneration
 
 CLOSE = dict(atol=2e-5, rtol=1e-4)
 LOOKS = [
@@ -232,6 +233,25 @@ def test_alignment_run_is_unconditioned():
     model.projectors["clip"].register_forward_hook(lambda _m, given, _o: calls.append(given))
     logits(model, conversation(("clip",), 1))
     assert len(calls) == 1 and (len(calls[0]) == 1 or calls[0][1] is None)
+
+
+def test_fresh_projectors_start_xavier_uniform_also_when_the_base_is_loaded(tmp_path):
+    """Uniform in +-sqrt(6 / (in + out)), zero biases, unit norms: the published start, not the base model's normal."""
+    torch.manual_seed(0)
+    made = VPTQwen2VLForConditionalGeneration(tiny_config())
+    state = {k: v for k, v in made.state_dict().items() if not k.startswith("projectors")}
+    made.save_pretrained(tmp_path, state_dict=state)
+    loaded = VPTQwen2VLForConditionalGeneration.from_pretrained(tmp_path)
+    for model in (made, loaded):
+        for projector in model.projectors.values():
+            for name, parameter in projector.named_parameters():
+                if name.startswith("layernorm") or name.endswith("bias"):
+                    assert torch.all(parameter == float(name.startswith("layernorm") and name.endswith("weight"))), name
+                else:
+                    fans = parameter.shape[0] + parameter.shape[1]
+                    bound = (6 / (fans * parameter[0, 0].numel())) ** 0.5
+                    assert 0.9 * bound < parameter.abs().max() <= bound, name
+                    assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.1), name
 
 
 def test_errors_say_what_was_seen(model):

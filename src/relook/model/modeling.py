@@ -28,7 +28,7 @@ from .configuration import VPTQwen2VLConfig
 from .encoders import ENCODERS, build_encoder
 from .generation import LooksInGenerate
 from .keys import register_keys
-from .projector import ConditionedProjector
+from .projector import ConditionedProjector, init_projector_layer
 from .splice import Block, CallSite, find_blocks, find_calls, paragraph_mask, put
 from .waves import Job, Waves
 
@@ -366,8 +366,10 @@ class VPTQwen2VLForConditionalGeneration(LooksAgain, Qwen2VLForConditionalGenera
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ConditionedProjector):
-            module.reset_parameters()
+        # transformers visits modules that own parameters: the projectors' layers, never a projector itself.
+        projectors = getattr(self, "projectors", {}).values()  # absent while the base class builds itself
+        if any(module is layer for projector in projectors for layer in projector.children()):
+            init_projector_layer(module)
         else:
             super()._init_weights(module)
 

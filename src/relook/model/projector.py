@@ -71,13 +71,12 @@ class ConditionedProjector(nn.Module):
         attention = features @ c
         return features + attention.unsqueeze(-1) * c, attention
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Xavier-uniform weights, zero biases, unit LayerNorms, as published."""
-        layers: Any = self.children()
-        for module in layers:
-            if isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-            else:
-                nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+
+@torch.no_grad()
+def init_projector_layer(layer: Any) -> None:
+    """One layer of a fresh projector, as published: Xavier-uniform weights, zero biases, unit LayerNorms."""
+    if isinstance(layer, nn.LayerNorm):
+        nn.init.ones_(layer.weight)
+    else:
+        nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
