@@ -246,8 +246,10 @@ def test_work_that_failed_is_exit_code_one(monkeypatch, page) -> None:
 
 
 WAITING = """
-import sys, time, relook
+import signal, sys, time, relook
 from relook.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would inherit "ignore"
 
 def load(*args, **options):
     print("working", flush=True)
@@ -264,6 +266,6 @@ def test_ctrl_c_is_exit_code_130(page) -> None:
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert running.stdout is not None and running.stdout.readline() == "working\n"
     running.send_signal(signal.SIGINT)
-    _, stderr = running.communicate()
+    _, stderr = running.communicate(timeout=60)
     assert running.returncode == 130
     assert "Traceback" not in stderr
