@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from relook.cli.reference import reference
-from relook.model.loading import shipped_models
 from relook.train.recipe import load_recipe
 from relook.train.stages import OBJECTIVES
 
@@ -22,8 +21,6 @@ def test_command_reference_is_current() -> None:
 
 def test_readme_python_runs(tmp_path, monkeypatch) -> None:
     """As it stands, in a folder that holds nothing but examples/."""
-    if "receipts-tiny" not in shipped_models():
-        pytest.skip("receipts-tiny is not in this checkout")
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code = [line for line in block.splitlines() if line.strip()]
     assert len(code) <= 12

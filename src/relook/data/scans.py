@@ -10,6 +10,7 @@ Frames: boxes (x1, y1, x2, y2) in pixels of the scan, x2 and y2 exclusive.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,8 +42,11 @@ class Scan:
 
 
 def read_scans(folder: str | Path | None, split: str = "train") -> list[Scan]:
-    """The receipts of a split; an empty list where the folder is None or not there."""
-    if folder is None or not (Path(folder) / f"{split}.jsonl").is_file():
+    """The receipts of a split; an empty list where the folder is None or not there (said on stderr)."""
+    if folder is None:
+        return []
+    if not (Path(folder) / f"{split}.jsonl").is_file():
+        print(f"no scans at {folder} ({split}.jsonl): synthetic pages only", file=sys.stderr)
         return []
     folder = Path(folder)
     scans: dict[str, Scan] = {}
