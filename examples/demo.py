@@ -2,7 +2,7 @@
 
     python examples/demo.py
 
-Each line of PAGES is a question to a model that ships; the pictures go to out/. Where real scanned receipts lie in
+Each line of PAGES is a question to a model that ships, answered right or wrong; the pictures go to out/. Where real scanned receipts lie in
 ../shared/data/receipts (they are not part of the project), one of those is asked about too.
 """
 
@@ -17,11 +17,11 @@ OUT = HERE.parent / "out"
 REAL = HERE.parent.parent / "shared" / "data" / "receipts" / "images" / "400.jpg"
 TOTAL = "What is the total amount on this receipt?"
 
-PAGES = [  # image, question, model
-    (HERE / "receipt-1.jpg", TOTAL, "receipts-tiny"),
-    (HERE / "receipt-2.jpg", TOTAL, "receipts-tiny"),
-    (HERE / "card.png", "Which code does the blue box show?", "cards-tiny"),
-    (REAL, TOTAL, "receipts-tiny"),
+PAGES = [  # image, question, model, what is printed there
+    (HERE / "receipt-1.jpg", TOTAL, "receipts-tiny", "2.40"),
+    (HERE / "receipt-2.jpg", TOTAL, "receipts-tiny", "737.95"),
+    (HERE / "card.png", "Which code does the blue box show?", "cards-tiny", "164"),
+    (REAL, TOTAL, "receipts-tiny", "110.00"),
 ]
 NEXT = """
 Go on:
@@ -38,13 +38,13 @@ def load(name: str) -> relook.VLM:
 
 def main() -> None:
     OUT.mkdir(exist_ok=True)
-    for image, question, name in PAGES:
+    for image, question, name, truth in PAGES:
         if not image.is_file():
             continue
         print(f"\n{_short(image)}: {question}   [{name}]", flush=True)
         answer = load(name).ask(image, question)
         picture = answer.save(OUT / f"{image.stem}.png")
-        print(f"  {answer.text}")
+        print(f"  {answer.text}   (on the page: {truth})")
         for look in answer.looks:
             print(f"  looked again ({look.kind}) at cells {look.cells}, pixels {look.box}")
         print(f"  picture: {_short(picture)}")
