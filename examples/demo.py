@@ -2,8 +2,8 @@
 
     python examples/demo.py
 
-Each line of PAGES is a question to a model that ships, answered right or wrong; the pictures go to out/. Where real scanned receipts lie in
-../shared/data/receipts (they are not part of the project), one of those is asked about too.
+Each line of PAGES is a question to a model that ships, answered right or wrong; the pictures go to out/. Where real
+scanned receipts lie in ../shared/data/receipts (they are not part of the project), one of those is asked about too.
 """
 
 import sys
