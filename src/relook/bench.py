@@ -11,12 +11,14 @@ do not matter for time; what is written is cut at a fixed length.
     training step        forward and backward of a batch in which every row looks again; plain: the same tokens with a
                          second image in place of the look
 
-Repeats are interleaved, so that a slow minute of the machine hits all cases alike; a ratio is that of medians over the
-repeats, with a bootstrap interval.
+Times are processor time of the one thread, which other programs on the machine stretch far less than the clock on the
+wall. Repeats are interleaved, so that a slow minute hits all cases alike; a ratio is that of medians over the repeats,
+with a bootstrap interval.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import random
 import subprocess
@@ -75,7 +77,7 @@ class Bench:
 
     def __str__(self) -> str:
         width = max(len(line.what) for line in self.lines)
-        rows = [f"{self.machine}; {self.versions}; seed {self.seed}, 1 thread, float32"]
+        rows = [f"{self.machine}; {self.versions}; seed {self.seed}, 1 thread, float32, processor time"]
         rows.append(f"{'':{width}}  {'':>8}  {'95 % interval':>17}  {'n':>3}  budget")
         for line in self.lines:
             value, low, high = (
@@ -129,15 +131,15 @@ def run(repeats: int = 7, seed: int = 0, note: Callable[[str], None] = lambda te
 def measure(
     cases: Mapping[str, Callable[[], Any]], repeats: int, note: Callable[[str], None] = lambda text: None
 ) -> dict[str, list[float]]:
-    """Seconds of each case, round by round; a first round warms up and does not count."""
+    """Processor seconds of each case, round by round; a first round warms up and does not count."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(repeats + 1):
         note(f"round {turn} of {repeats}" if turn else "warming up")
         for name, case in cases.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             case()
             if turn:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(time.process_time() - begin)
     return times
 
 
@@ -172,9 +174,11 @@ def _one_thread():
 
 
 def _command(arguments: list[str]) -> float:
-    begin = time.perf_counter()
+    """Processor seconds of a Python process, its start included."""
+    begin = os.times()
     subprocess.run([sys.executable, *arguments], check=True, capture_output=True, stdin=subprocess.DEVNULL)
-    return time.perf_counter() - begin
+    end = os.times()
+    return end.children_user + end.children_system - begin.children_user - begin.children_system
 
 
 def _processor() -> str:
