@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from relook.data.worlds import make_world  # noqa: E402
-from relook.train import lines, tiny  # noqa: E402
+from relook.data.worlds import make_world
+from relook.train import lines, tiny
 
 
 def test_letters_under_agrees_with_the_boxes_of_the_page():
