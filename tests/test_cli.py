@@ -5,6 +5,7 @@ Most cases run in process through typer's runner; exit codes and signals of the 
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,42 @@ def test_control_characters_do_not_reach_the_terminal(monkeypatch, page) -> None
     assert result.stderr == "relook: watch out\n"
 
 
+@pytest.fixture
+def narrow(model, tmp_path):
+    """Makes a copy of the random model that says it was trained on `domain` only."""
+
+    def make(domain: str) -> str:
+        folder = tmp_path / "narrow"
+        shutil.copytree(model, folder, dirs_exist_ok=True)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "domain": domain}))
+        return str(folder)
+
+    return make
+
+
+def test_what_a_model_was_trained_on_is_said_on_stderr_once(model, narrow, page) -> None:
+    arguments = ["ask", page, QUESTION, "--max-new-tokens", 4]
+    general, small = call(*arguments, "-m", model), call(*arguments, "-m", narrow("maps"))
+    sentence = f"{narrow('maps')} was trained on maps only; on anything else its answers mean nothing."
+    assert general.stderr == ""
+    assert small.stderr == f"relook: {sentence}\n"
+    assert small.stdout == general.stdout
+    assert json.loads(call(*arguments, "-m", narrow("maps"), "--json").stdout)["warnings"] == [sentence]
+    assert json.loads(call(*arguments, "-m", model, "--json").stdout)["warnings"] == []
+
+
+def test_a_domain_is_printed_as_one_harmless_line(narrow, page) -> None:
+    said = call("ask", page, QUESTION, "-m", narrow("\x1b[2Jcats\nrelook: dogs"), "--max-new-tokens", 1).stderr
+    assert said.splitlines() == [said.rstrip("\n")]
+    assert "trained on \N{REPLACEMENT CHARACTER}[2Jcats relook: dogs only" in said
+
+
+def test_the_shipped_model_warns_about_any_picture(page) -> None:
+    said = call("ask", page, QUESTION, "--max-new-tokens", 1).stderr
+    assert said == "relook: receipts-tiny was trained on receipts only; on anything else its answers mean nothing.\n"
+
+
 def test_wrong_images(tmp_path, page) -> None:
     text = tmp_path / "text.jpg"
     text.write_text("not an image")
@@ -131,6 +168,7 @@ def test_wrong_models(page, tmp_path, model, monkeypatch) -> None:
     (empty / "config.json").write_bytes((Path(model) / "config.json").read_bytes())
     assert "no weights" in refused("ask", page, QUESTION, "-m", empty)
     assert "'warp'" in refused("ask", page, QUESTION, "-m", model, "--device", "warp")
+    assert "'meta'" in refused("ask", page, QUESTION, "-m", model, "--device", "meta")
 
 
 def test_an_unwritable_place_is_found_before_the_work(page, tmp_path, monkeypatch) -> None:
@@ -184,6 +222,17 @@ def test_data_build_then_check(tmp_path) -> None:
     items.write_text(json.dumps(broken))
     assert json.loads(call("data", "check", items, "--json", code=1).stdout)["ok"] is False
     assert "none.jsonl" in refused("data", "build", tmp_path / "none.jsonl", items)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="named pipes")
+def test_data_check_refuses_what_cannot_be_read_twice(tmp_path) -> None:
+    pipe = tmp_path / "items.jsonl"
+    os.mkfifo(pipe)  # nobody writes into it: opening it would wait for ever
+    assert f"{pipe}: is a pipe" in refused("data", "check", pipe)
+    items = json.dumps({"messages": [], "images": []})
+    streamed = subprocess.run([*COMMAND, "data", "check", "/dev/stdin"], input=items, capture_output=True, text=True)
+    assert (streamed.returncode, streamed.stdout) == (2, "")
+    assert "/dev/stdin: is a pipe" in streamed.stderr and len(streamed.stderr.splitlines()) == 1
 
 
 def test_train_refuses_a_recipe_it_cannot_read(tmp_path) -> None:

@@ -220,6 +220,8 @@ MIX = [
     {"look": "detection", "max_looks": 2},
     {"look": "auto"},
     {"look": "region", "max_new_tokens": 9},
+    {"look": "clip", "condition": False},
+    {"region": (4, 1, 6, 3), "blank": True},
 ]
 
 
@@ -425,6 +427,115 @@ def test_none_and_spent_looks_cannot_be_called(tiny_vlm):
     assert len(answer.looks) == 1 and "<|region" not in answer.transcript[-1].text
 
 
+# -- looks with a part left out --------------------------------------------------------------------------------------
+
+
+def by_hand(vlm, ids, first, again):
+    """Logits (L, V) of a conversation with one clip look and c = 0, from the decoder and the vision tower alone.
+
+    y = F + <F, 0> 0 = F: the tower's features of `again` stand where its pads are, nothing added; the control token
+    is the hidden state at the token before it, which one run over the prefix gives.
+    """
+    inner, word = vlm.model.model, vlm.processor.tokenizer.convert_tokens_to_ids
+    row = torch.tensor([ids])
+    with torch.no_grad():
+        embeds = inner.get_input_embeddings()(row)
+        pictures = [vlm.processor.encode_images([image], "image") for image in (first, again)]
+        for pad, picture_ in zip(("<|image_pad|>", "<|clip_image_pad|>"), pictures, strict=True):
+            tokens = inner.get_image_features(**picture_, return_dict=True).pooler_output[0]
+            embeds[row == word(pad)] = tokens
+        kinds = (row == word("<|image_pad|>")).int()
+        places = inner.get_rope_index(row, kinds, image_grid_thw=pictures[0]["image_grid_thw"])[0]
+        start = ids.index(word("<|clip_action_start|>"))
+        assert ids[start + 1] == word("<|clip_action|>")
+        before = inner.language_model(inputs_embeds=embeds[:, : start + 1], position_ids=places[..., : start + 1])
+        embeds[0, start + 1] = before.last_hidden_state[0, -1]
+        hidden = inner.language_model(inputs_embeds=embeds, position_ids=places).last_hidden_state
+        return vlm.model.lm_head(hidden[0])
+
+
+def test_without_its_condition_a_look_enters_as_it_is(tiny_vlm):
+    vlm = tiny_vlm(("region", "clip"), reencode_look=View(96))
+    ask = lambda **options: recorded(vlm, [(picture(), QUESTION, {"look": "clip", "max_new_tokens": 5, **options})])  # noqa: E731
+    (off,), (conversation,), (logits,) = ask(condition=False)
+    assert [look.kind for look in off.looks] == ["clip"] and off.looks[0].attention is None
+    first = vlm.processor.view(picture(), "first", "image")
+    full = by_hand(vlm, conversation.ids, first, off.looks[0].image)
+    last = conversation.ids.index(vlm._machine.vocabulary["<|clip_action_start|>"])
+    assert max(logits) == len(full) - 1 and len(logits) > 5
+    assert max(float((full[i] - values).abs().max()) for i, values in logits.items()) < 1e-4
+
+    (on,), _, (conditioned,) = ask()
+    assert on.looks[0].attention is not None
+    assert torch.equal(conditioned[last], logits[last]), "up to the look nothing differs"
+    here = min(i for i in logits if i > last)  # the first place at which the second look has been seen
+    assert float((conditioned[here] - logits[here]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("look", ["clip", "detection", "seg"])
+def test_without_a_condition_is_a_projector_whose_c_is_zero(tiny_vlm, look):
+    """The judge: one full forward of the same model with Linear_c set to zero, so that c = 0 whatever h is."""
+    vlm = tiny_vlm()
+    options = {"look": look, "max_new_tokens": 3, "condition": False}
+    (answer,), (conversation,), (logits,) = recorded(vlm, [(picture(), QUESTION, options)])
+    assert largest_difference(vlm, conversation, logits, [answer]) > 1e-3, "conditioned, it would be another answer"
+    linear = vlm.model.projectors[look].linear_condition
+    kept = {name: value.clone() for name, value in linear.state_dict().items()}
+    try:
+        with torch.no_grad():
+            linear.weight.zero_(), linear.bias.zero_()
+        assert largest_difference(vlm, conversation, logits, [answer]) < 1e-4
+    finally:
+        linear.load_state_dict(kept)
+
+
+def test_the_defaults_leave_nothing_out(tiny_vlm):
+    vlm = tiny_vlm()
+    for options in ({"look": "clip"}, {"look": "seg"}, {"region": (1, 2, 3, 4)}):
+        request = (picture(), QUESTION, {"max_new_tokens": 3, **options})
+        said = (
+            picture(),
+            QUESTION,
+            {**request[2], **({"blank": False} if "region" in options else {"condition": True})},
+        )
+        (plain,), _, (ours,) = recorded(vlm, [request])
+        (spelt,), _, (theirs,) = recorded(vlm, [said])
+        assert plain.looks == spelt.looks and plain.transcript == spelt.transcript
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[i], theirs[i]) for i in ours)
+
+
+def test_a_blank_crop_is_a_crop_of_an_empty_page(tiny_vlm):
+    """Same call, same size, same cost; the judge cuts the crop from a page of one colour, CLIP's mean."""
+    vlm = tiny_vlm()
+    request = (picture(), QUESTION, {"region": (1, 2, 3, 4), "max_new_tokens": 4})
+    (seen,), _, (shown,) = recorded(vlm, [request])
+    (answer,), (conversation,), (logits,) = recorded(vlm, [(*request[:2], {**request[2], "blank": True})])
+    look = answer.looks[0]
+    assert (look.cells, look.box, look.image.size) == (seen.looks[0].cells, seen.looks[0].box, seen.looks[0].image.size)
+    assert look.image.getcolors() == [(look.image.width * look.image.height, (123, 117, 104))]
+    assert answer.usage.vision_patches == seen.usage.vision_patches
+    answer.given, answer.image = [answer.image], Image.new("RGB", answer.image.size, (123, 117, 104))
+    assert largest_difference(vlm, conversation, logits, [answer]) < 1e-4
+    first = min(logits)
+    assert first == min(shown) and float((logits[first] - shown[first]).abs().max()) > 1e-3
+
+
+def test_a_part_may_be_left_out_of_a_later_look(tiny_vlm):
+    vlm = tiny_vlm(("region", "clip"))
+    with writing(vlm, LOOKS["clip"].start, "742"):
+        answer = vlm.ask(picture(), QUESTION, region=(0, 0, 1, 1), max_looks=2, condition=False)
+    assert [(look.kind, look.attention) for look in answer.looks] == [("region", None), ("clip", None)]
+
+
+def test_a_blank_crop_is_not_kept_for_the_next_question(tiny_vlm):
+    vlm = tiny_vlm()
+    region = {"region": (1, 2, 3, 4), "max_new_tokens": 2}
+    chat = vlm.chat(picture())
+    blank, real = (chat.ask("What?", blank=blank, **region).looks[0].image for blank in (True, False))
+    assert len(blank.getcolors()) == 1
+    assert np.array_equal(np.asarray(real), np.asarray(vlm.ask(picture(), "What?", **region).looks[0].image))
+
+
 # -- calls that go wrong ---------------------------------------------------------------------------------------------
 
 BROKEN = {
@@ -576,6 +687,13 @@ def test_sampling_depends_on_the_seed_alone(tiny_vlm):
         ({"max_looks": -1}, "max_looks"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"look_at": 3}, "look_at=3"),
+        ({"condition": 0}, "condition=0 is neither True nor False"),
+        ({"condition": False, "look": "region"}, "look='region' and max_looks=1 leaves nothing out; it is for: clip"),
+        ({"condition": False, "region": (0, 0, 1, 1)}, "condition=False with look='region'"),
+        ({"condition": False, "look": "none", "max_looks": 2}, "condition=False with look='none'"),
+        ({"condition": False, "max_looks": 0}, "look='auto' and max_looks=0 leaves nothing out"),
+        ({"blank": True, "look": "clip"}, "blank=True with look='clip' and max_looks=1 leaves nothing out; .* region"),
+        ({"blank": "yes"}, "blank='yes' is neither"),
         ({"temperature": 0.5}, "do_sample"),
         ({"do_sample": True, "top_p": 1.5}, "top_p"),
         ({"image": None}, "no image"),
@@ -612,7 +730,25 @@ def test_load_gives_the_same_answers(tiny_vlm, tmp_path):
     vlm.processor.save_pretrained(tmp_path)
     loaded = relook.load(tmp_path, dtype="float32", device="cpu")
     assert loaded.looks == ["region", "clip"] and loaded.domain is None and loaded.name == str(tmp_path)
+    with pytest.raises(UserError, match="'meta' holds shapes and no weights"):
+        relook.load(tmp_path, device="meta")
     for options in ({"look": "clip"}, {"region": (0, 0, 2, 2)}):
         ours, theirs = (v.ask(picture(), QUESTION, max_new_tokens=4, **options) for v in (vlm, loaded))
         assert ours.transcript == theirs.transcript and ours.looks == theirs.looks
         assert theirs.model == str(tmp_path) and theirs.to_dict()["usage"]["lm_positions"] == ours.usage.lm_positions
+
+
+def test_a_model_with_a_domain_says_so_with_every_answer(tiny_vlm):
+    vlm = tiny_vlm(("region",), seed=3)
+    assert vlm.ask(picture(), "What?", look="none", max_new_tokens=1).warnings == []
+    vlm.model.config.domain = "receipts"
+    try:
+        many = vlm.ask_many([(picture(), "What?"), (picture(1), "Who?", {"look": "none"})], max_new_tokens=1)
+        chat = vlm.chat(picture())
+        followed = [chat.ask(question, max_new_tokens=1) for question in ("What?", "And then?")]
+        unnamed = VLM(vlm.model, vlm.processor).ask(picture(), "What?", max_new_tokens=1)
+    finally:
+        vlm.model.config.domain = None
+    said = "was trained on receipts only; on anything else its answers mean nothing."
+    assert [answer.warnings for answer in (*many, *followed)] == [[f"tiny {said}"]] * 4
+    assert unnamed.to_dict()["warnings"] == [f"this model {said}"]

@@ -27,7 +27,8 @@ class Look:
     cells       (x0, y0, x1, y1) grid cells as the model wrote them, both ends inclusive; None except for a region
     box         (x1, y1, x2, y2) pixels of the upright original that were looked at, after widening; x2, y2 exclusive
     image       what was seen: the crop, or the view that was encoded again
-    attention   (h, w) <F_i, c> of every token of a re-encoding look, laid over `image` (row 0 at its top)
+    attention   (h, w) <F_i, c> of every token of a re-encoding look, laid over `image` (row 0 at its top); None where
+                the look has no condition
     problem     None, or why nothing was looked at, for people
     """
 
@@ -108,8 +109,9 @@ class Turn:
 class Answer:
     """The answer to one question about an image, and how it came about.
 
-    image   the upright original, the frame of every look's `box`; None when the answer had no image
-    grid    cells a side that the looks' `cells` count in
+    image      the upright original, the frame of every look's `box`; None when the answer had no image
+    warnings   plain sentences to read before believing the text, such as what a small model was trained on
+    grid       cells a side that the looks' `cells` count in
     """
 
     text: str

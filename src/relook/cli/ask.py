@@ -38,7 +38,10 @@ def ask(
     ] = None,
     as_json: Annotated[bool, Option("--json", help="Print the whole trace as JSON.")] = False,
 ) -> None:
-    """Ask a question about an image; print the answer and each look (cells and pixel box)."""
+    """Ask a question about an image; print the answer and each look (cells and pixel box).
+
+    Warnings, such as what a small model was trained on, go to stderr.
+    """
     # Everything that can be wrong without a model is found before the model is loaded.
     from relook.views import open_image
 
@@ -56,8 +59,8 @@ def ask(
     answer = vlm.ask(picture, question, look=look, region=cells, max_looks=max_looks, max_new_tokens=max_new_tokens)
     if save is not None:
         answer.save(save)
-    for warning in answer.warnings:
-        print(f"relook: {warning}", file=sys.stderr)
+    for warning in answer.warnings:  # a model's name and domain are its author's words: one printable line
+        print(f"relook: {printable(' '.join(warning.split()))}", file=sys.stderr)
     print(json.dumps(answer.to_dict(), ensure_ascii=False) if as_json else describe(answer, save))
 
 

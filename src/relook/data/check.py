@@ -74,6 +74,7 @@ class CheckReport:
 
 def check(path: str | Path, grid: int = GRID) -> CheckReport:
     """Check every item of a file; a record that is not an item is a fault too, a file that is not JSON an error."""
+    _refuse_pipe(Path(path))
     report = CheckReport(str(path))
     for record in read_records(path):
         where = f"{path}:{record.line}"
@@ -87,6 +88,13 @@ def check(path: str | Path, grid: int = GRID) -> CheckReport:
             for detail in find(item, grid):
                 report.add(Finding(rule, where, detail))
     return report
+
+
+def _refuse_pipe(path: Path) -> None:
+    """Records are found by their place in the file, so it must be one that can be read twice. Opens nothing: a pipe
+    that nobody writes into would never open."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: is a pipe or a device, which cannot be read twice; save it as a file and check that")
 
 
 def _placeholder_counts(item: Item, grid: int) -> Iterator[str]:

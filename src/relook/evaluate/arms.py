@@ -1,7 +1,10 @@
 """Arms: the ways to look under which the same questions are asked. An arm is a row of `ARMS`.
 
 `auto`, `none` and the looks' names are the model's own ways; `oracle` shows the annotated region and `random` one
-of the same size elsewhere, so that the three together say what choosing the region is worth.
+of the same size elsewhere, so that the three together say what choosing the region is worth. A look's name with
+`-unconditioned` is the same look without its condition: what is left are features that do not know the question. Only
+re-encoding looks have that row; a region's crop enters as the first look does, without projector and condition.
+`blank` is the region look with nothing on the crop: what is left is having asked.
 Knows boxes and cells; refuses to know how a look is taken.
 """
 
@@ -64,8 +67,8 @@ def _oracle(case: Case) -> dict[str, Any] | None:
     return None if cells is None else {"region": cells}
 
 
-def _look(name: str) -> Callable[[Case], dict[str, Any]]:
-    return lambda case: {"look": name}
+def _look(name: str, **options: Any) -> Callable[[Case], dict[str, Any]]:
+    return lambda case: {"look": name, **options}
 
 
 ARMS: dict[str, Arm] = {
@@ -74,6 +77,22 @@ ARMS: dict[str, Arm] = {
         Arm("auto", "the model decides", None, _look("auto")),
         Arm("none", "no second look", None, _look("none")),
         *(Arm(look, f"a {look} look, in the model's own way", look, _look(look)) for look in LOOKS),
+        *(
+            Arm(
+                f"{look}-unconditioned",
+                f"a {look} look whose features enter as they are (c = 0)",
+                look,
+                _look(look, condition=False),
+            )
+            for look, spec in LOOKS.items()
+            if spec.reencodes
+        ),
+        Arm(
+            "blank",
+            "a region look, in the model's own way, that shows a blank crop",
+            "region",
+            _look("region", blank=True),
+        ),
         Arm("oracle", "the annotated region", "region", _oracle),
         Arm(
             "random", "a region of the annotated one's size, anywhere", "region", lambda c: {"region": random_cells(c)}

@@ -39,7 +39,8 @@ Event = TextDelta | LookTaken | Finished
 class Request:
     """One question, checked (`vlm.py` checks). See `VLM.ask` for the meaning of the fields.
 
-    `look`: "auto", "none" or a look the model has. `target`: number of the image that looks go to.
+    `look`: "auto", "none" or a look the model has. `target`: number of the image that looks go to. `condition` and
+    `blank` change what a look brings, never what is written: they are for measuring.
     """
 
     question: str
@@ -50,6 +51,8 @@ class Request:
     max_new_tokens: int = 64
     target: int = 0
     constrain: bool = True
+    condition: bool = True
+    blank: bool = False
     sampling: Sampling = field(default_factory=Sampling)
 
 
@@ -65,6 +68,18 @@ class Machine:
     @property
     def looks(self) -> list[str]:
         return list(self.model.config.looks)
+
+    @property
+    def domain(self) -> str | None:
+        return getattr(self.model.config, "domain", None)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What holds of every answer of this model. No picture is judged: the sentence stands beside all of them."""
+        if not self.domain:
+            return []
+        name = self.name or "this model"
+        return [f"{name} was trained on {self.domain} only; on anything else its answers mean nothing."]
 
 
 class Row:
@@ -172,11 +187,15 @@ class Row:
         return allowed is None or IM_END in allowed
 
     def _spend(self, state: Tensor) -> None:
-        """The state at `*_action_start`: it conditions the look and is the input of the `*_action` that must follow."""
+        """The state at `*_action_start`: it conditions the look and is the input of the `*_action` that must follow.
+
+        Without `request.condition` only the first of the two is left out, so that the second look's features are all
+        that changes (and the embedding of `*_action`, which conditioned training never touches, stays out of it).
+        """
         spec, vocabulary = LOOKS[self._open or ""], self.machine.vocabulary
         conditioned = self.machine.model.config.num_inner_forward_run == 2  # 1: alignment stage, no condition
         self._open = None
-        self._conditions[spec.name] = state if conditioned else None
+        self._conditions[spec.name] = state if conditioned and self.request.condition else None
         self._write(vocabulary[spec.action or ""], sampled=False, state=state if conditioned else None)
         if self.request.constrain:  # nothing else can follow; written here, the rest of the call costs no step
             self._forced.extend([vocabulary[spec.end], vocabulary.im_end])
@@ -281,7 +300,7 @@ class Row:
         grid, whole = self.machine.vocabulary.grid, self.conversation.images[number]
         cells = widen(call.cells or (0, 0, grid - 1, grid - 1), processor.region_margin, grid)
         box = cells_to_box(cells, whole.size, grid)
-        sight, seen = self.conversation.sights.sight("region", number, whole, "crop", box)
+        sight, seen = self.conversation.sights.sight("region", number, whole, "crop", box, self.request.blank)
         return Shown("image", sight, self._note(Look("region", cells=call.cells, box=box, image=seen)))
 
     def _reencode(self, call: Call) -> Shown:
@@ -318,6 +337,7 @@ class Row:
             question=request.question,
             image=conversation.images[request.target] if conversation.images else None,
             model=self.machine.name,
+            warnings=self.machine.warnings,
             grid=self.machine.vocabulary.grid,
         )
 

@@ -73,7 +73,7 @@ class Sights:
         return Sights(self.processor, dict(self.seen))
 
     def sight(
-        self, look: str, number: int, whole: Image.Image, stage: str, box: Box | None = None
+        self, look: str, number: int, whole: Image.Image, stage: str, box: Box | None = None, blank: bool = False
     ) -> tuple[Sight, Image.Image]:
         """The sight of a view, new or seen before, and the view itself as an image.
 
@@ -83,18 +83,26 @@ class Sights:
             whole: the image, upright, original pixels.
             stage: "first", "crop" or "reencode": which of the processor's views to use.
             box: (x1, y1, x2, y2) pixels of `whole`, exclusive; None, or a box of all of it: the whole image.
+            blank: the view's size without its content: every pixel is the mean that the image processor subtracts.
         """
         if box == (0, 0, *whole.size):
             box = None
         part = whole if box is None else whole.crop(box)
+        if blank:
+            part = Image.new("RGB", part.size, self._mean())
         tower = TOWERS[look]
         seen_as = self.processor.view(part, stage, tower)
-        key = (tower, number, box, self._view(stage))
+        key = (tower, number, box, blank, self._view(stage))
         if key not in self.seen:
             tensors = self.processor.encode_images([seen_as], tower)
             grids = tensors.get("image_grid_thw")
             self.seen[key] = Sight(tower, tensors, None if grids is None else tuple(grids[0].tolist()))
         return self.seen[key], seen_as
+
+    def _mean(self) -> tuple[int, int, int]:
+        """The colour that is nearest to zero once normalised."""
+        red, green, blue = (round(255 * value) for value in self.processor.image_processor.image_mean)
+        return red, green, blue
 
     def _view(self, stage: str) -> Hashable:
         """The settings of a stage; two stages with equal settings see the same. Re-encoding's default: the first's."""

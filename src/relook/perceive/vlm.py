@@ -41,6 +41,8 @@ class AskOptions(TypedDict, total=False):
     top_k: int | None
     seed: int | None
     constrain: bool
+    condition: bool
+    blank: bool
     look_at: int | None
 
 
@@ -52,9 +54,13 @@ def load(name: str | Path, *, dtype: Any = None, device: Any = None, attn_implem
         dtype, device, attn_implementation: as `relook.model.loading.load_model` takes them.
 
     Raises:
-        UserError: no such model, or a folder that is not one. CheckpointError: weights that do not fit.
+        UserError: no such model, a folder that is not one, or a device that cannot run it. CheckpointError: weights
+            that do not fit.
     """
-    from relook.model.loading import load_model, load_processor
+    from relook.model.loading import load_model, load_processor, torch_device
+
+    if torch_device(device).type == "meta":
+        raise UserError("device 'meta' holds shapes and no weights, so nothing can be asked there; use cpu or cuda")
 
     model = load_model(name, dtype=dtype, device=device, attn_implementation=attn_implementation)
     return VLM(model, load_processor(name), str(name))
@@ -86,7 +92,7 @@ class VLM:
     @property
     def domain(self) -> str | None:
         """What a small model was trained on ("receipts", "cards"); None for a general one."""
-        return getattr(self.model.config, "domain", None)
+        return self._machine.domain
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
@@ -107,11 +113,16 @@ class VLM:
             constrain: while a call is being written, only tokens that keep it well formed can be chosen. Without it, a
                 malformed call is recorded in `answer.looks` with its problem, and the question is asked again with no
                 look allowed.
+            condition: for measuring. False: the projector of a re-encoding look gets no condition (c = 0), so that the
+                second look's features enter as they are, F in place of F + <F, c> c, and `attention` is None. The
+                control token keeps its hidden state. Regions have no projector, hence no condition.
+            blank: for measuring. True: the crops of regions are blank images of the same size (`Look.image` shows it).
             look_at: which image looks go to, counted from 0 over the conversation (negative: from its end). Default:
                 the first image that came with the latest question that had one.
 
         Raises:
-            UserError: an image that cannot be read, an empty question, a look the model lacks, a region off the grid.
+            UserError: an image that cannot be read, an empty question, a look the model lacks, a region off the grid,
+                a condition or a crop to leave out of a look that has none.
         """
         return _last(self.stream(image, question, **options))
 
@@ -186,6 +197,8 @@ class VLM:
         top_k: int | None = None,
         seed: int | None = None,
         constrain: bool = True,
+        condition: bool = True,
+        blank: bool = False,
         look_at: int | None = None,
     ) -> Request:
         """The checked request; every wish of the user that cannot be met is refused here."""
@@ -202,6 +215,13 @@ class VLM:
             cells = check_cells(_four(region), self.processor.grid_size)
         if max_looks == 0 and (cells is not None or look in LOOKS):
             raise UserError(f"look={'region' if cells else look!r} was asked for with max_looks=0; allow at least 1")
+        asked_for = "region" if cells else look
+        if not _flag("condition", condition):
+            conditioned = [name for name in self.looks if LOOKS[name].reencodes]
+            _check_left_out("condition=False", asked_for, max_looks, conditioned)
+        if _flag("blank", blank):
+            cropped = [name for name in self.looks if not LOOKS[name].reencodes]
+            _check_left_out("blank=True", asked_for, max_looks, cropped)
         total = len(conversation.images) + len(images)
         target = look_at
         if target is None:
@@ -217,6 +237,8 @@ class VLM:
             max_new_tokens=max_new_tokens,
             target=target % total,
             constrain=constrain,
+            condition=condition,
+            blank=blank,
             sampling=Sampling(do_sample, temperature, top_p, top_k, seed),
         )
 
@@ -321,3 +343,21 @@ def _four(region: Sequence[int]) -> tuple[int, int, int, int]:
 def _whole(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"{name}={value!r} is not a whole number of at least {least}")
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{name}={value!r} is neither True nor False")
+    return value
+
+
+def _check_left_out(option: str, look: str, max_looks: int, having: Sequence[str]) -> None:
+    """What none of the looks asked for has cannot be left out: such an answer would pass for a measurement.
+
+    `look`: the first one ("auto", "none" or a name), after which the model is free. `having`: its looks with that part.
+    """
+    free = look == AUTO or (max_looks > 1 and look != NONE)
+    possible = having if free and max_looks > 0 else set(having) & {look}
+    if not possible:
+        known = ", ".join(having) or "none of this model's"
+        raise UserError(f"{option} with look={look!r} and max_looks={max_looks} leaves nothing out; it is for: {known}")
