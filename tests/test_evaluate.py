@@ -16,6 +16,7 @@ from relook.data.worlds import make_world
 from relook.errors import RelookError, UserError
 from relook.evaluate import ARMS, TASKS, anls, bootstrap, evaluate, exact_match, find_task, region_overlap
 from relook.evaluate.arms import Case, annotated_cells, random_cells
+from relook.evaluate.facts import model_facts
 from relook.evaluate.tasks import UNSEEN
 from relook.regions import cells_to_box, crop
 from relook.trace import Answer, Look, Turn, Usage
@@ -304,10 +305,30 @@ def test_every_arm_and_task_says_what_it_is():
 def test_the_real_loop_goes_through_every_arm(tiny_vlm):
     """A random model: nothing is right, but every arm asks, looks and counts as its name says."""
     looks = ["auto", "none", "clip", "oracle", "random"]
-    run = evaluate(tiny_vlm(looks=("region", "clip")), ["cards"], looks, n=2, batch=2, max_new_tokens=2)
+    vlm = tiny_vlm(looks=("region", "clip"))
+    run = evaluate(vlm, ["cards"], looks, n=2, batch=2, max_new_tokens=2)
     assert [result.answered for result in run.results] == [2] * 5, run.results[0].errors
     looked = {arm: run.result("cards", arm).measures["looked"].mean for arm in looks}
     assert looked["none"] == 0 and looked["oracle"] == looked["random"] == 1
     assert run.result("cards", "oracle").measures["recall"].mean == 1
     positions = {arm: run.result("cards", arm).measures["lm_positions"].mean for arm in looks}
     assert positions["oracle"] > positions["none"] > 0
+    assert run.run["facts"]["parameters"] == sum(p.numel() for p in vlm.model.parameters())
+    assert run.run["machine"].keys() == {"processor", "cores", "threads"}
+
+
+def test_results_say_how_the_model_was_trained():
+    provenance = {"recipe": "own", "seed": 2, "samples": 10, "seconds": 3.5, "stages": [], "torch": "2"}
+
+    class Trained:
+        class model:
+            class config:
+                pass
+
+            device = "cpu"
+            parameters = staticmethod(tuple)
+
+    Trained.model.config.provenance = provenance
+    facts = model_facts(Trained())
+    assert facts["training"] == {"recipe": "own", "seed": 2, "samples": 10, "seconds": 3.5}
+    assert model_facts(Reader({})) == {}

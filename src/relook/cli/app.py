@@ -67,6 +67,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")
 app.command("train")(work.train)
 app.command("evaluate", cls=work.ListOptions)(work.evaluate)
+app.command("report")(work.report)
 app.command("bench")(work.bench)
 
 

@@ -1,4 +1,4 @@
-"""`relook train`, `relook evaluate`, `relook bench`: the commands that take their time. Progress goes to stderr."""
+"""`relook train`, `evaluate`, `report`, `bench`: the commands that take their time. Progress goes to stderr."""
 
 import json
 import sys
@@ -76,6 +76,29 @@ def evaluate(
                progress=lambda task, count: progress(f"{task}: {count} questions"))  # fmt: skip
     progress("")
     print(json.dumps(done.to_dict(), indent=2, ensure_ascii=False) if as_json else done)
+
+
+def report(
+    sources: Annotated[
+        list[Path],
+        Argument(metavar="SOURCE...", help="A YAML file of rows (docs/receipts/arms.yaml), or folders of evaluations."),
+    ],
+    out: Annotated[
+        Path | None, Option(metavar="FOLDER", help="Where table.md, table.csv, cost.png and fields.png go.")
+    ] = None,
+    keep: Annotated[
+        Path | None, Option(metavar="FOLDER", help="Also keep the folders' records here, in a small form.")
+    ] = None,
+) -> None:
+    """Compare evaluations: tables and figures from saved records; without --out, only print the tables."""
+    from relook.evaluate.folders import keep_all
+    from relook.evaluate.rows import collect
+    from relook.evaluate.writers import table_md, write
+
+    found = collect(sources)
+    written = write(found, out) if out else []
+    written += keep_all(found.folders, keep) if keep else []
+    print("\n".join(f"written: {path}" for path in written) if written else table_md(found))
 
 
 def bench(

@@ -2,27 +2,38 @@
 
     tasks    what is asked, and how each answer is scored        metrics  scores and intervals: numbers in, numbers out
     arms     ways to look: auto, none, forced, annotated, ...    report   results as a table and as JSON
-    run      asks the model batch by batch and writes records
+    run      asks the model batch by batch and writes records      facts    versions, machine, training
+    folders  records read again, and kept in a small form
+    rows     which records are compared -> compare  pooled over seeds, intervals, differences -> writers, figures
 
-Importing this loads neither torch nor a model.
+Importing this loads neither torch nor a model, nor matplotlib.
 """
 
 from relook.evaluate.arms import ARMS
+from relook.evaluate.folders import keep, read_folder
 from relook.evaluate.metrics import anls, bootstrap, exact_match, region_overlap
 from relook.evaluate.report import Evaluation, Result
+from relook.evaluate.rows import Report, collect
 from relook.evaluate.run import evaluate
 from relook.evaluate.tasks import TASKS, Task, find_task
+from relook.evaluate.writers import WRITERS, write
 
 __all__ = [
     "ARMS",
     "TASKS",
+    "WRITERS",
     "Evaluation",
+    "Report",
     "Result",
     "Task",
     "anls",
     "bootstrap",
+    "collect",
     "evaluate",
     "exact_match",
     "find_task",
+    "keep",
+    "read_folder",
     "region_overlap",
+    "write",
 ]

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +21,8 @@ from relook.data.records import replacing
 from relook.data.worlds import rng
 from relook.errors import RelookError, UserError
 from relook.evaluate.arms import Arm, Case, find_arms, request
+from relook.evaluate.facts import machine, model_facts, versions
+from relook.evaluate.folders import RECORDS, RESULTS
 from relook.evaluate.metrics import SCORERS, region_overlap
 from relook.evaluate.report import Evaluation, sum_up
 from relook.evaluate.tasks import Task, find_task
@@ -32,8 +32,6 @@ from relook.trace import Answer
 
 Record = dict[str, Any]
 Progress = Callable[[str, int], None]  # task, questions done
-
-RECORDS, RESULTS = "records.jsonl", "results.json"
 
 
 def evaluate(
@@ -80,7 +78,7 @@ def evaluate(
         **about,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    run["versions"] = versions()
+    run |= {"versions": versions(), "machine": machine(), "facts": model_facts(vlm)}
     begun = time.perf_counter()
     found: dict[tuple[str, str], list[Record]] = defaultdict(list)
     with _recording(out) as file:
@@ -218,17 +216,6 @@ def _fill(record: Record, case: Case, answer: Answer, scores: Sequence[str]) -> 
     record["recall"] = None if seen is None else seen[0]
     overlap = region_overlap(named, case.question.boxes)
     record["iou"] = None if overlap is None else overlap[1]
-
-
-def versions() -> dict[str, str]:
-    """What the numbers depend on besides the model and the data."""
-    found = {"python": platform.python_version()}
-    for package in ("relook", "torch", "transformers", "numpy", "pillow"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _loaded(model: Any) -> Any:

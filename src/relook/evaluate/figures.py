@@ -1,0 +1,209 @@
+"""The two pictures of a report, drawn by matplotlib's Agg into PNG bytes. Without matplotlib: a UserError that says so.
+
+matplotlib is imported when a picture is drawn, never before, and its global state (pyplot) is not used.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+from relook.errors import UserError
+from relook.evaluate.metrics import Estimate
+from relook.evaluate.rows import Report, Row
+
+# Okabe and Ito's colours, told apart with any colour vision, then two greys; markers differ as well.
+COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#7A5195", "#999999", "#444444", "#B8A000")
+MARKERS = "osD^vh>p<*"
+GREY = "#666666"
+DPI = 150
+Rectangle = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels, y upwards
+Interval = tuple[float, float, float]  # mean, low, high
+MARKER, LABEL_ROOM = 10.0, 3.0  # pixels: half the side of a point's square, and what is kept free around a label
+
+
+def cost_png(report: Report) -> bytes:
+    """Exact match (y, %) against LM positions an answer (x): a panel a task, a labelled point a row, 95 % intervals."""
+    figure, panels = _figure(report, 1, max(len(report.tasks), 1), (5.2, 4.6))
+    for panel, task in zip(panels, report.tasks, strict=True):
+        points = []
+        for place, row in enumerate(report.rows):
+            result = row.results.get(task)
+            if result is None:
+                continue
+            x, y = result.measures["lm_positions"], _percent(result.measures["exact"])
+            if x.mean is None or y is None:
+                continue
+            across = [[x.mean - (x.low or x.mean)], [(x.high or x.mean) - x.mean]]
+            panel.errorbar(
+                x.mean, y[0], xerr=across, yerr=[[y[0] - y[1]], [y[2] - y[0]]], fmt=MARKERS[place % len(MARKERS)],
+                ms=7, lw=1.1, capsize=2.5, color=_colour(place), mec="white", mew=0.6,
+            )  # fmt: skip
+            points.append((x.mean, y, row.name, _colour(place)))
+        panel.set_title(task, loc="left", fontsize=11, weight="bold")
+        panel.set_xlabel("LM positions per answer")
+        panel.set_ylabel("exact match, %")
+        panel.set_xlim(0, 1.12 * max((x for x, *_ in points), default=1.0))
+        panel.set_ylim(0, _top(panel.get_ylim()[1]))
+        panel.grid(alpha=0.25)
+        _label(figure, panel, points)
+    _legend(figure, report, _dot)
+    return _png(figure)
+
+
+def fields_png(report: Report) -> bytes:
+    """Exact match by field (%): a panel a task, a group of bars a field, a bar a row, 95 % intervals."""
+    figure, panels = _figure(report, max(len(report.tasks), 1), 1, (9.5, 3.3))
+    for panel, task in zip(panels, report.tasks, strict=True):
+        rows = [(place, row, row.results[task]) for place, row in enumerate(report.rows) if task in row.results]
+        fields = sorted({name for _, _, result in rows for name in result.fields})
+        counts = {n: max(r.fields[n]["exact"].n for _, _, r in rows if n in r.fields) for n in fields}
+        width = 0.84 / max(len(rows), 1)
+        for slot, (place, row, result) in enumerate(rows):
+            for group, name in enumerate(fields):
+                value = _percent(result.fields.get(name, {}).get("exact"))
+                if value is not None:
+                    at = group - 0.42 + (slot + 0.5) * width
+                    panel.bar(at, value[0], width * 0.92, color=_colour(place))
+                    whiskers = [[value[0] - value[1]], [value[2] - value[0]]]
+                    panel.errorbar(at, value[0], yerr=whiskers, lw=0.9, capsize=1.5, color="#222222")
+                    panel.text(at, -0.02, row.name, transform=panel.get_xaxis_transform(), ha="center", va="top",
+                               fontsize=6.5, rotation=90, color=GREY)  # fmt: skip
+        room = 5 + 4.2 * max((len(row.name) for _, row, _ in rows), default=0)  # points: the names stand under the bars
+        panel.set_xticks(range(len(fields)), [f"{name} (n = {counts[name]})" for name in fields])
+        panel.tick_params(axis="x", length=0, pad=room)
+        panel.set_ylabel("exact match, %")
+        panel.set_ylim(0, _top(panel.get_ylim()[1]))
+        panel.set_xlim(-0.55, max(len(fields), 1) - 0.45)
+        panel.set_title(
+            task if fields else f"{task}: no questions with a field", loc="left", fontsize=11, weight="bold"
+        )
+        panel.grid(axis="y", alpha=0.25)
+        panel.set_axisbelow(True)
+    _legend(figure, report, _patch)
+    return _png(figure)
+
+
+# ---- parts of a figure
+
+
+def _figure(report: Report, down: int, across: int, size: tuple[float, float]) -> tuple[Any, Sequence[Any]]:
+    """A figure of down x across panels of `size` inches each, with room for the legend under them."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the figures need matplotlib, which is not installed; pip install 'relook[eval]'") from None
+    width = size[0] * max(across, 1)
+    legend = 0.22 * math.ceil(len(report.rows) / _legend_columns(width)) + 0.25
+    figure = Figure(figsize=(width, size[1] * down + legend), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def _legend(figure: Any, report: Report, handle: Any) -> None:
+    """Every row by name and title, those that were not run as such, under the panels."""
+    entries = [(handle(place), _entry(row)) for place, row in enumerate(report.rows)]
+    figure.legend(
+        [each for each, _ in entries], [text for _, text in entries], loc="outside lower center", fontsize=8.5,
+        ncols=_legend_columns(figure.get_figwidth()), frameon=False,
+    )  # fmt: skip
+
+
+def _legend_columns(width: float) -> int:
+    return max(1, int(width // 4.5))
+
+
+def _entry(row: Row) -> str:
+    text = row.title if row.title == row.name else f"{row.name}: {row.title}"
+    return text if row.results else f"{text} (not run)"
+
+
+def _dot(place: int) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], ls="", marker=MARKERS[place % len(MARKERS)], ms=7, color=_colour(place), mec="white", mew=0.6)
+
+
+def _patch(place: int) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(color=_colour(place))
+
+
+def _label(figure: Any, panel: Any, points: Sequence[tuple[float, Interval, str, str]]) -> None:
+    """Names beside their points, each at the nearest place where it covers no other name, no point and no interval.
+
+    Two rows may lie on top of each other (the same model under two looks), so names try places farther and farther out,
+    with a thin line back to their point where they had to move away.
+    """
+    figure.draw_without_rendering()  # the layout is settled now: what is placed in pixels stays
+    pixels = panel.transData.transform
+    spots = [[tuple(pixels((x, y))) for y in values] for x, values, _, _ in points]
+    taken: list[Rectangle] = [(x - MARKER, y - MARKER, x + MARKER, y + MARKER) for (x, y), _, _ in spots]
+    taken += [(x - 2, low - 2, x + 2, high + 2) for (x, _), (_, low), (_, high) in spots]
+    frame = panel.get_window_extent()
+    for ((x, y), _, _), (_, _, name, colour) in zip(spots, points, strict=True):
+        style = {"fontsize": 9.5, "color": colour, "weight": "bold"}
+        measured = panel.annotate(name, (0, 0), xycoords="figure pixels", **style)
+        size = measured.get_window_extent()
+        measured.remove()
+        box, distance = _place(x, y, size.width, size.height, taken, (frame.x0, frame.y0, frame.x1, frame.y1))
+        taken.append(box)
+        panel.annotate(
+            name, panel.transData.inverted().transform((x, y)), xycoords="data", textcoords="offset pixels",
+            xytext=(box[0] + LABEL_ROOM - x, box[1] + LABEL_ROOM - y), va="bottom", **style,
+            arrowprops={"arrowstyle": "-", "lw": 0.7, "color": colour} if distance else None,
+        )  # fmt: skip
+
+
+def _place(
+    x: float, y: float, width: float, height: float, taken: Sequence[Rectangle], frame: Rectangle
+) -> tuple[Rectangle, int]:
+    """The label's box, with its room, beside (x, y), and how many steps out it lies (0: right beside the point).
+
+    Where nothing is free within the frame, the first place: a label that covers something is better than none.
+    """
+    wide, high = width + 2 * LABEL_ROOM, height + 2 * LABEL_ROOM
+    boxes = []
+    for distance, (right, up) in product(range(8), ((1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))):
+        step = MARKER + 13 * distance
+        left = x + (step if right > 0 else -step - wide)
+        low = y + (-high / 2, step, -step - high)[up]
+        box = (left, low, left + wide, low + high)
+        inside = frame[0] <= box[0] and frame[1] <= box[1] and box[2] <= frame[2] and box[3] <= frame[3]
+        if inside and not any(_meet(box, other) for other in taken):
+            return box, distance
+        boxes.append(box)
+    return boxes[0], 0
+
+
+def _meet(a: Rectangle, b: Rectangle) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _percent(value: Estimate | None) -> Interval | None:
+    if value is None or value.mean is None or value.low is None or value.high is None:
+        return None
+    return 100 * value.mean, 100 * value.low, 100 * value.high
+
+
+def _top(seen: float) -> float:
+    """The upper end of an axis of percentages: a little air, never past 104, never less than 1."""
+    return min(max(seen * 1.05, 1.0), 104.0)
+
+
+def _colour(place: int) -> str:
+    return COLOURS[place % len(COLOURS)]
+
+
+def _png(figure: Any) -> bytes:
+    data = io.BytesIO()
+    figure.savefig(data, format="png", metadata={"Software": None})
+    return data.getvalue()
