@@ -1,10 +1,10 @@
 """Receipts: synthetic till receipts like the scanned Malaysian ones of SROIE, drawn on the fly from a seed.
 
-`Receipts(seed).sample(i)` writes a receipt (receipts_text), prints it (receipts_print) and wears it (receipts_wear);
-the page knows its fields, the box of every letter and of every line. Labels are upper case, as in the real set,
-whatever is printed.
+`Receipts(seed).sample(i)` writes a receipt (receipts_text), prints it (receipts_print), wears it (receipts_wear) and
+asks more of it than its fields (receipts_asked); the page knows its fields, the box of every letter and of every line.
+Labels are upper case, as in the real set, whatever is printed.
 
-Knows how the three parts fit; not models, not tokens. Frames as in `worlds.base`.
+Knows how the four parts fit; not models, not tokens. Frames as in `worlds.base`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import random as randomness
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from relook.data.worlds import receipts_asked as asked
 from relook.data.worlds import receipts_print as printing
 from relook.data.worlds import receipts_text as text
 from relook.data.worlds import receipts_wear as wear
 from relook.data.worlds.base import QA, Area, Box, Glyph, Page, rng
+from relook.data.worlds.receipts_print import union
+from relook.data.worlds.receipts_text import Part
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +33,7 @@ class Line:
     """A printed piece of text: `text` in upper case, its box, and the box of each letter (None for a space).
 
     centres: (x, y) of each letter on the middle line of the text, so that commas and capitals of a line share a height.
+    part: what it is of an item or of the payment, see `receipts_text.Piece`.
     """
 
     text: str
@@ -37,6 +41,7 @@ class Line:
     boxes: tuple[Box | None, ...]
     field: str | None = None
     centres: tuple[tuple[float, float] | None, ...] = ()
+    part: Part | None = None
 
 
 class Receipts:
@@ -44,14 +49,15 @@ class Receipts:
 
     name = "receipts"
     charset = "".join(chr(c) for c in range(33, 127) if not "a" <= chr(c) <= "z")
-    labels = tuple(text.QUESTIONS)
+    labels = tuple(text.QUESTIONS)  # and not what receipts_asked asks: its answers stand in no area of their own
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     @classmethod
     def phrases(cls) -> tuple[str, ...]:
-        return tuple(question for questions in text.QUESTIONS.values() for question in questions)
+        known = tuple(question for questions in text.QUESTIONS.values() for question in questions)
+        return (*known, *asked.phrases())
 
     def sample(self, index: int) -> Page:
         """One receipt; `meta["lines"]` holds its `Line`s, top to bottom."""
@@ -67,6 +73,8 @@ class Receipts:
             for name in text.QUESTIONS
             if name in areas and name in script.answers
         ]
+        # another generator, and after the rest: who asked less before still sees the same pages and questions
+        qas += asked.ask(script, _parts(lines), rng(self.seed, "receipts-asked", index))
         glyphs = tuple(
             Glyph(char, box)
             for line in lines
@@ -154,14 +162,14 @@ def _print_piece(ink: np.ndarray, piece: text.Piece, top: float, taken: float, s
     printed = printing.print_line(ink, x, top, content, style)
     if printed is None or printed.text != content:  # a letter fell off the sheet: its field can no longer be asked
         return None if printed is None else Line(printed.text.upper(), printed.box, printed.boxes)
-    return Line(content.upper(), printed.box, printed.boxes, piece.field)
+    return Line(content.upper(), printed.box, printed.boxes, piece.field, part=piece.part)
 
 
 def _moved(line: Line, matrix: wear.Matrix, size: tuple[int, int]) -> Line:
     boxes = tuple(None if box is None else _moved_box(box, matrix, size) for box in line.boxes)
     middle = (line.box[1] + line.box[3]) / 2
     centres = tuple(None if b is None else wear.apply(matrix, (b[0] + b[2]) / 2, middle) for b in line.boxes)
-    return Line(line.text, _union([box for box in boxes if box]), boxes, line.field, centres)
+    return Line(line.text, union([box for box in boxes if box]), boxes, line.field, centres, line.part)
 
 
 def _moved_box(box: Box, matrix: wear.Matrix, size: tuple[int, int]) -> Box:
@@ -172,14 +180,19 @@ def _moved_box(box: Box, matrix: wear.Matrix, size: tuple[int, int]) -> Box:
     return x1, y1, max(x1 + 1, min(size[0], round(max(xs) + 0.5))), max(y1 + 1, min(size[1], round(max(ys) + 0.5)))
 
 
-def _union(boxes: list[Box]) -> Box:
-    return (min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes))
-
-
 def _areas(lines: list[Line]) -> dict[str, Box]:
     """Field -> the box of all its lines."""
     parts: dict[str, list[Box]] = {}
     for line in lines:
         if line.field:
             parts.setdefault(line.field, []).append(line.box)
-    return {name: _union(boxes) for name, boxes in parts.items()}
+    return {name: union(boxes) for name, boxes in parts.items()}
+
+
+def _parts(lines: list[Line]) -> asked.Spots:
+    """What was printed whole of items and payment, and where."""
+    spots: asked.Spots = {}
+    for line in lines:
+        if line.part:
+            spots.setdefault(line.part, []).append(line.box)
+    return spots
