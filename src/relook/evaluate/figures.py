@@ -15,7 +15,7 @@ from relook.errors import UserError
 from relook.evaluate.metrics import Estimate
 from relook.evaluate.rows import Report, Row
 
-# Okabe and Ito's colours, told apart with any colour vision, then two greys; markers differ as well.
+# Six of Okabe and Ito's colours, told apart with any colour vision, and four more for long reports; markers differ too.
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#7A5195", "#999999", "#444444", "#B8A000")
 MARKERS = "osD^vh>p<*"
 GREY = "#666666"
@@ -28,29 +28,34 @@ MARKER, LABEL_ROOM = 10.0, 3.0  # pixels: half the side of a point's square, and
 def cost_png(report: Report) -> bytes:
     """Exact match (y, %) against LM positions an answer (x): a panel a task, a labelled point a row, 95 % intervals."""
     figure, panels = _figure(report, 1, max(len(report.tasks), 1), (5.2, 4.6))
+    labels = []
     for panel, task in zip(panels, report.tasks, strict=True):
         points = []
         for place, row in enumerate(report.rows):
             result = row.results.get(task)
             if result is None:
                 continue
-            x, y = result.measures["lm_positions"], _percent(result.measures["exact"])
-            if x.mean is None or y is None:
+            x, y = _scaled(result.measures["lm_positions"]), _scaled(result.measures["exact"], 100)
+            if x is None or y is None:
                 continue
-            across = [[x.mean - (x.low or x.mean)], [(x.high or x.mean) - x.mean]]
             panel.errorbar(
-                x.mean, y[0], xerr=across, yerr=[[y[0] - y[1]], [y[2] - y[0]]], fmt=MARKERS[place % len(MARKERS)],
+                x[0], y[0], xerr=_whiskers(x), yerr=_whiskers(y), fmt=MARKERS[place % len(MARKERS)],
                 ms=7, lw=1.1, capsize=2.5, color=_colour(place), mec="white", mew=0.6,
             )  # fmt: skip
-            points.append((x.mean, y, row.name, _colour(place)))
+            points.append((x, y, row.name, _colour(place)))
         panel.set_title(task, loc="left", fontsize=11, weight="bold")
         panel.set_xlabel("LM positions per answer")
         panel.set_ylabel("exact match, %")
-        panel.set_xlim(0, 1.12 * max((x for x, *_ in points), default=1.0))
-        panel.set_ylim(0, _top(panel.get_ylim()[1]))
+        panel.set_xlim(0, 1.12 * max((x[2] for x, *_ in points), default=1.0))
+        top = _top(panel.get_ylim()[1])
+        panel.set_ylim(-0.05 * top, top)  # room under zero, so that a point there is whole and has a name beside it
+        panel.axhline(0, lw=0.8, color=GREY, zorder=0)
         panel.grid(alpha=0.25)
-        _label(figure, panel, points)
+        labels.append(points)
     _legend(figure, report, _dot)
+    figure.draw_without_rendering()  # the layout is settled now: what is placed in pixels stays
+    for panel, points in zip(panels, labels, strict=True):
+        _label(panel, points)
     return _png(figure)
 
 
@@ -64,12 +69,11 @@ def fields_png(report: Report) -> bytes:
         width = 0.84 / max(len(rows), 1)
         for slot, (place, row, result) in enumerate(rows):
             for group, name in enumerate(fields):
-                value = _percent(result.fields.get(name, {}).get("exact"))
+                value = _scaled(result.fields.get(name, {}).get("exact"), 100)
                 if value is not None:
                     at = group - 0.42 + (slot + 0.5) * width
                     panel.bar(at, value[0], width * 0.92, color=_colour(place))
-                    whiskers = [[value[0] - value[1]], [value[2] - value[0]]]
-                    panel.errorbar(at, value[0], yerr=whiskers, lw=0.9, capsize=1.5, color="#222222")
+                    panel.errorbar(at, value[0], yerr=_whiskers(value), lw=0.9, capsize=1.5, color="#222222")
                     panel.text(at, -0.02, row.name, transform=panel.get_xaxis_transform(), ha="center", va="top",
                                fontsize=6.5, rotation=90, color=GREY)  # fmt: skip
         room = 5 + 4.2 * max((len(row.name) for _, row, _ in rows), default=0)  # points: the names stand under the bars
@@ -137,19 +141,22 @@ def _patch(place: int) -> Any:
     return Patch(color=_colour(place))
 
 
-def _label(figure: Any, panel: Any, points: Sequence[tuple[float, Interval, str, str]]) -> None:
+def _label(panel: Any, points: Sequence[tuple[Interval, Interval, str, str]]) -> None:
     """Names beside their points, each at the nearest place where it covers no other name, no point and no interval.
 
     Two rows may lie on top of each other (the same model under two looks), so names try places farther and farther out,
     with a thin line back to their point where they had to move away.
     """
-    figure.draw_without_rendering()  # the layout is settled now: what is placed in pixels stays
-    pixels = panel.transData.transform
-    spots = [[tuple(pixels((x, y))) for y in values] for x, values, _, _ in points]
-    taken: list[Rectangle] = [(x - MARKER, y - MARKER, x + MARKER, y + MARKER) for (x, y), _, _ in spots]
-    taken += [(x - 2, low - 2, x + 2, high + 2) for (x, _), (_, low), (_, high) in spots]
+    lines = [  # each interval as a thin rectangle
+        panel.transData.transform(ends)
+        for x, y, _, _ in points
+        for ends in (((x[1], y[0]), (x[2], y[0])), ((x[0], y[1]), (x[0], y[2])))
+    ]
+    spots = [tuple(panel.transData.transform((x[0], y[0]))) for x, y, _, _ in points]
+    taken: list[Rectangle] = [(x - MARKER, y - MARKER, x + MARKER, y + MARKER) for x, y in spots]
+    taken += [(x0 - 2, y0 - 2, x1 + 2, y1 + 2) for (x0, y0), (x1, y1) in lines]
     frame = panel.get_window_extent()
-    for ((x, y), _, _), (_, _, name, colour) in zip(spots, points, strict=True):
+    for (x, y), (_, _, name, colour) in zip(spots, points, strict=True):
         style = {"fontsize": 9.5, "color": colour, "weight": "bold"}
         measured = panel.annotate(name, (0, 0), xycoords="figure pixels", **style)
         size = measured.get_window_extent()
@@ -188,15 +195,21 @@ def _meet(a: Rectangle, b: Rectangle) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _percent(value: Estimate | None) -> Interval | None:
+def _scaled(value: Estimate | None, factor: float = 1) -> Interval | None:
     if value is None or value.mean is None or value.low is None or value.high is None:
         return None
-    return 100 * value.mean, 100 * value.low, 100 * value.high
+    return factor * value.mean, factor * value.low, factor * value.high
+
+
+def _whiskers(value: Interval) -> list[list[float]]:
+    """Lengths below and above the mean; a ratio's mean may lie a rounding error outside its interval."""
+    mean, low, high = value
+    return [[max(mean - low, 0.0)], [max(high - mean, 0.0)]]
 
 
 def _top(seen: float) -> float:
-    """The upper end of an axis of percentages: a little air, never past 104, never less than 1."""
-    return min(max(seen * 1.05, 1.0), 104.0)
+    """The upper end of an axis of percentages: a little air, never past 104, never less than 5."""
+    return min(max(seen * 1.05, 5.0), 104.0)
 
 
 def _colour(place: int) -> str:

@@ -127,9 +127,10 @@ def _notes(report: Report) -> Iterator[str]:
                 yield f"{row.name}, {task}: the seeds were asked different questions, so their means do not compare."
             exact = result.measures["exact"]
             if exact.n and exact.low == exact.high:
+                away = min(3 / result.images, 1)
                 yield (
                     f"{row.name}, {task}: every resample gives the same share, so the interval has no width; the true "
-                    f"share may be {300 / result.images:.1f} points away (rule of three, {result.images} images)."
+                    f"share may be {100 * away:.1f} points away (rule of three, {result.images} images)."
                 )
     for machine, names in machines(report).items():
         yield f"{machine}: {', '.join(names)}."
