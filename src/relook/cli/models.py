@@ -57,6 +57,31 @@ def convert_model(
     print(f"written: {convert(source, target, to=to, encoder_config=encoders)}")
 
 
+@app.command("assemble")
+def assemble_model(
+    text: Annotated[str, Argument(metavar="TEXT", help="A Llama or Qwen2: a folder, a hub id, or a .gguf file.")],
+    target: Annotated[Path, Argument(metavar="TARGET", help="A new or empty folder.")],
+    vision: Annotated[
+        str | None, Option(metavar="MODEL", help="Take tower, views and looks of this relook model.")
+    ] = None,
+    size: Annotated[str | None, Option(metavar="SIZE", help="Or of this tiny size, the tower untrained.")] = None,
+    seed: Annotated[int, Option(metavar="N", help="Of what is drawn afresh.")] = 0,
+) -> None:
+    """Make a start for training from a text model and a vision tower (what joins them is untrained)."""
+    from relook.model.assembling import assemble, check_free, save_new
+    from relook.model.loading import load_model, load_processor
+    from relook.train import tiny
+
+    if (vision is None) == (size is None):
+        raise UserError("give exactly one of --vision MODEL and --size SIZE")
+    check_free(target)
+    if vision is not None:
+        seeing = load_model(vision, dtype="float32", device="cpu"), load_processor(vision)
+    else:
+        seeing = tiny.build(str(size), seed)
+    print(f"written: {save_new(*assemble(text, *seeing, seed=seed), target)}")
+
+
 def describe(found: dict[str, Any]) -> str:
     """A table of a checkpoint's parts and parameters, then its other facts, one a line."""
     parameters = found["parameters"]

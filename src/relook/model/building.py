@@ -71,12 +71,12 @@ def new_model(
         raise CheckpointError(f"{base}: not a whole Qwen2-VL checkpoint: {report}")
     for look, encoder in encoders.items():
         model.encoders[look].load_state_dict(encoder.state_dict())
-    _new_token_rows(model, known, len(processor.tokenizer))
+    new_token_rows(model, known, len(processor.tokenizer))
     return model.eval(), processor
 
 
 @torch.no_grad()
-def _new_token_rows(model: VPTQwen2VLForConditionalGeneration, known: int, total: int) -> None:
+def new_token_rows(model: VPTQwen2VLForConditionalGeneration, known: int, total: int) -> None:
     """Rows known..total of the embedding (and of an untied head): the mean of the rows before, growing if need be."""
     if total > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(total, mean_resizing=False)
