@@ -1,13 +1,20 @@
-"""Dense reading: where the truth lies in a window, how rows are pooled, and what a fresh tower looks at."""
+"""Reading: where truth lies in a piece, how rows are pooled, what a fresh tower looks at, where attention is led."""
 
 from __future__ import annotations
+
+import copy
 
 import numpy as np
 import pytest
 import torch
 
+from relook.data.scans import Scan
 from relook.data.worlds import make_world
-from relook.train import lines, tiny
+from relook.train import documents, lines, tiny
+from relook.train.optimiser import Together, build_optimiser
+from relook.train.recipe import Recipe, Stage
+from relook.train.runner import run
+from relook.train.stages import make_objective
 
 
 def test_letters_under_agrees_with_the_boxes_of_the_page():
@@ -64,3 +71,218 @@ def test_fresh_heads_look_at_their_neighbour(monkeypatch):
         for head in range(4):
             steps = places[seen[head]] - places[inner]
             assert (steps == tiny.NEIGHBOURS[layer][head]).all(-1).mean() > 0.6
+
+
+# -- pieces of pages and scans
+
+
+@pytest.fixture(scope="module")
+def built():
+    return tiny.build("receipts-tiny", 1)
+
+
+def reader(built, **options):
+    stage = Stage(name="reading", objective="lines", samples=100, batch=4, options=options)
+    return make_objective(*built, make_world("receipts", 5), stage, 5, None)
+
+
+def as_scan(page, path="page.png") -> Scan:
+    """A synthetic page with what is known of a real one: boxes and texts of lines, boxes of answers."""
+    scan = Scan(path, [(line.box, line.text) for line in page.meta["lines"]], list(page.qas))
+    scan._image = page.image.convert("L")
+    return scan
+
+
+@pytest.mark.parametrize("kind", lines.PIECES)
+def test_every_piece_shows_part_of_the_page_and_knows_its_letters(built, kind):
+    """The slots of a piece hold the letters printed inside it, each once: counted from the page's own letter boxes."""
+    page = make_world("receipts", 5).sample(2)
+    learner = reader(built)
+    sheet = lines.Sheet.of_page(page, tuple(learner.fields))
+    random = np.random.default_rng(3)
+    for _ in range(8):
+        box, size = lines.PIECES[kind](sheet, learner.options, random)
+        assert 0 <= box[0] < box[2] <= page.image.width and 0 <= box[1] < box[3] <= page.image.height
+        assert size[0] <= lines.LONGEST + 1
+        grid = (max(1, round(size[1] / 12)), max(1, round(size[0] / 12)))
+        slots = lines.letters_in_slots(page.meta["lines"], box, grid, learner.classes)
+        inside = sum(
+            centre is not None and box[0] <= centre[0] < box[2] and box[1] <= centre[1] < box[3]
+            for line in page.meta["lines"]
+            for centre in line.centres
+        )
+        found = int((slots > 0).sum())
+        assert found <= inside and found >= (0.9 if kind != "small" else 0.6) * inside  # two may share a slot
+
+
+def test_lines_of_a_scan_are_spelled_where_they_stand(built):
+    """Logits that say what is printed (from the letters' own places) cost next to nothing against a scan's lines."""
+    page = make_world("receipts", 5).sample(2)
+    learner = reader(built)
+    box, size = lines.crop(lines.Sheet.of_page(page, tuple(learner.fields)), learner.options, np.random.default_rng(1))
+    grid = (round(size[1] / 12), round(size[0] / 12))
+    slots = torch.tensor(lines.letters_in_slots(page.meta["lines"], box, grid, learner.classes))
+    sure = torch.nn.functional.one_hot(slots, len(learner.classes) + 1).float() * 30
+    spelled = lines.lines_in(as_scan(page).lines, box, grid, learner.classes)
+    assert len(spelled) >= 3
+    rates = [
+        lines.error_rate(lines.spell(lines.pool_rows(sure[rows, columns])), text.tolist())
+        for rows, columns, text in spelled
+        if columns.stop - columns.start > 1.4 * len(text)  # double letters need an empty slot between them
+    ]
+    assert rates and np.mean(rates) < 0.15
+
+
+def test_synthetic_pages_and_scans_teach_in_one_batch(built, monkeypatch):
+    scans = [as_scan(make_world("receipts", 6).sample(i)) for i in range(2)]
+    monkeypatch.setattr(lines, "read_scans", lambda folder: scans)
+    mix = {"strip": 0.3, "window": 0.2, "small": 0.1, "crop": 0.2, "first": 0.2}
+    learner = reader(built, share=[0.5, 0.5], pieces=mix, digits=0.5)
+    batch = learner.collate([learner.example(i) for i in range(12)])
+    loss = learner(**batch)["loss"]
+    assert torch.isfinite(loss)
+    figures = learner.figures()
+    assert {"letters", "under", "cer", "in_field"} <= figures.keys()
+    again = learner.collate([learner.example(i) for i in range(12)])
+    assert torch.equal(again["pixel_values"], batch["pixel_values"])  # an example is a function of its number
+
+
+def test_heads_and_tower_go_on_where_a_run_was_left(tmp_path):
+    """A run cut between two reading stages ends in the weights of the straight run: throwaway heads are kept too."""
+    stage = {"objective": "lines", "samples": 4, "batch": 2, "optimiser": "muon", "lr": 1e-3, "options": {"uses": 2}}
+    stages = [{**stage, "name": "first"}, {**stage, "name": "second"}]
+    base = {"name": "r", "model": {"size": "receipts-tiny"}, "data": {"world": "receipts"}, "save_dtype": "float32"}
+    whole = run(Recipe.model_validate({**base, "stages": stages}), out=tmp_path / "whole")
+    run(Recipe.model_validate({**base, "stages": stages[:1]}), out=tmp_path / "cut")
+    resumed = run(Recipe.model_validate({**base, "stages": stages}), out=tmp_path / "cut")
+    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+
+
+def test_a_tower_moves_into_another_model_or_says_why_not(tmp_path):
+    from relook.errors import UserError
+
+    stage = {"name": "s", "objective": "lines", "samples": 2, "batch": 2, "freeze": ["visual"], "options": {"uses": 2}}
+    base = {"name": "r", "data": {"world": "receipts"}, "save_dtype": "float32", "stages": [stage]}
+    first = run(Recipe.model_validate({**base, "model": {"size": "receipts-tiny"}}), out=tmp_path / "a")
+    model = {"size": "receipts-large", "visual": str(first)}
+    second = run(Recipe.model_validate({**base, "seed": 2, "model": model}), out=tmp_path / "b")
+    from safetensors.torch import load_file
+
+    old, new = (load_file(folder / "model.safetensors") for folder in (first, second))
+    visual = [name for name in old if "visual" in name]
+    assert visual and all(torch.equal(old[name], new[name]) for name in visual)
+    with pytest.raises(UserError, match="does not fit"):
+        run(Recipe.model_validate({**base, "model": {**model, "size": "cards-tiny"}}), out=tmp_path / "c")
+
+
+# -- the optimiser
+
+
+def test_muon_and_adamw_share_the_work_and_a_saved_state_goes_on_alike():
+    torch.manual_seed(0)
+
+    def network():
+        net = torch.nn.Module()
+        net.blocks = torch.nn.ModuleList([torch.nn.Linear(6, 6)])
+        net.head = torch.nn.Linear(6, 3)
+        return net
+
+    def step(net, optimiser, x):
+        optimiser.zero_grad()
+        net.head(net.blocks[0](x)).square().sum().backward()
+        optimiser.step()
+
+    stage = Stage(name="s", objective="lines", samples=1, optimiser="muon", lr=0.01, lr_rest=0.001)
+    first, second = network(), network()
+    second.load_state_dict(first.state_dict())
+    ours, theirs = (build_optimiser([(f"x.{k}", p) for k, p in n.named_parameters()], stage) for n in (first, second))
+    assert isinstance(ours, Together)
+    rates = {len(p.shape) * 10 + p.numel(): g["lr"] for g in ours.param_groups for p in g["params"]}
+    assert rates[20 + 36] == 0.01 and rates[20 + 18] == 0.001 and rates[10 + 6] == 0.001  # inner matrix; head; biases
+    scheduler = torch.optim.lr_scheduler.LambdaLR(ours, lambda n: 0.5)
+    assert all(g["lr"] in (0.005, 0.0005) for part in ours.parts for g in part.param_groups)
+    del scheduler
+    for group in ours.param_groups:
+        group["lr"] *= 2
+    batches = torch.randn(4, 5, 6)
+    for x in batches[:2]:
+        step(first, ours, x)
+    second.load_state_dict(first.state_dict())
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for x in batches[2:]:
+        step(first, ours, x)
+        step(second, theirs, x)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+# -- where attention is led
+
+
+def talker(built, kind, **options):
+    stage = Stage(name="talk", objective="documents", samples=100, batch=1, options={"mix": {kind: 1.0}, **options})
+    return make_objective(*built, make_world("receipts", 5), stage, 5, None)
+
+
+@pytest.mark.parametrize("kind", ["region", "clip", "snip", "line"])
+def test_the_eye_is_led_to_the_letter_that_is_written(built, kind):
+    """Places are those of the answer's letters, and the tokens aimed at are image tokens on which they are printed."""
+    learner = talker(built, kind)
+    model, processor = built
+    row = next(row for row in map(learner.example, range(40)) if len(row.get("aim", ())) > 3)
+    ids = row["input_ids"]
+    start = 0
+    pad = model.config.image_token_id
+    if kind == "clip":
+        start = ids.index(model.config.clip_action_start_id) + 1
+        pad = model.config.clip_image_token_id
+    answer = processor.tokenizer.decode(ids[row["answer_from"] :], skip_special_tokens=True).strip()
+    written = [processor.tokenizer.decode([ids[start + int(place)]]).strip() for place in row["aim"][:, 0]]
+    assert "".join(written) in answer.replace(" ", "")
+    tokens = row["aim"][:, 1:]
+    assert all(ids[start + int(t)] == pad for t in tokens[tokens >= 0])
+    if kind in ("snip", "line"):  # one line, so the eye moves to the right
+        firsts = tokens[:, 0]
+        columns = int(row["image_grid_thw"][-1][2]) // 2
+        place = (firsts - ids.index(pad)) % columns
+        assert (place[1:] >= place[:-1]).float().mean() > 0.9
+
+
+def test_a_region_is_taught_with_what_stands_beside_the_answer(built):
+    from relook.looks import parse_calls
+    from relook.regions import box_to_cells, cells_to_box
+
+    page = make_world("receipts", 5).sample(0)
+    grid = built[1].grid_size
+    teller = documents.RowTeller(built[1], jitter=0.0)
+    total = next(qa for qa in page.qas if qa.field == "total")
+    item, _ = teller.region(page, total, np.random.default_rng(0))
+    (call,) = parse_calls(item["messages"][1]["content"], grid)
+    named = cells_to_box(call.cells, page.image.size, grid)
+    for box in total.boxes:
+        assert named[0] <= box[0] and named[1] <= box[1] and named[2] >= box[2] and named[3] >= box[3]
+    mates = [
+        line.box
+        for line in page.meta["lines"]
+        for box in total.boxes
+        if abs((line.box[1] + line.box[3]) - (box[1] + box[3])) < 6
+    ]
+    assert len(mates) >= 2  # the amount and its label
+    assert all(named[0] <= mate[0] and mate[2] <= named[2] for mate in mates)
+    assert call.cells != box_to_cells(total.boxes[0], page.image.size, grid)
+
+
+def test_guided_heads_follow_what_they_are_shown(built):
+    """A few steps on one batch raise the attention that falls where it is led, for each of the three heads."""
+    torch.manual_seed(0)
+    model, processor = tiny.build("receipts-tiny", 2)
+    learner = talker((model, processor), "region", place=0.0, guidance=1.0)
+    batch = learner.collate([row for row in map(learner.example, range(12)) if len(row.get("aim", ())) > 3][:2])
+    optimiser = torch.optim.AdamW(model.model.language_model.parameters(), lr=1e-3)
+    seen = []
+    for _ in range(6):
+        optimiser.zero_grad()
+        learner(**batch)["loss"].backward()
+        optimiser.step()
+        seen.append(learner.figures())
+    for name in ("written", "coming", "asking"):
+        assert seen[-1][name] > seen[0][name]

@@ -69,6 +69,10 @@ class Teller:
         """The question, with the published sentence that asks for the look unless the model chooses freely."""
         return qa.question if self.processor.free_choice else f"{qa.question} {LOOKS[look].trigger}"
 
+    def shown(self, page: Page, qa: QA, taught: Cells, random: np.random.Generator) -> Cells:
+        """The cells that are shown, given those that are taught."""
+        return taught
+
     def crop(self, page: Page, cells: Cells, random: np.random.Generator) -> Box:
         """What the model is shown for these cells: shaken a little, widened by the margin. Page pixels."""
         grid = self.processor.grid_size
@@ -86,13 +90,13 @@ class Teller:
 
     def locate(self, page: Page, qa: QA, random: np.random.Generator) -> Conversation:
         """The page, and the call for the region: the first half of a region look."""
-        call = write_call("region", self.cells(page, qa))
+        call = write_call("region", self.cells(page, qa), self.processor.grid_size)
         return turns(self.processor, self.ask(qa, "region"), [(call, "")], [page.image]), [_whole(page)]
 
     def region(self, page: Page, qa: QA, random: np.random.Generator) -> Conversation:
-        cells = self.cells(page, qa)
-        call, box = write_call("region", cells), self.crop(page, cells, random)
-        replies = [(call, look_turn(parse_calls(call))), (qa.answer, "")]
+        grid, cells = self.processor.grid_size, self.cells(page, qa)
+        call, box = write_call("region", cells, grid), self.crop(page, self.shown(page, qa, cells, random), random)
+        replies = [(call, look_turn(parse_calls(call, grid))), (qa.answer, "")]
         images = [page.image, (page.image, box)]
         return turns(self.processor, self.ask(qa, "region"), replies, images), [_whole(page), box]
 
@@ -177,9 +181,10 @@ class Conversations(Objective):
         self.cell_ids = [tokens[name(i)] for name in (x_token, y_token) for i in grid if name(i) in tokens]
         width = self.model.config.text_config.hidden_size
         if self.options.place > 0:
-            self.asked_head = nn.Linear(width, 4)
-            self.row_head, self.column_head = (nn.Linear(width, self.options.places) for _ in range(2))
-            self.spell_head = nn.Linear(width, 4 * (1 + self.options.spell))
+            self.asked_head = self.throwaway("asked", lambda: nn.Linear(width, 4))
+            self.row_head = self.throwaway("row", lambda: nn.Linear(width, self.options.places))
+            self.column_head = self.throwaway("column", lambda: nn.Linear(width, self.options.places))
+            self.spell_head = self.throwaway("spell", lambda: nn.Linear(width, 4 * (1 + self.options.spell)))
 
     # -- examples
 
@@ -334,7 +339,7 @@ class Conversations(Objective):
     def _place_loss(self, tokens: Tensor, asked: Tensor, places: Tensor, spelt: Tensor) -> Tensor:
         """tokens (n, d), asked (n, 4), places (n, 2), spelt (n, 4); see `_truth`."""
         guess = self.asked_head(tokens)
-        inside = F.binary_cross_entropy_with_logits(guess, asked, pos_weight=torch.tensor(4.0, device=guess.device))
+        inside = F.binary_cross_entropy_with_logits(guess, asked, pos_weight=guess.new_tensor(4.0))
         rows = F.cross_entropy(self.row_head(tokens), places[:, 0])
         columns = F.cross_entropy(self.column_head(tokens), places[:, 1])
         with torch.no_grad():

@@ -1,9 +1,10 @@
 """Conversations about printed pages, with a finger on the line: for worlds that know where each letter stands.
 
-Three things beside the language model's own loss. Pages also come from real scans (`scans`), cut and shaded at random.
-Two kinds of conversation more: `snip` reads a tight window around an answer, `line` reads any line out. And attention
-is guided: while an answer is written, one head of an inner layer is asked to look at the letter just written
-(`guide[0]`), one of the next layer at the letter to come (`guide[1]`): reading a line becomes copying it.
+Four things beside the language model's own loss. Pages also come from real scans (`scans`), cut and shaded at random.
+The region that is taught takes in what stands beside the answer in its rows ("TOTAL" goes with its amount). Two kinds
+of conversation more: `snip` reads a tight window around an answer, `line` reads any line out. And attention is guided:
+while an answer is written, one head of an inner layer is asked to look at the letter just written (`guide[0]`), one of
+the next layer at the letter to come (`guide[1]`), and a third, while a region is named, at what is asked for.
 
 Knows pages, scans and the language model's attention; not optimisers, not files.
 """
@@ -23,14 +24,28 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
 
 from relook.data.collator import IGNORED
 from relook.data.scans import Scan, read_scans
-from relook.data.worlds import QA, Area, Box, Page
+from relook.data.worlds import QA, Area, Box, Page, rng
 from relook.data.worlds.receipts import Line
+from relook.regions import Cells, box_to_cells
 from relook.train.conversation import KINDS, Conversation, Conversations, Teller, union
-from relook.train.lines import PAGES_AT_HAND, Lines, clamp, shade
+from relook.train.lines import PAGES_AT_HAND, beside, clamp, cut, shade
 from relook.train.stages import coverage, merge_order
 
 READ_OUT = "Read the text."  # the question of the kind `line`
-NEAR = 6  # most tokens that a letter may be seen in
+NEAR = 8  # most tokens that a letter, or what is asked for, may be seen in
+NARROW = 0.25  # share of crops that show the annotated boxes alone, as somebody's own region might
+
+
+class RowTeller(Teller):
+    """Teaches regions with what stands beside the answer; sometimes shows the answer's own region all the same."""
+
+    def cells(self, page: Page, qa: QA) -> Cells:
+        lines: Any = page.meta.get("lines", ())
+        box = beside(qa.boxes, [line.box for line in lines])
+        return box_to_cells(box, page.image.size, self.processor.grid_size)
+
+    def shown(self, page: Page, qa: QA, taught: Cells, random: np.random.Generator) -> Cells:
+        return super().cells(page, qa) if random.random() < NARROW else taught
 
 
 class Documents(Conversations):
@@ -43,21 +58,13 @@ class Documents(Conversations):
         fields: dict[str, float] = {}  # how often a field is asked for, beside 1: long answers cost more and teach less
         guide: tuple[int, int] = (1, 2)  # layers whose first head is guided: to the letter written, to the one to come
         guidance: float = 0.5  # weight
-        dense: float = (
-            0.0  # share of batches that teach the vision tower letters instead (`lines`), lest it forgets them
-        )
-        dense_options: dict[str, Any] = {}  # of `lines.Lines`
         condition_std: float | None = None  # start of the clip projector's Linear_c (training-notes: .005)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.teller = RowTeller(self.processor, self.options.jitter)
         self.scans: list[Scan] = read_scans(self.options.real)
         self.drawn = lru_cache(maxsize=2 * PAGES_AT_HAND)(self.draw)
-        if self.options.dense > 0:
-            inner = self.stage.model_copy(
-                update={"name": self.stage.name + "-dense", "options": self.options.dense_options}
-            )
-            self.reader = Lines(self.model, self.processor, self.world, inner, self.seed)
         if self.options.condition_std is not None:
             torch.nn.init.normal_(self.model.projectors["clip"].linear_condition.weight, std=self.options.condition_std)
 
@@ -72,8 +79,6 @@ class Documents(Conversations):
 
     def draw(self, number: int) -> Page:
         """A synthetic page, or a scan cut and shaded at random."""
-        from relook.data.worlds import rng
-
         random = rng(self.seed, self.stage.name, "page", number)
         if self.scans and random.random() < self.options.share:
             page = scan_page(self.scans[int(random.integers(len(self.scans)))], random)
@@ -81,16 +86,7 @@ class Documents(Conversations):
                 return page
         return super().page(number)
 
-    def kind(self, index: int) -> str:
-        from relook.data.worlds import rng
-
-        if rng(self.seed, self.stage.name, "dense", index // self.stage.batch).random() < self.options.dense:
-            return "dense"
-        return super().kind(index)
-
     def example(self, index: int) -> dict[str, Any]:
-        if self.kind(index) == "dense":
-            return {"kind": "dense", "windows": self.reader.example(index)}
         page, random, kind = self.page(index), self.random(index), self.kind(index)
         weights = np.array([self.options.fields.get(qa.field, 1.0) for qa in page.qas])
         qa = page.qas[int(random.choice(len(page.qas), p=weights / weights.sum()))]
@@ -104,29 +100,42 @@ class Documents(Conversations):
             row["labels"] = [IGNORED] * row["answer_from"] + row["labels"][row["answer_from"] :]
         if self.options.place > 0:
             row |= self._truth(row, page, windows, qa)
-        if kind in ("read", "snip", "line", "region") and spans:
+        if kind in ("read", "snip", "line", "region", "clip") and spans:
             row["aim"] = self.aim(row, windows[-1], qa.answer, spans)
+        if kind in ("locate", "region"):
+            row["ask"] = self.ask(row, windows[0], qa)
         return row
 
     def aim(self, row: dict[str, Any], window: Box, answer: str, spans: Sequence[Box | None]) -> Tensor:
-        """(letters, 1 + NEAR): place of each letter of the answer, and the crop's tokens it is printed in, or -1."""
-        ids = np.array(row["input_ids"])
-        thw = row["image_grid_thw"][-1].tolist()
-        rows, columns = thw[1] // 2, thw[2] // 2
-        first = np.flatnonzero(ids == self.model.config.image_token_id)[-rows * columns]
-        across, down = columns / (window[2] - window[0]), rows / (window[3] - window[1])
+        """(letters, 1 + NEAR): place of each letter of the answer, and the last look's tokens it is printed in, or -1.
+
+        Rows with a clip look are run in two stretches (`modeling`): their positions count from the second.
+        """
+        ids, config = np.array(row["input_ids"]), self.model.config
+        start, token, grids = 0, config.image_token_id, row["image_grid_thw"]
+        if row["kind"] == "clip":
+            start = int(np.flatnonzero(ids == config.clip_action_start_id)[0]) + 1
+            token, grids = config.clip_image_token_id, row["clip_images_grid_thw"]
+        rows, columns = (int(v) // 2 for v in grids[-1][1:])
+        first = int(np.flatnonzero(ids == token)[-rows * columns]) - start
         aims, place, at = [], row["answer_from"], 0
         while place < len(ids) and at < len(answer):
             piece = self.processor.tokenizer.decode([int(ids[place])])
             span = next((s for s in spans[at : at + len(piece)] if s), None)
-            if span is not None:
-                xs = _cells((span[0] - window[0]) * across, (span[2] - window[0]) * across, columns)
-                ys = _cells((span[1] - window[1]) * down, (span[3] - window[1]) * down, rows)
-                near = [first + y * columns + x for y in ys for x in xs][:NEAR]
-                if near:
-                    aims.append([place, *near, *[-1] * (NEAR - len(near))])
+            if span is not None and (near := tokens_of(span, window, (rows, columns))):
+                aims.append(_padded([place - start, *(first + t for t in near)]))
             place, at = place + 1, at + len(piece)
         return torch.tensor(aims, dtype=torch.long).view(-1, 1 + NEAR)
+
+    def ask(self, row: dict[str, Any], window: Box, qa: QA) -> Tensor:
+        """(cells named, 1 + NEAR): place of each cell token, and the first look's tokens that are asked for, or -1."""
+        ids = np.array(row["input_ids"])
+        rows, columns = (int(v) // 2 for v in row["image_grid_thw"][0][1:])
+        first = int(np.flatnonzero(ids == self.model.config.image_token_id)[0])
+        share = coverage(qa.boxes, window, (rows, columns)).flatten()
+        best = [first + int(t) for t in np.argsort(-share, kind="stable")[:NEAR] if share[t] > 0.2]
+        places = np.flatnonzero(np.isin(ids, self.cell_ids)) if best else np.zeros(0, int)
+        return torch.tensor([_padded([int(p), *best]) for p in places], dtype=torch.long).view(-1, 1 + NEAR)
 
     def _truth(self, row: dict[str, Any], page: Page, windows: Sequence[Box], qa: QA) -> dict[str, Tensor]:
         """For every image token: share of its patches that is asked for (n, 4); cell row and column (n, 2).
@@ -157,21 +166,13 @@ class Documents(Conversations):
         return 4 * inside + 0.5 * (rows + columns)
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        if examples[0]["kind"] == "dense":
-            return {"dense": self.reader.collate([row["windows"] for row in examples])}
-        aims = [row.get("aim", torch.zeros((0, 1 + NEAR), dtype=torch.long)) for row in examples]
-        batch = super().collate([{k: v for k, v in row.items() if k != "aim"} for row in examples])
-        return {**batch, "aims": aims}
+        none = torch.zeros((0, 1 + NEAR), dtype=torch.long)
+        guides = {key: [row.get(key, none) for row in examples] for key in ("aim", "ask")}
+        return super().collate([{k: v for k, v in row.items() if k not in guides} for row in examples]) | guides
 
     # -- loss
 
-    def forward(self, aims=(), dense=None, **batch) -> dict[str, Tensor]:  # type: ignore[override]
-        if self.options.dense > 0:  # letters teach the tower, conversations do not: their noise would undo it
-            self.model.model.visual.requires_grad_(dense is not None)
-        if dense is not None:
-            return self.reader(**dense)
-        if not any(len(aim) for aim in aims):
-            return super().forward(**batch)
+    def forward(self, aim=(), ask=(), **batch) -> dict[str, Tensor]:  # type: ignore[override]
         caught: dict[int, tuple[Tensor, Any]] = {}
         layers = self.model.model.language_model.layers
         handles = []
@@ -187,35 +188,56 @@ class Documents(Conversations):
             for handle in handles:
                 handle.remove()
         written, coming = self.options.guide
-        losses = [
-            self.guided(layers[written].self_attn, *caught[written], aims, 0, "written"),
-            self.guided(layers[coming].self_attn, *caught[coming], aims, -1, "coming"),
-        ]
-        return {"loss": result["loss"] + self.options.guidance * torch.stack(losses).sum()}
-
-    def figures(self) -> dict[str, float]:
-        return super().figures() | (self.reader.figures() if self.options.dense > 0 else {})
+        losses = []
+        for name, layer, head, places, shift in (
+            ("written", written, 0, aim, 0),
+            ("coming", coming, 0, aim, -1),
+            ("asking", coming, -1, ask, -1),
+        ):
+            if any(len(place) for place in places):
+                losses.append(self.guided(layers[layer].self_attn, *caught[layer], places, head, shift, name))
+        guidance = self.options.guidance * torch.stack(losses).sum() if losses else 0.0
+        return {"loss": result["loss"] + guidance}
 
     def guided(
-        self, attention: Any, states: Tensor, rope: Any, aims: Sequence[Tensor], shift: int, name: str
+        self, attention: Any, states: Tensor, rope: Any, aims: Sequence[Tensor], head: int, shift: int, name: str
     ) -> Tensor:
-        """Mean of -log(attention of the layer's first head on the tokens aimed at); queries at the places + shift."""
-        size = attention.head_dim
-        query = attention.q_proj(states)[..., :size].unsqueeze(1)
-        key = attention.k_proj(states)[..., :size].unsqueeze(1)
+        """Mean of -log(attention of one head of the layer on the tokens aimed at); queries at the places + shift."""
+        size, groups = attention.head_dim, attention.num_key_value_groups
+        head %= attention.num_heads
+        query = attention.q_proj(states)[..., head * size : (head + 1) * size].unsqueeze(1)
+        group = head // groups
+        key = attention.k_proj(states)[..., group * size : (group + 1) * size].unsqueeze(1)
         query, key = (t[:, 0] for t in apply_rotary_pos_emb(query, key, *rope))
         losses = []
         for row, aim in enumerate(aims):
             if len(aim):
+                aim = aim.to(states.device)
                 places = aim[:, 0] + shift
                 scores = query[row, places] @ key[row].T * size**-0.5
-                later = torch.arange(scores.shape[1]) > places[:, None]
+                later = torch.arange(scores.shape[1], device=scores.device) > places[:, None]
                 logs = scores.masked_fill(later, -torch.inf).log_softmax(-1)
                 at = logs.gather(1, aim[:, 1:].clamp(min=0)).masked_fill(aim[:, 1:] < 0, -torch.inf)
                 losses.append(-at.logsumexp(-1))
         loss = torch.cat(losses)
         self.note(**{name: (-loss.detach()).exp().mean().item()})
         return loss.mean()
+
+
+def _padded(values: Sequence[int]) -> list[int]:
+    """A place and its tokens, cut or filled with -1 to 1 + NEAR."""
+    return [*values[: 1 + NEAR], *[-1] * (1 + NEAR - len(values))]
+
+
+def tokens_of(span: Box, window: Box, grid: tuple[int, int]) -> list[int]:
+    """Tokens (numbers in a grid of rows, columns over the window) that a narrow span lies in."""
+    rows, columns = grid
+    across, down = columns / (window[2] - window[0]), rows / (window[3] - window[1])
+    if span[2] <= window[0] or span[0] >= window[2] or span[3] <= window[1] or span[1] >= window[3]:
+        return []
+    xs = _cells((span[0] - window[0]) * across, (span[2] - window[0]) * across, columns)
+    ys = _cells((span[1] - window[1]) * down, (span[3] - window[1]) * down, rows)
+    return [y * columns + x for y in ys for x in xs]
 
 
 def _cells(low: float, high: float, count: int) -> range:
@@ -234,17 +256,27 @@ def letter_spans(line: Line) -> list[Box | None]:
 
 
 def answer_spans(page: Page, qa: QA) -> list[Box | None]:
-    """Where each letter of the answer is printed; an empty list where the lines under the box do not spell it."""
+    """Where each letter of the answer is printed (None for its spaces); empty where the lines do not spell it.
+
+    The lines under the boxes are read in order, spaces apart: an address is printed over several lines. A number that
+    counts rows (how many items) is found in none of them.
+    """
     printed: Any = page.meta["lines"]
     lines: list[Line] = [line for line in printed if _lies_in(line.box, qa.boxes)]
+    if qa.answer.isdigit() and len(lines) > 1:
+        return []
     lines.sort(key=lambda line: ((line.box[1] + line.box[3]) // 2, line.box[0]))
-    text = ""
-    spans: list[Box | None] = []
-    for line in lines:
-        text += line.text + " "
-        spans += [*letter_spans(line), None]
-    start = text.find(qa.answer.upper())
-    return spans[start : start + len(qa.answer)] if start >= 0 else []
+    letters = [
+        (char, span)
+        for line in lines
+        for char, span in zip(line.text, letter_spans(line), strict=True)
+        if not char.isspace()
+    ]
+    start = "".join(char for char, _ in letters).find("".join(qa.answer.upper().split()))
+    if start < 0:
+        return []
+    found = iter(span for _, span in letters[start:])
+    return [None if char.isspace() else next(found) for char in qa.answer]
 
 
 def _lies_in(box: Box, boxes: Sequence[Box]) -> bool:
@@ -282,9 +314,7 @@ KINDS.update(snip=snip, line=snip)
 
 def scan_page(scan: Scan, random: np.random.Generator) -> Page:
     """A scan as a page: up to 6 % cut from each side, another exposure, letters spaced evenly in their lines."""
-    w, h = scan.image.size
-    cut = [int(v) for v in random.uniform(0, 0.06, 4) * (w, h, w, h) * (random.random() < 0.7)]
-    frame = clamp((cut[0], cut[1], w - cut[2], h - cut[3]), (w, h))
+    frame = cut(scan.image.size, random)
     image = shade(scan.image.crop(frame), random).convert("RGB")
     lines = tuple(_evenly(text, _shifted(box, frame)) for box, text in scan.lines if text.strip())
     qas = tuple(

@@ -1,21 +1,21 @@
-"""Reading, taught densely: the vision tower learns which letters lie in each of its tokens.
+"""Reading, taught densely: the vision tower learns which letters lie in each of its tokens, and which field.
 
 A throwaway head asks every merged token for the letters whose centres lie in it, in `SLOTS` columns from left to right.
 In the synthetic world the place of every letter is known (cross entropy, slot by slot). On real scans only boxes and
 texts of lines are known: the slots of a line, read along it, must spell its text (CTC, with the rows inside the box
 pooled). A second head asks each patch for the letter it lies on: blunter, and learnt first; it carries the sharp one
-off the ground.
+off the ground. A third asks for the field (company, date, total, ...) that a token lies in, where a piece shows enough
+to tell. What is shown, and how much of each, is the table `PIECES`.
 
-In the same stage the first look of whole receipts is taught which fields (company, date, total, ...) each token covers,
-so that the vision tower sees layouts as well as letters and forgets neither. `align` draws tokens to the language
-model's own words for their letters, and `meet` brings the two together before that.
+`align` draws tokens to the language model's own words for their letters, and `meet` brings the two together before it.
 
 Letters are upper case and without spaces. Knows pages, scans and the vision tower; not how the language model thinks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -32,47 +32,127 @@ from relook.train.stages import Objective, coverage, merge_order
 
 SLOTS = 3  # columns per token in which a letter can lie
 PAGES_AT_HAND = 16  # pages that take turns; each serves `uses` examples
+RARE = 10.0  # weight of a token inside a field against one outside: a total takes one token in a hundred
+LONGEST = 480  # pixels of a piece's longest side as seen; larger ones are shown smaller
+
+
+@dataclass
+class Sheet:
+    """A page or a scan, as this objective knows it: grey pixels, what is printed where, which field lies where.
+
+    lines: (box, text in upper case); letters: the world's own lines with the place of each letter, None for a scan.
+    fields: field -> boxes; known: the fields that are marked wherever they occur.
+    """
+
+    image: Image.Image
+    lines: Sequence[tuple[Box, str]]
+    letters: Sequence[Any] | None
+    fields: Mapping[str, Sequence[Box]]
+    known: tuple[str, ...]
+
+    @classmethod
+    def of_page(cls, page: Page, known: tuple[str, ...]) -> Sheet:
+        printed: Any = page.meta["lines"]
+        boxes = {area.label: (area.box,) for area in page.areas}
+        return cls(page.image.convert("L"), [(line.box, line.text) for line in printed], printed, boxes, known)
+
+    @classmethod
+    def of_scan(cls, scan: Scan) -> Sheet:
+        return cls(scan.image, scan.lines, None, {qa.field: qa.boxes for qa in scan.qas}, MAIN)
+
+
+# What a piece shows of a sheet: the window in the sheet's pixels and the size (width, height) at which it is seen.
+Piece = tuple[Box, tuple[float, float]]
+
+
+def strip(sheet: Sheet, options: Any, random: np.random.Generator) -> Piece:
+    """A line with little around it."""
+    box, _ = some_line(sheet, options.digits, random)
+    left, above, right, below = random.integers((0, 1, 0, 1), (12, 10, 12, 10))
+    window = clamp((box[0] - left, box[1] - above, box[2] + right, box[3] + below), sheet.image.size)
+    return window, seen_at(window, float(random.uniform(*options.scale)))
+
+
+def window(sheet: Sheet, options: Any, random: np.random.Generator, shrink: float = 1.0) -> Piece:
+    """A piece of about `options.size` around a line, with all that is printed near it."""
+    scale = shrink * float(random.uniform(*options.scale))
+    width, height = options.size
+    box, _ = some_line(sheet, options.digits, random)
+    x1 = (box[0] + box[2]) / 2 + random.uniform(-0.9, 0.5) * width / scale
+    y1 = (box[1] + box[3]) / 2 - random.uniform(0.2, 0.8) * height / scale
+    inside = clamp((x1, y1, x1 + width / scale, y1 + height / scale), sheet.image.size)
+    return inside, seen_at(inside, scale)
+
+
+def small(sheet: Sheet, options: Any, random: np.random.Generator) -> Piece:
+    """A window at half scale, as a whole page is re-encoded."""
+    return window(sheet, options, random, shrink=0.5)
+
+
+def crop(sheet: Sheet, options: Any, random: np.random.Generator) -> Piece:
+    """What a region look might show: the rows of a field and some more; without fields, a window."""
+    if not sheet.fields:
+        return window(sheet, options, random)
+    boxes = sheet.fields[list(sheet.fields)[int(random.integers(len(sheet.fields)))]]
+    box = beside(boxes, [line for line, _ in sheet.lines])
+    left, above, right, below = random.integers((5, 15, 5, 15), (60, 120, 60, 120))
+    inside = clamp((box[0] - left, box[1] - above, box[2] + right, box[3] + below), sheet.image.size)
+    return inside, seen_at(inside, float(random.uniform(0.9, 1.1)))
+
+
+PIECES: dict[str, Callable[[Sheet, Any, np.random.Generator], Piece]] = {
+    "strip": strip,
+    "window": window,
+    "small": small,
+    "crop": crop,
+}
+WITH_FIELDS = ("crop", "first")  # pieces that show enough to tell a field ("first": the page as it is first seen)
 
 
 class Lines(Objective):
-    """Dense reading of windows of synthetic pages and of lines of real scans; see the module."""
+    """Dense reading of pieces of synthetic pages and of real scans; see the module."""
 
     class Options(Objective.Options):
         real: str | None = None  # folder of scans; absent: synthetic pages only
-        share: float = 0.0  # of examples that come from scans, where there are any
-        windows: int = 3  # per example
-        uses: int = 4  # examples per drawn page
+        share: tuple[float, float] = (0.0, 0.0)  # of pieces from scans, where there are any: at the start, at the end
+        pieces: dict[str, float] = {"strip": 0.5, "window": 0.5}  # rows of PIECES, or "first" -> share
+        digits: float = 0.0  # share of lines chosen among those that are mostly digits
+        uses: int = 60  # pieces per drawn page
         size: tuple[int, int] = (168, 60)  # of a window as seen, pixels
-        scale: tuple[float, float] = (0.8, 1.3)  # of the page's pixels
+        scale: tuple[float, float] = (0.85, 1.25)  # of the page's pixels
         blank: float = 0.12  # weight of empty slots
         under: float = 1.0  # weight of the blunt head
+        field: float = 1.0  # weight of the field head
         align: float = 0.0  # weight of drawing tokens to the language model's own embeddings of their letters
         meet: bool = False  # first bring tower and language model together, see `meet`
-        overview: float = 0.2  # share of examples that are first looks of whole pages
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         charset = self.world.charset if self.world is not None else ""
         self.classes = {c: i + 1 for i, c in enumerate(charset)}
         self.fields = {name: i for i, name in enumerate(self.world.labels if self.world is not None else ())}
-        self.head, self.under_head, self.field_head = self.heads(len(charset) + 1)
+        width, classes = self.model.config.text_config.hidden_size, len(charset) + 1
+        self.head = self.throwaway("slots", lambda: near_zero(nn.Linear(width, SLOTS * classes)))
+        self.under_head = self.throwaway("under", lambda: nn.Linear(width, 4 * classes))
+        self.field_head = self.throwaway("field", lambda: nn.Linear(width, len(self.fields)))
         ids = [self.processor.tokenizer.encode(c, add_special_tokens=False)[0] for c in charset]
         self.letter_ids = torch.tensor(ids, dtype=torch.long)
-        self.scans: list[Scan] = read_scans(self.options.real)
-        self.pages = lru_cache(maxsize=2 * PAGES_AT_HAND)(self.page)
+        self.scans = [Sheet.of_scan(scan) for scan in read_scans(self.options.real)]
+        self.sheets = lru_cache(maxsize=2 * PAGES_AT_HAND)(lambda i: Sheet.of_page(self.page(i), tuple(self.fields)))
         self.unit = self.processor.image_processor.patch_size * self.processor.image_processor.merge_size
         if self.options.meet:
             self.meet()
 
     @torch.no_grad()
-    def meet(self, examples: int = 120) -> None:
+    def meet(self, examples: int = 400) -> None:
         """Bring the tower and a fresh language model together without teaching either.
 
         By the tower's last layer, tokens get mean zero and mean length 1 (the heads make up for it, so that nothing is
         forgotten), and the word of each letter becomes the mean of the tokens that hold it alone. (A penalty on the
         tokens' length instead destroyed a trained tower within a hundred steps.)
         """
-        batch = self.collate([e for e in (self.example(i) for i in range(examples)) if "target" in e[0]])
+        drawn = (self.example(i) for i in range(examples))
+        batch = self.collate([e for e in drawn if "target" in e and e["kind"] != "small"])
         seen = self.model.encode("image", pixel_values=batch["pixel_values"], image_grid_thw=batch["image_grid_thw"])
         tokens = torch.cat(list(seen))
         letters = torch.cat([part["target"].flatten() for part in batch["parts"]]).view(-1, SLOTS)
@@ -93,152 +173,104 @@ class Lines(Objective):
             if mine.sum() >= 5:
                 table[word] = size * F.normalize((tokens[mine] - middle).mean(0), dim=-1)
 
-    def heads(self, classes: int) -> list[nn.Linear]:
-        """The throwaway heads. They are handed from stage to stage of one run beside the model, and never saved.
-
-        Heads that start afresh send a trained tower noise for a while; a run that is taken up again does so with a
-        short stage in which the tower rests.
-        """
-        width = self.model.config.text_config.hidden_size
-        sizes = [SLOTS * classes, 4 * classes, len(self.fields)]
-        kept = self.model.__dict__.get("_reading_heads", [])
-        if [head.out_features for head in kept] != sizes:
-            kept = [nn.Linear(width, size) for size in sizes]
-            nn.init.normal_(kept[0].weight, std=0.04)
-            self.model.__dict__["_reading_heads"] = kept
-        return kept
-
     # -- examples
 
-    def example(self, index: int) -> list[dict[str, Any]]:
+    def example(self, index: int) -> dict[str, Any]:
+        """One piece: its pixels and what is known of it (`target` and `under`, or `spelled`; `fields`)."""
         random = self.random(index)
-        whole = random.random() < self.options.overview
-        if self.scans and random.random() < self.options.share:
-            scan = self.scans[int(random.integers(len(self.scans)))]
-            if whole:
-                return [self.overview(scan.image, {qa.field: qa.boxes for qa in scan.qas}, MAIN, random)]
-            return [self.strip(scan, random) for _ in range(self.options.windows)]
-        lap = PAGES_AT_HAND * self.options.uses
-        page = self.pages(index // lap * PAGES_AT_HAND + index % PAGES_AT_HAND)
-        if whole:
-            boxes = {area.label: (area.box,) for area in page.areas}
-            return [self.overview(page.image.convert("L"), boxes, tuple(self.fields), random)]
-        return [self.window(page, random) for _ in range(self.options.windows)]
+        kinds, shares = list(self.options.pieces), np.array(list(self.options.pieces.values()))
+        kind = kinds[int(random.choice(len(kinds), p=shares / shares.sum()))]
+        first, last = self.options.share
+        if self.scans and random.random() < first + (last - first) * min(1.0, index / self.stage.samples):
+            sheet = self.scans[int(random.integers(len(self.scans)))]
+        else:
+            lap = PAGES_AT_HAND * self.options.uses
+            sheet = self.sheets(index // lap * PAGES_AT_HAND + index % PAGES_AT_HAND)
+        if kind == "first":
+            return {"kind": kind, **self.first(sheet, random)}
+        box, size = PIECES[kind](sheet, self.options, random)
+        pixels, grid = self.encode(shade(sheet.image.crop(box), random), size)
+        piece = {"kind": kind, **pixels}
+        if sheet.letters is not None:
+            piece["target"] = torch.tensor(letters_in_slots(sheet.letters, box, grid, self.classes))
+            under = letters_under(sheet.letters, box, (2 * grid[0], 2 * grid[1]), self.classes)
+            piece["under"] = torch.tensor(merge_order(under))
+        else:
+            piece["spelled"] = lines_in(sheet.lines, box, grid, self.classes)
+        if kind in WITH_FIELDS:
+            piece["fields"] = self.field_truth(sheet, box, grid)
+        return piece
 
-    def window(self, page: Page, random: np.random.Generator) -> dict[str, Any]:
-        """A window around a letter of a synthetic page, with the class of each slot (rows, columns * SLOTS)."""
-        scale = float(random.uniform(*self.options.scale))
-        width, height = self.options.size
-        lines = page.meta["lines"]
-        line = lines[int(random.integers(len(lines)))]  # type: ignore[index,arg-type]
-        cx, cy = (line.box[0] + line.box[2]) / 2, (line.box[1] + line.box[3]) / 2
-        x1 = cx + random.uniform(-0.9, 0.5) * width / scale
-        y1 = cy - random.uniform(0.2, 0.8) * height / scale
-        box = (int(x1), int(y1), int(x1 + width / scale), int(y1 + height / scale))
-        seen = shade(page.image.convert("L").crop(clamp(box, page.image.size)), random)
-        box = clamp(box, page.image.size)
-        pixels, grid = self.encode(seen, (width, height))
-        target = np.zeros((grid[0], grid[1] * SLOTS), np.int64)
-        for part in lines:  # type: ignore[attr-defined]
-            for char, centre in zip(part.text, part.centres, strict=True):
-                if centre is not None and box[0] <= centre[0] < box[2] and box[1] <= centre[1] < box[3]:
-                    column = int((centre[0] - box[0]) / (box[2] - box[0]) * grid[1] * SLOTS)
-                    row = int((centre[1] - box[1]) / (box[3] - box[1]) * grid[0])
-                    target[row, column] = self.classes.get(char, 0)
-        under = letters_under(lines, box, (2 * grid[0], 2 * grid[1]), self.classes)  # type: ignore[arg-type]
-        return {**pixels, "target": torch.tensor(target), "under": torch.tensor(merge_order(under))}
-
-    def strip(self, scan: Scan, random: np.random.Generator) -> dict[str, Any]:
-        """A line of a scan with some surroundings: its text, and the rows of tokens that lie on it."""
-        for _ in range(20):
-            box, text = scan.lines[int(random.integers(len(scan.lines)))]
-            letters = [self.classes[c] for c in text if c in self.classes]
-            if len(letters) >= 2 and box[2] - box[0] > 12 and box[3] - box[1] > 6:
-                break
-        scale = float(random.uniform(*self.options.scale))
-        scale = min(scale, 600 / (box[2] - box[0]))
-        left, right = random.integers(0, 14, 2)
-        above, below = random.integers(2, 16, 2)
-        whole = clamp((box[0] - left, box[1] - above, box[2] + right, box[3] + below), scan.image.size)
-        seen = shade(scan.image.crop(whole), random)
-        size = (max(1, round(seen.width * scale)), max(1, round(seen.height * scale)))
-        pixels, grid = self.encode(seen, size)
-        per_row = (whole[3] - whole[1]) / grid[0]
-        edge = 0.22 * (box[3] - box[1])
-        rows = [r for r in range(grid[0]) if box[1] + edge <= whole[1] + (r + 0.5) * per_row <= box[3] - edge] or [
-            min(grid[0] - 1, int(((box[1] + box[3]) / 2 - whole[1]) / per_row))
-        ]
-        return {**pixels, "text": torch.tensor(letters), "rows": (rows[0], rows[-1] + 1)}
-
-    def overview(self, image: Image.Image, boxes: Mapping[str, Sequence[Box]], asked: tuple[str, ...], random: Any):
-        """A first look (cut a little at random): which fields each token covers, for the fields the source knows."""
-        w, h = image.size
-        cut = [int(v) for v in random.uniform(0, 0.06, 4) * (w, h, w, h) * (random.random() < 0.7)]
-        frame = clamp((cut[0], cut[1], w - cut[2], h - cut[3]), image.size)
-        seen = self.processor.view(shade(image.crop(frame), random), "first")
+    def first(self, sheet: Sheet, random: np.random.Generator) -> dict[str, Any]:
+        """A first look, cut a little at random: only the fields can be learnt from it."""
+        frame = cut(sheet.image.size, random)
+        seen = self.processor.view(shade(sheet.image.crop(frame), random), "first")
         pixels = self.processor.encode_images([seen], "image")
         rows, columns = (int(v) // 2 for v in pixels["image_grid_thw"][0, 1:])
-        grid = (rows, columns)
-        target = np.full((*grid, len(self.fields)), -1.0, np.float32)
-        for name in asked:
-            target[..., self.fields[name]] = coverage(boxes.get(name, ()), frame, grid) > 0.25
-        return {**pixels, "fields": torch.tensor(target)}
+        return {**pixels, "fields": self.field_truth(sheet, frame, (rows, columns))}
 
-    def encode(self, seen: Image.Image, size: tuple[int, int]) -> tuple[dict[str, Any], tuple[int, int]]:
+    def field_truth(self, sheet: Sheet, box: Box, grid: tuple[int, int]) -> Tensor:
+        """(tokens, fields): 1 where a token lies in the field, 0 where not, -1 where the sheet does not say."""
+        target = np.full((*grid, len(self.fields)), -1.0, np.float32)
+        for name in sheet.known:
+            target[..., self.fields[name]] = coverage(sheet.fields.get(name, ()), box, grid) > 0.25
+        return torch.tensor(target).flatten(0, 1)
+
+    def encode(self, seen: Image.Image, size: tuple[float, float]) -> tuple[dict[str, Any], tuple[int, int]]:
         """Pixels of a piece seen at about `size`, and its grid of merged tokens (rows, columns)."""
         width, height = (max(1, round(side / self.unit)) * self.unit for side in size)
         ready = seen.resize((width, height), Image.Resampling.BICUBIC).convert("RGB")
-        return self.processor.encode_images([ready], "image"), (height // self.unit, width // self.unit)
+        pixels = self.processor.encode_images([ready], "image")
+        rows, columns = (int(v) // 2 for v in pixels["image_grid_thw"][0, 1:])
+        return pixels, (rows, columns)
 
     # -- loss
 
-    def collate(self, examples: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
-        parts = [part for example in examples for part in example]
-        batch = {key: torch.cat([p[key] for p in parts]) for key in ("pixel_values", "image_grid_thw")}
-        return {
-            **batch,
-            "parts": [{k: p[k] for k in ("target", "under", "text", "rows", "fields") if k in p} for p in parts],
-        }
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        batch = {key: torch.cat([p[key] for p in examples]) for key in ("pixel_values", "image_grid_thw")}
+        return {**batch, "parts": [{k: v for k, v in p.items() if k not in batch} for p in examples]}
 
     def forward(self, pixel_values, image_grid_thw, parts) -> dict[str, Tensor]:  # type: ignore[override]
         features = self.model.encode("image", pixel_values=pixel_values, image_grid_thw=image_grid_thw)
-        dense_logits, dense_targets, spelled, covered, lying = [], [], [], [], []
-        logits = self.head(torch.cat(features)).split([len(f) for f in features])
-        for part, thw, flat, tokens in zip(parts, image_grid_thw.tolist(), logits, features, strict=True):
-            if "fields" in part:
-                covered.append((self.field_head(tokens), part["fields"].flatten(0, 1)))
-                continue
-            grid = flat.view(thw[1] // 2, thw[2] // 2 * SLOTS, -1)
+        counts = [len(f) for f in features]
+        together = torch.cat(list(features))
+        logits = self.head(together).split(counts)
+        placed, spelled, fields = [], [], []
+        for part, (_, rows, columns), flat, tokens in zip(
+            parts, image_grid_thw.tolist(), logits, together.split(counts), strict=True
+        ):
+            grid = flat.view(rows // 2, columns // 2 * SLOTS, -1)
             if "target" in part:
-                dense_logits.append(grid.flatten(0, 1))
-                dense_targets.append(part["target"].flatten())
-                lying.append((tokens, part["under"]))
-            else:
-                spelled.append((pool_rows(grid[slice(*part["rows"])]), part["text"]))
-        loss = flat.new_zeros(())
-        if dense_logits:
-            loss = loss + self.dense_loss(torch.cat(dense_logits), torch.cat(dense_targets)) * len(dense_logits)
+                placed.append((grid.flatten(0, 1), part["target"].flatten(), tokens, part["under"]))
+            spelled += [(pool_rows(grid[lines, slots]), text) for lines, slots, text in part.get("spelled", ())]
+            if "fields" in part:
+                fields.append((tokens, part["fields"]))
+        loss = together.new_zeros(())
+        if placed:
+            share = len(placed) / len(parts)
+            loss = loss + share * (self.dense_loss(placed) + self.options.under * self.under_loss(placed))
             if self.options.align > 0:
-                loss = loss + self.options.align * self.align_loss(lying, dense_targets) * len(lying)
-            loss = loss + self.options.under * self.under_loss(lying) * len(lying)
+                loss = loss + share * self.options.align * self.align_loss(placed)
         if spelled:
-            loss = loss + self.spelling_loss(spelled) * len(spelled)
-        if covered:
-            loss = loss + self.overview_loss(covered) * len(covered)
-        return {"loss": loss / len(parts)}
+            real = sum("spelled" in part for part in parts)
+            loss = loss + real / len(parts) * self.spelling_loss(spelled)
+        if fields:
+            loss = loss + self.options.field * len(fields) / len(parts) * self.field_loss(fields)
+        return {"loss": loss}
 
-    def overview_loss(self, covered: list[tuple[Tensor, Tensor]]) -> Tensor:
-        logits, target = torch.cat([c[0] for c in covered]), torch.cat([c[1] for c in covered])
-        known = target >= 0
-        there = target > 0.5
+    def field_loss(self, fields: list[tuple[Tensor, Tensor]]) -> Tensor:
+        logits, target = self.field_head(torch.cat([f[0] for f in fields])), torch.cat([f[1] for f in fields])
+        known, there = target >= 0, target > 0.5
         with torch.no_grad():
-            self.note(covered=(logits[there] > 0).float().mean().item())
-            self.note(uncovered=(logits[known & ~there] <= 0).float().mean().item())
-        each = F.binary_cross_entropy_with_logits(logits, target.clamp(min=0), reduction="none")
+            self.note(in_field=(logits[there] > 0).float().mean().item())
+            self.note(outside=(logits[known & ~there] <= 0).float().mean().item())
+        weight = logits.new_tensor(RARE)
+        each = F.binary_cross_entropy_with_logits(logits, target.clamp(min=0), pos_weight=weight, reduction="none")
         return (each * known).sum(-1).mean() * 2
 
-    def dense_loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        weight = torch.ones(logits.shape[-1])
+    def dense_loss(self, placed: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        logits, target = torch.cat([p[0] for p in placed]), torch.cat([p[1] for p in placed])
+        weight = torch.ones(logits.shape[-1], device=logits.device)
         weight[0] = self.options.blank
         there = target > 0
         with torch.no_grad():
@@ -247,26 +279,26 @@ class Lines(Objective):
             self.note(empty=(guess[~there] == 0).float().mean().item())
         return F.cross_entropy(logits, target, weight=weight, label_smoothing=0.02)
 
-    def under_loss(self, lying: list[tuple[Tensor, Tensor]]) -> Tensor:
-        target = torch.cat([under for _, under in lying]).flatten()
-        logits = self.under_head(torch.cat([tokens for tokens, _ in lying])).view(len(target), -1)
+    def under_loss(self, placed: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        target = torch.cat([p[3] for p in placed]).flatten()
+        logits = self.under_head(torch.cat([p[2] for p in placed])).view(len(target), -1)
         there = target > 0
         self.note(under=(logits.argmax(-1)[there] == target[there]).float().mean().item())
-        weight = torch.ones(logits.shape[-1])
+        weight = torch.ones(logits.shape[-1], device=logits.device)
         weight[0] = 2 * self.options.blank
         return F.cross_entropy(logits, target, weight=weight)
 
-    def align_loss(self, lying: list[tuple[Tensor, Tensor]], targets: list[Tensor]) -> Tensor:
+    def align_loss(self, placed: Sequence[tuple[Tensor, ...]]) -> Tensor:
         """1 - cosine between tokens and the sum of their letters' embeddings, each rolled by its number in the token.
 
         A token with one letter comes to look like that letter's word; the roll keeps two letters in order. The
         embeddings are not moved.
         """
-        tokens = torch.cat([tokens for tokens, _ in lying])
-        letters = torch.cat(targets).view(-1, SLOTS)  # slots of a token are neighbours in its row
+        tokens = torch.cat([p[2] for p in placed])
+        letters = torch.cat([p[1] for p in placed]).view(-1, SLOTS)  # slots of a token are neighbours in its row
         with torch.no_grad():
             table = F.normalize(self.model.get_input_embeddings().weight.detach(), dim=-1)
-            words = torch.cat([torch.zeros_like(table[:1]), table[self.letter_ids]])
+            words = torch.cat([torch.zeros_like(table[:1]), table[self.letter_ids.to(table.device)]])
             number = (letters > 0).cumsum(-1) - 1
             step = table.shape[1] // SLOTS
             each = [words[letters] * ((number == i) & (letters > 0))[..., None] for i in range(SLOTS)]
@@ -276,18 +308,94 @@ class Lines(Objective):
         self.note(cosine=cosine.item())
         return 1 - cosine
 
-    def spelling_loss(self, spelled: list[tuple[Tensor, Tensor]]) -> Tensor:
-        losses = []
-        for steps, text in spelled:
-            if len(steps) < len(text):
-                continue
-            ctc = F.ctc_loss(
-                steps[:, None], text[None], torch.tensor([len(steps)]), torch.tensor([len(text)]), zero_infinity=True
-            )
-            losses.append(ctc)
-            with torch.no_grad():
-                self.note(cer=error_rate(spell(steps), text.tolist()))
-        return torch.stack(losses).mean() if losses else spelled[0][0].sum() * 0
+    def spelling_loss(self, spelled: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """CTC over lines, each divided by its letters; lines with too few slots for their letters teach nothing."""
+        fitting = [(steps, text) for steps, text in spelled if len(steps) >= len(text)]
+        if not fitting:
+            return spelled[0][0].sum() * 0
+        longest = max(len(steps) for steps, _ in fitting)
+        batch = torch.stack([F.pad(steps, (0, 0, 0, longest - len(steps))) for steps, _ in fitting], 1)
+        lengths, letters = (torch.tensor([len(pair[i]) for pair in fitting]) for i in (0, 1))
+        with torch.no_grad():
+            steps, text = fitting[0]
+            self.note(cer=error_rate(spell(steps), text.tolist()))
+        return F.ctc_loss(batch, torch.cat([text for _, text in fitting]), lengths, letters, zero_infinity=True)
+
+
+def near_zero(head: nn.Linear) -> nn.Linear:
+    nn.init.normal_(head.weight, std=0.04)
+    return head
+
+
+def some_line(sheet: Sheet, digits: float, random: np.random.Generator) -> tuple[Box, str]:
+    """A line with at least two letters and some size; with probability `digits` one that is mostly digits."""
+    wanted = random.random() < digits
+    line = sheet.lines[0]
+    for _ in range(40):
+        line = sheet.lines[int(random.integers(len(sheet.lines)))]
+        (x1, y1, x2, y2), text = line
+        letters = text.replace(" ", "")
+        sized = x2 - x1 > 12 and y2 - y1 > 6 and len(set(letters)) >= 2
+        if sized and (not wanted or sum(c.isdigit() for c in letters) >= max(2, len(letters) / 2)):
+            break
+    return line
+
+
+def beside(boxes: Sequence[Box], lines: Sequence[Box]) -> Box:
+    """The boxes of an answer together with what is printed in the same rows: "TOTAL" goes with its amount.
+
+    A line belongs to a row if half of its height, or of the box's, is shared.
+
+    >>> beside([(300, 50, 360, 70)], [(20, 48, 90, 68), (20, 80, 90, 100)])
+    (20, 48, 360, 70)
+    """
+    kept = list(boxes)
+    for box in boxes:
+        for line in lines:
+            shared = min(box[3], line[3]) - max(box[1], line[1])
+            if 2 * shared > min(box[3] - box[1], line[3] - line[1]):
+                kept.append(line)
+    return min(b[0] for b in kept), min(b[1] for b in kept), max(b[2] for b in kept), max(b[3] for b in kept)
+
+
+def seen_at(box: Box, scale: float) -> tuple[float, float]:
+    """The size (width, height) of a window at a scale, no side over LONGEST pixels."""
+    scale = min(scale, LONGEST / max(box[2] - box[0], box[3] - box[1]))
+    return (box[2] - box[0]) * scale, (box[3] - box[1]) * scale
+
+
+def letters_in_slots(lines: Sequence[Any], box: Box, grid: tuple[int, int], classes: dict[str, int]) -> np.ndarray:
+    """(rows, columns * SLOTS) of a grid over `box`: the class of the letter whose centre lies in the slot, else 0."""
+    found = np.zeros((grid[0], grid[1] * SLOTS), np.int64)
+    across, down = grid[1] * SLOTS / (box[2] - box[0]), grid[0] / (box[3] - box[1])
+    for line in lines:
+        if line.box[3] <= box[1] or line.box[1] >= box[3] or line.box[2] <= box[0] or line.box[0] >= box[2]:
+            continue
+        for char, centre in zip(line.text, line.centres, strict=True):
+            if centre is not None and box[0] <= centre[0] < box[2] and box[1] <= centre[1] < box[3]:
+                row, slot = int((centre[1] - box[1]) * down), int((centre[0] - box[0]) * across)
+                found[min(row, grid[0] - 1), min(slot, found.shape[1] - 1)] = classes.get(char, 0)
+    return found
+
+
+def lines_in(
+    lines: Sequence[tuple[Box, str]], box: Box, grid: tuple[int, int], classes: dict[str, int]
+) -> list[tuple[slice, slice, Tensor]]:
+    """Rows and slots of a grid over `box` on which each line wholly inside it lies, and its letters' classes."""
+    found = []
+    high, wide = (box[3] - box[1]) / grid[0], (box[2] - box[0]) / (grid[1] * SLOTS)
+    for (x1, y1, x2, y2), text in lines:
+        letters = [classes[c] for c in text if c in classes]
+        if not letters or x1 < box[0] - 2 or y1 < box[1] - 2 or x2 > box[2] + 2 or y2 > box[3] + 2:
+            continue
+        edge = 0.22 * (y2 - y1)
+        middles = [box[1] + (r + 0.5) * high for r in range(grid[0])]
+        rows = [r for r, y in enumerate(middles) if y1 + edge <= y <= y2 - edge]
+        rows = rows or [max(0, min(grid[0] - 1, int(((y1 + y2) / 2 - box[1]) / high)))]
+        left = max(0, int((x1 - box[0]) / wide) - SLOTS)
+        right = min(grid[1] * SLOTS, int((x2 - box[0]) / wide) + 1 + SLOTS)
+        found.append((slice(rows[0], rows[-1] + 1), slice(left, right), torch.tensor(letters)))
+    return found
 
 
 def letters_under(lines: Sequence[Any], box: Box, grid: tuple[int, int], classes: dict[str, int]) -> np.ndarray:
@@ -314,6 +422,13 @@ def clamp(box: tuple[Any, Any, Any, Any], size: tuple[int, int]) -> Box:
     """A box moved or cut into an image, at least 8 pixels wide and high."""
     x1, y1 = max(0, min(int(box[0]), size[0] - 8)), max(0, min(int(box[1]), size[1] - 8))
     return x1, y1, max(x1 + 8, min(int(box[2]), size[0])), max(y1 + 8, min(int(box[3]), size[1]))
+
+
+def cut(size: tuple[int, int], random: np.random.Generator) -> Box:
+    """A frame that takes up to 6 % from each side of a page, three times in four."""
+    w, h = size
+    off = [int(v) for v in random.uniform(0, 0.06, 4) * (w, h, w, h) * (random.random() < 0.7)]
+    return clamp((off[0], off[1], w - off[2], h - off[3]), size)
 
 
 def shade(image: Image.Image, random: np.random.Generator) -> Image.Image:

@@ -50,15 +50,21 @@ class Data(Strict):
 
 
 class ModelSource(Strict):
-    """A fresh tiny model (`size`) or weights to go on from (`start`: shipped name, folder or hub id)."""
+    """A fresh tiny model (`size`) or weights to go on from (`start`: shipped name, folder or hub id).
+
+    A fresh model may take its vision tower from other weights (`visual`).
+    """
 
     size: str | None = None
     start: str | None = None
+    visual: str | None = None
 
     @model_validator(mode="after")
     def _one(self) -> ModelSource:
         if (self.size is None) == (self.start is None):
             raise ValueError("give exactly one of size: (a fresh tiny model) and start: (weights to go on from)")
+        if self.visual is not None and self.size is None:
+            raise ValueError("visual: goes with size: (a fresh model that takes over a vision tower)")
         return self
 
 
@@ -70,7 +76,9 @@ class Stage(Strict):
     samples: int = Field(gt=0)
     batch: int = Field(16, gt=0)
     accumulate: int = Field(1, gt=0, description="batches per optimiser step")
+    optimiser: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(1e-3, gt=0)
+    lr_rest: float | None = Field(None, gt=0, description="of what muon leaves to AdamW; lr / 4 unless given")
     lr_scale: dict[str, float] = Field({}, description="part of the model -> factor on lr, e.g. clip_projector: 0.3")
     schedule: Literal["linear_tail", "cosine", "constant"] = "linear_tail"
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from relook.data.worlds import make_world
 from relook.errors import UserError
+from relook.train.optimiser import build_optimiser, in_part, schedule
 from relook.train.recipe import Data, Recipe, Stage, load_recipe
 from relook.train.stages import Objective, make_objective
 
@@ -118,7 +119,7 @@ def run_stage(model: Any, processor: Any, recipe: Recipe, stage: Stage, log: Pat
     model.train()
     per_step = stage.batch * stage.accumulate
     steps = max(1, stage.samples // per_step)
-    optimiser = build_optimiser(objective, stage)
+    optimiser = build_optimiser(objective.named_parameters(), stage)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, schedule(stage, steps))
     arguments = TrainingArguments(
         output_dir=str(log.parent / "trainer"),
@@ -170,11 +171,6 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
             parameter.requires_grad_(not any(in_part(name, part) for part in parts))
 
 
-def in_part(parameter: str, part: str) -> bool:
-    """Whether a parameter's name holds the part as whole dotted pieces: "model.visual.blocks.0" is in "visual"."""
-    return f".{part}." in f".{parameter}."
-
-
 def check_parts(model: nn.Module, recipe: Recipe) -> None:
     """Refuse a recipe that freezes or scales parts the model does not have.
 
@@ -189,44 +185,6 @@ def check_parts(model: nn.Module, recipe: Recipe) -> None:
                 raise UserError(
                     f"Stage {stage.name!r}: the model has no part {part!r}; parts are {', '.join(known)}, ..."
                 )
-
-
-def build_optimiser(objective: Objective, stage: Stage) -> torch.optim.Optimizer:
-    """AdamW over what may learn: decay on matrices only, `lr_scale` by part."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in objective.named_parameters():
-        if parameter.requires_grad:
-            factor = next((f for part, f in stage.lr_scale.items() if in_part(name, part)), 1.0)
-            decay = stage.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((factor, decay), []).append(parameter)
-    if not groups:
-        raise UserError(f"Stage {stage.name!r} freezes everything; nothing would learn.")
-    return torch.optim.AdamW(
-        [{"params": p, "lr": stage.lr * factor, "weight_decay": decay} for (factor, decay), p in groups.items()],
-        betas=stage.betas,
-    )
-
-
-def schedule(stage: Stage, steps: int) -> Callable[[int], float]:
-    """Factor on the learning rate by step: linear warm-up, then as the recipe says.
-
-    Example: "linear_tail" over 100 steps without warm-up gives 1 at step 50, 0.5 near step 87, 0 at step 100.
-    """
-    import math
-
-    warm = int(stage.warmup * steps)
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        share = (step - warm) / max(1, steps - warm)
-        if stage.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-        if stage.schedule == "linear_tail":
-            return min(1.0, max(0.0, (1 - share) / 0.25))
-        return 1.0
-
-    return factor
 
 
 def save_final(model: Any, processor: Any, recipe: Recipe, history: list[dict[str, Any]], folder: Path) -> Path:
@@ -245,8 +203,7 @@ def save_final(model: Any, processor: Any, recipe: Recipe, history: list[dict[st
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    if recipe.domain:
-        model.config.domain = recipe.domain
+    model.config.domain = recipe.domain  # not that of the weights it started from
     trained = model.dtype
     model.to(getattr(torch, recipe.save_dtype)).save_pretrained(folder)
     model.to(trained)
@@ -259,11 +216,31 @@ def _start(recipe: Recipe) -> tuple[Any, Any]:
     if recipe.model.size is not None:
         from relook.train import tiny
 
-        return tiny.build(recipe.model.size, recipe.seed, domain=recipe.domain)
+        model, processor = tiny.build(recipe.model.size, recipe.seed, domain=recipe.domain)
+        if recipe.model.visual is not None:
+            _take_tower(model, recipe.model.visual)
+        return model, processor
     from relook.model.loading import load_model, load_processor
 
     assert recipe.model.start is not None
     return load_model(recipe.model.start, dtype=torch.float32), load_processor(recipe.model.start)
+
+
+def _take_tower(model: Any, source: str) -> None:
+    """Put the vision tower of other weights into a fresh model, and remember where it came from.
+
+    Raises:
+        UserError: the towers differ in shape.
+    """
+    from relook.model.loading import load_model
+
+    other = load_model(source, dtype=torch.float32)
+    try:
+        model.model.visual.load_state_dict(other.model.visual.state_dict())
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise UserError(f"the vision tower of {source} does not fit into this model: {first}") from error
+    model.config.tower = {"from": Path(source).name, **(getattr(other.config, "provenance", None) or {})}
 
 
 def _world(data: Data, seed: int) -> Any:
@@ -280,9 +257,9 @@ def _items(data: Data) -> Any:
 
 
 def _digest(before: str, recipe: Recipe, stage: Stage) -> str:
-    """Names everything that decides the weights after a stage."""
-    start = before or [recipe.seed, recipe.model.model_dump(), recipe.data.model_dump()]
-    text = json.dumps([start, stage.model_dump()], sort_keys=True)
+    """Names everything that a recipe says about the weights after a stage (what it leaves at its default apart)."""
+    start = before or [recipe.seed, *(part.model_dump(exclude_defaults=True) for part in (recipe.model, recipe.data))]
+    text = json.dumps([start, stage.model_dump(exclude_defaults=True)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -296,19 +273,32 @@ def _finished(place: Path, digest: str) -> dict[str, Any] | None:
 
 def _keep(model: nn.Module, place: Path, record: dict[str, Any]) -> None:
     """Weights first, the record last: a folder without a record is an unfinished stage."""
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file, save_model
 
     place.mkdir(parents=True, exist_ok=True)
     save_model(model, str(place / "weights.safetensors"))
+    heads = model.__dict__.get("_throwaway", {})
+    tensors = {f"{name}/{key}": value for name, head in heads.items() for key, value in _state(head).items()}
+    save_file(tensors, str(place / "throwaway.safetensors"))
     temporary = place / "done.json.part"
     temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
     os.replace(temporary, place / "done.json")
 
 
 def _restore(model: nn.Module, place: Path) -> None:
-    from safetensors.torch import load_model
+    from safetensors.torch import load_file, load_model
 
     load_model(model, str(place / "weights.safetensors"))
+    heads: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(place / "throwaway.safetensors").items():
+        name, _, inner = key.partition("/")
+        heads.setdefault(name, {})[inner] = value
+    model.__dict__["_throwaway"] = heads
+
+
+def _state(head: nn.Module | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a throwaway head: a module that a stage used, or what `_restore` read and no stage used yet."""
+    return head.state_dict() if isinstance(head, nn.Module) else head
 
 
 def _write_recipe(recipe: Recipe, folder: Path) -> None:

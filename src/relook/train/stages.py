@@ -10,7 +10,7 @@ Objectives know a world, a processor and a model; optimisers and files are `run`
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -60,6 +60,20 @@ class Objective(nn.Module):
     def forward(self, **batch: Any) -> dict[str, Tensor]:
         """`{"loss": scalar}`; figures to log go through `note`."""
         raise NotImplementedError
+
+    def throwaway(self, name: str, make: Callable[[], nn.Module]) -> Any:
+        """A head that a stage needs and nobody ships: made afresh, or as an earlier stage of the run left it.
+
+        Heads that start afresh send a trained model noise for a while, so they are handed from stage to stage beside
+        the model (`run` keeps them with each stage's weights). One of another shape starts afresh all the same.
+        """
+        head, kept = make(), self.model.__dict__.setdefault("_throwaway", {})
+        before = kept.get(name, {})
+        before = before.state_dict() if isinstance(before, nn.Module) else before
+        if {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in head.state_dict().items()}:
+            head.load_state_dict(before)
+        kept[name] = head
+        return head
 
     def random(self, index: int) -> np.random.Generator:
         """The generator of example `index` (apart from the page's own)."""
@@ -172,9 +186,9 @@ class Dense(Objective):
         self.charset, self.labels = self.world.charset, self.world.labels
         vision, text = self.model.config.vision_config, self.model.config.text_config
         self.classes = len(self.charset) + 1
-        self.patch_head = nn.Linear(vision.embed_dim, self.classes)
-        self.glyph_head = nn.Linear(text.hidden_size, 4 * self.classes)
-        self.area_head = nn.Linear(text.hidden_size, 4 * len(self.labels))
+        self.patch_head = self.throwaway("patch", lambda: nn.Linear(vision.embed_dim, self.classes))
+        self.glyph_head = self.throwaway("glyph", lambda: nn.Linear(text.hidden_size, 4 * self.classes))
+        self.area_head = self.throwaway("area", lambda: nn.Linear(text.hidden_size, 4 * len(self.labels)))
 
     # -- examples
 

@@ -10,7 +10,7 @@ Knows sizes and vocabularies; not how anything is trained.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from relook.data.worlds import world_class
@@ -60,6 +60,19 @@ class Size:
     near: bool = False  # vision heads start out looking at neighbouring patches, see `look_near`
 
 
+RECEIPTS = Size(
+    worlds=("receipts",),
+    vit={"embed_dim": 128, "depth": 4, "num_heads": 4, "patch_size": 6, "hidden_act": "silu"},
+    lm={"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
+        "intermediate_size": 512},
+    first={"longest_side": 288},
+    crop={"longest_side": 480},
+    reencode={"longest_side": 640},
+    grid=16,
+    region_margin=1,
+    near=True,
+)  # fmt: skip
+
 SIZES: dict[str, Size] = {
     "cards-tiny": Size(
         worlds=("cards",),
@@ -70,18 +83,11 @@ SIZES: dict[str, Size] = {
         crop={"longest_side": None, "scale": 0.5},
         reencode={"longest_side": 256, "scale": 0.5},
     ),
-    # Tokens of 12 x 12 pixels: about one letter of a receipt 1280 pixels high.
-    "receipts-tiny": Size(
-        worlds=("receipts",),
-        vit={"embed_dim": 128, "depth": 4, "num_heads": 4, "patch_size": 6},
-        lm={"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
-            "intermediate_size": 512},
-        first={"longest_side": 240},
-        crop={"longest_side": 456},
-        reencode={"longest_side": 320},
-        region_margin=0,
-        near=True,
-    ),
+    # Tokens of 12 x 12 pixels: about one letter of a receipt 1280 pixels high. In the first look a letter is 3 wide.
+    "receipts-tiny": RECEIPTS,
+    # The controls of docs/receipts.md, which may not look again: more parameters; one look with as many tokens as two.
+    "receipts-large": replace(RECEIPTS, lm={**RECEIPTS.lm, "num_hidden_layers": 10, "intermediate_size": 1280}),
+    "receipts-fine": replace(RECEIPTS, first={"longest_side": 552}),
 }  # fmt: skip
 
 
