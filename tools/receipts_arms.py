@@ -5,7 +5,7 @@
 
 What is finished is skipped (a stage of training, an evaluation), so the command can be stopped and given again; with
 `--minutes` it starts nothing new after that time. Arms, looks and tasks are recipes/receipts-arms.yaml's; further
-KEY=VALUE go to every recipe, for another scale or machine.
+KEY=VALUE go to the recipe of every arm. The tower is trained first where it is not there yet.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
-RUNS, DOCS = Path("runs/receipts-arms"), Path("docs/receipts")
+DOCS = Path("docs/receipts")
 
 
 def main() -> None:
@@ -28,49 +28,70 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=plan["arms"], default=list(plan["arms"]))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--scale", choices=plan["scales"], default="tiny")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing new after this time")
-    parser.add_argument("--no-report", action="store_true", help="train and ask only (another process reports)")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every recipe")
+    parser.add_argument("--no-report", action="store_true", help="train and ask only")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for the recipe of every arm")
     options = parser.parse_args()
+    work = Arms(plan, options.scale, options.overrides)
     end = time.monotonic() + 60 * options.minutes
+    jobs = [("tower", work.train_tower, ())]
     for seed in options.seeds:
         for name in options.arms:
-            if time.monotonic() > end:
-                sys.exit(f"out of time before {name}, seed {seed}; give the command again to go on")
-            model = train(plan, name, seed, options.overrides)
-            ask(plan, name, seed, model)
-    if not options.no_report:
+            jobs += [(f"{name}, seed {seed}", do, (name, seed)) for do in (work.train, work.ask)]
+    for title, job, arguments in jobs:
+        if time.monotonic() > end:
+            sys.exit(f"out of time before {title}; give the command again to go on")
+        job(*arguments)
+    if not options.no_report and options.scale == "tiny":
         relook("report", DOCS / "arms.yaml", "--out", DOCS)
 
 
-def train(plan: dict[str, Any], name: str, seed: int, overrides: list[str]) -> Path:
-    """The folder of an arm's finished model."""
-    folder = RUNS / f"{name}-s{seed}"
-    changes = [f"{key}={yaml.safe_dump(value, default_flow_style=True).strip()}" for key, value in set_by(plan, name)]
-    relook("train", plan["recipe"], *changes, f"seed={seed}", *overrides, f"out={folder}")
-    return folder / "final"
+class Arms:
+    """The jobs of one scale; each leaves its result in a folder and does nothing where that is there."""
 
+    def __init__(self, plan: dict[str, Any], scale: str, overrides: list[str]) -> None:
+        self.plan, self.sizes, self.overrides = plan, plan["scales"][scale], overrides
+        self.tower = Path("runs/receipts-tower" if scale == "tiny" else f"runs/receipts-tower-{scale}")
+        self.runs = Path(f"runs/receipts-arms-{scale}")
+        self.records = DOCS / "records" if scale == "tiny" else self.runs / "records"
 
-def set_by(plan: dict[str, Any], name: str) -> list[tuple[str, Any]]:
-    return list(plan["arms"][name]["set"].items())
+    def train_tower(self) -> None:
+        if not (ROOT / self.tower / "final/model.safetensors").is_file():
+            relook("train", self.plan["tower"], f"model.size={self.sizes['small']}", f"out={self.tower}")
 
+    def train(self, name: str, seed: int) -> None:
+        arm = self.plan["arms"][name]
+        changes = {
+            **arm["set"],
+            "seed": seed,
+            "model.size": self.sizes[arm.get("size", "small")],
+            "model.visual": str(self.tower / "final"),
+        }
+        written = [f"{key}={yaml.safe_dump(value, default_flow_style=True).strip()}" for key, value in changes.items()]
+        written = [text.removesuffix("\n...") for text in written]  # YAML's end of a bare value
+        relook("train", self.plan["recipe"], *written, *self.overrides, f"out={self.folder(name, seed)}")
 
-def ask(plan: dict[str, Any], name: str, seed: int, model: Path) -> None:
-    """Evaluate an arm and keep its records beside the report, unless they are there."""
-    kept = DOCS / "records" / f"{name}-s{seed}"
-    if (kept / "results.json").is_file():
-        return
-    folder = RUNS / kept.name / "evaluation" / kept.name
-    looks = plan["arms"][name]["looks"]
-    relook("evaluate", "-m", model, "--tasks", *plan["tasks"], "--looks", *looks, "--n", plan["n"], "--out", folder)
-    relook("report", folder, "--keep", DOCS / "records")
+    def ask(self, name: str, seed: int) -> None:
+        """Evaluate an arm and keep its records beside the report."""
+        if (ROOT / self.records / f"{name}-s{seed}" / "results.json").is_file():
+            return
+        folder = self.folder(name, seed)
+        out = folder / "evaluation" / folder.name
+        looks, plan = self.plan["arms"][name]["looks"], self.plan
+        asked = ["--tasks", *plan["tasks"], "--looks", *looks, "--n", plan["n"]]
+        relook("evaluate", "-m", folder / "final", *asked, "--out", out)
+        relook("report", out, "--keep", self.records)
+
+    def folder(self, name: str, seed: int) -> Path:
+        return self.runs / f"{name}-s{seed}"
 
 
 def relook(*arguments: Any) -> None:
     command = [sys.executable, "-m", "relook", *map(str, arguments)]
     print("+ relook", *command[3:], file=sys.stderr, flush=True)
     if subprocess.run(command, cwd=ROOT).returncode:
-        sys.exit(f"stopped: {' '.join(command[3:])} failed")
+        sys.exit(f"stopped: relook {' '.join(command[3:])} failed")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,13 @@ RECEIPTS = Size(
     near=True,
 )  # fmt: skip
 
+BASE = replace(
+    RECEIPTS,
+    vit={**RECEIPTS.vit, "embed_dim": 256, "depth": 6, "num_heads": 8},
+    lm={"hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 12, "num_key_value_heads": 4,
+        "intermediate_size": 1024},
+)  # fmt: skip
+
 SIZES: dict[str, Size] = {
     "cards-tiny": Size(
         worlds=("cards",),
@@ -88,6 +95,10 @@ SIZES: dict[str, Size] = {
     # The controls of docs/receipts.md, which may not look again: more parameters; one look with as many tokens as two.
     "receipts-large": replace(RECEIPTS, lm={**RECEIPTS.lm, "num_hidden_layers": 10, "intermediate_size": 1280}),
     "receipts-fine": replace(RECEIPTS, first={"longest_side": 552}),
+    # The same experiment at a scale for a GPU (tools/receipts_gpu.sh).
+    "receipts-base": BASE,
+    "receipts-base-large": replace(BASE, lm={**BASE.lm, "num_hidden_layers": 24, "intermediate_size": 1536}),
+    "receipts-base-fine": replace(BASE, first={"longest_side": 552}),
 }  # fmt: skip
 
 
