@@ -133,7 +133,7 @@ class Documents(Conversations):
         rows, columns = (int(v) // 2 for v in row["image_grid_thw"][0][1:])
         first = int(np.flatnonzero(ids == self.model.config.image_token_id)[0])
         share = coverage(qa.boxes, window, (rows, columns)).flatten()
-        best = [first + int(t) for t in np.argsort(-share, kind="stable")[:NEAR] if share[t] > 0.2]
+        best = [first + int(t) for t in np.argsort(-share, kind="stable")[:NEAR] if share[t] > 0.05]
         places = np.flatnonzero(np.isin(ids, self.cell_ids)) if best else np.zeros(0, int)
         return torch.tensor([_padded([int(p), *best]) for p in places], dtype=torch.long).view(-1, 1 + NEAR)
 
