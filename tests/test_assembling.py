@@ -25,7 +25,10 @@ from relook.looks import control_tokens
 from relook.model.assembling import QWEN_TOKENS, assemble, load_text, save_new
 from relook.model.loading import load_model, load_processor
 from relook.train import tiny
+from relook.train.recipe import load_recipe
+from relook.train.runner import run
 
+SMOL = Path(__file__).resolve().parents[1] / "recipes" / "receipts-smol.yaml"
 TEXT = "What is the TOTAL?  It's 12.50 RM.\n"
 SHAPE = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 # weights so large that a wrong position, bias or epsilon shows in the logits
@@ -186,6 +189,24 @@ def test_what_is_no_text_model_is_refused(tmp_path) -> None:
         load_text("cards-tiny")
     with pytest.raises(UserError, match="no such file"):
         load_text(tmp_path / "absent.gguf")
+
+
+@pytest.mark.slow
+def test_recipe_of_the_middle_size_runs_from_a_small_start(tmp_path, monkeypatch) -> None:
+    """Every stage takes a step, from three layers of a random Llama behind a fresh tower, on synthetic pages."""
+    text = write_text_model(tmp_path / "text", num_hidden_layers=3, initializer_range=0.05)
+    start, processor = assemble(text, *tiny.build("receipts-tiny", 1))
+    monkeypatch.chdir(save_new(start, processor, tmp_path / "start"))  # from here there are no scans
+    changes = ["model.start=.", "out=../run", "threads=1", "workers=0", "log_every=1"]
+    for stage in load_recipe(SMOL).stages:
+        changes += [f"stages.{stage.name}.{key}=2" for key in ("samples", "batch")]
+        if stage.objective == "documents":
+            changes += [f"stages.{stage.name}.options.{key}" for key in ("place_layer=2", "guide=[1, 2]")]
+    final = run(SMOL, changes)
+    trained = load_model(final, dtype="float32", device="cpu").state_dict()
+    moved = {n for n, weight in start.half().float().state_dict().items() if not torch.equal(weight, trained[n])}
+    assert {"model.visual.merger.mlp.2.weight", "model.language_model.layers.2.mlp.up_proj.weight"} <= moved
+    assert not any(n.startswith(("model.visual.blocks.", "model.visual.patch_embed.")) for n in moved)
 
 
 @pytest.fixture(scope="module")
