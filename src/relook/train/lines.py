@@ -29,6 +29,7 @@ from relook.data.scans import Scan, read_scans
 from relook.data.worlds import Box, Page
 from relook.data.worlds.receipts_text import MAIN
 from relook.train.stages import Objective, coverage, merge_order
+from relook.views import View
 
 SLOTS = 3  # columns per token in which a letter can lie
 PAGES_AT_HAND = 16  # pages that take turns; each serves `uses` examples
@@ -120,6 +121,8 @@ class Lines(Objective):
         uses: int = 60  # pieces per drawn page
         size: tuple[int, int] = (168, 60)  # of a window as seen, pixels
         scale: tuple[float, float] = (0.85, 1.25)  # of the page's pixels
+        first: int | None = None  # longest side of a "first" piece, pixels; absent: the processor's own first look
+        inside: float = 0.1  # share of a token that a field must cover for the token to lie in it
         blank: float = 0.12  # weight of empty slots
         under: float = 1.0  # weight of the blunt head
         field: float = 1.0  # weight of the field head
@@ -204,7 +207,10 @@ class Lines(Objective):
     def first(self, sheet: Sheet, random: np.random.Generator) -> dict[str, Any]:
         """A first look, cut a little at random: only the fields can be learnt from it."""
         frame = cut(sheet.image.size, random)
-        seen = self.processor.view(shade(sheet.image.crop(frame), random), "first")
+        shown = shade(sheet.image.crop(frame), random)
+        if self.options.first is not None:
+            shown = View(self.options.first).apply(shown)
+        seen = self.processor.view(shown, "first")
         pixels = self.processor.encode_images([seen], "image")
         rows, columns = (int(v) // 2 for v in pixels["image_grid_thw"][0, 1:])
         return {**pixels, "fields": self.field_truth(sheet, frame, (rows, columns))}
@@ -213,7 +219,7 @@ class Lines(Objective):
         """(tokens, fields): 1 where a token lies in the field, 0 where not, -1 where the sheet does not say."""
         target = np.full((*grid, len(self.fields)), -1.0, np.float32)
         for name in sheet.known:
-            target[..., self.fields[name]] = coverage(sheet.fields.get(name, ()), box, grid) > 0.25
+            target[..., self.fields[name]] = coverage(sheet.fields.get(name, ()), box, grid) > self.options.inside
         return torch.tensor(target).flatten(0, 1)
 
     def encode(self, seen: Image.Image, size: tuple[float, float]) -> tuple[dict[str, Any], tuple[int, int]]:

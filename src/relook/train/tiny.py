@@ -65,7 +65,7 @@ RECEIPTS = Size(
     vit={"embed_dim": 128, "depth": 4, "num_heads": 4, "patch_size": 6, "hidden_act": "silu"},
     lm={"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
         "intermediate_size": 512},
-    first={"longest_side": 288},
+    first={"longest_side": 384},
     crop={"longest_side": 480},
     reencode={"longest_side": 640},
     grid=16,
@@ -90,15 +90,15 @@ SIZES: dict[str, Size] = {
         crop={"longest_side": None, "scale": 0.5},
         reencode={"longest_side": 256, "scale": 0.5},
     ),
-    # Tokens of 12 x 12 pixels: about one letter of a receipt 1280 pixels high. In the first look a letter is 3 wide.
+    # Tokens of 12 x 12 pixels: about one letter of a receipt 1280 pixels high. In the first look a letter is 3-4 wide.
     "receipts-tiny": RECEIPTS,
     # The controls of docs/receipts.md, which may not look again: more parameters; one look with as many tokens as two.
     "receipts-large": replace(RECEIPTS, lm={**RECEIPTS.lm, "num_hidden_layers": 10, "intermediate_size": 1280}),
-    "receipts-fine": replace(RECEIPTS, first={"longest_side": 552}),
+    "receipts-fine": replace(RECEIPTS, first={"longest_side": 624}),
     # The same experiment at a scale for a GPU (tools/receipts_gpu.sh).
     "receipts-base": BASE,
     "receipts-base-large": replace(BASE, lm={**BASE.lm, "num_hidden_layers": 24, "intermediate_size": 1536}),
-    "receipts-base-fine": replace(BASE, first={"longest_side": 552}),
+    "receipts-base-fine": replace(BASE, first={"longest_side": 624}),
 }  # fmt: skip
 
 
