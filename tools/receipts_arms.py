@@ -4,7 +4,7 @@
     python tools/receipts_arms.py --arms region direct --seeds 1 2 3 --minutes 9
 
 What is finished is skipped (a stage of training, an evaluation), so the command can be stopped and given again; with
-`--minutes` it starts nothing new after that time. Arms, looks and tasks are recipes/receipts-arms.yaml's; further
+`--minutes` it starts nothing new after that time. Arms, looks and tasks are tools/receipts_arms.yaml's; further
 KEY=VALUE go to the recipe of every arm. The tower is trained first where it is not there yet.
 """
 
@@ -24,7 +24,7 @@ DOCS = Path("docs/receipts")
 
 
 def main() -> None:
-    plan = yaml.safe_load((ROOT / "recipes/receipts-arms.yaml").read_text(encoding="utf-8"))
+    plan = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=plan["arms"], default=list(plan["arms"]))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
