@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 
 from relook.cli.ask import DEFAULT_MODEL
 
-LISTS = ("--tasks", "--looks")  # options that take several values in a row
+LISTS = ("--tasks", "--looks", "--images")  # options that take several values in a row
 
 
 class ListOptions(TyperCommand):

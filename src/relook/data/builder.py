@@ -16,57 +16,32 @@ pixel values.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from relook.data.items import ImageRef, Item, Message, write_items
-from relook.data.questions import Question, file_size, image_size, placed, read_unplaced
+from relook.data.items import ImageRef, Item, Message, split_ref, write_items
+from relook.data.options import REENCODINGS, BuildOptions, draw
+from relook.data.questions import Question, image_size
+from relook.data.sources import Found, placing, read
+from relook.data.variants import DIRECT, variant
 from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX, LOOKS, look_turn, parse_calls, write_call
-from relook.regions import GRID, Box, Cells, box_to_cells, cells_to_box, join_crop_suffix, widen
-
-DIRECT = "none"  # the look of an item that answers at once
-BoxRule = Literal["each", "union"]
-NoBoxRule = Literal["skip", "direct", "error"]
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """How items are made.
-
-    look: a row of the look table, or "none" for direct answers.
-    grid: cells per side (8 in the published models).
-    margin: cells by which the *crop* is widened on each side; the tokens always name the cells of the box itself.
-    free_choice: leave out the sentence that asks for the look, so that the model learns to decide.
-    answer_prefix: open the answer after a look with the published "Now answer the question.\\n".
-    question_first: write the question before the image, for models that were trained so (a processor's setting).
-    boxes: "each" box is a region of its own (boxes in the same cells are one), or their "union" is one region.
-    no_box: what to do with a question without a usable box under look="region": "skip" it (counted), make it a
-        "direct" answer, or stop with an "error".
-    """
-
-    look: str = "region"
-    grid: int = GRID
-    margin: int = 0
-    free_choice: bool = False
-    answer_prefix: bool = False
-    question_first: bool = False
-    boxes: BoxRule = "each"
-    no_box: NoBoxRule = "skip"
-
-    def __post_init__(self) -> None:
-        _one_of("look", self.look, [*LOOKS, DIRECT])
-        _one_of("boxes", self.boxes, ["each", "union"])
-        _one_of("no_box", self.no_box, ["skip", "direct", "error"])
-        if self.grid < 1 or not 0 <= self.margin < self.grid:
-            raise UserError(
-                f"grid {self.grid} with margin {self.margin}; expected a grid of 1 or more and 0 <= margin < grid"
-            )
+from relook.regions import (
+    GRID,
+    Box,
+    Cells,
+    box_to_cells,
+    cells_to_box,
+    clamp_box,
+    covered,
+    iou,
+    join_crop_suffix,
+    widen,
+)
 
 
 @dataclass
@@ -74,6 +49,7 @@ class BuildReport:
     """What a build did: items written, and every question or box that did not come out as given, with examples."""
 
     items: int = 0
+    val: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
@@ -83,23 +59,38 @@ class BuildReport:
             self.examples[what].append(where)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"items": self.items, "counts": dict(self.counts), "examples": self.examples}
+        return {"items": self.items, "val": self.val, "counts": dict(self.counts), "examples": self.examples}
 
     def __str__(self) -> str:
         notes = [f"{n} {what} (first: {self.examples[what][0]})" for what, n in sorted(self.counts.items())]
-        return "\n".join([f"{self.items} items", *notes])
+        parts = f" ({self.items - self.val} to train on, {self.val} to validate)" if self.val else ""
+        return "\n".join([f"{self.items} items{parts}", *notes])
 
 
 def build(
-    src: str | Path, dst: str | Path, *, image_root: str | Path | None = None, limit: int | None = None, **options: Any
+    src: str | Path,
+    dst: str | Path,
+    *,
+    format: str | None = None,
+    image_root: str | Path | None = None,
+    images: dict[str, Path] | None = None,
+    limit: int | None = None,
+    val: float = 0.0,
+    split: str = "train",
+    columns: dict[str, str] | None = None,
+    **options: Any,
 ) -> BuildReport:
-    """Build the items of a question file into `dst` (`.json`: an array, else JSON lines), written aside, then renamed.
+    """Build the items of a source into `dst` (`.json`: an array, else JSON lines), written aside, then renamed.
 
     Image paths stay as written where `image_root` is given (read the items with the same root); otherwise they are
     rewritten so that they hold from the folder of `dst`. Where an image is at hand, its size is compared with the
     stated one, since boxes of a resized copy would name the wrong cells.
 
     Args:
+        format: a row of `sources.FORMATS`; seen from the file unless told.
+        images: folders by dataset, in which images are looked up by name (see `images.ImageFinder`).
+        val: share of the *images* whose items go to `val_path(dst)` instead; none is in both.
+        split, columns: of a dataset (see `hub.read_hub`).
         options: the fields of `BuildOptions`.
 
     Raises:
@@ -110,23 +101,57 @@ def build(
         raise UserError(f"unknown build option {unknown[0]!r}; known: {', '.join(BuildOptions.__dataclass_fields__)}")
     if Path(src).resolve() == Path(dst).resolve():
         raise UserError(f"{dst} is the source itself; give another place for the items")
+    if not 0 <= val < 1:
+        raise UserError(f"val is {val}; expected a share of the images, at least 0 and below 1")
     settings, report = BuildOptions(**options), BuildReport()
-    root = Path(image_root) if image_root is not None else Path(src).parent
-    questions = _at_hand(read_unplaced(src), root, image_root is not None, report)
-    if image_root is None:
-        questions = _moved(questions, root, Path(dst).parent)
-    items = islice(build_items(questions, settings, report), limit)
-    write_items(dst, _some(items, src, report))
+    place = placing(src, dst, image_root, images, report.note)
+    found = read(src, format, image_folder=dst, split=split, columns=columns)
+    things = (placed for thing in found if (placed := place(thing)) is not None)
+    items = _some(islice(build_items(things, settings, report), limit), src, report)
+    if not val:
+        write_items(dst, items)
+        return report
+    held: list[Item] = []
+    write_items(dst, _without_val(items, val, settings.seed, held, src))
+    write_items(val_path(dst), held)
+    report.val = len(held)
     return report
 
 
+def val_path(dst: str | Path) -> Path:
+    """Where the validation items of a build go: `items.json` -> `items.val.json`."""
+    return Path(dst).with_suffix(f".val{Path(dst).suffix}")
+
+
+def _without_val(items: Iterable[Item], share: float, seed: int, held: list[Item], src: str | Path) -> Iterator[Item]:
+    """The items to train on; those of validation images go to `held`. An image is drawn by its path, once for all."""
+    kept = 0
+    for item in items:
+        images = sorted(str(split_ref(ref)[0]) for refs in item.images.values() for ref in refs if isinstance(ref, str))
+        if draw(f"{seed}|{images[0] if images else item.messages[0].content}") < share:
+            held.append(item)
+        else:
+            kept += 1
+            yield item
+    if not held or not kept:
+        raise UserError(
+            f"{src}: a share of {share} leaves {kept} items to train on and {len(held)} to validate; give another share"
+        )
+
+
 def build_items(
-    questions: Iterable[Question], options: BuildOptions | None = None, report: BuildReport | None = None
+    things: Iterable[Found], options: BuildOptions | None = None, report: BuildReport | None = None
 ) -> Iterator[Item]:
-    """The items of questions, lazily; what was skipped, dropped or clamped is counted in `report`."""
+    """The items of questions, lazily; what was skipped, dropped or clamped is counted in `report`.
+
+    Conversations that a source holds already as items are only changed where the options say so (`variants.variant`).
+    """
     options, report = options or BuildOptions(), report if report is not None else BuildReport()
-    for question in questions:
-        item = build_item(question, options, report)
+    for thing in things:
+        if isinstance(thing, Item):
+            item: Item | None = variant(thing, options.look, free_choice=options.free_choice)
+        else:
+            item = build_item(thing, options, report)
         if item is not None:
             report.items += 1
             yield item
@@ -138,29 +163,82 @@ def build_item(
     """The item of one question, or None where it is skipped (no usable box; see `BuildOptions.no_box`)."""
     options, report = options or BuildOptions(), report if report is not None else BuildReport()
     _refuse_marks(question)
-    if options.look == DIRECT:
+    if not question.answer.strip():
+        report.note("questions with an empty answer", question.where)
+    look = options.look_of(question)
+    if look == DIRECT:
         return _direct(question, options)
-    if LOOKS[options.look].reencodes:
-        return _looking(question, options, write_call(options.look), {LOOKS[options.look].item_key: [question.image]})
+    if options.align:
+        return _aligned(question, look)
+    if LOOKS[look].reencodes:
+        return _reencoding(question, options, look)
     cells = region_cells(question, options, report)
     if not cells:
         if options.no_box == "error":
             raise UserError(f"{question.where}: no usable box; give one, or build with no_box='skip' or 'direct'")
         report.note("questions without a usable box", question.where)
+        if options.no_box in REENCODINGS:
+            return _reencoding(question, options, options.no_box)
         return _direct(question, options) if options.no_box == "direct" else None
     size = image_size(question)
+    if options.whole is not None and _almost_whole(question_boxes(question, options, None), size, options.whole):
+        report.note("boxes of almost the whole image, answered directly", question.where)
+        return _direct(question, options)
     crops = [crop_ref(question.image, each, size, grid=options.grid, margin=options.margin) for each in cells]
     call = "".join(write_call("region", each, options.grid) for each in cells)
-    return _looking(question, options, call, {"images": crops})
+    item = _looking(question, options, "region", call, {"images": crops})
+    if question.slack == (0, 0):
+        return item
+    report.note("sizes worked out from boxes, crops may be some pixels off", question.where)
+    return replace(item, extra=item.extra | {"estimated_size": list(size), "off_by": list(question.slack)})
 
 
 def region_cells(question: Question, options: BuildOptions, report: BuildReport) -> list[Cells]:
-    """The regions to name: cells of each usable box in order without repeats, or of their union."""
-    size = image_size(question) if question.boxes else (1, 1)
-    boxes = [box for box in (_usable(box, size, question.where, report) for box in question.boxes) if box]
+    """The regions to name: cells of each usable box in order without repeats, or of their union, or merged."""
+    boxes = question_boxes(question, options, report)
+    if not boxes:
+        return []
+    size = image_size(question)
+    cells = list(dict.fromkeys(box_to_cells(box, size, options.grid) for box in boxes))
+    if question.slack != (0, 0):
+        corners = [
+            tuple(max(s + sign * off, 1) for s, off in zip(size, question.slack, strict=True)) for sign in (-1, 1)
+        ]
+        others = [(x[0], y[1]) for x in corners for y in corners]
+        if any(box_to_cells(box, other, options.grid) not in cells for box in boxes for other in others):
+            report.note("regions that an image of another possible size would move by a cell", question.where)
+    return cells
+
+
+def question_boxes(question: Question, options: BuildOptions, report: BuildReport | None) -> list[Box]:
+    """The usable boxes in pixels, inside the image, joined as the options say; mends are counted in `report`."""
+    if not question.boxes:
+        return []
+    size, note = image_size(question), (report or BuildReport()).note
+    found = [_usable(box, size, question.where, options.outside, note) for box in question.boxes]
+    boxes = [box for box in found if box is not None]
     if options.boxes == "union" and boxes:
-        boxes = [union(boxes)]
-    return list(dict.fromkeys(box_to_cells(box, size, options.grid) for box in boxes))
+        return [union(boxes)]
+    return merged(boxes) if options.boxes == "merge" else boxes
+
+
+def merged(boxes: Sequence[Box]) -> list[Box]:
+    """The boxes with every group of overlapping ones as the smallest box around it, until none overlap.
+
+    >>> merged([(0, 0, 4, 4), (3, 3, 8, 8), (10, 0, 12, 2)])
+    [(0, 0, 8, 8), (10, 0, 12, 2)]
+    """
+    out: list[Box] = []
+    for box in boxes:
+        while touching := [other for other in out if iou(box, other) > 0]:
+            box = union([box, *touching])  # which may touch others that neither touched before
+            out = [other for other in out if other not in touching]
+        out.append(box)
+    return out
+
+
+def _almost_whole(boxes: Sequence[Box], size: tuple[int, int], share: float) -> bool:
+    return any(covered(box, (0, 0, *size)) >= share for box in boxes)
 
 
 def union(boxes: Sequence[Box]) -> Box:
@@ -179,19 +257,22 @@ def crop_ref(image: ImageRef, cells: Cells, size: tuple[int, int], *, grid: int 
     return join_crop_suffix(image, box) if isinstance(image, str) else (image, box)
 
 
-def _usable(box: Box, size: tuple[int, int], where: str, report: BuildReport) -> Box | None:
+def _usable(box: Box, size: tuple[int, int], where: str, outside: str, note: Callable[[str, str], None]) -> Box | None:
     """The part of the box inside the image, min and max in order; None where nothing is left. Changes are counted."""
     width, height = size
     x1, x2 = sorted((box[0], box[2]))
     y1, y2 = sorted((box[1], box[3]))
     if (x1, y1, x2, y2) != box:
-        report.note("boxes with min and max swapped, put in order", where)
+        note("boxes with min and max swapped, put in order", where)
     inside = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
     if inside[0] >= inside[2] or inside[1] >= inside[3]:
-        report.note("boxes empty or outside the image, left out", where)
+        if outside == "clamp":
+            note("boxes empty or outside the image, moved to its nearest pixel", where)
+            return clamp_box((x1, y1, x2, y2), size)
+        note("boxes empty or outside the image, left out", where)
         return None
     if inside != (x1, y1, x2, y2):
-        report.note("boxes cut at the image's border", where)
+        note("boxes cut at the image's border", where)
     return inside
 
 
@@ -205,9 +286,21 @@ def _first_turn(text: str, options: BuildOptions) -> Message:
     return Message("user", "\n".join(reversed(lines) if options.question_first else lines))
 
 
-def _looking(question: Question, options: BuildOptions, call: str, seen: dict[str, list[ImageRef]]) -> Item:
+def _reencoding(question: Question, options: BuildOptions, look: str) -> Item:
+    return _looking(question, options, look, write_call(look), {LOOKS[look].item_key: [question.image]})
+
+
+def _aligned(question: Question, look: str) -> Item:
+    """An alignment pair: the view that the projector must learn to show, and what is to be said of it."""
+    spec = LOOKS[look]
+    turns = (Message("user", f"{spec.placeholder}\n{question.text}"), Message("assistant", question.answer))
+    lists = {key: () for key in _image_lists(question, {})}
+    return Item(turns, lists | {spec.item_key: (question.image,)})
+
+
+def _looking(question: Question, options: BuildOptions, look: str, call: str, seen: dict[str, list[ImageRef]]) -> Item:
     """The four turns of an item with a look: question, call, what the look shows, answer."""
-    trigger = "" if options.free_choice else f" {LOOKS[options.look].trigger}"
+    trigger = "" if options.free_choice else f" {LOOKS[look].trigger}"
     prefix = ANSWER_PREFIX if options.answer_prefix else ""
     turns = (
         _first_turn(f"{question.text}{trigger}", options),
@@ -230,44 +323,9 @@ def _refuse_marks(question: Question) -> None:
             raise UserError(f"{question.where}: {spec.placeholder!r} in the text would stand for an image; remove it")
 
 
-def _at_hand(questions: Iterable[Question], root: Path, strict: bool, report: BuildReport) -> Iterator[Question]:
-    """Questions with sizes, those of the files where they are at hand; a stated size that disagrees stops the build."""
-    sizes: dict[str, tuple[int, int] | None] = {}
-    for question in questions:
-        path = placed(question, root, strict=strict).image
-        if path not in sizes:
-            sizes[path] = file_size(path, question.where)
-            if sizes[path] is None:
-                report.note("images not at hand, size as stated", f"{question.where}: {path}")
-        real, stated = sizes[path], question.size
-        if real is None and stated is None:
-            raise UserError(
-                f"{question.where}: no image at {path} and no width and height; give the images, or state the size"
-            )
-        if real and stated and real != stated:
-            what = f"{path} is {real[0]} x {real[1]}, but width and height say {stated[0]} x {stated[1]}"
-            raise UserError(f"{question.where}: {what}; boxes of another size would name the wrong cells")
-        yield replace(question, size=real or stated)
-
-
-def _moved(questions: Iterable[Question], source: Path, target: Path) -> Iterator[Question]:
-    """Questions whose image paths, given from folder `source`, hold from folder `target`; absolute ones stay."""
-    for question in questions:
-        if os.path.isabs(question.image):
-            yield question
-        else:
-            path = os.path.relpath(os.path.join(source, question.image), target)
-            yield replace(question, image=Path(path).as_posix())
-
-
 def _some(items: Iterator[Item], src: str | Path, report: BuildReport) -> Iterator[Item]:
     """The items, or an error where there is none: nobody wants an empty set written without a word."""
     yield from items
     if not report.items:
         why = "; ".join(f"{n} {what}" for what, n in report.counts.items()) or "the file is empty"
         raise UserError(f"{src}: no item came out ({why}); nothing was written")
-
-
-def _one_of(name: str, value: str, known: list[str]) -> None:
-    if value not in known:
-        raise UserError(f"{name} is {value!r}; expected one of {', '.join(known)}")

@@ -28,7 +28,8 @@ class Question:
     """One question about one image.
 
     `answers` are all accepted, the first is the one to learn; `boxes` say where the answer stands (may be empty);
-    `size` is (width, height) of the upright image where the source tells it; `field` groups scores ("date", "total").
+    `size` is (width, height) of the upright image where the source tells it, and `slack` how far each side may be off
+    (0, 0: it is exact); `field` groups scores ("date", "total").
     """
 
     image: ImageRef
@@ -38,6 +39,7 @@ class Question:
     size: tuple[int, int] | None = None
     field: str | None = None
     where: str = ""
+    slack: tuple[int, int] = (0, 0)
 
     @property
     def answer(self) -> str:
@@ -56,7 +58,7 @@ class Question:
         answers = [answer] if isinstance(answer, str) else answer
         if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
             raise UserError(f"{where}: 'answer' is {answer!r}; expected text, or a list of accepted texts")
-        field = data.get("field")
+        field = data.get("field", data.get("dataset"))
         name = None if field is None else str(field)
         return cls(image, text, tuple(answers), _boxes(data.get("bboxs"), where), _size(data, where), name, where)
 

@@ -1,0 +1,161 @@
+"""Objects and regions with boxes, as COCO and Visual Genome publish them, as questions whose answers the boxes give.
+
+COCO: one object of a file {"images": [{id, file_name, width, height}], "annotations": [{image_id, category_id,
+bbox: [x, y, width, height]}], "categories": [{id, name}]}. For each image and category: how many are there, with all
+their boxes. Where an annotation has a `question` and an `answer` of its own, that is the question.
+
+Visual Genome: a list of images, each with its `regions` ({x, y, width, height, phrase}) or `qas` ({question, answer,
+a_objects, q_objects: [{x, y, w, h}]}). For each region: where it is, in words; a question keeps its own words, and its
+objects' boxes where it has any. `image_data.json` beside the file tells folders and sizes.
+
+No sentence here needs a model: counts and places follow from the boxes. Boxes become x1, y1, x2, y2 in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from relook.data.members import read_members
+from relook.data.questions import Question
+from relook.data.records import read_records
+from relook.errors import UserError
+from relook.regions import Box
+
+HOW_MANY = 'How many objects of the kind "{name}" are in the image? Answer with a number.'
+WHERE = 'Where in the image is this: "{name}"? Answer with a place such as "top left".'
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+
+
+def read_coco(path: Path) -> Iterator[Question]:
+    """Questions of a COCO file. Boxes are held as numbers, some 30 bytes each, since COCO does not sort them by image.
+
+    Kinds of an image that are annotated as a crowd have no count, and so no question.
+    """
+    names = {
+        _number(r.value, "id", path, r.line): str(r.value.get("name", "")) for r in read_members(path, "categories")
+    }
+    groups: dict[tuple[int, int], array[float]] = {}
+    crowds: set[tuple[int, int]] = set()
+    own: list[tuple[int, Mapping[str, Any], str]] = []
+    for record in read_members(path, "annotations"):
+        where = f"{path}:{record.line}"
+        image = _number(record.value, "image_id", path, record.line)
+        if "question" in record.value:
+            own.append((image, record.value, where))
+            continue
+        key = (image, _number(record.value, "category_id", path, record.line))
+        if key[1] not in names:
+            raise UserError(f"{where}: category_id {key[1]} is not among the {len(names)} categories")
+        if record.value.get("iscrowd"):
+            crowds.add(key)
+        groups.setdefault(key, array("d")).extend(_wide(record.value.get("bbox"), where))
+    by_image: dict[int, list[int]] = {}
+    for image, category in groups:
+        by_image.setdefault(image, []).append(category)
+    asked: dict[int, list[tuple[Mapping[str, Any], str]]] = {}
+    for image, value, where in own:
+        asked.setdefault(image, []).append((value, where))
+    for record in read_members(path, "images"):
+        where = f"{path}:{record.line}"
+        image = _number(record.value, "id", path, record.line)
+        head = {"image": record.value.get("file_name")} | _sides(record.value)
+        for category in by_image.get(image, ()):
+            if (image, category) not in crowds:
+                boxes = _boxes(groups[image, category])
+                line = {"question": HOW_MANY.format(name=names[category]), "answer": str(len(boxes)), "bboxs": boxes}
+                yield Question.from_dict(head | line | {"field": names[category]}, where)
+        for value, place in asked.get(image, ()):
+            line = {
+                "question": value["question"],
+                "answer": value.get("answer"),
+                "bboxs": _boxes(_wide(value.get("bbox"), place)),
+            }
+            yield Question.from_dict(head | line, place)
+
+
+def read_visual_genome(path: Path) -> Iterator[Question]:
+    """Questions of a Visual Genome file of regions or of question-answer pairs."""
+    beside = path.parent / "image_data.json"
+    known = {}
+    if beside.is_file():
+        for record in read_records(beside):
+            known[record.value.get("image_id", record.value.get("id"))] = record.value
+    for record in read_records(path):
+        where = f"{path}:{record.line}"
+        entries = record.value.get("regions", record.value.get("qas"))
+        if not isinstance(entries, list):
+            raise UserError(f"{where}: neither 'regions' nor 'qas' is a list; expected a file of Visual Genome")
+        for entry in entries:
+            yield _entry(entry, record.value, known, where)
+
+
+def _entry(entry: Any, image: Mapping[str, Any], known: Mapping[Any, Mapping[str, Any]], where: str) -> Question:
+    if not isinstance(entry, Mapping):
+        raise UserError(f"{where}: an entry is {str(entry)[:60]!r}; expected an object")
+    number = entry.get("image_id", image.get("id"))
+    data = known.get(number, {})
+    head = {"image": _vg_path(number, data), "field": "vg"} | _sides(data)
+    if "phrase" in entry:
+        box = _boxes(_wide([entry.get(key) for key in ("x", "y", "width", "height")], where))
+        size = Question.from_dict(head | {"question": "-", "answer": "-"}, where).size
+        if size is None:
+            raise UserError(
+                f"{where}: the size of image {number} is not known, so neither is where in it a region is; "
+                "put image_data.json of Visual Genome beside the file"
+            )
+        line = {
+            "question": WHERE.format(name=str(entry["phrase"]).strip()),
+            "answer": place_of(box[0], size),
+            "bboxs": box,
+        }
+        return Question.from_dict(head | line, where)
+    objects = [*(entry.get("a_objects") or ()), *(entry.get("q_objects") or ())]
+    boxes = [box for each in objects for box in _boxes(_wide([each.get(key) for key in ("x", "y", "w", "h")], where))]
+    line = {"question": entry.get("question"), "answer": entry.get("answer"), "bboxs": boxes}
+    return Question.from_dict(head | line, where)
+
+
+def place_of(box: Box | list[int], size: tuple[int, int]) -> str:
+    """Where the middle of a box (x1, y1, x2, y2 pixels) lies in an image of `size`, in thirds.
+
+    >>> place_of((0, 0, 20, 20), (100, 100)), place_of((40, 40, 60, 60), (100, 100))
+    ('top left', 'middle centre')
+    """
+    x, y = (box[0] + box[2]) / 2 / size[0], (box[1] + box[3]) / 2 / size[1]
+    return f"{ROWS[min(max(int(y * 3), 0), 2)]} {COLUMNS[min(max(int(x * 3), 0), 2)]}"
+
+
+def _vg_path(number: Any, data: Mapping[str, Any]) -> str:
+    """`VG_100K_2/1.jpg` of the address in image_data.json; without it the first folder, where remapping looks on."""
+    url = str(data.get("url", ""))
+    return "/".join(url.split("/")[-2:]) if url.count("/") >= 2 else f"VG_100K/{number}.jpg"
+
+
+def _sides(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: data[key] for key in ("width", "height") if key in data}
+
+
+def _wide(value: Any, where: str) -> list[float]:
+    """[x, y, width, height] checked: four finite numbers."""
+    if not isinstance(value, list) or len(value) != 4:
+        raise UserError(f"{where}: box {value!r}; expected [x, y, width, height] in pixels")
+    if not all(isinstance(v, int | float) and math.isfinite(v) for v in value):
+        raise UserError(f"{where}: box {value!r}; expected [x, y, width, height] in pixels")
+    return [float(v) for v in value]
+
+
+def _boxes(values: array[float] | list[float]) -> list[list[float]]:
+    """Boxes x1, y1, x2, y2 of numbers that are x, y, width, height one after another."""
+    quads = (values[i : i + 4] for i in range(0, len(values), 4))
+    return [[x, y, x + width, y + height] for x, y, width, height in quads]
+
+
+def _number(data: Mapping[str, Any], key: str, path: Path, line: int) -> int:
+    value = data.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"{path}:{line}: {key!r} is {value!r}; expected a whole number")
+    return value

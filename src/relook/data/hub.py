@@ -1,0 +1,109 @@
+"""Hugging Face datasets with an image column: a hub id, a saved folder, or parquet files, streamed.
+
+Images come as the bytes they were stored as. A build writes each once, named by its content, into a folder beside the
+items; otherwise they stay in memory. Which column is what is seen from the usual names, or told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from relook.data.questions import Question
+from relook.errors import RelookError, UserError
+
+COLUMNS: dict[str, tuple[str, ...]] = {  # ours: the names that others give it
+    "image": ("image", "img", "picture"),
+    "question": ("question", "query", "text", "caption", "prompt"),
+    "answer": ("answer", "answers", "label", "response"),
+    "bboxs": ("bboxs", "bboxes", "bbox", "boxes", "box"),
+}
+
+
+def read_hub(
+    source: str | Path, split: str = "train", columns: Mapping[str, str] | None = None, folder: Path | None = None
+) -> Iterator[Question]:
+    """The questions of a dataset, lazily.
+
+    Args:
+        source: a hub id ("org/name"), a folder of a dataset, or a parquet file.
+        columns: our names to its own, where they are not the usual ones: {"question": "prompt_en"}.
+        folder: where images are written; None keeps them in memory (PIL).
+
+    Raises:
+        UserError: no such column, or a row that is no question, with its number.
+        RelookError: the dataset could not be had.
+    """
+    from datasets import Image
+
+    rows = _load(source, split)
+    names = {ours: _column(ours, rows.column_names or [], columns or {}, source) for ours in COLUMNS}
+    rows = rows.cast_column(names["image"], Image(decode=False))
+    for number, row in enumerate(rows, start=1):
+        where = f"{source}: row {number}"
+        boxes = row.get(names["bboxs"]) if names["bboxs"] else None
+        if boxes and not isinstance(boxes[0], list):
+            boxes = [boxes]
+        answer = row.get(names["answer"])
+        line = {"image": "-", "question": row.get(names["question"]), "bboxs": boxes}
+        question = Question.from_dict(
+            line | {"answer": answer if answer is None or isinstance(answer, list) else str(answer)}, where
+        )
+        yield Question(
+            _image(row[names["image"]], folder, where), question.text, question.answers, question.boxes, where=where
+        )
+
+
+def _load(source: str | Path, split: str) -> Any:
+    from datasets import load_dataset, load_from_disk
+
+    try:
+        if Path(source).is_file():
+            return load_dataset("parquet", data_files=str(source), split="train", streaming=True)
+        if (Path(source) / "dataset_info.json").is_file():
+            return load_from_disk(str(source)).to_iterable_dataset()
+        return load_dataset(str(source), split=split, streaming=True)
+    except (ValueError, OSError, RuntimeError) as error:  # what datasets and the hub raise for what is not there
+        raise RelookError(
+            f"{source}: could not be loaded as a dataset ({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def _column(ours: str, there: list[str], told: Mapping[str, str], source: str | Path) -> str:
+    """The dataset's name of a column; "" for boxes where there are none."""
+    wanted = (told[ours],) if ours in told else COLUMNS[ours]
+    for name in wanted:
+        if name in there:
+            return name
+    if ours == "bboxs" and ours not in told:
+        return ""
+    raise UserError(f"{source}: no column for {ours!r} among {', '.join(there)}; say --columns {ours}=NAME")
+
+
+def _image(value: Any, folder: Path | None, where: str) -> Any:
+    """A PIL image, or the path of the file that now holds its bytes."""
+    from PIL import Image, UnidentifiedImageError
+
+    data = (value or {}).get("bytes")
+    if data is None and (value or {}).get("path"):
+        data = Path(value["path"]).read_bytes()
+    if data is None:
+        raise UserError(f"{where}: has no image")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise UserError(f"{where}: its image cannot be read") from None
+    if folder is None:
+        return image
+    name = f"{hashlib.sha256(data).hexdigest()[:20]}.{(image.format or 'png').lower()}"
+    path = folder / name
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / f"{name}.part"
+        aside.write_bytes(data)
+        os.replace(aside, path)
+    return str(path)
