@@ -10,7 +10,7 @@ import torch
 
 from relook.data.scans import Scan
 from relook.data.worlds import make_world
-from relook.train import documents, lines, tiny
+from relook.train import documents, lines, pieces, tiny
 from relook.train.optimiser import Together, build_optimiser
 from relook.train.recipe import Recipe, Stage
 from relook.train.runner import run
@@ -23,7 +23,7 @@ def test_letters_under_agrees_with_the_boxes_of_the_page():
     classes = {c: i + 1 for i, c in enumerate(type(make_world("receipts", 5)).charset)}
     window = (0, 0, page.image.width, page.image.height)
     grid = (page.image.height // 6, page.image.width // 6)
-    found = lines.letters_under(page.meta["lines"], window, grid, classes)
+    found = pieces.letters_under(page.meta["lines"], window, grid, classes)
     assert (found > 0).sum() > 200
     for row, column in np.argwhere(found > 0)[::17]:
         x, y = (column + 0.5) * window[2] / grid[1], (row + 0.5) * window[3] / grid[0]
@@ -93,19 +93,19 @@ def as_scan(page, path="page.png") -> Scan:
     return scan
 
 
-@pytest.mark.parametrize("kind", lines.PIECES)
+@pytest.mark.parametrize("kind", pieces.PIECES)
 def test_every_piece_shows_part_of_the_page_and_knows_its_letters(built, kind):
     """The slots of a piece hold the letters printed inside it, each once: counted from the page's own letter boxes."""
     page = make_world("receipts", 5).sample(2)
     learner = reader(built)
-    sheet = lines.Sheet.of_page(page, tuple(learner.fields))
+    sheet = pieces.Sheet.of_page(page, tuple(learner.fields))
     random = np.random.default_rng(3)
     for _ in range(8):
-        box, size = lines.PIECES[kind](sheet, learner.options, random)
+        box, size = pieces.PIECES[kind](sheet, learner.options, random)
         assert 0 <= box[0] < box[2] <= page.image.width and 0 <= box[1] < box[3] <= page.image.height
-        assert size[0] <= lines.LONGEST + 1
+        assert size[0] <= pieces.LONGEST + 1
         grid = (max(1, round(size[1] / 12)), max(1, round(size[0] / 12)))
-        slots = lines.letters_in_slots(page.meta["lines"], box, grid, learner.classes)
+        slots = pieces.letters_in_slots(page.meta["lines"], box, grid, learner.classes)
         inside = sum(
             centre is not None and box[0] <= centre[0] < box[2] and box[1] <= centre[1] < box[3]
             for line in page.meta["lines"]
@@ -119,11 +119,13 @@ def test_lines_of_a_scan_are_spelled_where_they_stand(built):
     """Logits that say what is printed (from the letters' own places) cost next to nothing against a scan's lines."""
     page = make_world("receipts", 5).sample(2)
     learner = reader(built)
-    box, size = lines.crop(lines.Sheet.of_page(page, tuple(learner.fields)), learner.options, np.random.default_rng(1))
+    box, size = pieces.crop(
+        pieces.Sheet.of_page(page, tuple(learner.fields)), learner.options, np.random.default_rng(1)
+    )
     grid = (round(size[1] / 12), round(size[0] / 12))
-    slots = torch.tensor(lines.letters_in_slots(page.meta["lines"], box, grid, learner.classes))
+    slots = torch.tensor(pieces.letters_in_slots(page.meta["lines"], box, grid, learner.classes))
     sure = torch.nn.functional.one_hot(slots, len(learner.classes) + 1).float() * 30
-    spelled = lines.lines_in(as_scan(page).lines, box, grid, learner.classes)
+    spelled = pieces.lines_in(as_scan(page).lines, box, grid, learner.classes)
     assert len(spelled) >= 3
     rates = [
         lines.error_rate(lines.spell(lines.pool_rows(sure[rows, columns])), text.tolist())

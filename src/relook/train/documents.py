@@ -28,7 +28,8 @@ from relook.data.worlds import QA, Area, Box, Page, rng
 from relook.data.worlds.receipts import Line
 from relook.regions import Cells, box_to_cells
 from relook.train.conversation import KINDS, Conversation, Conversations, Teller, union
-from relook.train.lines import PAGES_AT_HAND, beside, clamp, cut, shade
+from relook.train.lines import PAGES_AT_HAND
+from relook.train.pieces import beside, clamp, cut, shade
 from relook.train.stages import coverage, merge_order
 
 READ_OUT = "Read the text."  # the question of the kind `line`
