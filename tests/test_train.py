@@ -16,7 +16,9 @@ from relook.errors import UserError
 from relook.looks import LOOKS, parse_calls
 from relook.regions import cells_to_box
 from relook.train import tiny
+from relook.train.checkpoints import Checkpoints
 from relook.train.conversation import KINDS, shaken
+from relook.train.faults import Signals
 from relook.train.recipe import Recipe, Stage
 from relook.train.runner import run, run_stage, schedule
 from relook.train.stages import coverage, make_objective, merge_order, patch_truth
@@ -230,7 +232,7 @@ def test_a_run_resumes_and_repeats(tmp_path: Path) -> None:
     assert [entry["stage"] for entry in logged] == ["a", "b"]
 
 
-def test_frozen_parts_do_not_move(built) -> None:
+def test_frozen_parts_do_not_move(built, tmp_path: Path) -> None:
     model, processor = tiny.build("cards-tiny", seed=0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     plan = recipe(
@@ -245,7 +247,7 @@ def test_frozen_parts_do_not_move(built) -> None:
             }
         ]
     )
-    run_stage(model, processor, plan, plan.stages[0], Path("/dev/null"))
+    run_stage(model, processor, plan, plan.stages[0], tmp_path, Checkpoints(tmp_path / "stage", "", 1), Signals())
     moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert moved and not [k for k in moved if ".visual." in k or ".layers.0." in k]
     assert all(p.requires_grad for p in model.model.visual.parameters())

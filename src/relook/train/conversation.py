@@ -23,6 +23,7 @@ from relook.data.worlds import QA, Box, Page
 from relook.looks import LOOKS, look_turn, parse_calls, write_call, x_token, y_token
 from relook.regions import Cells, box_to_cells, cells_to_box, widen
 from relook.train.stages import Objective, coverage, merge_order, patch_grid
+from relook.train.token_classes import TokenClasses
 
 # An item in the published format (images in memory), and the page pixels that each of its "images" shows.
 Conversation = tuple[dict[str, Any], list[Box]]
@@ -178,6 +179,7 @@ class Conversations(Objective):
         self.teller = Teller(self.processor, self.options.jitter)
         tokens = self.processor.tokens
         grid = range(self.processor.grid_size)
+        self.classes = TokenClasses(tokens, self.processor.grid_size)
         self.cell_ids = [tokens[name(i)] for name in (x_token, y_token) for i in grid if name(i) in tokens]
         width = self.model.config.text_config.hidden_size
         if self.options.place > 0:
@@ -216,9 +218,14 @@ class Conversations(Objective):
         """Items of a file, in a new order every epoch."""
         epoch, place = divmod(index, len(self.items))
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
-        item = self.items[int(order[place])]
+        return self._encoded(self.items[int(order[place])])
+
+    def _encoded(self, item: Any) -> dict[str, Any]:
         item = item.to_dict() if hasattr(item, "to_dict") else item
         return dict(self.processor.encode_item(item)) | {"kind": "items", "answer_from": 0}
+
+    def held_out(self, index: int) -> dict[str, Any]:
+        return super().held_out(index) if self.items is None else self._encoded(self.held[index])
 
     def _truth(self, row: dict[str, Any], page: Page, windows: Sequence[Box], qa: QA) -> dict[str, Tensor]:
         """The truth about every image token of the row, for the throwaway head.
@@ -356,8 +363,12 @@ class Conversations(Objective):
 
     @torch.no_grad()
     def _note_tokens(self, kind: str, logits: Tensor, labels: Tensor, answer_from: Tensor) -> None:
-        """Share of rows whose last assistant turn is all right, under teacher forcing; and of the turns before it."""
+        """Share of rows whose last assistant turn is all right, under teacher forcing; and of the turns before it.
+
+        And, for each class of tokens (`token_classes`), the share that is right.
+        """
         right = (logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] < 0)
+        self.note(**self.classes.shares(right, labels[:, 1:]))
         columns = torch.arange(1, labels.shape[1], device=labels.device)
         last = columns >= answer_from.to(labels.device)[:, None]
         said = last & (labels[:, 1:] >= 0)

@@ -25,6 +25,12 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _relative(path: str | None) -> str | None:
+    if path is not None and Path(path).is_absolute():
+        raise ValueError(f"{path!r} is an absolute path; give it relative to the folder you start from")
+    return path
+
+
 class Data(Strict):
     """Where examples come from. `source: world` draws pages of `world`; `source: json` reads published items."""
 
@@ -36,9 +42,7 @@ class Data(Strict):
     @field_validator("path", "image_root")
     @classmethod
     def _relative(cls, value: str | None) -> str | None:
-        if value is not None and Path(value).is_absolute():
-            raise ValueError(f"{value!r} is an absolute path; give it relative to the folder you start from")
-        return value
+        return _relative(value)
 
     @model_validator(mode="after")
     def _complete(self) -> Data:
@@ -73,7 +77,7 @@ class Stage(Strict):
 
     name: str
     objective: str
-    samples: int = Field(gt=0)
+    samples: int = Field(gt=0, lt=2**23, description="from 2**23 on, pages are held out for validation")
     batch: int = Field(16, gt=0)
     accumulate: int = Field(1, gt=0, description="batches per optimiser step")
     optimiser: Literal["adamw", "muon"] = "adamw"
@@ -91,8 +95,29 @@ class Stage(Strict):
     options: dict[str, Any] = Field({}, description="what the objective itself can be told (its Options class)")
 
 
+class Validation(Strict):
+    """What a stage is tried on as it learns: examples it is not taught with, and questions that it really answers.
+
+    Pages of a world are drawn anew. Of a JSON source `items` are held out from training, as many as this says.
+    """
+
+    examples: int = Field(64, gt=0, description="pages of a world whose loss is taken")
+    items: int = Field(0, ge=0, description="items of a JSON source that are held out; their loss is taken")
+    questions: int = Field(32, ge=0, description="asked with the model's own looks, for region IoU and look rate")
+    pictures: int = Field(5, ge=0, description="of the questions: drawn with the box looked at and the annotated one")
+    path: str | None = Field(None, description="questions to ask (JSON lines); of the held out pages unless given")
+
+    @field_validator("path")
+    @classmethod
+    def _relative(cls, value: str | None) -> str | None:
+        return _relative(value)
+
+
 class Recipe(Strict):
-    """A whole run: `run(path)` carries it out."""
+    """A whole run: `run(path)` carries it out.
+
+    Only seed, model, data, stages and `validation.items` decide the weights; what is saved and watched does not.
+    """
 
     name: str
     seed: int = 1
@@ -101,7 +126,13 @@ class Recipe(Strict):
     model: ModelSource
     data: Data
     stages: list[Stage] = Field(min_length=1)
-    log_every: int = 25
+    log_every: int = Field(25, gt=0, description="optimiser steps between lines of log.jsonl")
+    save_every: int = Field(200, ge=0, description="optimiser steps between checkpoints; 0: only when told to stop")
+    keep_last: int = Field(2, gt=0, description="checkpoints of a stage that are kept, beside the best one")
+    evaluate_every: int = Field(0, ge=0, description="optimiser steps between evaluations on `validation`; 0: none")
+    validation: Validation = Validation()
+    max_grad: float | None = Field(1e6, gt=0, description="a gradient longer than this, before clipping, stops the run")
+    report_to: list[str] = Field([], description="beside log.jsonl and TensorBoard: wandb, mlflow, ... (transformers')")
     domain: str | None = Field(None, description="what the model is good for, written into its config")
     save_dtype: Literal["float16", "float32", "bfloat16"] = "float16"
 
@@ -111,6 +142,12 @@ class Recipe(Strict):
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise ValueError(f"two stages are called {doubled[0]!r}; stage names must differ")
+        from_items = [stage.name for stage in self.stages if (stage.data or self.data).source == "json"]
+        if self.evaluate_every and from_items and not self.validation.items:
+            raise ValueError(
+                f"evaluate_every is {self.evaluate_every}, but no items of stage {from_items[0]!r} are held out; "
+                "add validation: {items: 100}"
+            )
         return self
 
 

@@ -1,73 +1,37 @@
-"""Carrying out a recipe: stage after stage through transformers' Trainer, with a checkpoint after each.
+"""Carrying out a recipe: stage after stage through transformers' Trainer, with a checkpoint after each and inside.
 
-A run is a folder: `recipe.yaml` as used, `log.jsonl`, `stages/<nr>-<name>/` with the weights after every stage, and
-`final/` with the model as it ships. A rerun skips the stages whose recipe (and everything before them) has not changed.
+A run is a folder: `recipe.yaml` as used, `log.jsonl`, `tensorboard/`, `stages/<nr>-<name>/` with the weights after
+every stage (and, while it runs, its checkpoints), `curves.png`, and `final/` with the model as it ships. A rerun skips
+the stages whose recipe (and everything before them) has not changed, and goes on inside the one that was cut.
 
-Knows Trainer, files and clocks; what a stage learns is `stages`' business.
+Knows the order of things; what a stage learns is `stages`' business, files are `checkpoints`', figures `watch`'s.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
+import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
+from relook.data.records import replacing
 from relook.data.worlds import make_world
 from relook.errors import UserError
+from relook.train import watch
+from relook.train.checkpoints import Checkpoints, Record, digest, finished, keep_stage, restore_stage
+from relook.train.faults import GO_ON, Signals, Stopped, writing
 from relook.train.optimiser import build_optimiser, in_part, schedule
 from relook.train.recipe import Data, Recipe, Stage, load_recipe
 from relook.train.stages import Objective, make_objective
-
-logger = logging.getLogger(__name__)
-
-
-class Examples(torch.utils.data.Dataset):
-    """An objective's examples as a map-style dataset: entry i is `objective.example(i)`, whoever asks and whenever."""
-
-    def __init__(self, objective: Objective, samples: int) -> None:
-        self.objective, self.samples = objective, samples
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def __getitem__(self, index: int) -> Any:
-        return self.objective.example(index)
-
-
-class Journal(TrainerCallback):
-    """Writes the objective's figures to log.jsonl and to stderr as training goes."""
-
-    def __init__(self, path: Path, stage: Stage, objective: Objective) -> None:
-        self.path, self.stage, self.objective = path, stage, objective
-        self.started = time.perf_counter()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        figures = self.objective.figures()
-        if not logs or not figures:  # nothing new since the last entry
-            return
-        seconds = time.perf_counter() - self.started
-        done = min(state.global_step * self.stage.batch * self.stage.accumulate, self.stage.samples)
-        record = {
-            "stage": self.stage.name,
-            "samples": done,
-            "seconds": round(seconds, 1),
-            "loss": logs.get("loss", logs.get("train_loss")),
-        }
-        record |= {k: round(v, 4) for k, v in figures.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        shown = "  ".join(f"{k} {v:.3f}" for k, v in record.items() if isinstance(v, float) and k != "seconds")
-        print(f"{self.stage.name} {done}/{self.stage.samples}  {seconds:.0f} s  {shown}", file=sys.stderr, flush=True)
+from relook.train.trainer import Examples, Keeper, StageTrainer
+from relook.train.validation import Validator
 
 
 def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), out: str | Path | None = None) -> Path:
@@ -88,50 +52,128 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), out: str | P
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, given)
     folder = Path(out) if out is not None else Path("runs") / recipe.name
+    watch.check_reporters(recipe.report_to)
     folder.mkdir(parents=True, exist_ok=True)
     _write_recipe(recipe, folder)
     torch.set_num_threads(recipe.threads)
     model, processor = _start(recipe)
     check_parts(model, recipe)
-    history: list[dict[str, Any]] = []
-    digest = ""
+    with Signals() as signals:
+        try:
+            history = run_stages(model, processor, recipe, folder, signals)
+        except Stopped:
+            watch.draw_curves(folder)
+            raise
+    with writing(folder, lambda: GO_ON):
+        watch.draw_curves(folder)
+        return save_final(model, processor, recipe, history, folder / "final")
+
+
+def run_stages(model: Any, processor: Any, recipe: Recipe, folder: Path, signals: Signals) -> list[Record]:
+    """All stages that are not done yet, in place; returns the records of all."""
+    history, name = [], ""
     for number, stage in enumerate(recipe.stages):
-        digest = _digest(digest, recipe, stage)
-        place = folder / "stages" / f"{number:02d}-{stage.name}"
-        finished = _finished(place, digest)
-        if finished is None:
-            finished = run_stage(model, processor, recipe, stage, folder / "log.jsonl")
-            _keep(model, place, {**finished, "digest": digest})
+        name = digest(name, recipe, stage)
+        checkpoints = Checkpoints(folder / "stages" / f"{number:02d}-{stage.name}", name, recipe.keep_last)
+        record = finished(checkpoints.place, name)
+        if record is None:
+            record = run_stage(model, processor, recipe, stage, folder, checkpoints, signals)
+            with writing(checkpoints.place, checkpoints.say_last):
+                keep_stage(model, checkpoints.place, {**record, "digest": name})
+            checkpoints.close()
+            if signals.seen is not None and number + 1 < len(recipe.stages):
+                raise Stopped(
+                    f"stopped after stage {stage.name}, which is kept in {checkpoints.place}; {GO_ON}", signals.seen
+                )
         else:
-            print(f"{stage.name}: already done, taken from {place}", file=sys.stderr)
-            _restore(model, place)
-        history.append({k: v for k, v in finished.items() if k != "digest"})
-    return save_final(model, processor, recipe, history, folder / "final")
+            print(f"{stage.name}: already done, taken from {checkpoints.place}", file=sys.stderr)
+            restore_stage(model, checkpoints.place)
+        history.append({k: v for k, v in record.items() if k != "digest"})
+    return history
 
 
-def run_stage(model: Any, processor: Any, recipe: Recipe, stage: Stage, log: Path) -> dict[str, Any]:
-    """One stage of training in place; returns its record (samples, seconds, last figures)."""
+def run_stage(
+    model: Any,
+    processor: Any,
+    recipe: Recipe,
+    stage: Stage,
+    folder: Path,
+    checkpoints: Checkpoints,
+    signals: Signals,
+) -> Record:
+    """One stage of training in place, from its last checkpoint where it has one; returns its record.
+
+    Raises:
+        Stopped: a signal asked for it; all is saved.
+        RelookError: the loss or the gradient is no number, or too large; the disk is full.
+    """
     seed = recipe.seed if stage.seed is None else stage.seed
     data = stage.data or recipe.data
     torch.manual_seed(seed)
-    objective = make_objective(model, processor, _world(data, seed), stage, seed, _items(data))
+    taught, held = _items(data, recipe.validation.items, seed)
+    objective = make_objective(model, processor, _world(data, seed), stage, seed, taught, held)
     freeze(model, stage.freeze)
     model.train()
-    per_step = stage.batch * stage.accumulate
-    steps = max(1, stage.samples // per_step)
-    optimiser = build_optimiser(objective.named_parameters(), stage)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, schedule(stage, steps))
+    steps = max(1, stage.samples // (stage.batch * stage.accumulate))
+    checkpoints.clear_aside()
+    record = checkpoints.last()
+    if record is not None:
+        print(f"{stage.name}: goes on from step {record['step']} of {steps}", file=sys.stderr)
+    tally = watch.Tally(stage.batch, record)
+    name = checkpoints.place.name
+    watchers = watch.Watchers(folder, name, stage, tally, record["step"] if record else 0)
+    trainer = _trainer(objective, recipe, stage, seed, steps, checkpoints, tally)
+    for callback in (Keeper(checkpoints, recipe, stage, tally, signals), *watchers.callbacks):
+        trainer.add_callback(callback)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoints.path(record)) if record else None)
+    except RuntimeError as error:  # a process that draws examples was told to stop, too
+        if signals.seen is None:
+            raise
+        raise Stopped(
+            f"stopped in the midst of a step of {stage.name}; {checkpoints.say_last()}", signals.seen
+        ) from error
+    finally:
+        watchers.close()
+    if signals.seen is not None and trainer.state.global_step < steps:
+        place = checkpoints.path({"step": trainer.state.global_step})
+        raise Stopped(
+            f"stopped at step {trainer.state.global_step} of {steps}, saved in {place}; {GO_ON}", signals.seen
+        )
+    freeze(model, [])
+    best = checkpoints.best()
+    done: Record = {
+        "stage": stage.name,
+        "samples": steps * stage.batch * stage.accumulate,
+        "seconds": round(tally.seconds, 1),
+        "loss": round(tally.loss_sum / steps, 4),
+    }
+    return done if best is None else {**done, "best": {k: best[k] for k in ("step", "eval_loss")}}
+
+
+def _trainer(
+    objective: Objective,
+    recipe: Recipe,
+    stage: Stage,
+    seed: int,
+    steps: int,
+    checkpoints: Checkpoints,
+    tally: watch.Tally,
+) -> StageTrainer:
+    """A Trainer for a stage, without what the library prints; when to save and evaluate is `Keeper`'s."""
     arguments = TrainingArguments(
-        output_dir=str(log.parent / "trainer"),
+        output_dir=str(checkpoints.aside),
+        run_name=f"{recipe.name}/{stage.name}",
         max_steps=steps,
         per_device_train_batch_size=stage.batch,
         gradient_accumulation_steps=stage.accumulate,
         max_grad_norm=stage.clip,
         logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,  # a loss that is no number stops the run
         train_sampling_strategy="sequential",  # the examples are drawn at random already; order is part of the recipe
         save_strategy="no",
         eval_strategy="no",
-        report_to="none",
+        report_to=watch.reporters(recipe.report_to),
         disable_tqdm=True,
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=False,
@@ -139,25 +181,22 @@ def run_stage(model: Any, processor: Any, recipe: Recipe, stage: Stage, log: Pat
         seed=seed,
         use_cpu=not torch.cuda.is_available(),
     )
-    journal = Journal(log, stage, objective)
-    trainer = Trainer(
+    optimiser = build_optimiser(objective.named_parameters(), stage)
+    validator = Validator(objective, recipe.validation, checkpoints.place / "pictures")
+    trainer = StageTrainer(
+        checkpoints=checkpoints,
+        tally=tally,
+        max_grad=recipe.max_grad,
+        validate=lambda trainer: validator(trainer.state.global_step, trainer._prepare_inputs),
         model=objective,
         args=arguments,
-        train_dataset=Examples(objective, steps * per_step),
+        train_dataset=Examples(objective, steps * stage.batch * stage.accumulate),
         data_collator=objective.collate,
-        optimizers=(optimiser, scheduler),
-        callbacks=[journal],
+        optimizers=(optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, schedule(stage, steps))),
     )
-    trainer.remove_callback(_printer())
-    result = trainer.train()
-    seconds = round(time.perf_counter() - journal.started, 1)
-    freeze(model, [])
-    return {
-        "stage": stage.name,
-        "samples": steps * per_step,
-        "seconds": seconds,
-        "loss": round(result.training_loss, 4),
-    }
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+    return trainer
 
 
 def freeze(model: nn.Module, parts: Sequence[str]) -> None:
@@ -205,10 +244,13 @@ def save_final(model: Any, processor: Any, recipe: Recipe, history: list[dict[st
     }
     model.config.domain = recipe.domain  # not that of the weights it started from
     trained = model.dtype
-    model.to(getattr(torch, recipe.save_dtype)).save_pretrained(folder)
+    aside = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.to(getattr(torch, recipe.save_dtype)).save_pretrained(aside)
     model.to(trained)
-    processor.save_pretrained(folder)
-    return folder
+    processor.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    return aside.rename(folder)
 
 
 def _start(recipe: Recipe) -> tuple[Any, Any]:
@@ -247,68 +289,29 @@ def _world(data: Data, seed: int) -> Any:
     return make_world(data.world, seed) if data.source == "world" and data.world else None
 
 
-def _items(data: Data) -> Any:
+def _items(data: Data, held: int, seed: int) -> tuple[Any, Sequence[Any]]:
+    """Items to learn from and `held` others that are held out, chosen by the seed; (None, ()) for a world.
+
+    Raises:
+        UserError: nothing would be left to learn from.
+    """
     if data.source != "json":
-        return None
+        return None, ()
     from relook.data.dataset import ItemsDataset
 
     assert data.path is not None
-    return ItemsDataset(data.path, data.image_root)
-
-
-def _digest(before: str, recipe: Recipe, stage: Stage) -> str:
-    """Names everything that a recipe says about the weights after a stage (what it leaves at its default apart)."""
-    start = before or [recipe.seed, *(part.model_dump(exclude_defaults=True) for part in (recipe.model, recipe.data))]
-    text = json.dumps([start, stage.model_dump(exclude_defaults=True)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _finished(place: Path, digest: str) -> dict[str, Any] | None:
-    record = place / "done.json"
-    if not record.is_file():
-        return None
-    done = json.loads(record.read_text(encoding="utf-8"))
-    return done if done.get("digest") == digest else None
-
-
-def _keep(model: nn.Module, place: Path, record: dict[str, Any]) -> None:
-    """Weights first, the record last: a folder without a record is an unfinished stage."""
-    from safetensors.torch import save_file, save_model
-
-    place.mkdir(parents=True, exist_ok=True)
-    save_model(model, str(place / "weights.safetensors"))
-    heads = model.__dict__.get("_throwaway", {})
-    tensors = {f"{name}/{key}": value for name, head in heads.items() for key, value in _state(head).items()}
-    save_file(tensors, str(place / "throwaway.safetensors"))
-    temporary = place / "done.json.part"
-    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(temporary, place / "done.json")
-
-
-def _restore(model: nn.Module, place: Path) -> None:
-    from safetensors.torch import load_file, load_model
-
-    load_model(model, str(place / "weights.safetensors"))
-    heads: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(place / "throwaway.safetensors").items():
-        name, _, inner = key.partition("/")
-        heads.setdefault(name, {})[inner] = value
-    model.__dict__["_throwaway"] = heads
-
-
-def _state(head: nn.Module | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a throwaway head: a module that a stage used, or what `_restore` read and no stage used yet."""
-    return head.state_dict() if isinstance(head, nn.Module) else head
+    items = ItemsDataset(data.path, data.image_root)
+    if not held:
+        return items, ()
+    if held >= len(items):
+        raise UserError(f"validation.items is {held}, but {data.path} holds {len(items)}; hold out fewer")
+    order = np.random.default_rng([seed, 1]).permutation(len(items)).tolist()
+    return (torch.utils.data.Subset(items, sorted(order[held:])), torch.utils.data.Subset(items, sorted(order[:held])))
 
 
 def _write_recipe(recipe: Recipe, folder: Path) -> None:
     import yaml
 
     text = yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False)
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-
-
-def _printer() -> type[TrainerCallback]:
-    from transformers import PrinterCallback
-
-    return PrinterCallback
+    with replacing(folder / "recipe.yaml") as file:
+        file.write(text)

@@ -33,6 +33,7 @@ class Objective(nn.Module):
         stage: the stage of the recipe; `stage.options` must fit the class's `Options`.
         seed: of the examples.
         items: the items of a stage whose data source is json; None with a world.
+        held: items of that source that are not taught (see `held_out`).
     """
 
     accepts_loss_kwargs: ClassVar[bool] = False  # transformers' Trainer: the loss is already a mean over the batch
@@ -41,17 +42,29 @@ class Objective(nn.Module):
         """What a recipe may set under `options:`; subclasses extend it."""
 
     def __init__(
-        self, model: nn.Module, processor: Any, world: World | None, stage: Stage, seed: int, items: Any = None
+        self,
+        model: nn.Module,
+        processor: Any,
+        world: World | None,
+        stage: Stage,
+        seed: int,
+        items: Any = None,
+        held: Sequence[Any] = (),
     ) -> None:
         super().__init__()
         self.model: Any = model
-        self.processor, self.world, self.stage, self.seed, self.items = processor, world, stage, seed, items
+        self.processor, self.world, self.stage, self.seed = processor, world, stage, seed
+        self.items, self.held = items, held
         self.options: Any = validate(self.Options, stage.options, f"stage {stage.name}: options")
         self.log: dict[str, list[float]] = {}
 
     def example(self, index: int) -> Any:
         """One training example, a function of the seed, the stage and `index` only."""
         raise NotImplementedError
+
+    def held_out(self, index: int) -> Any:
+        """Example `index` for validation: drawn as the others are, from pages that no training gets to."""
+        return self.example(first_held_out(self.stage) + index)
 
     def collate(self, examples: Sequence[Any]) -> dict[str, Any]:
         """Examples to the keyword arguments of `forward`."""
@@ -95,6 +108,11 @@ class Objective(nn.Module):
         means = {k: float(np.nanmean(v)) for k, v in self.log.items() if not np.all(np.isnan(v))}
         self.log = {}
         return means
+
+
+def first_held_out(stage: Stage) -> int:
+    """Number of a stage's first example for validation: half way through its pages, at the start of a batch."""
+    return -(-(1 << 23) // stage.batch) * stage.batch
 
 
 def page_offset(stage_name: str) -> int:
@@ -325,7 +343,15 @@ OBJECTIVES: dict[str, tuple[str, str]] = {
 }
 
 
-def make_objective(model: Any, processor: Any, world: World | None, stage: Stage, seed: int, items: Any) -> Objective:
+def make_objective(
+    model: Any,
+    processor: Any,
+    world: World | None,
+    stage: Stage,
+    seed: int,
+    items: Any,
+    held: Sequence[Any] = (),
+) -> Objective:
     """The objective of a stage.
 
     Raises:
@@ -337,4 +363,4 @@ def make_objective(model: Any, processor: Any, world: World | None, stage: Stage
             f"the objectives are {', '.join(OBJECTIVES)}."
         )
     module, name = OBJECTIVES[stage.objective]
-    return getattr(importlib.import_module(module), name)(model, processor, world, stage, seed, items)
+    return getattr(importlib.import_module(module), name)(model, processor, world, stage, seed, items, held)

@@ -1,0 +1,140 @@
+"""transformers' Trainer for one stage: what it counts, checks, saves and evaluates more than the library's own.
+
+The Trainer writes its checkpoints (model, optimiser, schedule, random states) into a folder aside; `Keeper` gives them
+their record and name, decides when to save, evaluate and stop, and knows the best one. Where a run goes on from a
+checkpoint, the Trainer puts all of it back and starts at the very example that came next.
+
+Knows Trainer; not recipes as a whole, nor what a stage learns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from relook.train.checkpoints import Checkpoints, Record, read_weights, write_weights
+from relook.train.faults import Signals, check_gradient, check_loss, writing
+from relook.train.recipe import Recipe, Stage
+from relook.train.watch import Tally
+
+Validate = Callable[["StageTrainer"], dict[str, float]]
+
+
+class Examples(torch.utils.data.Dataset):
+    """An objective's examples as a map-style dataset: entry i is `objective.example(i)`, whoever asks and whenever."""
+
+    def __init__(self, objective: Any, samples: int) -> None:
+        self.objective, self.samples = objective, samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> Any:
+        return self.objective.example(index)
+
+
+class StageTrainer(Trainer):
+    """A Trainer whose model is an objective.
+
+    Args:
+        checkpoints: of the stage.
+        tally: counts what is learnt.
+        max_grad: the recipe's.
+        validate: figures (`eval_*`) of the model as it is; called by `evaluate`.
+        kwargs: the Trainer's own.
+    """
+
+    def __init__(
+        self,
+        *,
+        checkpoints: Checkpoints,
+        tally: Tally,
+        max_grad: float | None,
+        validate: Validate,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.checkpoints, self.tally, self.max_grad, self.validate = checkpoints, tally, max_grad, validate
+
+    # -- learning
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        value = float(loss)
+        check_loss(value, self.state.global_step + 1, self.checkpoints.say_last)
+        self.tally.add(value, inputs)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        check_gradient(float(norm), self.state.global_step + 1, self.max_grad, self.checkpoints.say_last)
+        return norm
+
+    # -- saving
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.checkpoints.written():
+            super()._save_checkpoint(model, trial)  # `Keeper.on_save` comes next
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        assert output_dir is not None
+        write_weights(self.model, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        read_weights(self.model, resume_from_checkpoint)
+
+    # -- watching
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        with self.tally.pause(), torch.random.fork_rng():  # evaluating changes nothing about the run
+            metrics = self.validate(self)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs or "train_loss" in logs:
+            figures: dict[str, float] = self.model.figures()  # type: ignore[union-attr, operator, assignment]
+            logs |= {**figures, **(self.tally.rates() if figures else {})}
+        with writing(self.checkpoints.place, self.checkpoints.say_last):
+            super().log(logs, start_time)
+
+
+class Keeper(TrainerCallback):
+    """When to save, evaluate and stop; and the records of what was saved."""
+
+    def __init__(self, checkpoints: Checkpoints, recipe: Recipe, stage: Stage, tally: Tally, signals: Signals) -> None:
+        self.checkpoints, self.recipe, self.stage, self.tally, self.signals = checkpoints, recipe, stage, tally, signals
+        best = checkpoints.best()
+        self.best = math.inf if best is None else float(best["eval_loss"])
+        self.evaluated: tuple[int, float | None] = (0, None)  # step, validation loss
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        step, more = state.global_step, state.global_step < state.max_steps
+        if self.recipe.save_every and step % self.recipe.save_every == 0 and more:
+            control.should_save = True
+        if self.recipe.evaluate_every and (step % self.recipe.evaluate_every == 0 or not more):
+            control.should_evaluate = True
+        if self.signals.seen is not None and more:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> Any:
+        loss = metrics["eval_loss"]
+        self.evaluated = state.global_step, loss
+        if loss < self.best:
+            self.best = loss
+            control.should_save = True
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        step, (at, loss) = state.global_step, self.evaluated
+        record: Record = {"stage": self.stage.name, "step": step, **self.tally.total()}
+        if at == step:
+            record["eval_loss"] = loss
+        with self.checkpoints.written():
+            self.checkpoints.publish(record)

@@ -1,0 +1,181 @@
+"""Trying a stage's model out as it learns: its loss on what it is not taught, and its own looks at real questions.
+
+Examples come from the objective (`held_out`) and are run as in training, without learning. Where the objective holds
+conversations, the model is also asked: which share of its answers looked, and how well the regions it named cover what
+is annotated (IoU of the named cells with the box around all annotated boxes; where no region was named there is
+none). Some of the answers are drawn. All of it leaves weights and random states as they were.
+
+Knows objectives and `perceive`; not `evaluate`, whose pages and measures are kept for models that are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from relook.data.questions import Question, from_page, read_questions
+from relook.data.worlds import rng
+from relook.errors import RelookError
+from relook.looks import parse_calls
+from relook.regions import Box, cells_to_box, iou, upright
+from relook.trace import Answer
+from relook.train.conversation import Conversations, union
+from relook.train.recipe import Validation
+from relook.train.stages import first_held_out, page_offset
+
+ANNOTATED = (0, 150, 60)  # colour of the annotated box
+LONGEST_ANSWER = 64  # tokens of a turn
+
+
+class Validator:
+    """Figures of a model while it learns.
+
+    Args:
+        objective: the stage's; its batches and questions are drawn once, at the first call.
+        plan: how many of what.
+        pictures: folder for the drawn answers.
+    """
+
+    def __init__(self, objective: Any, plan: Validation, pictures: Path) -> None:
+        self.objective, self.plan, self.pictures = objective, plan, pictures
+        self._batches: list[tuple[int, Any]] = []
+        self._questions: list[Question] | None = None
+
+    def __call__(self, step: int, prepare: Callable[[Any], Any]) -> dict[str, float]:
+        """`eval_loss`, the objective's own figures, and those of the questions; `prepare` moves a batch to the model.
+
+        Figures that are not defined (no region was named) are left out.
+        """
+        self.objective.eval()
+        figures = self._losses(prepare)
+        if isinstance(self.objective, Conversations) and self.plan.questions:
+            figures |= self._asked(step)
+        self.objective.train()
+        return {f"eval_{name}": value for name, value in figures.items()}
+
+    # -- loss
+
+    def _losses(self, prepare: Callable[[Any], Any]) -> dict[str, float]:
+        if not self._batches:
+            self._batches = list(self._drawn())
+        before, self.objective.log = self.objective.log, {}
+        try:
+            with torch.no_grad():
+                losses = [n * float(self.objective(**prepare(batch))["loss"]) for n, batch in self._batches]
+            return {"loss": sum(losses) / sum(n for n, _ in self._batches), **self.objective.figures()}
+        finally:
+            self.objective.log = before
+
+    def _drawn(self) -> Iterator[tuple[int, Any]]:
+        count = len(self.objective.held) if self.objective.items is not None else self.plan.examples
+        size = self.objective.stage.batch
+        for start in range(0, count, size):
+            examples = [self.objective.held_out(i) for i in range(start, min(start + size, count))]
+            yield len(examples), self.objective.collate(examples)
+
+    # -- questions
+
+    def _asked(self, step: int) -> dict[str, float]:
+        from relook.perceive import VLM
+
+        if self._questions is None:
+            self._questions = list(islice(questions(self.objective, self.plan), self.plan.questions))
+        objective = self.objective
+        vlm = VLM(objective.model, objective.processor, f"{objective.stage.name} at step {step}")
+        answers = ask(vlm, self._questions)
+        looked = [float(any(look.problem is None for look in a.looks)) for a in answers if a is not None]
+        overlaps = [
+            region_iou(answer, question.boxes, objective.processor.grid_size)
+            for answer, question in zip(answers, self._questions, strict=True)
+            if answer is not None
+        ]
+        known = [value for value in overlaps if value is not None]
+        figures = {"failed": float(sum(a is None for a in answers))}
+        if looked:
+            figures["look_rate"] = float(np.mean(looked))
+        if known:
+            figures["region_iou"] = float(np.mean(known))
+        pairs = [(a, q) for a, q in zip(answers, self._questions, strict=True) if a is not None]
+        for number, (answer, question) in enumerate(pairs[: self.plan.pictures], 1):
+            self.pictures.mkdir(parents=True, exist_ok=True)
+            picture(answer, question).save(self.pictures / f"step-{step}-{number}.png")
+        return figures
+
+
+def ask(vlm: Any, questions: list[Question]) -> list[Answer | None]:
+    """The model's answers with its own looks; None for a question that could not be asked (alone, if need be)."""
+    requests = [{"image": q.image, "question": q.text} for q in questions]
+    try:
+        return list(vlm.ask_many(requests, max_new_tokens=LONGEST_ANSWER))
+    except RelookError:
+        if len(questions) == 1:
+            return [None]
+        return [answer for question in questions for answer in ask(vlm, [question])]
+
+
+def questions(objective: Any, plan: Validation) -> Iterator[Question]:
+    """Of the plan's file, of the items held out, or of the world's pages that are held out (one a page)."""
+    if plan.path is not None:
+        yield from read_questions(plan.path)
+    elif objective.items is not None:
+        for item in objective.held:
+            question = from_item(item, objective.processor.grid_size)
+            if question is not None:
+                yield question
+    elif objective.world is not None:
+        first = page_offset(objective.stage.name) + first_held_out(objective.stage)
+        for number in range(plan.questions):
+            page = objective.world.sample(first + number)
+            chosen = int(rng(objective.seed, "validation", number).integers(len(page.qas)))
+            yield from_page(page, chosen, f"held out page {number}")
+
+
+def from_item(item: Any, grid: int) -> Question | None:
+    """The question of an item in the published format; its annotated box is what its region call names.
+
+    None for an item without an image of its own, or one that is not answered in words.
+    """
+    data = item.to_dict() if hasattr(item, "to_dict") else item
+    asked = next((m["content"] for m in data["messages"] if m["role"] == "user"), "").replace("<image>", "").strip()
+    said = [m["content"] for m in data["messages"] if m["role"] == "assistant"]
+    if not asked or not said or not data["images"]:
+        return None
+    image, boxes = data["images"][0], ()
+    cells = [call.cells for text in said for call in parse_calls(text, grid) if call.cells and call.problem is None]
+    if cells:
+        from relook.views import open_image
+
+        boxes = tuple(cells_to_box(c, upright(open_image(image)).size, grid) for c in cells)
+    return Question(image, asked, (said[-1],), boxes)
+
+
+def _regions(answer: Answer) -> list[Any]:
+    return [look.cells for look in answer.looks if look.problem is None and look.cells is not None]
+
+
+def region_iou(answer: Answer, boxes: tuple[Box, ...], grid: int) -> float | None:
+    """IoU of the box around all regions named with the box around all annotated ones; None without either."""
+    if not boxes or answer.image is None or not _regions(answer):
+        return None
+    size = upright(answer.image).size
+    return iou(union([cells_to_box(cells, size, grid) for cells in _regions(answer)]), union(boxes))
+
+
+def picture(answer: Answer, question: Question) -> Any:
+    """The answer as `render` draws it (what it looked at in colour), with the annotated boxes in green."""
+    from PIL import ImageDraw
+
+    from relook.render import render
+
+    assert answer.image is not None
+    image = upright(answer.image).convert("RGB").copy()
+    draw, width = ImageDraw.Draw(image), max(1, round(max(image.size) / 300))
+    for x1, y1, x2, y2 in question.boxes:
+        draw.rectangle((x1 - width, y1 - width, x2 + width - 1, y2 + width - 1), outline=ANNOTATED, width=width)
+    return render(replace(answer, image=image, question=f"{answer.question}  [annotated: {question.answer}]"))
