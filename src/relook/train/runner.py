@@ -182,7 +182,7 @@ def _trainer(
         use_cpu=not torch.cuda.is_available(),
     )
     optimiser = build_optimiser(objective.named_parameters(), stage)
-    validator = Validator(objective, recipe.validation, checkpoints.place / "pictures")
+    validator = Validator(objective, recipe.validation, checkpoints.place / "pictures", checkpoints.say_last)
     trainer = StageTrainer(
         checkpoints=checkpoints,
         tally=tally,

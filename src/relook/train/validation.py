@@ -26,10 +26,11 @@ from relook.looks import parse_calls
 from relook.regions import Box, cells_to_box, iou, upright
 from relook.trace import Answer
 from relook.train.conversation import Conversations, union
+from relook.train.faults import writing
 from relook.train.recipe import Validation
 from relook.train.stages import first_held_out, page_offset
 
-ANNOTATED = (0, 150, 60)  # colour of the annotated box
+ANNOTATED = (0, 190, 70)  # colour of the annotated box
 LONGEST_ANSWER = 64  # tokens of a turn
 
 
@@ -40,10 +41,11 @@ class Validator:
         objective: the stage's; its batches and questions are drawn once, at the first call.
         plan: how many of what.
         pictures: folder for the drawn answers.
+        last: says where the last checkpoint is, should the pictures find no room.
     """
 
-    def __init__(self, objective: Any, plan: Validation, pictures: Path) -> None:
-        self.objective, self.plan, self.pictures = objective, plan, pictures
+    def __init__(self, objective: Any, plan: Validation, pictures: Path, last: Callable[[], str]) -> None:
+        self.objective, self.plan, self.pictures, self.last = objective, plan, pictures, last
         self._batches: list[tuple[int, Any]] = []
         self._questions: list[Question] | None = None
 
@@ -102,9 +104,11 @@ class Validator:
         if known:
             figures["region_iou"] = float(np.mean(known))
         pairs = [(a, q) for a, q in zip(answers, self._questions, strict=True) if a is not None]
-        for number, (answer, question) in enumerate(pairs[: self.plan.pictures], 1):
+        drawn = [picture(answer, question) for answer, question in pairs[: self.plan.pictures]]
+        with writing(self.pictures, self.last):
             self.pictures.mkdir(parents=True, exist_ok=True)
-            picture(answer, question).save(self.pictures / f"step-{step}-{number}.png")
+            for number, image in enumerate(drawn, 1):
+                image.save(self.pictures / f"step-{step}-{number}.png")
         return figures
 
 
