@@ -46,7 +46,7 @@ def train(
         list[str] | None, Argument(metavar="KEY=VALUE", help="Keys to change, such as seed=2 or out=FOLDER.")
     ] = None,
 ) -> None:
-    """Train a model by a recipe; a rerun goes on after the stages that are done."""
+    """Train a model by a recipe; a rerun goes on where the run was cut. SIGTERM and Ctrl-C save first."""
     from relook.train import run
 
     print(f"written: {run(recipe, overrides or [])}")
