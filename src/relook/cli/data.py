@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from relook.cli import sets
 from relook.cli.work import ListOptions
 
 app = typer.Typer(help="Training items: where they come from, building and checking them.")
@@ -146,16 +147,7 @@ def pairs(texts: list[str]) -> dict[str, str]:
     return {ours: theirs for ours, _, theirs in (text.partition("=") for text in texts)}
 
 
-@app.command("check")
-def check(
-    items: Annotated[Path, Argument(metavar="ITEMS", help="A JSON or JSON-lines file of items.")],
-    grid: Annotated[int, Option(metavar="N", help="Cells per side.")] = 8,
-    as_json: Annotated[bool, Option("--json", help="Print as JSON.")] = False,
-) -> None:
-    """Find faults in items by rule (malformed calls, wrong crops, missing images, ...); exit 1 where there are any."""
-    from relook.data.check import check as check_file
-
-    report = check_file(items, grid=grid)
-    print(json.dumps(report.to_dict(), indent=2) if as_json else report)
-    if not report.ok:
-        raise typer.Exit(1)
+app.command("check")(sets.check)
+app.command("preview")(sets.preview)
+app.command("stats")(sets.stats)
+app.command("convert")(sets.convert)

@@ -104,7 +104,7 @@ def build(
     if not 0 <= val < 1:
         raise UserError(f"val is {val}; expected a share of the images, at least 0 and below 1")
     settings, report = BuildOptions(**options), BuildReport()
-    place = placing(src, dst, image_root, images, report.note)
+    place = placing(src, dst, image_root, images, report.note, format)
     found = read(src, format, image_folder=dst, split=split, columns=columns)
     things = (placed for thing in found if (placed := place(thing)) is not None)
     items = _some(islice(build_items(things, settings, report), limit), src, report)

@@ -32,7 +32,7 @@ def read_hub(
     Args:
         source: a hub id ("org/name"), a folder of a dataset, or a parquet file.
         columns: our names to its own, where they are not the usual ones: {"question": "prompt_en"}.
-        folder: where images are written; None keeps them in memory (PIL).
+        folder: where images are written; their paths are then NAME-OF-FOLDER/FILE. None keeps them in memory (PIL).
 
     Raises:
         UserError: no such column, or a row that is no question, with its number.
@@ -106,4 +106,4 @@ def _image(value: Any, folder: Path | None, where: str) -> Any:
         aside = folder / f"{name}.part"
         aside.write_bytes(data)
         os.replace(aside, path)
-    return str(path)
+    return f"{folder.name}/{name}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from relook.data.records import LARGEST_RECORD, Record, _Window, open_input
 from relook.errors import UserError
@@ -28,15 +27,13 @@ def read_members(path: str | Path, key: str) -> Iterator[Record]:
         window.expect("{")
         found = False
         while window.skip_spaces() == '"':
-            name = _value(window)
+            name = json.loads(_value(window, path))
             window.skip_spaces()
             window.expect(":")
             if window.skip_spaces() == "[":
-                for record in _elements(window, objects=name == key):
-                    if record is not None:
-                        yield record
+                yield from _elements(window, path, objects=name == key)
             else:
-                _value(window)
+                _value(window, path)
             found = found or name == key
             if window.skip_spaces() != ",":
                 break
@@ -46,31 +43,45 @@ def read_members(path: str | Path, key: str) -> Iterator[Record]:
             raise UserError(f"{path}: has no {key!r}; expected an object with a list of that name")
 
 
-def _elements(window: _Window, objects: bool) -> Iterator[Record | None]:
-    """The entries of the array that starts here: records where they are wanted, None for those passed over."""
+def _elements(window: _Window, path: Path, objects: bool) -> Iterator[Record]:
+    """The entries of the array that starts here, where they are wanted; passes over it either way."""
     window.expect("[")
-    while window.skip_spaces() != "]":
+    while (first := window.skip_spaces()) != "]":
+        line = window.line
+        if objects and first != "{":
+            seen = f"an entry that starts with {first!r}" if first else "the end of the file"
+            raise UserError(f"{path}:{line}: {seen} where an object {{...}} was expected")
+        data = _value(window, path)
         if objects:
-            yield window.record()
-        else:
-            _value(window)
+            end = window.offset + window.at
+            yield Record(json.loads(data), line, end - len(data), end)
         if window.skip_spaces() == "]":
             break
         window.expect(",")
     window.expect("]")
 
 
-def _value(window: _Window) -> Any:
-    """Any JSON value from here; reads on while the text may end inside it (a number may go on in the next chunk)."""
+def _value(window: _Window, path: Path) -> bytes:
+    """The bytes of the JSON value here; reads on while the text may end inside it (a number may go on in the next)."""
     while True:
         try:
-            value, end = window.decoder.raw_decode(window.text, window.at)
+            end = window.decoder.raw_decode(window.text, window.at)[1]
         except json.JSONDecodeError as error:
             if len(window.text) - window.at <= LARGEST_RECORD and window.more():
                 continue
-            raise UserError(f"{window.path}:{window.line}: broken JSON ({error.msg}); mend the file") from None
+            at = window.line + window.text.count("\n", window.at, error.pos)
+            raise UserError(f"{path}:{at}: broken JSON ({error.msg}); mend the file") from None
         if end == len(window.text) and window.more():
             continue
-        window.line += window.text.count("\n", window.at, end)
+        text = window.text[window.at : end]
+        data = text.encode("latin-1")
+        try:
+            data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            at = window.line + data.count(b"\n", 0, error.start)
+            raise UserError(
+                f"{path}:{at}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
+            ) from None
+        window.line += text.count("\n")
         window.at = end
-        return value
+        return data

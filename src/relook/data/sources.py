@@ -131,7 +131,7 @@ SOURCES: dict[str, Source] = {
         _split("LLaVA_COCO_single_action_test", "instruct", "eval", "1k", ("clip", "detection", "seg"), ("coco",)),
         _split("OI_region_test", "instruct", "eval", "1k", ("region",), ("openimage",)),
         _split("POPE_action_test", "instruct", "eval", "3k", ("clip", "detection", "seg"), ("coco",)),
-        _split("TextCap_region_test", "instruct", "eval", "8.5k stated, 853 by its source", ("region",), ("textvqa",)),
+        _split("TextCap_region_test", "instruct", "eval", "853 (8.5k stated)", ("region",), ("textvqa",)),
         _split("TextVQA_region_test", "instruct", "eval", "0.5k", ("region",), ("textvqa",)),
         _split("VSR_region_test", "instruct", "eval", "0.4k", ("region",), ("vsr",)),
         Source("viscot_363k", "viscot", VISCOT, "viscot_363k.json", "any", "train", "363k", ("region",), _COT,
@@ -196,13 +196,9 @@ def fetch(source: str | Path) -> str | Path:
 
 def recognise(source: str | Path) -> str:
     """The form of a source, from its first record (a megabyte at most is read)."""
-    path = Path(source)
-    if (
-        path.is_dir()
-        or path.suffix == ".parquet"
-        or (not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)))
-    ):
+    if is_dataset(source):
         return "hub"
+    path = Path(source)
     first = _first_record(path)
     for row in FORMATS.values():
         if row.seen(first):
@@ -211,6 +207,14 @@ def recognise(source: str | Path) -> str:
         f"{path}: not of a known form (its first record has {', '.join(first) or 'nothing'}); "
         f"known: {'; '.join(f'{row.name} {row.what}' for row in FORMATS.values())}"
     )
+
+
+def is_dataset(source: str | Path) -> bool:
+    """Whether a source is one for `hub`: a folder, a parquet file, or what looks like a hub id and is no file."""
+    path = Path(source)
+    if path.exists():
+        return path.is_dir() or path.suffix == ".parquet"
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None and not path.suffix.startswith(".json")
 
 
 def _first_record(path: Path) -> dict[str, Any]:
@@ -236,16 +240,15 @@ def placing(
     image_root: str | Path | None,
     images: dict[str, Path] | None,
     note: Callable[[str, str], None],
+    format: str | None = None,
 ) -> Callable[[Found], Found | None]:
     """A function that gives a thing the paths and the size it has for a build into `target`; None leaves it out.
 
     Images named in `images` are found by dataset and name. The size of an image at hand is taken from its file: a
     stated one that disagrees is an error, an estimated one that could not be it leaves the question out.
     """
-    at_home = (
-        Path() if not Path(source).exists() or Path(source).is_dir() or Path(source).suffix == ".parquet" else None
-    )
-    root = Path(image_root) if image_root is not None else at_home or Path(source).parent
+    home = Path(target).parent if format == "hub" or (format is None and is_dataset(source)) else Path(source).parent
+    root = Path(image_root) if image_root is not None else home
     finder = ImageFinder(images or {})
     sizes: dict[str, tuple[int, int] | None] = {}
 
@@ -318,7 +321,7 @@ def table() -> str:
     """Both tables for people, 120 columns wide at most."""
     head = ("source", "samples", "stage", "use", "looks", "images")
     lines = [head] + [
-        (row.name, row.samples.split(" stated")[0], row.stage, row.use, "/".join(row.looks) or "-",
+        (row.name, row.samples, row.stage, row.use, "/".join(row.looks) or "-",
          "not published" if row.images is None else " ".join(row.images))
         for row in SOURCES.values()
     ]  # fmt: skip

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 from relook.data.questions import Question
@@ -29,7 +30,7 @@ ASKS_FOR_BOX = re.compile(
 )
 _BOX = re.compile(r"(?P<path>.*)###\[(?P<box>[^\]]*)\]", re.DOTALL)
 _HALF_DIGIT = 0.0005  # fractions are written with three decimals
-_STEPS = 64  # sides tried between the smallest and the largest possible one
+LARGEST_SIDE = 1e5  # pixels; what a box at the very edge would otherwise leave open
 
 
 def viscot_question(data: Mapping[str, Any], where: str) -> Question:
@@ -78,21 +79,27 @@ def padded_size(box: Box, fractions: Sequence[float]) -> tuple[tuple[int, int], 
 
 
 def _fits(long: list[tuple[int, float]], short: list[tuple[int, float]], tolerance: float) -> list[tuple[float, float]]:
-    """Possible (long side, short side) of an image whose long axis is not padded; edges as (pixel, fraction)."""
+    """Extreme (long side, short side) of an image whose long axis is not padded; edges as (pixel, fraction).
+
+    With side S and a band p on each end of the short axis, an edge v at fraction f says |f S - p - v| <= S/2000 + t:
+    half planes in (S, p). What they leave is a polygon, and its corners are the extremes of S and of S - 2 p.
+    """
     telling = [(pixel, share) for pixel, share in long if share > _HALF_DIGIT]  # an edge at 0 says nothing of the side
     low = max([1.0, *((pixel - tolerance) / (share + _HALF_DIGIT) for pixel, share in telling)])
-    high = min([1e6, *((pixel + tolerance) / (share - _HALF_DIGIT) for pixel, share in telling)])
-    if not low <= high < 1e6:
+    high = min([LARGEST_SIDE, *((pixel + tolerance) / (share - _HALF_DIGIT) for pixel, share in telling)])
+    if low > high:
         return []
-    found = []
-    for step in range(_STEPS + 1):
-        side = low + (high - low) * step / _STEPS
-        reach = _HALF_DIGIT * side + tolerance
-        bands = [share * side - pixel for pixel, share in short]
-        least, most = max(max(bands) - reach, 0.0), min(min(bands) + reach, (side - 1) / 2)
-        if least <= most:
-            found += [(side, side - 2 * least), (side, side - 2 * most)]
-    return found
+    planes = [(1.0, 0.0, high), (-1.0, 0.0, -low), (0.0, -1.0, 0.0), (-1.0, 2.0, -1.0)]  # a S + b p <= c
+    for pixel, share in short:
+        planes.append((share - _HALF_DIGIT, -1.0, pixel + tolerance))
+        planes.append((-share - _HALF_DIGIT, 1.0, tolerance - pixel))
+    corners = []
+    for (a, b, c), (d, e, f) in combinations(planes, 2):
+        if det := a * e - b * d:
+            side, band = (c * e - b * f) / det, (a * f - c * d) / det
+            if all(x * side + y * band <= z + 1e-6 for x, y, z in planes):
+                corners.append((side, side - 2 * band))
+    return corners
 
 
 def _middle(widths: Sequence[float], heights: Sequence[float]) -> tuple[tuple[int, int], tuple[int, int]]:
