@@ -179,8 +179,12 @@ def test_coco_counts_objects_of_a_kind_and_passes_over_crowds(tmp_path, monkeypa
         ('{"images": [], "annotations": [', "broken JSON"),
         ('{"images": [], "categories": [],\n"annotations": [{"image_id": 1, "category_id": 3}]}', ":2: category_id 3"),
         (
-            '{"images": [], "categories": [{"id": 3}],\n"annotations": [{"image_id": 1, "category_id": 3, "bbox": [1]}]}',
-            "box [1]",
+            '{"images": [], "categories": [{"id": 3}],\n"annotations": [{"image_id": 1, "category_id": 3, "bbox": 1}]}',
+            "box 1;",
+        ),
+        (
+            '{"images": [], "categories": [], "annotations": [{"image_id": 1, "question": "?", "bbox": [1,1,1,1]}]}',
+            "1 images that 'images' does not list (first: id 1)",
         ),
         ('{"images": [], "categories": []}', "has no 'annotations'"),
         ('{"images": [1], "categories": [], "annotations": []}', "an entry that starts with '1'"),

@@ -1,9 +1,13 @@
 """Data: items in the published format, made from boxes, checked, and collated for the model's forward.
 
-    records     JSON on disk, lazily, with file and line          check     faults in a file of items, by rule
+    records     JSON on disk, lazily, with file and line
     items       the published item, typed                         dataset   a file of items as a map-style dataset
     questions   {image, question, answer, bboxs} lines            collator  items -> one padded batch
-    builder     questions -> items with looks                     worlds/   synthetic pages, drawn from a seed
+    sources     published sets and forms of file, as tables       check     faults in a file of items, by rule
+    formats, viscot, boxed, members, hub   the forms themselves   images    the image sets, and finding their files
+    builder     questions -> items with looks, by its options     remap     somebody else's image paths -> one's own
+    variants    items of one model as those of another            splits    the paper's evaluation splits
+    worlds/     synthetic pages, drawn from a seed
 
 Nothing here imports torch or transformers until a batch is collated.
 """

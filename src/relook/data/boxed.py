@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from relook.data.members import read_members
 from relook.data.questions import Question
 from relook.data.records import read_records
 from relook.errors import UserError
-from relook.regions import Box
 
 HOW_MANY = 'How many objects of the kind "{name}" are in the image? Answer with a number.'
 WHERE = 'Where in the image is this: "{name}"? Answer with a place such as "top left".'
@@ -65,16 +64,14 @@ def read_coco(path: Path) -> Iterator[Question]:
         head = {"image": record.value.get("file_name")} | _sides(record.value)
         for category in by_image.get(image, ()):
             if (image, category) not in crowds:
-                boxes = _boxes(groups[image, category])
-                line = {"question": HOW_MANY.format(name=names[category]), "answer": str(len(boxes)), "bboxs": boxes}
-                yield Question.from_dict(head | line | {"field": names[category]}, where)
-        for value, place in asked.get(image, ()):
-            line = {
-                "question": value["question"],
-                "answer": value.get("answer"),
-                "bboxs": _boxes(_wide(value.get("bbox"), place)),
-            }
-            yield Question.from_dict(head | line, place)
+                boxes, name = _boxes(groups[image, category]), names[category]
+                yield _question(head | {"field": name}, HOW_MANY.format(name=name), str(len(boxes)), boxes, where)
+        for value, place in asked.pop(image, ()):
+            boxes = _boxes(_wide(value.get("bbox"), place))
+            yield _question(head, value["question"], value.get("answer"), boxes, place)
+        by_image.pop(image, None)
+    if lost := sorted({*by_image, *asked}):
+        raise UserError(f"{path}: annotations of {len(lost)} images that 'images' does not list (first: id {lost[0]})")
 
 
 def read_visual_genome(path: Path) -> Iterator[Question]:
@@ -107,19 +104,17 @@ def _entry(entry: Any, image: Mapping[str, Any], known: Mapping[Any, Mapping[str
                 f"{where}: the size of image {number} is not known, so neither is where in it a region is; "
                 "put image_data.json of Visual Genome beside the file"
             )
-        line = {
-            "question": WHERE.format(name=str(entry["phrase"]).strip()),
-            "answer": place_of(box[0], size),
-            "bboxs": box,
-        }
-        return Question.from_dict(head | line, where)
+        return _question(head, WHERE.format(name=str(entry["phrase"]).strip()), place_of(box[0], size), box, where)
     objects = [*(entry.get("a_objects") or ()), *(entry.get("q_objects") or ())]
     boxes = [box for each in objects for box in _boxes(_wide([each.get(key) for key in ("x", "y", "w", "h")], where))]
-    line = {"question": entry.get("question"), "answer": entry.get("answer"), "bboxs": boxes}
-    return Question.from_dict(head | line, where)
+    return _question(head, entry.get("question"), entry.get("answer"), boxes, where)
 
 
-def place_of(box: Box | list[int], size: tuple[int, int]) -> str:
+def _question(head: Mapping[str, Any], text: Any, answer: Any, boxes: list[list[float]], where: str) -> Question:
+    return Question.from_dict({**head, "question": text, "answer": answer, "bboxs": boxes}, where)
+
+
+def place_of(box: Sequence[float], size: tuple[int, int]) -> str:
     """Where the middle of a box (x1, y1, x2, y2 pixels) lies in an image of `size`, in thirds.
 
     >>> place_of((0, 0, 20, 20), (100, 100)), place_of((40, 40, 60, 60), (100, 100))

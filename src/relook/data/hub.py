@@ -38,8 +38,12 @@ def read_hub(
         UserError: no such column, or a row that is no question, with its number.
         RelookError: the dataset could not be had.
     """
-    from datasets import Image
-
+    try:
+        from datasets import Image
+    except ImportError:
+        raise UserError(
+            f"{source}: needs the package datasets, which is not installed; pip install 'relook[train]'"
+        ) from None
     rows = _load(source, split)
     names = {ours: _column(ours, rows.column_names or [], columns or {}, source) for ours in COLUMNS}
     rows = rows.cast_column(names["image"], Image(decode=False))

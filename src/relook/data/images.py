@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -235,7 +235,7 @@ class ImageFinder:
         """Relative paths by file name, and by stem (with a "/" at its end, which no file name has)."""
         if name not in self._listed:
             listed: dict[str, list[str]] = {}
-            for folder, _, files in os.walk(self.folders[name], followlinks=True):
+            for folder, files in _walk(self.folders[name]):
                 inside = os.path.relpath(folder, self.folders[name])
                 for file in files:
                     if file.lower().endswith(PICTURES):
@@ -244,6 +244,18 @@ class ImageFinder:
                         listed.setdefault(_stem(file), []).append(path)
             self._listed[name] = listed
         return self._listed[name]
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every folder below `root` once, with its files; through links, though not in circles."""
+    seen = set()
+    for folder, inside, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            inside.clear()
+            continue
+        seen.add(real)
+        yield folder, sorted(files)
 
 
 def _stem(file: str) -> str:
@@ -285,9 +297,12 @@ def check_copy(name: str, folder: str | Path) -> SetCheck:
     if name not in IMAGE_SETS:
         raise UserError(f"{name!r} is none of the image sets; expected one of {', '.join(IMAGE_SETS)}")
     row, folder = IMAGE_SETS[name], Path(folder)
-    faults, unknown, archives, images = [], [], {}, 0
+    faults: list[str] = []
+    unknown: list[str] = []
+    archives: dict[str, Path] = {}
+    images = 0
     wanted = {archive.name for archive in row.archives}
-    for place, _, files in os.walk(folder, followlinks=True):
+    for place, files in _walk(folder):
         images += sum(file.lower().endswith(PICTURES) for file in files)
         archives |= {file: Path(place, file) for file in files if file in wanted}
     for archive in row.archives:
