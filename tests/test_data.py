@@ -382,17 +382,17 @@ def test_check_finds_each_fault_and_no_other(tmp_path):
 
     faults = {
         "placeholder-count": lambda item: item["messages"][0].update(content="no image?"),
-        "malformed-call": x8,
+        "off-edge": x8,
         "role-order": lambda item: item["messages"].append({"role": "user", "content": "thanks"}),
         "empty-answer": lambda item: item["messages"][-1].update(content=" "),
         "crop-region": lambda item: item["images"].__setitem__(1, "wide.png_80,100,320,300"),
         "form": lambda item: item.pop("messages"),
     }
     path = write_lines(tmp_path / "items.jsonl", good, *[spoiled(change) for change in faults.values()])
-    report = check(path)
+    report = check(path, images=False)
     found = {(finding.rule, int(finding.where.rsplit(":", 1)[1])) for finding in report.findings}
     expected = {(rule, number) for number, rule in enumerate(faults, start=2)}
-    assert found == expected | {("crop-region", 3)}  # the x_8 call names no cells, so its crop has no region
+    assert found == expected | {("crop-region", 3)}  # the crop of the x_8 call ends at its old cell
     assert report.items == 7 and not report.ok and "1 role-order" in str(report)
     json.dumps(report.to_dict())
 
@@ -404,7 +404,7 @@ def test_check_accepts_every_built_item(tmp_path_factory, data, width, height, m
     question = Question.from_dict(line(width=width, height=height, bboxs=[[x1, y1, x1 + 1, y1 + 1]]))
     path = tmp_path_factory.mktemp("check") / "items.json"
     write_items(path, [build_item(question, BuildOptions(margin=margin))])
-    assert check(path).ok
+    assert check(path, images=False).ok
 
 
 # ---- collator: rows, without a processor

@@ -1,179 +1,300 @@
-"""Faults in a file of items, found by rule. Pure: no image is opened and no token id needed.
+"""The table of faults (`relook.data.faults`) run over a file: counted, told with file and line, and mended into a copy.
 
-A rule is a row of `RULES`: a name, and a function from an item to what is wrong with it. Mending, and the
-rules that need pixels, come on top of this; the rows stay.
+One pass: each item is read, held against every row, mended where a copy is wanted, and written. What is kept is 24
+to 48 bytes for an item (to know it again), the facts of each image file, and the first findings of each row. It
+refuses to know any fault by name.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from relook.data.items import IMAGE_KEYS, Item, split_ref
-from relook.data.records import read_records
+from relook.data.faults import RULES, Around
+from relook.data.imagefacts import ImageFacts, facts_below, near
+from relook.data.items import Item, split_ref
+from relook.data.records import write_records
+from relook.data.stream import Row, folder_of, mover, read_rows
 from relook.errors import UserError
-from relook.looks import Call, parse_calls
-from relook.regions import GRID, cells_to_box, widen
+from relook.regions import GRID
 
-# Sizes are not known here, so a crop is held against its cells in the crop's own scale: an image of width W on a grid
-# of k has cell edges i*W/k, truncated. See `_crop_fits`.
+_WIDTH = 118  # columns of the summary
+_ROUNDS = 2 * len(RULES)  # a mend may uncover another fault; more rounds than that go in circles
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault: the rule, where ("file:line") and what was seen."""
+    """One fault: the rule, where ("file:line"), which item (from 1) and what was seen."""
 
     rule: str
     where: str
+    item: int
     detail: str
 
 
 @dataclass
 class CheckReport:
-    """All faults of a file by rule: counts of every one, and the first few in full."""
+    """All faults of a file by rule: counts of every one, and the first `keep` of each rule in full.
+
+    Where a mended copy was written: its path, the items in it, how often each rule's mend was used, how many items
+    each rule cost, and the faults that are still in it.
+    """
 
     path: str
     items: int = 0
+    images: int = 0  # image files looked at
     counts: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
     keep: int = 100
+    target: str | None = None
+    written: int = 0
+    mended: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    remaining: Counter[str] = field(default_factory=Counter)
 
     @property
     def ok(self) -> bool:
-        return not self.counts
+        """True where nothing is wrong, in the mended copy where there is one."""
+        return not self.counts if self.target is None else not self.remaining
 
-    def add(self, finding: Finding) -> None:
-        self.counts[finding.rule] += 1
-        if len(self.findings) < self.keep:
-            self.findings.append(finding)
+    def add(self, rule: str, where: str, detail: str) -> None:
+        self.counts[rule] += 1
+        if self.counts[rule] <= self.keep:
+            self.findings.append(Finding(rule, where, self.items, _printable(detail)))
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        told: dict[str, Any] = {
             "path": self.path,
             "items": self.items,
+            "images": self.images,
             "ok": self.ok,
             "counts": dict(self.counts),
             "findings": [vars(finding) for finding in self.findings],
         }
+        if self.target is not None:
+            counts = {"mended": self.mended, "left_out": self.left_out, "remaining": self.remaining}
+            told["fixed"] = {"path": self.target, "items": self.written} | {k: dict(v) for k, v in counts.items()}
+        return told
 
     def __str__(self) -> str:
-        """One screen: a line for each rule with its count and first example."""
-        if self.ok:
-            return f"{self.path}: {self.items} items, no fault found"
+        """One screen: a line for each rule with its count and first example; what was mended."""
+        looked = f", {self.images} images" if self.images else ""
+        total = sum(self.counts.values())
+        faults = f"{total} fault{'s' * (total != 1)}" if total else "no fault found"
+        lines = [_cut(f"{self.path}: {self.items} items{looked}, {faults}")]
         first = {finding.rule: finding for finding in reversed(self.findings)}
-        lines = [f"{self.path}: {self.items} items, {sum(self.counts.values())} faults"]
         for rule, count in self.counts.most_common():
-            example = f"  {first[rule].where}: {first[rule].detail}" if rule in first else ""
-            lines.append(f"{count:8d} {rule}{example}")
+            seen = first[rule]
+            place = f"item {seen.item}, line {seen.where.rpartition(':')[2]}"
+            lines.append(_cut(f"{count:8d} {rule:<17} {place}: {seen.detail}"))
+        if self.target is not None:
+            lines.append(_cut(f"written: {self.target}, {self.written} items"))
+            told = (("mended", self.mended), ("left out", self.left_out), ("still there", self.remaining))
+            lines += [
+                _cut(f"{what:>11}: " + ", ".join(f"{count} {rule}" for rule, count in counts.most_common()))
+                for what, counts in told
+                if counts
+            ]
         return "\n".join(lines)
 
 
-def check(path: str | Path, grid: int = GRID) -> CheckReport:
-    """Check every item of a file; a record that is not an item is a fault too, a file that is not JSON an error."""
-    _refuse_pipe(Path(path))
+def check(
+    path: str | Path,
+    grid: int = GRID,
+    *,
+    images: bool = True,
+    image_root: str | Path | None = None,
+    against: Sequence[str | Path] = (),
+    fix: str | Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> CheckReport:
+    """Hold every item of a file against the table; write a mended copy where `fix` names a place for it.
+
+    Args:
+        path: items: a JSON array, JSON lines, or Parquet written by `relook data convert`.
+        images: decode every image file that items name. Without, only what the items themselves say is checked.
+        image_root: folder of the image paths, which may not leave it; without it, the file's own folder.
+        against: files of evaluation items or questions, whose images must not be among these.
+        fix: where the mended copy goes (`.json`: an array, else JSON lines), written aside and then renamed. Paths in
+            it are rewritten to hold from its folder, unless `image_root` is given.
+        progress: called with the number of items now and then.
+
+    Raises:
+        UserError: a file that is not JSON (file and line), `fix` is the file itself, or nothing would be left in it.
+    """
+    path = Path(path)
     report = CheckReport(str(path))
-    for record in read_records(path):
-        where = f"{path}:{record.line}"
-        report.items += 1
-        try:
-            item = Item.from_dict(record.value, where)
-        except UserError as error:
-            report.add(Finding("form", where, str(error).removeprefix(f"{where}: ")))
-            continue
-        for rule, find in RULES.items():
-            for detail in find(item, grid):
-                report.add(Finding(rule, where, detail))
+    around = _around(path, grid, images or bool(against), image_root, against, report)
+    if fix is None:
+        for _ in _mended(path, report, around, progress):
+            pass
+        return report
+    report.target = str(fix)
+    if Path(fix).resolve() == path.resolve():
+        raise UserError(f"{fix} is the file itself; give another place for the mended copy")
+    move = (lambda item: item) if image_root is not None else mover(folder_of(path), Path(fix).parent)
+    items = map(move, _mended(path, report, around, progress))
+    report.written = write_records(fix, (item.to_dict() for item in _some(items, path, report)))
     return report
 
 
-def _refuse_pipe(path: Path) -> None:
-    """Records are found by their place in the file, so it must be one that can be read twice. Opens nothing: a pipe
-    that nobody writes into would never open."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError(f"{path}: is a pipe or a device, which cannot be read twice; save it as a file and check that")
+def _mended(
+    path: Path,
+    report: CheckReport,
+    around: Around,
+    progress: Callable[[int], None] | None,
+) -> Iterator[Item]:
+    """The items without their faults, those left out missing; everything is noted in the report on the way."""
+
+    def broken(line: int, detail: str) -> None:
+        report.items += 1
+        report.add("form", f"{path}:{line}", detail)
+        report.left_out["form"] += 1
+
+    for row in read_rows(path, broken):
+        report.items += 1
+        around.number = report.items
+        if progress is not None and report.items % 1000 == 0:
+            progress(report.items)
+        item = _checked(row, report, around)
+        if item is not None and report.target is not None:
+            item = _mend(item, report, around)
+        if item is not None:
+            yield item
 
 
-def _placeholder_counts(item: Item, grid: int) -> Iterator[str]:
-    counts = item.placeholder_counts()
-    for key in IMAGE_KEYS:
-        if counts[key] != len(item.images[key]):
-            yield f"{counts[key]} placeholders for {len(item.images[key])} {key}"
+def _checked(row: Row, report: CheckReport, around: Around) -> Item | None:
+    """The item of a row, its faults noted; None where it is none."""
+    try:
+        item = Item.from_dict(row.value, row.where)
+    except UserError as error:
+        report.add("form", row.where, str(error).removeprefix(f"{row.where}: "))
+        report.left_out["form"] += 1
+        return None
+    for name, rule in RULES.items():
+        for detail in rule.find(item, around) if rule.find else ():
+            report.add(name, row.where, detail)
+    return item
 
 
-def _malformed_calls(item: Item, grid: int) -> Iterator[str]:
-    """Calls that do not parse, `<|x_8|>` among them (a box edge on the image's border, floored to 8)."""
-    for call in _calls(item, grid):
-        if call.problem:
-            yield f"{call.look} call: {call.problem}"
+def _mend(item: Item, report: CheckReport, around: Around) -> Item | None:
+    """The item mended row by row until none of them finds a fault it can mend; None where one leaves it out."""
+    used: Counter[str] = Counter()
+    for _ in range(_ROUNDS):
+        faults = [name for name, rule in RULES.items() if rule.find and any(rule.find(item, around))]
+        name = next((name for name in faults if RULES[name].mend is not None), None)
+        if name is None:
+            report.mended += used
+            report.remaining.update(faults)
+            return item
+        mend = RULES[name].mend
+        mended = mend(item, around) if mend else None
+        if mended is None or mended == item:
+            report.left_out[name] += 1
+            return None
+        item, used[name] = mended, used[name] + 1
+    report.left_out[name or "form"] += 1
+    return None
 
 
-def _role_order(item: Item, grid: int) -> Iterator[str]:
-    roles = [turn.role for turn in item.messages]
-    if roles[:1] == ["system"]:
-        roles = roles[1:]
-    wanted = ["user", "assistant"] * (len(roles) // 2)
-    if not roles or roles != wanted:
-        yield f"roles {', '.join(roles)}; expected user and assistant in turn, the last an assistant's"
+def _around(
+    path: Path,
+    grid: int,
+    images: bool,
+    image_root: str | Path | None,
+    against: Sequence[str | Path],
+    report: CheckReport,
+) -> Around:
+    root = str(image_root if image_root is not None else folder_of(path))
+    around = Around(grid=grid, root=root, strict=image_root is not None)
+    if images:
+        around.facts = _counted(facts_below(root, around.strict, look=bool(against)), report)
+    if against:
+        around.other_file, around.other_look = _others(against, image_root)
+    return around
 
 
-def _empty_answer(item: Item, grid: int) -> Iterator[str]:
-    if item.messages[-1].role == "assistant" and not item.messages[-1].content.strip():
-        yield "the last answer is empty"
+def _counted(facts: Callable[[str], ImageFacts | None], report: CheckReport) -> Callable[[str], ImageFacts | None]:
+    met: set[str] = set()
+
+    def counted(file: str) -> ImageFacts | None:
+        found = facts(file)
+        if found is not None and file not in met:
+            met.add(file)
+            report.images = len(met)
+        return found
+
+    return counted
 
 
-def _crop_suffixes(item: Item, grid: int) -> Iterator[str]:
-    """Crops that no image size would give for the cells of their call (call by call, crop by crop, in order)."""
-    calls = [call for call in _calls(item, grid) if call.look == "region" and call.cells and not call.problem]
-    crops = [(ref, split_ref(ref)[1]) for ref in item.images["images"] if isinstance(ref, str)]
-    boxes = [(ref, box) for ref, box in crops if box is not None]
-    if len(calls) != len(boxes):
-        yield f"{len(calls)} well-formed region calls for {len(boxes)} crops"
-        return
-    for call, (ref, box) in zip(calls, boxes, strict=True):
-        if box[0] < 0 or box[1] < 0 or box[0] >= box[2] or box[1] >= box[3]:
-            yield f"crop of {ref} is empty or starts outside the image"
-        elif not any(_crop_fits(box, call, margin, grid) for margin in range(grid)):
-            yield f"crop of {ref} is not the region {call.cells}"
+def _others(
+    against: Sequence[str | Path], image_root: str | Path | None
+) -> tuple[Callable[[bytes], str | None], Callable[[bytes], str | None]]:
+    """Which evaluation image has these bytes, and which looks like this."""
+    import numpy as np
+
+    by_digest: dict[bytes, str] = {}
+    names: list[str] = []
+    looks: list[np.ndarray] = []
+    for file in against:
+        root = str(image_root if image_root is not None else folder_of(Path(file)))
+        look_at = facts_below(root, strict=image_root is not None, look=True)
+        for name in _image_files(Path(file)):
+            facts = look_at(name)
+            if facts is not None and facts.problem is None and facts.digest not in by_digest:
+                by_digest[facts.digest] = name
+                if facts.look is not None:
+                    names.append(name)
+                    looks.append(np.frombuffer(facts.look, dtype=np.uint8))
+        if not by_digest:
+            raise UserError(f"{file}: none of its images can be read below {root}; give the folder that holds them")
+    all_looks = np.stack(looks) if looks else np.empty((0, 72), dtype=np.uint8)
+    found: dict[bytes, str | None] = {}
+
+    def nearest(look: bytes) -> str | None:
+        if look not in found:
+            at = near(look, all_looks)
+            found[look] = None if at is None else names[at]
+        return found[look]
+
+    return by_digest.get, nearest
 
 
-def _calls(item: Item, grid: int) -> list[Call]:
-    turns = (turn.content for turn in item.messages if turn.role == "assistant" and "<|" in turn.content)
-    return [call for content in turns for call in _parsed(content, grid)]
+def _image_files(path: Path) -> Iterator[str]:
+    """The image files that items or questions name, each once."""
+    met: set[str] = set()
+    for row in read_rows(path):
+        refs = [
+            ref
+            for key, value in row.value.items()
+            if key.endswith("images") and isinstance(value, list)
+            for ref in value
+        ]
+        refs.append(row.value.get("image"))
+        for ref in refs:
+            file = split_ref(ref)[0] if isinstance(ref, str) else None
+            if file and file not in met:
+                met.add(file)
+                yield file
 
 
-@lru_cache(maxsize=1 << 14)  # a set of any size has few distinct calls: 1296 regions on 8 x 8 cells
-def _parsed(content: str, grid: int) -> tuple[Call, ...]:
-    return tuple(parse_calls(content, grid))
+def _some(items: Iterator[Item], path: Path, report: CheckReport) -> Iterator[Item]:
+    """The items, or an error instead of an empty copy."""
+    count = 0
+    for count, item in enumerate(items, start=1):  # noqa: B007
+        yield item
+    if not count:
+        why = ", ".join(f"{number} {rule}" for rule, number in report.left_out.most_common()) or "it holds none"
+        raise UserError(f"{path}: no item would be left in a mended copy ({why}); check the file and the image root")
 
 
-def _crop_fits(box: tuple[int, int, int, int], call: Call, margin: int, grid: int) -> bool:
-    """Whether some image size gives this crop for these cells, widened by `margin`.
-
-    On each axis the far edge e = (c1+1)*W/k truncated leaves W in [e*k/(c1+1), (e+1)*k/(c1+1)); one of those W must
-    also give the near edge. For k = 8, cells 1..3 and the crop 80..320: W is 640..641, and 1*640/8 = 80 fits.
-    """
-    x0, y0, x1, y1 = widen(call.cells, margin, grid)  # type: ignore[arg-type]
-    for near, far, low, high in ((box[0], box[2], x0, x1), (box[1], box[3], y0, y1)):
-        sides = range(far * grid // (high + 1), (far + 1) * grid // (high + 1) + 2)
-        if not any(_edges(side, low, high, grid) == (near, far) for side in sides if side > 0):
-            return False
-    return True
+def _printable(text: str) -> str:
+    """Without control characters and half characters, which paths and answers of others may hold."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def _edges(side: int, low: int, high: int, grid: int) -> tuple[int, int]:
-    """Near and far pixel edge of cells low..high on an axis of `side` pixels."""
-    box = cells_to_box((low, 0, high, 0), (side, grid), grid)
-    return box[0], box[2]
-
-
-RULES: dict[str, Callable[[Item, int], Iterator[str]]] = {
-    "placeholder-count": _placeholder_counts,
-    "malformed-call": _malformed_calls,
-    "role-order": _role_order,
-    "empty-answer": _empty_answer,
-    "crop-region": _crop_suffixes,
-}
+def _cut(line: str) -> str:
+    return line if len(line) <= _WIDTH else line[: _WIDTH - 1] + "…"

@@ -10,9 +10,10 @@ byte span, which `ItemsDataset` keeps to read it again, and a broken byte has a 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ LARGEST_RECORD = 64 << 20  # bytes; a longer one means a missing brace, and is r
 _TAIL = 16  # characters: an error this near the end of what was read may only mean that more must be read
 _SPACE = " \t\r\n"
 
+Broken = Callable[[int, str], None]  # told the line and what is wrong with the record there
+
 
 @dataclass(frozen=True)
 class Record:
@@ -36,8 +39,12 @@ class Record:
     end: int
 
 
-def read_records(path: str | Path) -> Iterator[Record]:
+def read_records(path: str | Path, broken: Broken | None = None) -> Iterator[Record]:
     """The records of a JSON array or JSON-lines file, one at a time; memory stays that of one chunk.
+
+    Args:
+        broken: told of a record that is broken and passed over, where the next one can still be found: any line of
+            JSON lines, and an entry of an array that is not UTF-8. Without it such a record is an error too.
 
     Raises:
         UserError: no such file, not JSON, not UTF-8, or an entry that is not an object; with file and line.
@@ -47,9 +54,9 @@ def read_records(path: str | Path) -> Iterator[Record]:
         first = _first_character(file)
         file.seek(0)
         if first == "[":
-            yield from _read_array(path, file)
+            yield from _read_array(path, file, broken)
         elif first == "{":
-            yield from _read_lines(path, file)
+            yield from _read_lines(path, file, broken)
         elif first:
             raise UserError(
                 f"{path}: starts with {first!r}; expected a JSON array of objects or one JSON object a line"
@@ -65,8 +72,16 @@ def read_span(path: str | Path, start: int, end: int, line: int) -> dict[str, An
 
 
 def open_input(path: Path) -> IO[bytes]:
-    """Open for reading, or say in one line why not."""
+    """Open for reading, or say in one line why not.
+
+    Records are found by their place in the file, so it must be one that can be read twice. A pipe is refused before it
+    is opened: one that nobody writes into would never open.
+    """
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(
+                f"{path}: is a pipe or a device, which cannot be read twice; save it as a file and give that"
+            )
         return path.open("rb")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the path of a JSON or JSON-lines file") from None
@@ -79,18 +94,26 @@ def open_input(path: Path) -> IO[bytes]:
 @contextmanager
 def replacing(path: str | Path) -> Iterator[IO[str]]:
     """A text file written aside (`NAME.part` in the same folder) and renamed when the block ends without an error."""
+    with replacing_file(path) as aside, aside.open("w", encoding="utf-8", newline="\n") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """The place aside of a file of any kind; it is renamed when the block ends without an error, else removed."""
     path = Path(path)
+    aside = path.with_name(path.name + ".part")
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".part")
-        file = aside.open("w", encoding="utf-8", newline="\n")
+        aside.open("wb").close()
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
     try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield aside
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -105,11 +128,21 @@ def write_records(path: str | Path, records: Iterable[dict[str, Any]]) -> int:
         file.write("[\n" if array else "")
         for record in records:
             file.write(",\n" if array and count else "")
-            file.write(json.dumps(record, ensure_ascii=False))
+            file.write(as_json(record))
             file.write("" if array else "\n")
             count += 1
         file.write("\n]\n" if array else "")
     return count
+
+
+def as_json(record: dict[str, Any]) -> str:
+    """One line of JSON, readable; escaped where it holds half a surrogate pair, which UTF-8 cannot write."""
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(record)
+    return text
 
 
 def _first_character(file: IO[bytes]) -> str:
@@ -137,22 +170,40 @@ def _decode(path: Path, data: bytes, line: int) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         at = line + min(error.lineno - 1, data.rstrip().count(b"\n"))  # not the line after its last
         raise UserError(f"{path}:{at}: broken JSON ({error.msg}); mend or remove the record") from None
+    except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
+        raise UserError(f"{path}:{line}: not a record ({error}); mend or remove it") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}:{line}: a {type(value).__name__} where an object {{...}} was expected")
     return value
 
 
-def _read_lines(path: Path, file: IO[bytes]) -> Iterator[Record]:
-    start = _bom(file)
+def _read_lines(path: Path, file: IO[bytes], broken: Broken | None) -> Iterator[Record]:
+    start, line = _bom(file), 0
     file.seek(start)
-    for line, data in enumerate(file, start=1):
-        end = start + len(data)
+    while data := file.readline(LARGEST_RECORD + 1):
+        end, line = start + len(data), line + 1
+        if len(data) > LARGEST_RECORD:
+            raise UserError(f"{path}:{line}: a line of over {LARGEST_RECORD >> 20} MB; expected one JSON object a line")
         if data.strip():
-            yield Record(_decode(path, data, line), line, start, end)
+            try:
+                yield Record(_decode(path, data, line), line, start, end)
+            except UserError as error:
+                _pass_over(broken, path, line, error)
         start = end
 
 
-def _read_array(path: Path, file: IO[bytes]) -> Iterator[Record]:
+def _pass_over(broken: Broken | None, path: Path, line: int, error: UserError) -> None:
+    """Tell of a broken record, or raise where nobody wants to be told."""
+    if broken is None:
+        raise error from None
+    at, text = line, str(error).removeprefix(f"{path}:")
+    number, colon, rest = text.partition(": ")
+    if colon and number.isdigit():
+        at, text = int(number), rest
+    broken(at, text)
+
+
+def _read_array(path: Path, file: IO[bytes], broken: Broken | None) -> Iterator[Record]:
     """Objects of a JSON array, scanned chunk by chunk (see the module's text for why as latin-1)."""
     window = _Window(path, file)
     window.skip_spaces()
@@ -160,7 +211,9 @@ def _read_array(path: Path, file: IO[bytes]) -> Iterator[Record]:
     if window.skip_spaces() == "]":
         return
     while True:
-        yield window.record()
+        record = window.record(broken)
+        if record is not None:
+            yield record
         if window.skip_spaces() == "]":
             break
         window.expect(",")
@@ -208,8 +261,8 @@ class _Window:
             )
         self.at += 1
 
-    def record(self) -> Record:
-        """The object that starts here; reads on while the text ends inside it."""
+    def record(self, broken: Broken | None) -> Record | None:
+        """The object that starts here, None where it is broken and told of; reads on while the text ends inside it."""
         if self.text[self.at : self.at + 1] != "{":
             found = self.text[self.at : self.at + 1]
             seen = f"an entry that starts with {found!r}" if found else "the end of the file"
@@ -225,10 +278,17 @@ class _Window:
                 at = self.line + self.text.count("\n", self.at, error.pos)
                 why = f"broken JSON ({error.msg}); mend or remove the record that starts on line {self.line}"
                 raise UserError(f"{self.path}:{at}: {why}") from None
+            except (RecursionError, ValueError) as error:
+                raise UserError(f"{self.path}:{self.line}: not a record ({error}); mend or remove it") from None
         text = self.text[self.at : end]
+        record: Record | None = Record(value, self.line, self.offset + self.at, self.offset + end)
         if not text.isascii():
-            value = _decode(self.path, text.encode("latin-1"), self.line)
-        record = Record(value, self.line, self.offset + self.at, self.offset + end)
+            try:
+                value = _decode(self.path, text.encode("latin-1"), self.line)
+                record = Record(value, self.line, self.offset + self.at, self.offset + end)
+            except UserError as error:
+                _pass_over(broken, self.path, self.line, error)
+                record = None
         self.line += text.count("\n")
         self.at = end
         return record

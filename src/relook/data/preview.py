@@ -1,0 +1,203 @@
+"""A page to look at a set of items: each sampled item with its image, grid, regions, crops, turns and faults.
+
+One HTML file with everything inside it: pictures as data, no script, nothing fetched. This module draws what an item
+says; what is wrong with it is the table's word (`relook.data.faults`).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from relook.data.crops import crops
+from relook.data.faults import RULES, Around
+from relook.data.imagefacts import facts_below
+from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item, place_image, split_ref
+from relook.data.preview_style import STYLE
+from relook.data.records import replacing
+from relook.data.stream import Row, folder_of, read_rows, sampled
+from relook.errors import UserError
+from relook.regions import GRID, Box, cells_to_box
+from relook.views import load_item_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SIDE, CROP_SIDE = 640, 300  # longest side in pixels of pictures in the page
+COLOURS = ("#e6541c", "#00897b", "#5e35b1", "#c2185b", "#0277bd", "#797900")
+_CONTROL = re.compile(r"(<\|[^<>|\s]*\|>)")
+_MARKS = re.compile("(" + "|".join(re.escape(mark) for mark in PLACEHOLDERS.values()) + ")")
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What was written: the page, how many items are on it, and how many the set holds."""
+
+    page: str
+    shown: int
+    items: int
+
+    def __str__(self) -> str:
+        return f"{self.page}: {self.shown} of {self.items} items"
+
+
+def preview(
+    path: str | Path,
+    page: str | Path,
+    *,
+    n: int = 24,
+    seed: int = 0,
+    grid: int = GRID,
+    image_root: str | Path | None = None,
+) -> Preview:
+    """Write `page` with `n` items drawn from the whole set (all where there are fewer), in the file's order."""
+    path = Path(path)
+    if Path(page).resolve() == path.resolve():
+        raise UserError(f"{page} is the set itself; give another place for the page")
+    drawn, total = sampled(read_rows(path), n, seed)
+    if not total:
+        raise UserError(f"{path}: holds no items; build some with `relook data build`")
+    root = str(image_root if image_root is not None else folder_of(path))
+    around = Around(grid=grid, root=root, strict=image_root is not None)
+    around.facts = facts_below(root, around.strict)
+    title = f"{escape(path.name)}: {len(drawn)} of {total} items"
+    with replacing(page) as file:
+        file.write(_HEAD.format(title=title, style=STYLE))
+        for number, row in drawn:
+            around.number = number
+            file.write(_article(row, number, around))
+        file.write("</main>\n</body>\n</html>\n")
+    return Preview(str(page), len(drawn), total)
+
+
+_HEAD = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<header><h1>{title}</h1></header>
+<main>
+"""
+
+
+def _article(row: Row, number: int, around: Around) -> str:
+    head = f"<h2>item {number} <small>line {row.line}</small></h2>"
+    try:
+        item = Item.from_dict(row.value, row.where)
+    except UserError as error:
+        why = escape(str(error).removeprefix(f"{row.where}: "))
+        return f'<article>{head}<ul class="faults"><li><b>form</b> {why}</li></ul></article>\n'
+    faults = [(name, detail) for name, rule in RULES.items() if rule.find for detail in rule.find(item, around)]
+    told = "".join(f"<li><b>{name}</b> {_text(detail)}</li>" for name, detail in faults)
+    told = f'<ul class="faults">{told}</ul>' if told else ""
+    turns = "".join(_turn(turn.role, turn.content) for turn in item.messages)
+    shown = f'{_pictures(item, around)}<div class="turns">{turns}</div>'
+    return f'<article>{head}{told}<div class="item">{shown}</div></article>\n'
+
+
+def _turn(role: str, content: str) -> str:
+    parts = [
+        f'<code class="call">{escape(part[2:-2])}</code>' if i % 2 else _text(part)
+        for i, part in enumerate(_CONTROL.split(content))
+    ]
+    body = "".join(parts) or '<em class="none">nothing</em>'
+    return f'<div class="turn {role}"><span>{role}</span><p>{body}</p></div>'
+
+
+def _text(text: str) -> str:
+    """Escaped, placeholders marked, half characters replaced (a page is UTF-8)."""
+    whole = text.encode("utf-8", "replace").decode("utf-8")
+    return "".join(
+        f'<code class="mark">{escape(part)}</code>' if i % 2 else escape(part)
+        for i, part in enumerate(_MARKS.split(whole))
+    )
+
+
+# ---- pictures
+
+
+def _pictures(item: Item, around: Around) -> str:
+    """Every image of the item once with its grid and regions, then every crop, then the images encoded again."""
+    found, _ = crops(item, around)
+    cut = {crop.index: (i, crop) for i, crop in enumerate(found)}
+    figures = []
+    for index, ref in enumerate(item.images["images"]):
+        if index in cut:
+            i = cut[index][0]
+            figures.append(_figure(str(ref), around, f"region {i}", CROP_SIDE, COLOURS[i % len(COLOURS)], None))
+            continue
+        boxes = [
+            (i, crop.box, crop.region.cells if crop.region else None) for i, crop in cut.values() if crop.file == ref
+        ]
+        figures.append(_figure(str(ref), around, "image", SIDE, "", boxes))
+    for key in IMAGE_KEYS[1:]:
+        for ref in item.images[key]:
+            figures.append(
+                _figure(str(ref), around, f"encoded again ({key.removesuffix('_images')})", CROP_SIDE, "", None)
+            )
+    return f'<div class="pictures">{"".join(figures)}</div>'
+
+
+Boxes = list[tuple[int, Box, tuple[int, int, int, int] | None]]
+
+
+def _figure(ref: str, around: Around, what: str, side: int, colour: str, boxes: Boxes | None) -> str:
+    """One picture with its caption; `boxes` (None: no grid) are drawn over it."""
+    file, box = split_ref(ref)
+    style = f' style="--c:{colour}"' if colour else ""
+    kind = "whole" if boxes is not None else "part"
+    where = "" if box is None else f" {','.join(map(str, box))}"
+    caption = f"<figcaption><b>{escape(what)}</b>{where} {_text(Path(file).name)}</figcaption>"
+    try:
+        image = load_item_image(place_image(ref, around.root, strict=around.strict))
+    except UserError as error:
+        why = str(error).partition(";")[0]
+        return f'<figure class="{kind} missing"{style}><p>{_text(why)}</p>{caption}</figure>'
+    overlay = "" if boxes is None else _overlay(image.size, boxes, around.grid)
+    width, height = image.size
+    size = f'width="{width}" height="{height}"'
+    shown = f'<img {size} alt="{escape(what)}" src="{_data(image, side)}">'
+    return f'<figure class="{kind}"{style}><div class="frame">{shown}{overlay}</div>{caption}</figure>'
+
+
+def _data(image: Image.Image, side: int) -> str:
+    small = image.copy()
+    small.thumbnail((side, side))
+    out = io.BytesIO()
+    small.save(out, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode('ascii')}"
+
+
+def _overlay(size: tuple[int, int], boxes: Boxes, grid: int) -> str:
+    """Grid, cells and crops as lines over a picture, in its own pixels."""
+    width, height = size
+    lines = "".join(f"M{i * width / grid:.1f} 0V{height}M0 {i * height / grid:.1f}H{width}" for i in range(1, grid))
+    shapes = [f'<path class="grid" d="{lines}"/>']
+    unit = max(width, height) / 100
+    for i, (x1, y1, x2, y2), cells in boxes:
+        colour = COLOURS[i % len(COLOURS)]
+        if cells is not None and max(cells) < grid:
+            shapes.append(_rectangle("cells", cells_to_box(cells, size, grid), colour))
+        shapes.append(_rectangle("crop", (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), colour))
+        x, y = min(max(min(x1, x2), 0), width), min(max(min(y1, y2), 0), height)
+        side = f'width="{3.4 * unit:.1f}" height="{3.8 * unit:.1f}"'
+        shapes.append(
+            f'<g class="badge"><rect x="{x:.1f}" y="{y:.1f}" {side} fill="{colour}"/>'
+            f'<text x="{x + 1.7 * unit:.1f}" y="{y + 2.9 * unit:.1f}" font-size="{2.8 * unit:.1f}">{i}</text></g>'
+        )
+    return f'<svg viewBox="0 0 {width} {height}">{"".join(shapes)}</svg>'
+
+
+def _rectangle(kind: str, box: Box, colour: str) -> str:
+    x1, y1, x2, y2 = box
+    return f'<rect class="{kind}" x="{x1}" y="{y1}" width="{x2 - x1}" height="{y2 - y1}" stroke="{colour}"/>'

@@ -1,0 +1,216 @@
+"""What a set holds, in numbers: looks, regions and their sizes, the cells they use, lengths.
+
+One pass over the items; what is kept is counts of small whole numbers, so memory does not grow with the set. No image
+is opened and no model asked: sizes are in cells and shares of the image, lengths in characters.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from relook.data.crops import region_calls
+from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item
+from relook.data.records import replacing_file
+from relook.data.stream import read_rows
+from relook.errors import UserError
+from relook.looks import ANSWER_PREFIX, LOOKS, parse_calls, strip_calls
+from relook.regions import GRID
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SHADES = " ░▒▓█"
+_BAR = 30  # characters of the longest bar
+
+
+@dataclass
+class Stats:
+    """Counts of a set.
+
+    looks      items by the looks they ask for ("region", "clip + region", "none")
+    regions    region calls of an item -> items
+    sizes      (width, height) of a region in cells -> regions
+    cells      [row][column] -> regions that hold the cell; (0, 0) is the top left
+    lengths    "question", "answer" (characters), "turns", "images" -> length -> items
+    unread     region calls that cannot be placed on the grid
+    """
+
+    path: str
+    grid: int = GRID
+    items: int = 0
+    unread: int = 0
+    looks: Counter[str] = field(default_factory=Counter)
+    regions: Counter[int] = field(default_factory=Counter)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    cells: list[list[int]] = field(default_factory=list)
+    lengths: dict[str, Counter[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.cells = self.cells or [[0] * self.grid for _ in range(self.grid)]
+        for what in ("question", "answer", "turns", "images"):
+            self.lengths.setdefault(what, Counter())
+
+    def add(self, item: Item) -> None:
+        """Count one more item."""
+        self.items += 1
+        said = [turn.content for turn in item.messages if turn.role == "assistant"]
+        calls = [call for text in said if "<|" in text for call in parse_calls(text, self.grid)]
+        asked = {call.look for call in calls}
+        self.looks[" + ".join(look for look in LOOKS if look in asked) or "none"] += 1
+        placed = 0
+        for region in region_calls(item, self.grid):
+            if max(region.cells) < self.grid:
+                placed += 1
+                self._region(*region.cells)
+        self.regions[placed] += 1
+        self.unread += sum(call.look == "region" for call in calls) - placed
+        question = next((turn.content for turn in item.messages if turn.role == "user"), "")
+        for mark in PLACEHOLDERS.values():
+            question = question.replace(mark, "")
+        answer = strip_calls(said[-1], self.grid).removeprefix(ANSWER_PREFIX) if said else ""
+        for what, length in (
+            ("question", len(question.strip())),
+            ("answer", len(answer.strip())),
+            ("turns", len(item.messages)),
+            ("images", sum(len(item.images[key]) for key in IMAGE_KEYS)),
+        ):
+            self.lengths[what][length] += 1
+
+    def _region(self, x0: int, y0: int, x1: int, y1: int) -> None:
+        self.sizes[x1 - x0 + 1, y1 - y0 + 1] += 1
+        for y in range(y0, y1 + 1):
+            for x in range(x0, x1 + 1):
+                self.cells[y][x] += 1
+
+    def areas(self) -> Counter[int]:
+        """Regions by their share of the image, in whole percent."""
+        areas: Counter[int] = Counter()
+        for (width, height), count in self.sizes.items():
+            areas[round(100 * width * height / self.grid**2)] += count
+        return areas
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "items": self.items,
+            "looks": dict(self.looks.most_common()),
+            "regions_per_item": dict(sorted(self.regions.items())),
+            "region_sizes": [[*size, count] for size, count in sorted(self.sizes.items())],
+            "region_area_percent": _spread(self.areas()),
+            "regions_not_on_the_grid": self.unread,
+            "cells": self.cells,
+            "lengths": {what: _spread(counts) for what, counts in self.lengths.items()},
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.items} items", "", "looks"]
+        top = max(self.looks.values(), default=1)
+        for look, count in self.looks.most_common():
+            lines.append(f"  {look:<22}{count:>9} {100 * count / self.items:5.1f} %  {'█' * (_BAR * count // top)}")
+        lines += ["", f"{'':<22}{'least':>9}{'median':>9}{'95 %':>9}{'most':>9}"]
+        rows = {
+            f"{what} (characters)" if what in ("question", "answer") else what: c for what, c in self.lengths.items()
+        }
+        rows |= {"regions of an item": self.regions, "region, % of the image": self.areas()}
+        for what, counts in rows.items():
+            if counts:
+                least, median, high, most = _spread(counts).values()
+                lines.append(f"  {what:<22}{least:>7}{median:>9}{high:>9}{most:>9}")
+        regions = sum(self.sizes.values())
+        if regions:
+            lines += ["", f"cells used by {regions} regions, % of them" + self._unread()]
+            most = max(max(row) for row in self.cells)
+            lines += [
+                "  " + "".join(f"{_shade(cell / most)}{100 * cell / regions:3.0f} " for cell in row)
+                for row in self.cells
+            ]
+        return "\n".join(lines)
+
+    def _unread(self) -> str:
+        return f" ({self.unread} calls are not on the grid)" if self.unread else ""
+
+
+def stats(path: str | Path, grid: int = GRID, progress: Callable[[int], None] | None = None) -> Stats:
+    """Count the items of a file. Raises UserError for a record that is no item (file and line), or for no items."""
+    found = Stats(str(path), grid)
+    for row in read_rows(path):
+        found.add(Item.from_dict(row.value, row.where))
+        if progress is not None and found.items % 1000 == 0:
+            progress(found.items)
+    if not found.items:
+        raise UserError(f"{path}: holds no items; build some with `relook data build`")
+    return found
+
+
+def plot(found: Stats, place: str | Path) -> None:
+    """Draw the numbers as one picture (.png, .svg or .pdf), written aside and then renamed."""
+    suffix = Path(place).suffix.lower().removeprefix(".")
+    if suffix not in ("png", "svg", "pdf"):
+        raise UserError(f"--plot: {place} is no picture; give a name that ends in .png, .svg or .pdf")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plots need matplotlib, which is not installed; pip install 'relook[train]'") from None
+    figure = Figure(figsize=(11, 7.2), layout="constrained")
+    figure.suptitle(f"{Path(found.path).name}: {found.items} items", fontsize=13)
+    _draw(figure, found)
+    with replacing_file(place) as aside:
+        figure.savefig(aside, format=suffix, dpi=130)
+
+
+def _draw(figure: Figure, found: Stats) -> None:
+    blue = "#33619e"
+    (looks, sizes, cells), (regions, questions, answers) = figure.subplots(2, 3)
+    names = [name for name, _ in found.looks.most_common()][::-1]
+    looks.barh(names, [found.looks[name] for name in names], color=blue)
+    looks.set(title="looks", xlabel="items")
+    for axes, counts, title, unit, what in (
+        (sizes, found.areas(), "region sizes", "% of the image", "regions"),
+        (regions, found.regions, "regions of an item", "", "items"),
+        (questions, found.lengths["question"], "questions", "characters", "items"),
+        (answers, found.lengths["answer"], "answers", "characters", "items"),
+    ):
+        values = sorted(counts)
+        last = _spread(counts)["most"] if values else 0
+        bins = [edge - 0.5 for edge in range(last + 2)] if last <= 40 else 40
+        axes.hist(values, bins=bins, weights=[counts[value] for value in values], color=blue)
+        axes.set(title=title, xlabel=unit, ylabel=what)
+        axes.locator_params(axis="x", integer=True)
+    regions_drawn = sum(found.sizes.values())
+    shares = [[100 * cell / max(regions_drawn, 1) for cell in row] for row in found.cells]
+    image = cells.imshow(shares, cmap="magma", vmin=0)
+    cells.set(title="cells used", xlabel="x", ylabel="y", xticks=range(found.grid), yticks=range(found.grid))
+    figure.colorbar(image, ax=cells, label="% of regions")
+    for axes in (looks, sizes, regions, questions, answers):
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _spread(counts: Counter[int]) -> dict[str, int]:
+    """Least, median, 95th percentile and most of counted numbers; {} for none."""
+    if not counts:
+        return {}
+    values, total = sorted(counts), sum(counts.values())
+    return {
+        "least": values[0],
+        "median": _at(counts, total * 0.5),
+        "p95": _at(counts, total * 0.95),
+        "most": values[-1],
+    }
+
+
+def _at(counts: Counter[int], rank: float) -> int:
+    """The smallest number such that `rank` of the counted ones are no larger."""
+    passed = 0
+    for value in sorted(counts):
+        passed += counts[value]
+        if passed >= rank:
+            return value
+    return max(counts)
+
+
+def _shade(share: float) -> str:
+    return _SHADES[min(int(share * len(_SHADES)), len(_SHADES) - 1)]

@@ -1,0 +1,393 @@
+"""`relook data check`, `preview`, `stats`, as commands: each fault is found alone and mended; pages and numbers."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+from typer.testing import CliRunner
+
+from relook.cli import app
+from relook.data import BuildOptions, Item, Question, build_item, write_items
+from relook.data.check import check
+from relook.data.faults import RULES
+from relook.data.imagefacts import near, read_facts, turned_cells
+from relook.data.seen import Seen
+from relook.data.stats import stats
+from relook.errors import UserError
+from relook.looks import parse_calls, write_call
+from relook.views import load_item_image
+
+WIDE, SIDEWAYS = (640, 400), (400, 640)
+
+
+def call(*argv: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(arg) for arg in argv])
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+def refused(*argv: object) -> str:
+    result = CliRunner().invoke(app, [str(arg) for arg in argv])
+    assert result.exit_code == 2, result.output
+    assert len(result.stderr.splitlines()) == 1
+    return result.stderr
+
+
+def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """A picture that looks like no other seed's: eight rectangles."""
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    for i in range(8):
+        x, y = (seed * 97 + i * 131) % size[0], (seed * 61 + i * 173) % size[1]
+        draw.rectangle((x, y, x + 60 + 9 * i, y + 40 + 7 * seed % 50), fill=(30 * i % 256, 40 + 20 * seed % 200, 90))
+    return image
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """wide.png (640 x 400), and turned.jpg: stored 640 x 400, upright 400 x 640, its left top quarter (stored) red."""
+    picture(WIDE).save(tmp_path / "wide.png")
+    stored = Image.new("RGB", WIDE, "blue")
+    stored.paste("red", (0, 0, 320, 200))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored.save(tmp_path / "turned.jpg", exif=exif)
+    return tmp_path
+
+
+def item(image: str = "wide.png", size: tuple[int, int] = WIDE, answer: str = "ACME corp.", **options) -> dict:
+    line = {"image": image, "width": size[0], "height": size[1], "question": "Who?", "answer": answer}
+    question = Question.from_dict(line | {"bboxs": [[100, 120, 300, 240]]})
+    return build_item(question, BuildOptions(**options)).to_dict()
+
+
+def write(path: Path, *items: dict) -> Path:
+    path.write_text("".join(json.dumps(each) + "\n" for each in items), encoding="utf-8")
+    return path
+
+
+def x8(good: dict) -> dict:
+    """What the published builder made of a box that ends on the right border: the label, and a crop beyond it."""
+    good["messages"][1]["content"] = write_call("region", (5, 2, 7, 4)).replace("x_7", "x_8")
+    good["images"][1] = "wide.png_400,100,720,250"
+    return good
+
+
+def as_stored(good: dict) -> dict:
+    """Cells and crop of the red quarter, counted in the picture before its turn."""
+    good["messages"][1]["content"] = write_call("region", (0, 0, 3, 3))
+    good["images"] = ["turned.jpg", "turned.jpg_0,0,320,200"]
+    return good
+
+
+def changed(**turns: str):
+    def change(good: dict) -> dict:
+        for key, text in turns.items():
+            good["messages"][int(key[1:])]["content"] = text
+        return good
+
+    return change
+
+
+def with_images(*refs: str):
+    return lambda good: good | {"images": list(refs)}
+
+
+def one_more_turn(good: dict) -> dict:
+    good["messages"].append({"role": "user", "content": "thanks"})
+    return good
+
+
+# row of the table -> how to spoil a good item, and what --fix makes of it: the images and turns, or None (left out)
+SPOILED = {
+    "form": (lambda good: {"messages": [{"role": "bot", "content": ""}]}, None),
+    "role-order": (one_more_turn, "as before"),
+    "empty-answer": (changed(t3=" \n"), None),
+    "off-edge": (x8, ["wide.png", "wide.png_400,100,640,250"]),
+    "malformed-call": (changed(t1="<|region_token_start|><|x_1|>"), None),
+    "placeholder-count": (changed(t0="Who?", t2="look"), ["wide.png", "wide.png_80,100,320,250"]),
+    "crop-swapped": (with_images("wide.png", "wide.png_320,250,80,100"), "as before"),
+    "exif-rotation": (as_stored, ["turned.jpg", "turned.jpg_200,0,400,320"]),
+    "crop-outside": (with_images("wide.png", "wide.png_80,100,720,250"), "as before"),
+    "crop-region": (with_images("wide.png", "wide.png_80,100,320,300"), "as before"),
+    "answer-room": (changed(t3="word " * 400), "kept"),
+    "path-outside": (with_images("../../etc/a b.png", "../../etc/a b.png_80,100,320,250"), None),
+    "missing-image": (with_images("gone.png", "gone.png_80,100,320,250"), None),
+    "unreadable-image": (with_images("cut.png", "cut.png_80,100,320,250"), None),
+    "duplicate": (lambda good: good, None),
+    "evaluated": (with_images("copy.png", "copy.png_80,100,320,250"), None),
+    "nearly-evaluated": (with_images("small.jpg", "small.jpg_20,25,80,62"), "kept"),
+}
+
+
+def test_every_row_has_a_spoiled_item():
+    assert set(SPOILED) == set(RULES)
+
+
+@pytest.mark.parametrize("rule", SPOILED)
+def test_each_fault_is_found_alone_and_mended(folder, rule):
+    """Spoiled in one way, an item shows that row of the table (and an x_8's crop also leaves the image)."""
+    (folder / "cut.png").write_bytes((folder / "wide.png").read_bytes()[:1000])
+    picture(WIDE, 5).save(folder / "eval.png")
+    (folder / "copy.png").write_bytes((folder / "eval.png").read_bytes())
+    picture(WIDE, 5).resize((160, 100)).save(folder / "small.jpg")
+    evaluated = write(folder / "eval.jsonl", item("eval.png"))
+    spoil, mended = SPOILED[rule]
+    first, second = item(), spoil(item(answer="ACME corp." if rule == "duplicate" else "ACME Ltd."))
+    items = write(folder / "items.jsonl", first, second)
+
+    options = ["--image-root", folder, "--against", evaluated, "--json"]
+    report = json.loads(call("data", "check", items, *options, "--fix", code=int(mended == "kept")))
+    found = {finding["rule"] for finding in report["findings"]}
+    assert found - {"crop-outside"} == {rule} - {"crop-outside"} and rule in found
+    assert {(finding["where"], finding["item"]) for finding in report["findings"]} == {(f"{items}:2", 2)}
+    assert json.loads(items.read_text().splitlines()[1]) == second  # the file itself stays
+
+    fixed = [json.loads(line) for line in (folder / "items.fixed.jsonl").read_text().splitlines()]
+    assert fixed[0] == first
+    if mended is None:
+        assert len(fixed) == 1 and report["fixed"]["left_out"] == {rule: 1}
+        return
+    if mended == "kept":
+        assert fixed[1] == second and report["fixed"]["remaining"] == {rule: 1}
+        return
+    assert report["fixed"]["mended"][rule] == 1
+    if mended == "as before":
+        assert fixed[1] == item(answer="ACME Ltd.")
+    else:
+        assert fixed[1]["images"] == mended
+    assert "no fault" in call("data", "check", folder / "items.fixed.jsonl", *options[:-1])
+
+
+def test_a_mended_turn_shows_the_same_pixels(folder):
+    """The red quarter of the stored picture stays what is looked at: crop and cells turned with the image."""
+    items = write(folder / "items.jsonl", as_stored(item()))
+    call("data", "check", items, "--fix", "--out", folder / "sub/fixed.json")
+    (fixed,) = json.loads((folder / "sub/fixed.json").read_text())
+    assert fixed["images"][1] == "../turned.jpg_200,0,400,320"  # paths hold from the new folder
+    red, green, _ = load_item_image(fixed["images"][1], folder / "sub").resize((1, 1)).getpixel((0, 0))
+    assert red > 200 and green < 50
+    assert parse_calls(fixed["messages"][1]["content"])[0].cells == (4, 0, 7, 3)
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_cells_turn_as_pillow_turns_pixels(orientation, tmp_path):
+    stored = Image.new("RGB", (80, 40))
+    stored.paste("red", (10, 5, 30, 20))  # cells 1..2, 1..3 of 8
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    facts = read_facts(str(tmp_path / "a.png"))
+    assert (facts.size, facts.stored, facts.orientation) == ((40, 80), (80, 40), orientation)
+    x0, y0, x1, y1 = turned_cells((1, 1, 2, 3), orientation, 8)
+    upright = load_item_image(str(tmp_path / "a.png")).getchannel("R")
+    assert upright.getbbox() == (x0 * 5, y0 * 10, (x1 + 1) * 5, (y1 + 1) * 10)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(40, 2000), st.integers(40, 2000), st.integers(0, 7), st.integers(0, 8), st.integers(0, 8))
+def test_a_published_x8_is_mended_without_its_image(tmp_path_factory, width, height, low, top, bottom):
+    """The crop that leaves the image gives its sides away, unless it may as well end on the border of a larger one."""
+    top, bottom = sorted((top, bottom))
+    text = f"<|region_token_start|><|x_{low}|><|y_{top}|><|x_8|><|y_{bottom}|><|region_token_end|>"
+    edges = (low * width // 8, top * height // 8, 9 * width // 8, (bottom + 1) * height // 8)
+    spoiled = item("far.png", answer="5")
+    spoiled["messages"][1]["content"] = text
+    spoiled["images"][1] = "far.png_" + ",".join(map(str, edges))
+    folder = tmp_path_factory.mktemp("x8")
+    path = write(folder / "items.jsonl", item(), spoiled)
+    report = check(path, images=False, fix=folder / "fixed.jsonl")
+    assert set(report.counts) == {"off-edge"} and report.ok
+    far = [(low, 9 * width // 8)] + [(top, 9 * height // 8)] * (bottom == 8)
+    if any(edges[side] == cell * reach // 8 for side, (cell, reach) in enumerate(far)):
+        assert report.left_out == {"off-edge": 1}
+        return
+    fixed = json.loads((folder / "fixed.jsonl").read_text().splitlines()[1])
+    y0, y1 = min(top, 7), min(bottom, 7)
+    right = (low * width // 8, y0 * height // 8, width, (y1 + 1) * height // 8)
+    assert fixed["images"][1] == "far.png_" + ",".join(map(str, right))
+    assert parse_calls(fixed["messages"][1]["content"])[0].cells == (low, y0, 7, y1)
+
+
+def test_a_box_before_its_turn_is_not_mistaken(folder):
+    """A crop of the upright picture is right although EXIF turns it, and one image is read once for many items."""
+    good = [item("turned.jpg", SIDEWAYS, answer=f"{n}") for n in range(5)]
+    report = check(write(folder / "items.jsonl", *good))
+    assert report.ok and report.images == 1
+
+
+def test_a_broken_line_is_a_fault_and_the_rest_is_read(folder):
+    items = write(folder / "items.jsonl", item(), item(answer="b"))
+    lines = items.read_bytes().splitlines(keepends=True)
+    items.write_bytes(lines[0] + b'{"messages": [\n' + b'{"messages": "caf\xe9"}\n' + b"7\n" + lines[1])
+    shown = call("data", "check", items, "--fix", "--report", folder / "report.json", code=0)
+    report = json.loads((folder / "report.json").read_text())
+    places = [(finding["where"], finding["detail"]) for finding in report["findings"]]
+    assert [where for where, _ in places] == [f"{items}:{n}" for n in (2, 3, 4)]
+    assert "broken JSON" in places[0][1] and "0xe9" in places[1][1] and "a int" in places[2][1]
+    assert report["counts"] == {"form": 3} and report["items"] == 5 and report["fixed"]["items"] == 2
+    assert "left out: 3 form" in shown
+
+
+def test_the_summary_fits_a_screen_and_a_terminal(folder):
+    """However many faults there are, a line for each row, none too long, no control characters of a path."""
+    bad = [with_images("\x1b[2J" + "x" * 200 + ".png", "a.png_1,1,2,2")(item(answer=f"{n}")) for n in range(300)]
+    shown = call("data", "check", write(folder / "items.jsonl", *bad), code=1)
+    assert len(shown.splitlines()) <= 6 and max(map(len, shown.splitlines())) <= 120 and "\x1b" not in shown
+    assert "600 missing-image" in shown
+    report = json.loads(call("data", "check", folder / "items.jsonl", "--json", code=1))
+    assert len([f for f in report["findings"] if f["rule"] == "missing-image"]) == 100
+
+
+def test_check_refuses_what_cannot_be_done(folder):
+    items = write(folder / "items.jsonl", with_images("gone.png", "gone.png_80,100,320,250")(item()))
+    before = sorted(folder.iterdir())
+    assert "no item would be left" in refused("data", "check", items, "--fix")
+    assert "is the file itself" in refused("data", "check", items, "--fix", "--out", items)
+    assert "add --fix" in refused("data", "check", items, "--out", folder / "x.json")
+    assert "none of its images" in refused("data", "check", items, "--against", items)
+    assert "folder" in refused("data", "check", items, "--fix", "--out", folder)
+    assert sorted(folder.iterdir()) == before
+    call("data", "check", items, "--no-images")  # as it says of itself, nothing is wrong
+
+
+def test_pictures_that_look_alike_are_told_from_others(tmp_path):
+    looks = {}
+    for seed in range(12):
+        picture(WIDE, seed).save(tmp_path / f"{seed}.png")
+        looks[seed] = read_facts(str(tmp_path / f"{seed}.png"), look=True).look
+    import numpy as np
+
+    known = np.stack([np.frombuffer(looks[seed], np.uint8) for seed in range(12)])
+    for seed in range(12):
+        picture(WIDE, seed).resize((256, 160)).save(tmp_path / "again.jpg", quality=60)
+        assert near(read_facts(str(tmp_path / "again.jpg"), look=True).look, known) == seed
+        assert near(looks[seed], np.delete(known, seed, axis=0)) is None
+    Image.new("RGB", WIDE, "white").save(tmp_path / "blank.png")
+    assert read_facts(str(tmp_path / "blank.png"), look=True).look is None
+
+
+@given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 5).map(lambda n: n << 20), max_size=3000))
+@settings(max_examples=25, deadline=None)
+def test_seen_is_a_dictionary(keys):
+    seen, known = Seen(), {}
+    for number, key in enumerate(keys, start=1):
+        assert seen.first(key, number) == known.setdefault(key, number)
+
+
+# ---- preview
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order; keeps elements and text."""
+
+    VOID = ("meta", "img", "rect", "path", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag, kind=None):
+        return [attrs for name, attrs in self.elements if name == tag and kind in (None, attrs.get("class"))]
+
+
+def test_the_page_shows_items_and_fetches_nothing(folder):
+    attack = "<script>alert(1)</script> & \udcff"
+    good, bad, gone = item(margin=1), changed(t3=attack)(item()), with_images("gone.png")(item(look="none"))
+    call("data", "preview", write(folder / "items.jsonl", good, bad, gone, {"messages": 3}), folder / "page.html")
+    text = (folder / "page.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "a"}
+    assert not [value for _, attrs in page.elements for key, value in attrs.items() if "http" in (value or "")[:4]]
+    assert "url(" not in text and "<script>alert(1)</script> & ?" in page.text
+    images = [base64.b64decode(img["src"].removeprefix("data:image/jpeg;base64,")) for img in page.all("img")]
+    sizes = [Image.open(io.BytesIO(data)).size for data in images]
+    assert sizes[:2] == [WIDE, (300, 188)]  # the crop is widened by a cell: 400 x 250 in the page's own scale
+    crop, cells = page.all("rect", "crop")[0], page.all("rect", "cells")[0]
+    assert [crop[k] for k in ("x", "y", "width", "height")] == ["0", "50", "400", "250"]
+    assert [cells[k] for k in ("x", "y", "width", "height")] == ["80", "100", "240", "150"]
+    assert len(page.all("path", "grid")) == 2 and "ACME corp." in page.text and "x_1" in page.text
+    assert "missing-image" in page.text and "no such file" in page.text and "'messages' is a int" in page.text
+    assert page.text.count("item 1") == page.text.count("item 4") == 1
+
+
+def test_a_sample_depends_on_its_seed_alone_and_is_spread_over_the_set(folder):
+    items = write(folder / "items.jsonl", *(item(look="none", answer=f"answer-{n}.") for n in range(60)))
+
+    def shown(seed):
+        call("data", "preview", items, folder / "page.html", "--n", 10, "--seed", seed)
+        text = (folder / "page.html").read_text()
+        return [n for n in range(60) if f"answer-{n}." in text]
+
+    first = shown(1)
+    assert len(first) == 10 and first == shown(1) != shown(2) and max(first) > 30 > min(first)
+    assert "holds no items" in refused("data", "preview", write(folder / "no.jsonl"), folder / "page2.html")
+    assert "is the set itself" in refused("data", "preview", items, items)
+    assert not (folder / "page2.html").exists()
+
+
+# ---- stats
+
+
+def test_stats_count_what_is_there(folder):
+    many = [item(), item(answer="x" * 50), item(look="clip"), item(look="none"), x8(item())]
+    items = write(folder / "items.jsonl", *many)
+    told = json.loads(call("data", "stats", items, "--json"))
+    assert told["looks"] == {"region": 3, "clip": 1, "none": 1}
+    assert told["region_sizes"] == [[3, 3, 2]] and told["regions_not_on_the_grid"] == 1
+    assert told["regions_per_item"] == {"0": 3, "1": 2}
+    cells = [[2 if 1 <= x <= 3 and 2 <= y <= 4 else 0 for x in range(8)] for y in range(8)]
+    assert told["cells"] == cells
+    assert told["lengths"]["answer"] == {"least": 10, "median": 10, "p95": 50, "most": 50}
+    assert told["lengths"]["turns"] == {"least": 2, "median": 4, "p95": 4, "most": 4}
+    text = call("data", "stats", items)
+    heat = text.splitlines()[-8:]
+    assert [line.count("100") for line in heat] == [0, 0, 3, 3, 3, 0, 0, 0]
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 7)] * 4), min_size=1, max_size=30))
+@settings(max_examples=30, deadline=None)
+def test_cells_add_up_to_the_areas_of_regions(tmp_path_factory, corners):
+    path = tmp_path_factory.mktemp("stats") / "items.jsonl"
+    cells = [(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in corners]
+    turns = [{"role": "assistant", "content": write_call("region", each)} for each in cells]
+    write_items(path, [Item.from_dict({"messages": [{"role": "user", "content": "?"}, turn]}) for turn in turns])
+    found = stats(path)
+    assert sum(map(sum, found.cells)) == sum((x1 - x0 + 1) * (y1 - y0 + 1) for x0, y0, x1, y1 in cells)
+    assert sum(found.areas().values()) == len(cells)
+
+
+def test_the_plot_is_a_picture_and_a_wrong_name_is_refused(folder):
+    items = write(folder / "items.jsonl", item(), item(look="none"))
+    call("data", "stats", items, "--plot", folder / "stats.png")
+    assert Image.open(folder / "stats.png").size[0] > 1000
+    assert "is no picture" in refused("data", "stats", items, "--plot", folder / "stats.docx")
+    with pytest.raises(UserError, match="2: messages"):
+        stats(write(folder / "bad.jsonl", item(), {"messages": [3]}))
