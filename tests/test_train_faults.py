@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import faulty_run
+import psutil
 import pytest
 import torch
 
@@ -76,11 +77,19 @@ def test_a_killed_run_goes_on_exactly(straight, tmp_path: Path) -> None:
 
 
 def test_sigterm_saves_and_exits(straight, tmp_path: Path, monkeypatch) -> None:
-    """...without any checkpoint on schedule; and what was saved is a model that loads."""
+    """...without any checkpoint on schedule; and what was saved is a model that loads.
+
+    The process that draws examples gets the signal, too, as from a scheduler.
+    """
+
+    def everybody(_) -> None:
+        for process in (*psutil.Process().children(), psutil.Process()):
+            process.send_signal(signal.SIGTERM)
+
     before = signal.getsignal(signal.SIGTERM)
-    failing_at(monkeypatch, 3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    failing_at(monkeypatch, 3, everybody)
     with pytest.raises(Stopped, match="step 3 of 6") as stopped:
-        run(faulty_run.recipe(save_every=0), out=tmp_path)
+        run(faulty_run.recipe(save_every=0, workers=1), out=tmp_path)
     assert stopped.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is before
     (saved,) = (tmp_path / "stages/01-noisy/checkpoints").iterdir()

@@ -10,6 +10,7 @@ Knows Trainer; not recipes as a whole, nor what a stage learns.
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,8 @@ class Examples(torch.utils.data.Dataset):
         return self.samples
 
     def __getitem__(self, index: int) -> Any:
+        if torch.utils.data.get_worker_info() is not None:  # a scheduler tells every process to stop: only one decides
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return self.objective.example(index)
 
 
