@@ -424,6 +424,9 @@ def test_estimated_sizes_give_way_to_real_images_and_are_marked_where_there_are_
     source = write(tmp_path / "viscot.json", VISCOT)
     report = build(source, tmp_path / "blind.json")
     (item,) = read_items(tmp_path / "blind.json")
+    picture(tmp_path / "any/7.jpg", (9, 9))
+    write(tmp_path / "theirs.json", item.to_dict() | {"images": ["/x/gqa/7.jpg"]})
+    assert remap(tmp_path / "theirs.json", tmp_path / "mine.json", {"gqa": tmp_path / "any"}).estimated == 1
     assert item.extra == {"estimated_size": [392, 500], "off_by": [3, 2]}
     assert any("worked out from boxes" in what for what in report.counts)
 

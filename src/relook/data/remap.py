@@ -28,6 +28,7 @@ class RemapReport:
 
     items: int = 0
     left_out: int = 0
+    estimated: int = 0  # items kept whose crops were cut for an estimated size (see `viscot`)
     asked: dict[str, set[str]] = field(default_factory=dict)
     missing: dict[str, set[str]] = field(default_factory=dict)
 
@@ -39,7 +40,7 @@ class RemapReport:
     def to_dict(self) -> dict[str, Any]:
         counts = {name: [len(paths), len(self.missing.get(name, ()))] for name, paths in self.asked.items()}
         rows = {name: {"images": asked, "missing": missing} for name, (asked, missing) in sorted(counts.items())}
-        return {"items": self.items, "left_out": self.left_out, "datasets": rows}
+        return {"items": self.items, "left_out": self.left_out, "estimated": self.estimated, "datasets": rows}
 
     def __str__(self) -> str:
         lines = [f"{self.items} items, {self.left_out} left out for a missing image"]
@@ -47,6 +48,10 @@ class RemapReport:
             missing = sorted(self.missing.get(name, ()))
             first = f"  first: {missing[0]}" if missing else ""
             lines.append(f"{len(asked):8d} images of {name}, {len(missing)} missing{first}")
+        if self.estimated:
+            lines.append(
+                f"{self.estimated} items have crops for an estimated size; exact: `relook data build --images`"
+            )
         return "\n".join(lines)
 
 
@@ -79,6 +84,7 @@ def remap(
             if moved is None:
                 report.left_out += 1
             else:
+                report.estimated += "estimated_size" in moved.extra
                 yield moved
         if missing_list is not None:
             _write_list(missing_list, report)
