@@ -39,7 +39,7 @@ def digest(before: str, recipe: Recipe, stage: Stage) -> str:
     `before` is the digest of the stage before, "" for the first.
     """
     start = before or [recipe.seed, *(part.model_dump(exclude_defaults=True) for part in (recipe.model, recipe.data))]
-    said = [start, stage.model_dump(exclude_defaults=True)]
+    said: list[Any] = [start, stage.model_dump(exclude_defaults=True)]
     if recipe.validation.items and (stage.data or recipe.data).source == "json":
         said.append(recipe.validation.items)  # fewer are left to learn from
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

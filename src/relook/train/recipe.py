@@ -130,7 +130,7 @@ class Recipe(Strict):
     save_every: int = Field(200, ge=0, description="optimiser steps between checkpoints; 0: only when told to stop")
     keep_last: int = Field(2, gt=0, description="checkpoints of a stage that are kept, beside the best one")
     evaluate_every: int = Field(0, ge=0, description="optimiser steps between evaluations on `validation`; 0: none")
-    validation: Validation = Validation()
+    validation: Validation = Field(default_factory=lambda: Validation.model_validate({}))
     max_grad: float | None = Field(1e6, gt=0, description="a gradient longer than this, before clipping, stops the run")
     report_to: list[str] = Field([], description="beside log.jsonl and TensorBoard: wandb, mlflow, ... (transformers')")
     domain: str | None = Field(None, description="what the model is good for, written into its config")

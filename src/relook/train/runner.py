@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -300,13 +300,14 @@ def _items(data: Data, held: int, seed: int) -> tuple[Any, Sequence[Any]]:
     from relook.data.dataset import ItemsDataset
 
     assert data.path is not None
-    items = ItemsDataset(data.path, data.image_root)
+    items: Any = ItemsDataset(data.path, data.image_root)
     if not held:
         return items, ()
     if held >= len(items):
         raise UserError(f"validation.items is {held}, but {data.path} holds {len(items)}; hold out fewer")
     order = np.random.default_rng([seed, 1]).permutation(len(items)).tolist()
-    return (torch.utils.data.Subset(items, sorted(order[held:])), torch.utils.data.Subset(items, sorted(order[:held])))
+    taught, kept = (torch.utils.data.Subset(items, sorted(part)) for part in (order[held:], order[:held]))
+    return taught, cast(Sequence[Any], kept)
 
 
 def _write_recipe(recipe: Recipe, folder: Path) -> None:

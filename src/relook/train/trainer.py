@@ -101,7 +101,7 @@ class StageTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs or "train_loss" in logs:
-            figures: dict[str, float] = self.model.figures()  # type: ignore[union-attr, operator, assignment]
+            figures: dict[str, float] = self.model.figures()  # type: ignore[union-attr, operator]
             logs |= {**figures, **(self.tally.rates() if figures else {})}
         with writing(self.checkpoints.place, self.checkpoints.say_last):
             super().log(logs, start_time)

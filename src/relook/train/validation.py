@@ -150,7 +150,8 @@ def from_item(item: Any, grid: int) -> Question | None:
     said = [m["content"] for m in data["messages"] if m["role"] == "assistant"]
     if not asked or not said or not data["images"]:
         return None
-    image, boxes = data["images"][0], ()
+    image = data["images"][0]
+    boxes: tuple[Box, ...] = ()
     cells = [call.cells for text in said for call in parse_calls(text, grid) if call.cells and call.problem is None]
     if cells:
         from relook.views import open_image
