@@ -287,6 +287,14 @@ def test_the_table_of_sources_holds_the_eighteen_splits():
     assert all(name in text for name in (*SOURCES, *IMAGE_SETS, *FORMATS))
 
 
+def test_parquet_of_items_is_read_when_its_form_is_told(tmp_path):
+    pytest.importorskip("pyarrow")
+    path = write(tmp_path / "items.jsonl", ITEM)
+    call("data", "convert", path, tmp_path / "items.parquet")
+    call("data", "build", tmp_path / "items.parquet", tmp_path / "again.jsonl", "--format", "items")
+    assert list(read_items(tmp_path / "again.jsonl")) == list(read_items(path))
+
+
 # ---- sizes out of Visual-CoT's two boxes
 
 

@@ -24,6 +24,7 @@ from relook.data.items import Item, split_ref
 from relook.data.questions import Question, file_size, placed
 from relook.data.records import open_input, read_records
 from relook.data.remap import relative
+from relook.data.stream import read_rows
 from relook.data.viscot import viscot_question
 from relook.errors import RelookError, UserError
 from relook.regions import join_crop_suffix
@@ -46,8 +47,8 @@ def _records(parse: Callable[[dict[str, Any], str], Found]) -> Callable[[Path], 
     """A reader of a list of records of which `parse` makes one thing each."""
 
     def read_all(path: Path) -> Iterator[Found]:
-        for record in read_records(path):
-            yield parse(record.value, f"{path}:{record.line}")
+        for row in read_rows(path):  # Parquet of items too, where it is told apart from a dataset by --format
+            yield parse(row.value, row.where)
 
     return read_all
 
@@ -247,7 +248,9 @@ def placing(
     Images named in `images` are found by dataset and name. The size of an image at hand is taken from its file: a
     stated one that disagrees is an error, an estimated one that could not be it leaves the question out.
     """
-    home = Path(target).parent if format == "hub" or (format is None and is_dataset(source)) else Path(source).parent
+    home = Path(source) if Path(source).is_dir() else Path(source).parent
+    if format == "hub" or (format is None and is_dataset(source)):
+        home = Path(target).parent
     root = Path(image_root) if image_root is not None else home
     finder = ImageFinder(images or {})
     sizes: dict[str, tuple[int, int] | None] = {}
