@@ -178,11 +178,13 @@ def _inside(crop: Crop, grid: int) -> Box | None:
     cells = _clamped(crop.region.cells, grid)
     if crop.size is not None:
         return cells_to_box(cells, crop.size, grid)
-    axes = []
-    for axis in (0, 1):
-        seen, written, last = crop.box[axis::2], crop.region.cells[axis::2], cells[axis::2]
-        edges = {_edges(side, *last, grid) for side in _sides(*seen, *written, grid)}
-        edges |= {seen} if _sides(*seen, *last, grid) else set()  # cut right, and only the label is wrong
+    axes: list[tuple[int, int]] = []
+    for low, high in ((0, 2), (1, 3)):
+        near, far = crop.box[low], crop.box[high]
+        written = _sides(near, far, crop.region.cells[low], crop.region.cells[high], grid)
+        edges = {_edges(side, cells[low], cells[high], grid) for side in written}
+        if _sides(near, far, cells[low], cells[high], grid):  # cut right, and only the label is wrong
+            edges.add((near, far))
         if len(edges) > 1:
             return None  # from the first cell to one after the last: both readings fit, and only the image can tell
         axes += edges

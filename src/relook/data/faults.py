@@ -32,11 +32,23 @@ class Around:
     other_look: Callable[[bytes], str | None] = lambda look: None  # one that looks nearly the same
     seen: Seen = field(default_factory=Seen)
     number: int = 0
+    _last: tuple[Item, list[str], list[tuple[str, str]]] | None = None
 
     def files(self, item: Item) -> list[str]:
         """The image files that an item names, each once."""
-        refs = (ref for key in IMAGE_KEYS for ref in item.images[key] if isinstance(ref, str))
-        return list(dict.fromkeys(split_ref(ref)[0] for ref in refs))
+        return self._of(item)[0]
+
+    def crop_faults(self, item: Item) -> list[tuple[str, str]]:
+        """(row, what was seen) of the item's crops, which several rows share."""
+        return self._of(item)[1]
+
+    def _of(self, item: Item) -> tuple[list[str], list[tuple[str, str]]]:
+        """What several rows ask of the same item, found once."""
+        if self._last is None or self._last[0] is not item:
+            refs = (ref for key in IMAGE_KEYS for ref in item.images[key] if isinstance(ref, str))
+            files = list(dict.fromkeys(split_ref(ref)[0] for ref in refs))
+            self._last = item, files, list(crop_faults(item, self))
+        return self._last[1:]
 
     def known(self, item: Item) -> Iterator[tuple[str, ImageFacts]]:
         """The images of an item that were looked at and could be read."""
@@ -158,7 +170,7 @@ def _empty_answer(item: Item, around: Around) -> Iterator[str]:
 
 def _crop_rule(name: str) -> tuple[Find, Mend]:
     def find(item: Item, around: Around) -> Iterator[str]:
-        return (detail for rule, detail in crop_faults(item, around) if rule == name)
+        return (detail for rule, detail in around.crop_faults(item) if rule == name)
 
     def mend(item: Item, around: Around) -> Item | None:
         return mend_crops(item, around, name)

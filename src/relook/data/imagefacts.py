@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relook.data.items import place_image
@@ -117,7 +117,7 @@ def turned_cells(cells: Cells, orientation: int, grid: int) -> Cells:
     return xs[0], ys[0], xs[1], ys[1]
 
 
-def facts_below(root: str | os.PathLike[str], strict: bool, look: bool = False) -> Callable[[str], ImageFacts | None]:
+def facts_below(root: str | Path, strict: bool, look: bool = False) -> Callable[[str], ImageFacts | None]:
     """The facts of image files by the paths that items give them, each read once.
 
     A path that leaves a strict root is not followed: None.

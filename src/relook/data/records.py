@@ -267,6 +267,7 @@ class _Window:
             found = self.text[self.at : self.at + 1]
             seen = f"an entry that starts with {found!r}" if found else "the end of the file"
             raise UserError(f"{self.path}:{self.line}: {seen} where an object {{...}} was expected")
+        value: dict[str, Any] | None
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.at)
@@ -281,14 +282,17 @@ class _Window:
             except (RecursionError, ValueError) as error:
                 raise UserError(f"{self.path}:{self.line}: not a record ({error}); mend or remove it") from None
         text = self.text[self.at : end]
-        record: Record | None = Record(value, self.line, self.offset + self.at, self.offset + end)
         if not text.isascii():
-            try:
-                value = _decode(self.path, text.encode("latin-1"), self.line)
-                record = Record(value, self.line, self.offset + self.at, self.offset + end)
-            except UserError as error:
-                _pass_over(broken, self.path, self.line, error)
-                record = None
+            value = self._utf8(text, broken)
+        record = None if value is None else Record(value, self.line, self.offset + self.at, self.offset + end)
         self.line += text.count("\n")
         self.at = end
         return record
+
+    def _utf8(self, text: str, broken: Broken | None) -> dict[str, Any] | None:
+        """The object of bytes that were scanned as latin-1; None where they are not UTF-8 and that is told."""
+        try:
+            return _decode(self.path, text.encode("latin-1"), self.line)
+        except UserError as error:
+            _pass_over(broken, self.path, self.line, error)
+            return None
