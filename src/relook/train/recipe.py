@@ -89,7 +89,9 @@ class Stage(Strict):
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of products; weights stay in float32")
     freeze: list[str] = Field([], description="parts that do not learn, e.g. visual, language_model.layers")
+    remember: int = Field(0, ge=0, description="images whose features are kept while the tower is frozen")
     seed: int | None = Field(None, description="defaults to the recipe's")
     data: Data | None = Field(None, description="defaults to the recipe's")
     options: dict[str, Any] = Field({}, description="what the objective itself can be told (its Options class)")

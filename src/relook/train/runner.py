@@ -27,6 +27,7 @@ from relook.errors import UserError
 from relook.train import watch
 from relook.train.checkpoints import Checkpoints, Record, digest, finished, keep_stage, restore_stage
 from relook.train.faults import GO_ON, Signals, Stopped, writing
+from relook.train.frozen import remembering
 from relook.train.optimiser import build_optimiser, in_part, schedule
 from relook.train.recipe import Data, Recipe, Stage, load_recipe
 from relook.train.stages import Objective, make_objective
@@ -126,7 +127,8 @@ def run_stage(
     for callback in (Keeper(checkpoints, recipe, stage, tally, signals), *watchers.callbacks):
         trainer.add_callback(callback)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoints.path(record)) if record else None)
+        with remembering(model, stage.remember):
+            trainer.train(resume_from_checkpoint=str(checkpoints.path(record)) if record else None)
     except RuntimeError as error:  # a process that draws examples was told to stop, too
         if signals.seen is None:
             raise
@@ -179,6 +181,7 @@ def _trainer(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         seed=seed,
+        bf16=stage.precision == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
     )
     optimiser = build_optimiser(objective.named_parameters(), stage)
