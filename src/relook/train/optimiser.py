@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from relook.errors import UserError
+from relook.train.learnable import in_part
 from relook.train.recipe import Stage
 
 LAYERS = (".blocks.", ".layers.")  # of the vision tower and of the language model
@@ -72,11 +73,6 @@ def build_optimiser(named: Iterable[tuple[str, nn.Parameter]], stage: Stage) -> 
 
 def _groups(found: dict[tuple[float, float], list[nn.Parameter]], lr: float) -> list[dict[str, Any]]:
     return [{"params": p, "lr": lr * factor, "weight_decay": decay} for (factor, decay), p in found.items()]
-
-
-def in_part(parameter: str, part: str) -> bool:
-    """Whether a parameter's name holds the part as whole dotted pieces: "model.visual.blocks.0" is in "visual"."""
-    return f".{part}." in f".{parameter}."
 
 
 def schedule(stage: Stage, steps: int) -> Callable[[int], float]:

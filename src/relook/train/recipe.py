@@ -10,6 +10,7 @@ Knows the schema only: not how a stage learns (stages), not how a run goes (run)
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from relook.errors import UserError
+
+PATHS = ("path", "image_root")  # keys whose values are relative paths
 
 
 class Strict(BaseModel):
@@ -38,6 +41,7 @@ class Data(Strict):
     world: str | None = Field(None, description="name of a synthetic world (relook.data.worlds)")
     path: str | None = Field(None, description="JSON or JSONL of items in the published format")
     image_root: str | None = Field(None, description="folder the items' image paths are relative to")
+    free_choice: bool = Field(False, description="items lose the sentences that ask for a look; the model decides")
 
     @field_validator("path", "image_root")
     @classmethod
@@ -56,12 +60,17 @@ class Data(Strict):
 class ModelSource(Strict):
     """A fresh tiny model (`size`) or weights to go on from (`start`: shipped name, folder or hub id).
 
-    A fresh model may take its vision tower from other weights (`visual`).
+    A fresh model may take its vision tower from other weights (`visual`). A `start` that is a plain Qwen2-VL is given
+    `looks`, new tokens and fresh projectors; looks with an encoder of their own need its weights (`detection`: a
+    DINOv2, `seg`: a SAM).
     """
 
     size: str | None = None
     start: str | None = None
     visual: str | None = None
+    looks: list[str] | None = Field(None, description="of a plain Qwen2-VL: region, clip, detection, seg")
+    detection: str | None = Field(None, description="folder or hub id of a DINOv2, for the look detection")
+    seg: str | None = Field(None, description="folder or hub id of a SAM, for the look seg")
 
     @model_validator(mode="after")
     def _one(self) -> ModelSource:
@@ -69,7 +78,23 @@ class ModelSource(Strict):
             raise ValueError("give exactly one of size: (a fresh tiny model) and start: (weights to go on from)")
         if self.visual is not None and self.size is None:
             raise ValueError("visual: goes with size: (a fresh model that takes over a vision tower)")
+        if self.size is not None and (self.looks or self.detection or self.seg):
+            raise ValueError("looks:, detection: and seg: go with start: (a plain Qwen2-VL that is given looks)")
         return self
+
+
+class Lora(Strict):
+    """Low-rank updates (https://arxiv.org/abs/2106.09685) of the language model's linear layers, through peft.
+
+    All else rests but `modules_to_save`, which are trained whole. When the stage is over the updates are merged in.
+    """
+
+    r: int = Field(512, gt=0, description="rank")
+    alpha: int | None = Field(None, gt=0, description="updates are scaled by alpha / r; 2 r unless given")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["all"] | list[str] = Field("all", description="all linear layers of the LM, or q_proj, ...")
+    modules_to_save: list[str] = Field(["projectors", "lm_head", "embed_tokens"], description="parts trained whole")
+    bits: Literal[4, 8] | None = Field(None, description="QLoRA: the LM's linear layers rest in 4 (nf4) or 8 bits")
 
 
 class Stage(Strict):
@@ -78,6 +103,8 @@ class Stage(Strict):
     name: str
     objective: str
     samples: int = Field(gt=0, lt=2**23, description="from 2**23 on, pages are held out for validation")
+    steps: int | None = Field(None, gt=0, description="in place of samples: optimiser steps of batch x accumulate")
+    epochs: float | None = Field(None, gt=0, description="of a JSON source: at most so many passes over its items")
     batch: int = Field(16, gt=0)
     accumulate: int = Field(1, gt=0, description="batches per optimiser step")
     optimiser: Literal["adamw", "muon"] = "adamw"
@@ -91,10 +118,39 @@ class Stage(Strict):
     clip: float = 1.0
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of products; weights stay in float32")
     freeze: list[str] = Field([], description="parts that do not learn, e.g. visual, language_model.layers")
+    train: list[str] | None = Field(None, description="the only parts that learn, e.g. detection_projector")
+    lora: Lora | None = Field(None, description="low-rank updates in place of whole weights")
+    passes: Literal[1, 2] | None = Field(None, description="1: looks without a condition (alignment); 2: with it")
+    mask: Literal[0, 1, 2] | None = Field(None, description="mask modelling: 1 the first user turn, 2 the second too")
+    mask_ratio: float | None = Field(None, ge=0, le=1, description="chance of the mask")
+    input_grads: Literal["full", "published"] | None = Field(None, description="published: none into embeddings, ViT")
+    position_mode: Literal["mrope", "sequential"] | None = Field(None, description="sequential: as published training")
     remember: int = Field(0, ge=0, description="images whose features are kept while the tower is frozen")
     seed: int | None = Field(None, description="defaults to the recipe's")
     data: Data | None = Field(None, description="defaults to the recipe's")
     options: dict[str, Any] = Field({}, description="what the objective itself can be told (its Options class)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _length(cls, raw: Any) -> Any:
+        """`steps` says how many samples; where both are given they must agree."""
+        if not isinstance(raw, dict) or raw.get("steps") is None:
+            return raw
+        sizes = [raw["steps"], raw.get("batch", 16), raw.get("accumulate", 1)]
+        if not all(isinstance(size, int) for size in sizes):
+            return raw  # pydantic says which is no number
+        samples = sizes[0] * sizes[1] * sizes[2]
+        if raw.get("samples", samples) != samples:
+            raise ValueError(f"steps says {samples} samples and samples says {raw['samples']}; give one of them")
+        return {**raw, "samples": samples}
+
+    @model_validator(mode="after")
+    def _learning(self) -> Stage:
+        if self.train is not None and self.freeze:
+            raise ValueError("give freeze: (all but these learn) or train: (only these learn), not both")
+        if self.lora is not None and (self.train is not None or self.freeze):
+            raise ValueError("with lora:, what learns is its targets and modules_to_save; leave out freeze: and train:")
+        return self
 
 
 class Validation(Strict):
@@ -241,7 +297,10 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"{override!r}: {part!r} lies inside {_short(node)}, which has no keys.")
     if not isinstance(node, dict):
         raise UserError(f"{override!r}: {key} does not name a single value; enter a stage by its name first.")
-    node[last] = yaml.safe_load(text)
+    value = yaml.safe_load(text)
+    if last in PATHS and isinstance(value, str) and Path(value).is_absolute():
+        value = os.path.relpath(value)  # where the command is given, a path may be of any kind
+    node[last] = value
 
 
 def _short(value: object) -> str:

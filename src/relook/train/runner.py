@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
@@ -28,7 +27,8 @@ from relook.train import watch
 from relook.train.checkpoints import Checkpoints, Record, digest, finished, keep_stage, restore_stage
 from relook.train.faults import GO_ON, Signals, Stopped, writing
 from relook.train.frozen import remembering
-from relook.train.optimiser import build_optimiser, in_part, schedule
+from relook.train.learnable import check_parts, let_learn, set_forward
+from relook.train.optimiser import build_optimiser, schedule
 from relook.train.recipe import Data, Recipe, Stage, load_recipe
 from relook.train.stages import Objective, make_objective
 from relook.train.trainer import Examples, Keeper, StageTrainer
@@ -58,7 +58,7 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), out: str | P
     _write_recipe(recipe, folder)
     torch.set_num_threads(recipe.threads)
     model, processor = _start(recipe)
-    check_parts(model, recipe)
+    check_parts(model, recipe.stages)
     with Signals() as signals:
         try:
             history = run_stages(model, processor, recipe, folder, signals)
@@ -113,9 +113,10 @@ def run_stage(
     torch.manual_seed(seed)
     taught, held = _items(data, recipe.validation.items, seed)
     objective = make_objective(model, processor, _world(data, seed), stage, seed, taught, held)
-    freeze(model, stage.freeze)
+    set_forward(model.config, stage)
+    let_learn(model, stage.freeze, stage.train)
     model.train()
-    steps = max(1, stage.samples // (stage.batch * stage.accumulate))
+    steps = steps_of(stage, taught)
     checkpoints.clear_aside()
     record = checkpoints.last()
     if record is not None:
@@ -142,7 +143,7 @@ def run_stage(
         raise Stopped(
             f"stopped at step {trainer.state.global_step} of {steps}, saved in {place}; {GO_ON}", signals.seen
         )
-    freeze(model, [])
+    let_learn(model)
     best = checkpoints.best()
     done: Record = {
         "stage": stage.name,
@@ -200,33 +201,6 @@ def _trainer(
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     return trainer
-
-
-def freeze(model: nn.Module, parts: Sequence[str]) -> None:
-    """Let every parameter learn but those of the named parts (dotted pieces of parameter names, e.g. "visual").
-
-    Parameters that the model itself never trains (unused members of published projectors) stay as they are.
-    """
-    for name, parameter in model.named_parameters():
-        unused = ".linear_feature." in name or ".layernorm_feature." in name
-        if not unused:
-            parameter.requires_grad_(not any(in_part(name, part) for part in parts))
-
-
-def check_parts(model: nn.Module, recipe: Recipe) -> None:
-    """Refuse a recipe that freezes or scales parts the model does not have.
-
-    Raises:
-        UserError: names the part and those there are.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    for stage in recipe.stages:
-        for part in [*stage.freeze, *stage.lr_scale]:
-            if not any(in_part(name, part) for name in names):
-                known = sorted({piece for name in names for piece in name.split(".")[:2]} - {"model"})
-                raise UserError(
-                    f"Stage {stage.name!r}: the model has no part {part!r}; parts are {', '.join(known)}, ..."
-                )
 
 
 def save_final(model: Any, processor: Any, recipe: Recipe, history: list[dict[str, Any]], folder: Path) -> Path:
@@ -311,6 +285,14 @@ def _items(data: Data, held: int, seed: int) -> tuple[Any, Sequence[Any]]:
     order = np.random.default_rng([seed, 1]).permutation(len(items)).tolist()
     taught, kept = (torch.utils.data.Subset(items, sorted(part)) for part in (order[held:], order[:held]))
     return taught, cast(Sequence[Any], kept)
+
+
+def steps_of(stage: Stage, items: Any = None) -> int:
+    """Optimiser steps of a stage; `items` (None for a world) are passed over `epochs` times at most."""
+    samples = stage.samples
+    if stage.epochs is not None and items is not None:
+        samples = min(samples, int(stage.epochs * len(items)))
+    return max(1, samples // (stage.batch * stage.accumulate))
 
 
 def _write_recipe(recipe: Recipe, folder: Path) -> None:
