@@ -10,7 +10,7 @@ from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGener
 from relook.errors import UserError
 from relook.model import VPTQwen2VLForConditionalGeneration
 
-CLOSE = dict(atol=2e-5, rtol=1e-4)
+CLOSE = dict(atol=4e-5, rtol=1e-4)  # under one thread, sums in another order differ by 2.7e-5
 LOOKS = [
     (),
     ("region",),

@@ -40,7 +40,8 @@ class VPTQwen2VLConfig(Qwen2VLConfig):
       (alignment stage: y = F).
     - `para_mask_id`: 0 no mask modelling; 1 zeroes the first user turn's input embeddings once the condition is
       known; 2 the second user turn's as well. Training only, in rows that hold a control token, with probability
-      `para_mask_ratio` drawn once per batch.
+      `para_mask_ratio`.
+    - `para_mask_draw`: that draw is made once for a "batch", as published, or for each "sample" of it.
     - `projector_scale`: number of control vectors in one condition. Only 1 is accepted: no published checkpoint uses
       another value, so there is nothing to check another one against.
     - `vision_encoder_ls`: of "clip", "dino", "sam".
@@ -68,6 +69,7 @@ class VPTQwen2VLConfig(Qwen2VLConfig):
     projector_scale: int = 1
     para_mask_id: int = 0
     para_mask_ratio: float | int = 0.0
+    para_mask_draw: str = "batch"
     alignment: bool = False
     vision_encoder_ls: list[str] | None = None
 
@@ -89,6 +91,7 @@ class VPTQwen2VLConfig(Qwen2VLConfig):
         _one_of("num_inner_forward_run", [self.num_inner_forward_run], (1, 2))
         _one_of("projector_scale", [self.projector_scale], (1,))
         _one_of("para_mask_id", [self.para_mask_id], (0, 1, 2))
+        _one_of("para_mask_draw", [self.para_mask_draw], ("batch", "sample"))
 
     @property
     def reencodings(self) -> list[str]:

@@ -28,8 +28,9 @@ from .configuration import VPTQwen2VLConfig
 from .encoders import ENCODERS, build_encoder
 from .generation import LooksInGenerate
 from .keys import register_keys
+from .packed import Packed
 from .projector import ConditionedProjector, init_projector_layer
-from .splice import Block, CallSite, find_blocks, find_calls, paragraph_mask, put
+from .splice import Block, CallSite, find_blocks, find_calls, paragraph_mask, put, same_images
 from .waves import Job, Waves
 
 
@@ -131,8 +132,11 @@ class LooksAgain(LooksInGenerate, nn.Module):
         positions = self._positions(input_ids[None], None, image_grid_thw, None)[:, 0]
         return positions + start, start + int(positions.max()) + 1
 
-    def _positions(self, input_ids, attention_mask, image_grid_thw, video_grid_thw) -> Tensor:
+    def _positions(self, input_ids, attention_mask, image_grid_thw, video_grid_thw, packed=None) -> Tensor:
         """(3, B, L) positions of whole conversations; padding columns hold arbitrary values."""
+        if packed is not None:
+            ids, real = packed.apart(input_ids), packed.apart(torch.ones_like(input_ids))
+            return packed.together(self._positions(ids, real, image_grid_thw, video_grid_thw))
         if self.config.position_mode == "sequential":
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             return (real.long().cumsum(-1) - 1).clamp(min=0)[None].expand(3, -1, -1)
@@ -177,6 +181,8 @@ class LooksAgain(LooksInGenerate, nn.Module):
         mm_encoder_outputs: dict[str, Any] | None = None,
         logits_to_keep: int | Tensor = 0,
         previous_state: Tensor | None = None,
+        conversation_ids: Tensor | None = None,
+        para_mask_modes: Tensor | None = None,
         **kwargs: Any,
     ) -> LookAgainOutput:
         """Teacher-forced pass over conversations with any mix of looks.
@@ -186,6 +192,9 @@ class LooksAgain(LooksInGenerate, nn.Module):
             detection_images (k, 3, 224, 224), seg_images (k, 3, 1024, 1024).
             previous_state (B, d): `last_state` of the step before, when a cache is continued right after a
                 `*_action_start`.
+            conversation_ids (B, L): of rows that hold several conversations, which one each column belongs to (see
+                `packed.Packed`); they then share nothing but the row.
+            para_mask_modes (n,): 0, 1 or 2, the mask mode of each conversation; drawn where absent (see the config).
         Images of each kind are listed in row-major order of their pads. Positions are computed here when absent.
 
         Returns:
@@ -198,13 +207,14 @@ class LooksAgain(LooksInGenerate, nn.Module):
         }
         looks = {name: t for name, t in looks.items() if next(iter(t.values())) is not None}
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        packed = self._packed(conversation_ids, past)
         if position_ids is None and input_ids is not None:
             if past:
                 raise UserError(
                     "a cache is continued without position_ids, and positions after an image cannot be told from the "
                     "new tokens alone. Pass position_ids=model.rope_positions(block, grids, start)[0][:, None]"
                 )
-            position_ids = self._positions(input_ids, attention_mask, image_grid_thw, video_grid_thw)
+            position_ids = self._positions(input_ids, attention_mask, image_grid_thw, video_grid_thw, packed)
 
         base = dict(
             pixel_values=pixel_values,
@@ -218,21 +228,51 @@ class LooksAgain(LooksInGenerate, nn.Module):
                 raise UserError("images for a look came without input_ids: their places are found by token id")
             calls, blocks, features = [], [], {}
         else:
-            features = {name: self.encode(name, **tensors) for name, tensors in looks.items()}
-            inputs_embeds, calls, blocks = self._embed(input_ids, inputs_embeds, features, previous_state, base)
+            features = self._encode_looks(looks, base)
+            inputs_embeds, calls, blocks = self._embed(
+                input_ids, inputs_embeds, features, previous_state, base, conversation_ids
+            )
             base = {}
 
-        run = dict(past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+        run = dict(past_key_values=past_key_values, use_cache=use_cache if packed is None else False, **kwargs)
         if not calls or input_ids is None or inputs_embeds is None or position_ids is None:
-            outputs = self.model(
-                inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **base, **run
-            )
+            where = dict(attention_mask=attention_mask, position_ids=position_ids)
+            if packed is not None and inputs_embeds is not None and position_ids is not None:
+                where = packed.whole(position_ids[-3:], inputs_embeds.dtype)
+            outputs = self.model(inputs_embeds=inputs_embeds, **where, **base, **run)
         else:
-            job = Job(inputs_embeds, attention_mask, position_ids[-3:], calls, blocks, features)
-            outputs = self._run_with_calls(job, input_ids, run)
+            mask = attention_mask if packed is None else (packed.numbers >= 0).long()
+            job = Job(inputs_embeds, mask, position_ids[-3:], calls, blocks, features, packed)
+            outputs = self._run_with_calls(job, self._masked_columns(input_ids, job, para_mask_modes), run)
         return self._head(outputs, labels, logits_to_keep, kwargs)
 
-    def _embed(self, input_ids, inputs_embeds, features, previous_state, base):
+    def _packed(self, conversation_ids: Tensor | None, past: int) -> Packed | None:
+        if conversation_ids is None:
+            return None
+        if past:
+            raise UserError("packed conversations cannot continue a cache; pass them without past_key_values")
+        return Packed(conversation_ids, self.model.language_model.config._attn_implementation)
+
+    def _encode_looks(self, looks: dict[str, Any], base: dict[str, Any]) -> dict[str, list[Tensor]]:
+        """Features of every look. A clip look at what a first look or crop shows takes its features: one tower run."""
+        images, clip = base["pixel_values"], looks.get("clip")
+        if clip is None or images is None or (base["mm_encoder_outputs"] or {}).get("image") is not None:
+            return {name: self.encode(name, **tensors) for name, tensors in looks.items()}
+        pixels, grids = clip["pixel_values"], clip["image_grid_thw"]
+        seen = same_images(pixels, grids, images, base["image_grid_thw"])
+        with self._frozen_inputs():
+            first = self.model.get_image_features(images, base["image_grid_thw"], return_dict=True)
+        base["mm_encoder_outputs"] = {**(base["mm_encoder_outputs"] or {}), "image": first}
+        fresh = [i for i, at in enumerate(seen) if at is None]
+        made: list[Tensor] = []
+        if fresh:
+            parts = pixels.split(grids.prod(-1).tolist())
+            made = self.encode("clip", pixel_values=torch.cat([parts[i] for i in fresh]), image_grid_thw=grids[fresh])
+        found = iter(made)
+        features = {"clip": [next(found) if at is None else first.pooler_output[at] for at in seen]}
+        return features | {name: self.encode(name, **tensors) for name, tensors in looks.items() if name != "clip"}
+
+    def _embed(self, input_ids, inputs_embeds, features, previous_state, base, conversation_ids=None):
         """Fill in everything known before the language model runs; find what has to wait for a condition."""
         with self._frozen_inputs():
             if inputs_embeds is None:
@@ -240,7 +280,7 @@ class LooksAgain(LooksInGenerate, nn.Module):
             inputs_embeds = self._splice_base_images(input_ids, inputs_embeds, **base)
         conditioned = self.config.num_inner_forward_run == 2
         ids = {n: i for n in self.config.reencodings if (i := self.config.reencode_ids(n)) is not None}
-        calls = find_calls(input_ids, ids) if conditioned and ids else []
+        calls = find_calls(input_ids, ids, conversation_ids) if conditioned and ids else []
         if conditioned and previous_state is not None:
             for token in ids.values():
                 is_action = input_ids[:, :1, None] == token.action
@@ -249,7 +289,7 @@ class LooksAgain(LooksInGenerate, nn.Module):
         blocks: list[Block] = []
         for look, images in features.items():
             counts = [self._token_count(look, x) for x in images]
-            found = find_blocks(input_ids, look, ids[look].pad, counts, calls)
+            found = find_blocks(input_ids, look, ids[look].pad, counts, calls, conversation_ids)
             for block in found:
                 if block.call is None:
                     tokens, _ = self.project(look, images[block.image])
@@ -283,37 +323,19 @@ class LooksAgain(LooksInGenerate, nn.Module):
     def _token_count(self, look: str, features: Tensor) -> int:
         return features.shape[0] if features.ndim == 2 else (features.shape[1] // 4) * (features.shape[2] // 4)
 
-    def _run_with_calls(self, job: Job, input_ids: Tensor, run: dict[str, Any]) -> Any:
+    def _run_with_calls(self, job: Job, masked: Tensor | None, run: dict[str, Any]) -> Any:
         """Run a batch with calls: in waves over one cache, or the prefix first where a mask hides it afterwards."""
-        masked = self._masked_columns(input_ids, job)
-        checkpointing = self.training and self.model.language_model.gradient_checkpointing
-        if masked is None and not checkpointing:
+        # Checkpointed decoder layers drop the cache (transformers 5.23), and flash attention's kernels for packed
+        # conversations take none: there the prefix is run again, not continued.
+        again = self.training and self.model.language_model.gradient_checkpointing
+        again = again or (job.packed is not None and job.packed.varlen)
+        if masked is None and not again:
             return Waves(self, job, run).run()
-        # Checkpointed decoder layers drop the cache (transformers 5.23), so the prefix is run again, not continued.
-        embeds = self._conditioned_embeddings(job, keep_cache=not checkpointing)
+        waves = Waves(self, job, {})
+        embeds = waves.conditions_apart() if again else waves.conditions()
         if masked is not None:
             embeds = embeds.masked_fill(masked.unsqueeze(-1), 0)
-        return self.model.language_model(
-            inputs_embeds=embeds, attention_mask=job.attention_mask, position_ids=job.position_ids, **run
-        )
-
-    def _conditioned_embeddings(self, job: Job, keep_cache: bool) -> Tensor:
-        """Pass 1: only up to the last control token of each row."""
-        if keep_cache:
-            return Waves(self, job, {}).conditions()
-        embeds = job.inputs_embeds
-        for order in range(job.depth):
-            calls = [c for c in job.calls if c.order == order]
-            end = max(c.start for c in calls) + 1
-            states = self.model.language_model(
-                inputs_embeds=embeds[:, :end],
-                attention_mask=None if job.attention_mask is None else job.attention_mask[:, :end],
-                position_ids=job.position_ids[..., :end],
-                use_cache=False,
-            ).last_hidden_state
-            for call in calls:
-                embeds = self.spend(job, embeds, call, states[call.row, call.start])
-        return embeds
+        return self.model.language_model(inputs_embeds=embeds, **job.whole(), **run)
 
     def spend(self, job: Job, embeds: Tensor, call: CallSite, state: Tensor) -> Tensor:
         """Spend one condition: it is the control token's embedding and conditions the blocks that answer the call."""
@@ -324,17 +346,27 @@ class LooksAgain(LooksInGenerate, nn.Module):
                 embeds = put(embeds, block.row, block.columns, tokens)
         return embeds
 
-    def _masked_columns(self, input_ids: Tensor, job: Job) -> Tensor | None:
-        """Mask modelling: which embeddings pass 2 does not see; None for none. Drawn once per batch, as published."""
-        mode = self.config.para_mask_id
-        if not self.training or mode == 0 or torch.rand(1).item() >= self.config.para_mask_ratio:
+    def _masked_columns(self, input_ids: Tensor, job: Job, modes: Tensor | None) -> Tensor | None:
+        """Mask modelling: which embeddings (B, L) pass 2 does not see; None for none.
+
+        `modes` (n,) is that of each conversation, row-major; without it the config's is drawn, once for the batch (as
+        published) or for each conversation.
+        """
+        config, packed = self.config, job.packed
+        if not self.training or (modes is None and config.para_mask_id == 0):
             return None
-        mask = paragraph_mask(
-            input_ids, self.config.para_start_id, self.config.para_end_id, (1, 3) if mode == 2 else (1,)
-        )
-        rows = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
-        rows[[c.row for c in job.calls]] = True
-        return mask & rows[:, None]
+        ids = input_ids if packed is None else packed.apart(input_ids, -1)
+        if modes is None:
+            draws = torch.rand(len(ids) if config.para_mask_draw == "sample" else 1)
+            modes = torch.where(draws < config.para_mask_ratio, config.para_mask_id, 0).expand(len(ids))
+        called = torch.zeros(len(ids), dtype=torch.bool)
+        called[[c.row if packed is None else packed.index(c.row, c.conversation) for c in job.calls]] = True
+        modes = torch.where(called, modes.cpu(), 0).to(ids.device)[:, None]
+        if not modes.any():
+            return None
+        hidden = [paragraph_mask(ids, config.para_start_id, config.para_end_id, (turn,)) for turn in (1, 3)]
+        mask = ((modes >= 1) & hidden[0]) | ((modes == 2) & hidden[1])
+        return mask if packed is None else packed.together(mask)
 
     def _head(self, outputs: Any, labels: Tensor | None, logits_to_keep: int | Tensor, kwargs: dict[str, Any]):
         hidden = outputs.last_hidden_state

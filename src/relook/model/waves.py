@@ -17,7 +17,8 @@ from transformers import DynamicCache
 
 from relook.errors import UserError
 
-from .splice import Block, CallSite, Wave, cut_into_waves, take
+from .packed import Packed
+from .splice import Block, CallSite, Wave, cut_into_waves, prefixes, take
 
 
 @dataclass
@@ -30,11 +31,23 @@ class Job:
     calls: Sequence[CallSite]
     blocks: Sequence[Block]
     features: dict[str, list[Tensor]]
+    packed: Packed | None = None
 
     @property
     def depth(self) -> int:
-        """Largest number of calls in one row."""
+        """Largest number of calls in one conversation."""
         return max(c.order for c in self.calls) + 1
+
+    @property
+    def numbers(self) -> Tensor | None:
+        """(B, L) the conversation of each column, None where each row holds one."""
+        return None if self.packed is None else self.packed.numbers
+
+    def whole(self) -> dict[str, Any]:
+        """attention_mask and position_ids for all columns in one pass."""
+        if self.packed is not None:
+            return self.packed.whole(self.position_ids, self.inputs_embeds.dtype)
+        return {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
 
 
 class Waves:
@@ -55,29 +68,39 @@ class Waves:
             mask = torch.ones(rows, self.past + length, dtype=torch.long, device=job.inputs_embeds.device)
         if mask.ndim != 2 or mask.shape[1] != self.past + length:
             raise UserError(f"attention_mask has shape {tuple(mask.shape)}; expected ({rows}, {self.past + length})")
+        self.mask = mask[:, self.past :]
         self.seen = [mask[:, : self.past].bool()]
-        self.waves = cut_into_waves(mask[:, self.past :], job.calls)
+        self.columns = [torch.zeros(rows, self.past, dtype=torch.long, device=mask.device)]
+        self.waves = cut_into_waves(self.mask, job.calls, job.numbers)
 
     def _run(self, wave: Wave, embeds: Tensor) -> Any:
-        # A row without tokens in this wave would have nothing to attend to: for this wave its padding sees itself.
-        here = wave.real | ~wave.real.any(dim=1, keepdim=True)
-        positions = self.job.position_ids.gather(2, wave.columns.expand(3, -1, -1))
+        self.columns.append(wave.columns)
         output = self.model.model.language_model(
             inputs_embeds=take(embeds, wave.columns),
-            attention_mask=torch.cat([*self.seen, here], dim=1).long(),
-            position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
+            **self._arguments(wave, torch.cat(self.columns, dim=1), torch.cat([*self.seen, wave.real], dim=1)),
             **self.extra,
         )
         self.seen.append(wave.real)
         return output
 
+    def _arguments(self, wave: Wave, columns: Tensor, seen: Tensor) -> dict[str, Any]:
+        """attention_mask and position_ids of a wave; it can attend to `columns` (B, T), itself last, where `seen`."""
+        positions = self.job.position_ids.gather(2, wave.columns.expand(3, -1, -1))
+        if self.job.packed is not None:
+            dtype = self.job.inputs_embeds.dtype
+            return self.job.packed.arguments(positions, dtype, wave.columns, wave.real, columns, seen)
+        # A row without tokens in this wave would have nothing to attend to: for this wave its padding sees itself.
+        here = wave.real | ~wave.real.any(dim=1, keepdim=True)
+        mask = torch.cat([seen[:, : seen.shape[1] - here.shape[1]], here], dim=1)
+        return {"attention_mask": mask.long(), "position_ids": positions}
+
     def _look(self, order: int, wave: Wave, states: Tensor, embeds: Tensor) -> Tensor:
         for call in self.job.calls:
             if call.order == order:
-                state = states[call.row, int(wave.real[call.row].sum()) - 1]
-                embeds = self.model.spend(self.job, embeds, call, state)
+                at = (wave.real[call.row] & (wave.columns[call.row] == call.start)).nonzero()
+                embeds = self.model.spend(self.job, embeds, call, states[call.row, int(at)])
         return embeds
 
     def conditions(self) -> Tensor:
@@ -85,6 +108,19 @@ class Waves:
         embeds = self.job.inputs_embeds
         for order, wave in enumerate(self.waves[:-1]):
             embeds = self._look(order, wave, self._run(wave, embeds).last_hidden_state, embeds)
+        return embeds
+
+    def conditions_apart(self) -> Tensor:
+        """The same without a cache to continue: before each call, its whole prefix runs again."""
+        embeds = self.job.inputs_embeds
+        for order in range(self.job.depth):
+            wave = prefixes(self.mask, self.job.calls, order, self.job.numbers)
+            states = self.model.model.language_model(
+                inputs_embeds=take(embeds, wave.columns),
+                use_cache=False,
+                **self._arguments(wave, wave.columns, wave.real),
+            ).last_hidden_state
+            embeds = self._look(order, wave, states, embeds)
         return embeds
 
     def run(self) -> Any:
