@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import resource
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,11 @@ def test_json_lines_have_their_lines_and_blank_ones_are_skipped(tmp_path):
         ("comma.json", b'[{"a": 1},\n]', ":2: an entry that starts with ']'"),
         ("after.json", b'[{"a": 1}]\n{}', ":2: '{' after the end of the array"),
         ("number.json", b"42", "starts with '4'"),
+        # one line, as json.dump writes it: only the entry's number says where
+        ("flat.json", b'[{"a": 1}, {"a": 2}, {"a": ]', ":1, entry 3: broken JSON"),
+        ("flat8.json", b'[{"a": 1}, {"a": "caf\xe9"}]', ":1, entry 2: byte 0xe9 is not UTF-8"),
+        ("flat7.json", b'[{"a": 1}, 7]', ":1, entry 2: an entry that starts with '7'"),
+        ("flats.json", b'[{"a": 1}, {"a": 2} {"a": 3}]', ":1: '{' after entry 2 where ','"),
     ],
 )
 def test_broken_files_are_named_with_their_line(tmp_path, name, content, words):
@@ -176,6 +182,22 @@ def test_wrong_items_name_file_line_and_place(tmp_path, data, words):
     with pytest.raises(UserError) as error:
         list(read_items(path))
     assert words in str(error.value) and f"{path}:2:" in str(error.value)
+
+
+def test_items_of_an_array_on_one_line_are_told_apart(tmp_path):
+    path = tmp_path / "items.json"
+    good = {"messages": [{"role": "user", "content": "é"}]}
+    path.write_text(json.dumps([good, good, {"messages": 3}, good], ensure_ascii=False))
+    with pytest.raises(UserError, match=r"items.json:1, entry 3: 'messages' is a int"):
+        list(read_items(path))
+    dataset = ItemsDataset(path)
+    assert dataset[0].messages == dataset[3].messages == dataset[-1].messages
+    for number in (2, -2):
+        with pytest.raises(UserError, match=r"items.json:1, entry 3: 'messages' is a int"):
+            dataset[number]
+    path.write_text(json.dumps([good, {"messages": 3}], indent=1))
+    with pytest.raises(UserError, match=r"items.json:10: 'messages'"):
+        list(read_items(path))
 
 
 def test_paths_may_not_leave_a_given_root(tmp_path):
@@ -328,6 +350,24 @@ def test_wrong_options_are_refused(tmp_path):
         build(source, tmp_path / "items.json")
     with pytest.raises(UserError, match="is the source itself"):
         build(source, source)
+
+
+@pytest.mark.parametrize("options", [{}, {"val": 0.5}])
+def test_a_full_disk_is_said_and_leaves_what_was_there(tmp_path, options):
+    """A limit on the size of files stands in for the disk: the write itself fails, after a part was written."""
+    rows = [line(image=f"{i}.png", question=f"Number {i}?") for i in range(200)]
+    source = write_lines(tmp_path / "qa.jsonl", *rows)
+    before = build(source, tmp_path / "items.json", limit=50, **options)
+    left = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(RelookError, match=r"json: could not be written \(File too large\); make room") as error:
+            build(source, tmp_path / "items.json", **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.exit_code == 1 and before.items == 50
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == left
 
 
 @needs_receipts

@@ -224,6 +224,21 @@ def test_a_box_before_its_turn_is_not_mistaken(folder):
     assert report.ok and report.images == 1
 
 
+def test_evaluation_sets_of_every_form_and_place_are_held_against(folder):
+    """Visual-CoT's records, in a folder of their own although --image-root is given; what cannot be read is said."""
+    (folder / "eval/cot").mkdir(parents=True)
+    (folder / "eval/cot/7.png").write_bytes((folder / "wide.png").read_bytes())
+    records = [{"image": [f"cot/{n}.png", f"cot/{n}.png###[1, 2, 3, 4]"], "conversations": []} for n in (7, 8, 9)]
+    (folder / "eval/gqa.json").write_text(json.dumps(records))
+    items = write(folder / "items.jsonl", item())
+    arguments = ["data", "check", items, "--against", folder / "eval/gqa.json", "--image-root", folder]
+    shown = call(*arguments, code=1)
+    assert "1 evaluated" in shown and "cot/7.png" in shown
+    assert "held against 1 evaluation images; 2 could not be read (first: cot/8.png)" in shown
+    report = json.loads(call(*arguments, "--json", code=1))
+    assert report["against"] == {"images": 1, "unreadable": ["cot/8.png", "cot/9.png"]}
+
+
 def test_a_broken_line_is_a_fault_and_the_rest_is_read(folder):
     items = write(folder / "items.jsonl", item(), item(answer="b"))
     lines = items.read_bytes().splitlines(keepends=True)

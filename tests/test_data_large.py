@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from relook.cli import app
-from relook.data import Item, ItemsDataset, read_items, write_items
+from relook.data import Item, ItemsDataset, build, read_items, write_items
 from relook.data import records as records_module
 from relook.data.check import check
 from relook.data.convert import convert
@@ -24,7 +24,7 @@ from relook.data.stream import ItemStream, read_rows, shuffled
 from relook.errors import UserError
 
 TOOL = Path(__file__).parents[1] / "tools" / "large_set.py"
-SMALL, LARGE = 2_000, 20_000
+SMALL, LARGE = 2_000, 10_000
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,7 @@ def drain(stream) -> int:
 
 WORK: dict[str, tuple[Callable[[Path], object], int]] = {  # and the bytes that an item may cost
     "open": (ItemsDataset, 60),
+    "build": (lambda path: build(path, Path(tempfile.mkdtemp(dir=path.parent), "o.json"), free_choice=True), 0),
     "check": (lambda path: check(path, images=False), 80),
     "stream": (lambda path: drain(ItemStream(path, buffer=200)), 0),
     "stats": (stats, 0),
@@ -63,7 +64,8 @@ WORK: dict[str, tuple[Callable[[Path], object], int]] = {  # and the bytes that 
 
 @pytest.mark.parametrize("name", WORK)
 def test_memory_does_not_grow_with_the_set(sets, name, monkeypatch):
-    """Ten times the items: at most a few numbers more for each, and some batches (18,000 of these items are 11 MB)."""
+    """Five times the items: at most a few numbers more for each, and some batches (8,000 of these items are 5 MB of
+    text, and 25 MB as objects)."""
     work, cost = WORK[name]
     monkeypatch.setattr(records_module, "CHUNK", 1 << 16)  # else the small set is read in one piece
     work(sets[SMALL])  # what is imported and cached once
@@ -182,6 +184,11 @@ def test_conversions_do_not_mix(sets, tmp_path):
     (tmp_path / "p/part-00001.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match="not a Parquet file"):
         drain(read_rows(tmp_path / "p"))
+    out = {"messages": [{"role": "user", "content": "<image>"}], "images": ["../../etc/a.png"]}
+    (tmp_path / "out.jsonl").write_text(json.dumps(out) + "\n")
+    with pytest.raises(UserError, match=r"out.jsonl:1: image path '../../etc/a.png' leaves"):
+        convert(tmp_path / "out.jsonl", tmp_path / "r", image_root=tmp_path)
+    assert not list((tmp_path / "r").glob("*.parquet*"))
     (tmp_path / "bad.jsonl").write_text('{"messages": 1}\n')
     with pytest.raises(UserError, match=r"bad.jsonl:1: 'messages'"):
         convert(tmp_path / "bad.jsonl", tmp_path / "q")

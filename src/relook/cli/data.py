@@ -103,7 +103,9 @@ def build(
     format: Annotated[
         str | None, Option(metavar="FORM", help="The form of SOURCE; seen from the file unless told.")
     ] = None,
-    split: Annotated[str, Option(metavar="NAME", help="Split of a dataset of the hub.")] = "train",
+    split: Annotated[
+        str | None, Option(metavar="NAME", help="Split of a dataset of the hub; train unless told.")
+    ] = None,
     columns: Annotated[
         list[str] | None, Option(metavar="OURS=THEIRS", help="Columns of a dataset, such as question=prompt.")
     ] = None,
@@ -128,6 +130,9 @@ def build(
     if paper is not None:
         from relook.data.splits import build_splits
 
+        told = {"--look": look != "region", "--align": align, "--outside": outside != "drop", "--val": val,
+                "--format": format, "--split": split, "--columns": columns}  # fmt: skip
+        refuse([name for name, given in told.items() if given], "--paper, which says itself how each split is made")
         print(build_splits(source, target, action=paper, **options))
     else:
         from relook.data.builder import build as build_file
@@ -135,6 +140,14 @@ def build(
         options |= {"look": look, "align": align, "outside": outside, "val": val, "format": format, "split": split}
         print(build_file(source, target, columns=pairs(columns or []), **options))
     print(f"written: {target}")
+
+
+def refuse(options: list[str], beside: str) -> None:
+    """Raise where options were given that would have no effect."""
+    from relook.errors import UserError
+
+    if options:
+        raise UserError(f"{', '.join(options)} beside {beside}; leave one of the two out")
 
 
 def pairs(texts: list[str]) -> dict[str, str]:

@@ -4,9 +4,10 @@ COCO: one object of a file {"images": [{id, file_name, width, height}], "annotat
 bbox: [x, y, width, height]}], "categories": [{id, name}]}. For each image and category: how many are there, with all
 their boxes. Where an annotation has a `question` and an `answer` of its own, that is the question.
 
-Visual Genome: a list of images, each with its `regions` ({x, y, width, height, phrase}) or `qas` ({question, answer,
-a_objects, q_objects: [{x, y, w, h}]}). For each region: where it is, in words; a question keeps its own words, and its
-objects' boxes where it has any. `image_data.json` beside the file tells folders and sizes.
+Visual Genome: a list of images, each with its `regions` ({x, y, width, height, phrase}), `objects` ({x, y, w, h,
+names}) or `qas` ({question, answer, a_objects, q_objects: [{x, y, w, h}]}). For each region, and each object whose name
+no other in the image has: where it is, in words; a question keeps its own words, and its objects' boxes where it has
+any. `image_data.json` beside the file tells folders and sizes.
 
 No sentence here needs a model: counts and places follow from the boxes. Boxes become x1, y1, x2, y2 in pixels.
 """
@@ -26,6 +27,7 @@ from relook.errors import UserError
 
 HOW_MANY = 'How many objects of the kind "{name}" are in the image? Answer with a number.'
 WHERE = 'Where in the image is this: "{name}"? Answer with a place such as "top left".'
+VG_LISTS = ("regions", "objects", "qas")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 
 
@@ -35,18 +37,18 @@ def read_coco(path: Path) -> Iterator[Question]:
     Kinds of an image that are annotated as a crowd have no count, and so no question.
     """
     names = {
-        _number(r.value, "id", path, r.line): str(r.value.get("name", "")) for r in read_members(path, "categories")
+        _number(r.value, "id", r.where(path)): str(r.value.get("name", "")) for r in read_members(path, "categories")
     }
     groups: dict[tuple[int, int], array[float]] = {}
     crowds: set[tuple[int, int]] = set()
     own: list[tuple[int, Mapping[str, Any], str]] = []
     for record in read_members(path, "annotations"):
-        where = f"{path}:{record.line}"
-        image = _number(record.value, "image_id", path, record.line)
+        where = record.where(path)
+        image = _number(record.value, "image_id", where)
         if "question" in record.value:
             own.append((image, record.value, where))
             continue
-        key = (image, _number(record.value, "category_id", path, record.line))
+        key = (image, _number(record.value, "category_id", where))
         if key[1] not in names:
             raise UserError(f"{where}: category_id {key[1]} is not among the {len(names)} categories")
         if record.value.get("iscrowd"):
@@ -59,8 +61,8 @@ def read_coco(path: Path) -> Iterator[Question]:
     for image, value, where in own:
         asked.setdefault(image, []).append((value, where))
     for record in read_members(path, "images"):
-        where = f"{path}:{record.line}"
-        image = _number(record.value, "id", path, record.line)
+        where = record.where(path)
+        image = _number(record.value, "id", where)
         head = {"image": record.value.get("file_name")} | _sides(record.value)
         for category in by_image.get(image, ()):
             if (image, category) not in crowds:
@@ -75,25 +77,36 @@ def read_coco(path: Path) -> Iterator[Question]:
 
 
 def read_visual_genome(path: Path) -> Iterator[Question]:
-    """Questions of a Visual Genome file of regions or of question-answer pairs."""
+    """Questions of a Visual Genome file of regions, of objects or of question-answer pairs."""
     beside = path.parent / "image_data.json"
     known = {}
     if beside.is_file():
         for record in read_records(beside):
             known[record.value.get("image_id", record.value.get("id"))] = record.value
     for record in read_records(path):
-        where = f"{path}:{record.line}"
-        entries = record.value.get("regions", record.value.get("qas"))
+        where = record.where(path)
+        entries = next((record.value[key] for key in VG_LISTS if key in record.value), None)
         if not isinstance(entries, list):
-            raise UserError(f"{where}: neither 'regions' nor 'qas' is a list; expected a file of Visual Genome")
+            raise UserError(f"{where}: none of {', '.join(VG_LISTS)} is a list; expected a file of Visual Genome")
         for entry in entries:
+            if not isinstance(entry, Mapping):
+                raise UserError(f"{where}: an entry is {str(entry)[:60]!r}; expected an object")
+        for entry in _named_once(entries) if "objects" in record.value else entries:
             yield _entry(entry, record.value, known, where)
 
 
-def _entry(entry: Any, image: Mapping[str, Any], known: Mapping[Any, Mapping[str, Any]], where: str) -> Question:
-    if not isinstance(entry, Mapping):
-        raise UserError(f"{where}: an entry is {str(entry)[:60]!r}; expected an object")
-    number = entry.get("image_id", image.get("id"))
+def _named_once(objects: list[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Objects whose name says which one is meant, in the form of regions."""
+    names = [str(next(iter(each.get("names") or ()), "")).strip() for each in objects]
+    for name, each in zip(names, objects, strict=True):
+        if name and names.count(name) == 1:
+            yield {**each, "phrase": name, "width": each.get("w"), "height": each.get("h")}
+
+
+def _entry(
+    entry: Mapping[str, Any], image: Mapping[str, Any], known: Mapping[Any, Mapping[str, Any]], where: str
+) -> Question:
+    number = entry.get("image_id", image.get("image_id", image.get("id")))
     data = known.get(number, {})
     head = {"image": _vg_path(number, data), "field": "vg"} | _sides(data)
     if "phrase" in entry:
@@ -149,8 +162,8 @@ def _boxes(values: array[float] | list[float]) -> list[list[float]]:
     return [[x, y, x + width, y + height] for x, y, width, height in quads]
 
 
-def _number(data: Mapping[str, Any], key: str, path: Path, line: int) -> int:
+def _number(data: Mapping[str, Any], key: str, where: str) -> int:
     value = data.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"{path}:{line}: {key!r} is {value!r}; expected a whole number")
+        raise UserError(f"{where}: {key!r} is {value!r}; expected a whole number")
     return value

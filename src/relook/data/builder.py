@@ -16,6 +16,7 @@ pixel values.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from typing import Any
 from relook.data.items import ImageRef, Item, Message, split_ref, write_items
 from relook.data.options import REENCODINGS, BuildOptions, draw
 from relook.data.questions import Question, image_size
+from relook.data.records import writing_records
 from relook.data.sources import Found, placing, read
 from relook.data.variants import DIRECT, variant
 from relook.errors import UserError
@@ -76,7 +78,7 @@ def build(
     images: dict[str, Path] | None = None,
     limit: int | None = None,
     val: float = 0.0,
-    split: str = "train",
+    split: str | None = None,
     columns: dict[str, str] | None = None,
     **options: Any,
 ) -> BuildReport:
@@ -108,13 +110,10 @@ def build(
     found = read(src, format, image_folder=dst, split=split, columns=columns)
     things = (placed for thing in found if (placed := place(thing)) is not None)
     items = _some(islice(build_items(things, settings, report), limit), src, report)
-    if not val:
+    if val:
+        _write_parts(items, Path(dst), val, settings.seed, report, src)
+    else:
         write_items(dst, items)
-        return report
-    held: list[Item] = []
-    write_items(dst, _without_val(items, val, settings.seed, held, src))
-    write_items(val_path(dst), held)
-    report.val = len(held)
     return report
 
 
@@ -123,20 +122,38 @@ def val_path(dst: str | Path) -> Path:
     return Path(dst).with_suffix(f".val{Path(dst).suffix}")
 
 
-def _without_val(items: Iterable[Item], share: float, seed: int, held: list[Item], src: str | Path) -> Iterator[Item]:
-    """The items to train on; those of validation images go to `held`. An image is drawn by its path, once for all."""
-    kept = 0
-    for item in items:
-        images = sorted(str(split_ref(ref)[0]) for refs in item.images.values() for ref in refs if isinstance(ref, str))
-        if draw(f"{seed}|{images[0] if images else item.messages[0].content}") < share:
-            held.append(item)
-        else:
-            kept += 1
-            yield item
-    if not held or not kept:
-        raise UserError(
-            f"{src}: a share of {share} leaves {kept} items to train on and {len(held)} to validate; give another share"
-        )
+def _write_parts(
+    items: Iterable[Item], dst: Path, share: float, seed: int, report: BuildReport, src: str | Path
+) -> None:
+    """Both parts side by side. An image is drawn by its path alone, so that no order of the file puts it into both.
+
+    Which is why an item of several images, some to train on and some to validate, can be in neither.
+    """
+    counts = {False: 0, True: 0}
+    with writing_records(val_path(dst)) as held, writing_records(dst) as kept:
+        for item in items:
+            sides = {draw(f"{seed}|{key}") < share for key in _drawn_by(item)}
+            if len(sides) > 1:
+                report.items -= 1
+                report.note("items with images of both parts, left out", item.where or item.messages[0].content[:60])
+                continue
+            (side,) = sides
+            counts[side] += 1
+            (held if side else kept)(item.to_dict())
+        if not all(counts.values()):
+            raise UserError(
+                f"{src}: a share of {share} leaves {counts[False]} items to train on and {counts[True]} to validate; "
+                "give another share"
+            )
+    report.val = counts[True]
+
+
+def _drawn_by(item: Item) -> set[str]:
+    """The image files of an item, each by one name; its first turn where it has none."""
+    files = {
+        os.path.normpath(split_ref(ref)[0]) for refs in item.images.values() for ref in refs if isinstance(ref, str)
+    }
+    return files or {item.messages[0].content}
 
 
 def build_items(

@@ -46,6 +46,8 @@ class CheckReport:
     path: str
     items: int = 0
     images: int = 0  # image files looked at
+    compared: int = 0  # evaluation images that these were held against
+    not_compared: list[str] = field(default_factory=list)  # those that could not be read
     counts: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
     keep: int = 100
@@ -70,6 +72,7 @@ class CheckReport:
             "path": self.path,
             "items": self.items,
             "images": self.images,
+            "against": {"images": self.compared, "unreadable": self.not_compared},
             "ok": self.ok,
             "counts": dict(self.counts),
             "findings": [vars(finding) for finding in self.findings],
@@ -88,8 +91,12 @@ class CheckReport:
         first = {finding.rule: finding for finding in reversed(self.findings)}
         for rule, count in self.counts.most_common():
             seen = first[rule]
-            place = f"item {seen.item}, line {seen.where.rpartition(':')[2]}"
+            place = f"item {seen.item}, line {seen.where.rpartition(':')[2].partition(',')[0]}"
             lines.append(_cut(f"{count:8d} {rule:<17} {place}: {seen.detail}"))
+        if self.compared:
+            lost = self.not_compared
+            but = f"; {len(lost)} could not be read (first: {_printable(lost[0])})" if lost else ""
+            lines.append(_cut(f"held against {self.compared} evaluation images{but}"))
         if self.target is not None:
             lines.append(_cut(f"written: {self.target}, {self.written} items"))
             told = (("mended", self.mended), ("left out", self.left_out), ("still there", self.remaining))
@@ -117,7 +124,8 @@ def check(
         path: items: a JSON array, JSON lines, or Parquet written by `relook data convert`.
         images: decode every image file that items name. Without, only what the items themselves say is checked.
         image_root: folder of the image paths, which may not leave it; without it, the file's own folder.
-        against: files of evaluation items or questions, whose images must not be among these.
+        against: files of evaluation items or questions, whose images must not be among these; they are looked for
+            below `image_root`, then below the folder of their file.
         fix: where the mended copy goes (`.json`: an array, else JSON lines), written aside and then renamed. Paths in
             it are rewritten to hold from its folder, unless `image_root` is given.
         progress: called with the number of items now and then.
@@ -213,7 +221,7 @@ def _around(
     if images:
         around.facts = _counted(facts_below(root, around.strict, look=bool(against)), report)
     if against:
-        around.other_file, around.other_look = _others(against, image_root)
+        around.other_file, around.other_look = _others(against, image_root, report)
     return around
 
 
@@ -231,7 +239,7 @@ def _counted(facts: Callable[[str], ImageFacts | None], report: CheckReport) -> 
 
 
 def _others(
-    against: Sequence[str | Path], image_root: str | Path | None
+    against: Sequence[str | Path], image_root: str | Path | None, report: CheckReport
 ) -> tuple[Callable[[bytes], str | None], Callable[[bytes], str | None]]:
     """Which evaluation image has these bytes, and which looks like this."""
     import numpy as np
@@ -240,17 +248,24 @@ def _others(
     names: list[str] = []
     looks: list[np.ndarray] = []
     for file in against:
-        root = str(image_root if image_root is not None else folder_of(Path(file)))
-        look_at = facts_below(root, strict=image_root is not None, look=True)
+        home, before = folder_of(Path(file)), report.compared
+        roots = [home] if image_root is None else [Path(image_root), home]
+        ways = [facts_below(root, strict=root is not home, look=True) for root in roots]
         for name in _image_files(Path(file)):
-            facts = look_at(name)
-            if facts is not None and facts.problem is None and facts.digest not in by_digest:
+            seen = (way(name) for way in ways)
+            facts = next((each for each in seen if each is not None and each.problem is None), None)
+            if facts is None:
+                report.not_compared.append(name)
+                continue
+            report.compared += 1
+            if facts.digest not in by_digest:
                 by_digest[facts.digest] = name
                 if facts.look is not None:
                     names.append(name)
                     looks.append(np.frombuffer(facts.look, dtype=np.uint8))
-        if not by_digest:
-            raise UserError(f"{file}: none of its images can be read below {root}; give the folder that holds them")
+        if report.compared == before:
+            places = " or ".join(map(str, roots))
+            raise UserError(f"{file}: none of its images can be read below {places}; give the folder that holds them")
     all_looks = np.stack(looks) if looks else np.empty((0, 72), dtype=np.uint8)
     found: dict[bytes, str | None] = {}
 
@@ -264,18 +279,13 @@ def _others(
 
 
 def _image_files(path: Path) -> Iterator[str]:
-    """The image files that items or questions name, each once."""
+    """The image files that items or questions name, each once; Visual-CoT's "image" is a path and a path###box."""
     met: set[str] = set()
     for row in read_rows(path):
-        refs = [
-            ref
-            for key, value in row.value.items()
-            if key.endswith("images") and isinstance(value, list)
-            for ref in value
-        ]
-        refs.append(row.value.get("image"))
+        lists = (value for key, value in row.value.items() if key == "image" or key.endswith("images"))
+        refs = [ref for value in lists for ref in (value if isinstance(value, list) else [value])]
         for ref in refs:
-            file = split_ref(ref)[0] if isinstance(ref, str) else None
+            file = split_ref(ref.partition("###")[0])[0] if isinstance(ref, str) else None
             if file and file not in met:
                 met.add(file)
                 yield file

@@ -54,7 +54,8 @@ def convert(
 ) -> Converted:
     """Write the items of `src` into the folder `dst`; a rerun after a stop keeps the files that are done.
 
-    Paths stay as written where `image_root` is given; otherwise they are rewritten to hold from `dst`.
+    Paths stay as written where `image_root` is given, which they may not leave; otherwise they are rewritten to hold
+    from `dst`.
 
     Raises:
         UserError: no items, a broken one (file and line), pyarrow is missing, or `dst` holds something else: another
@@ -70,7 +71,7 @@ def convert(
     before, items = _resume(dst, state)
     if items is not None:
         return Converted(str(dst), items, before, before)
-    move = (lambda item: item) if image_root is not None else mover(src.parent, dst)
+    move = mover(src.parent, dst) if image_root is None else _staying(image_root)
     source, files, items = islice(read_rows(src), before * rows, None), before, before * rows
     while written := _write(dst / f"part-{files:05d}.parquet", _dicts(islice(source, rows), move), items, progress):
         files, items = files + 1, items + written
@@ -105,6 +106,19 @@ def _resume(dst: Path, state: dict[str, Any]) -> tuple[int, int | None]:
         raise UserError(f"{dst}: {missing} is not there, but later files are; remove the folder and convert again")
     done = known.get("files") == len(parts)
     return len(parts), known["items"] if done else None
+
+
+def _staying(root: str | Path) -> Callable[[Item], Item]:
+    """A function that gives items as they are, and raises for one with an image path that leaves the root."""
+
+    def checked(item: Item) -> Item:
+        try:
+            item.under(root, strict=True)
+        except UserError as error:
+            raise UserError(f"{item.where}: {error}") from None
+        return item
+
+    return checked
 
 
 def _dicts(rows: Iterator[Row], move: Callable[[Item], Item]) -> Iterator[dict[str, Any]]:

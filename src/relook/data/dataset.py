@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from relook.data.items import Item
-from relook.data.records import read_records, read_span
+from relook.data.records import place_of_record, read_records, read_span
 from relook.errors import UserError
 
 
@@ -43,9 +43,11 @@ class ItemsDataset:
         """Item `index`; errors of its form or paths name file and line."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"item {index} of {len(self)} in {self.path}")
+        index %= len(self)
         line = self._lines[index]
-        where = f"{self.path}:{line}"
-        item = Item.from_dict(read_span(self.path, self._starts[index], self._ends[index], line), where)
+        entry = index + 1 if index and self._lines[index - 1] == line else 0  # an array on one line
+        where = place_of_record(self.path, line, entry)
+        item = Item.from_dict(read_span(self.path, self._starts[index], self._ends[index], line, entry), where)
         root = self.image_root if self.image_root is not None else self.path.parent
         try:
             return item.under(root, strict=self.image_root is not None)

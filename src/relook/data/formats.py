@@ -48,7 +48,7 @@ def llava(data: Mapping[str, Any], where: str) -> Found:
     keys = ("id", "conversations", "image", "images")
     extra = {key: value for key, value in data.items() if key not in keys and key not in IMAGE_KEYS}
     lists = {key: tuple(images) if key == "images" else () for key in IMAGE_KEYS}
-    return Item(tuple(messages), lists, extra)
+    return Item(tuple(messages), lists, extra, where)
 
 
 def pope(data: Mapping[str, Any], where: str) -> Found:

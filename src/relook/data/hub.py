@@ -65,16 +65,33 @@ def read_hub(
 def _load(source: str | Path, split: str) -> Any:
     from datasets import load_dataset, load_from_disk
 
+    _refuse_json(Path(source))
     try:
         if Path(source).is_file():
             return load_dataset("parquet", data_files=str(source), split="train", streaming=True)
         if (Path(source) / "dataset_info.json").is_file():
             return load_from_disk(str(source)).to_iterable_dataset()
+        if (Path(source) / "dataset_dict.json").is_file():
+            parts = load_from_disk(str(source))
+            if split not in parts:
+                raise UserError(f"{source}: has no split {split!r}; its splits: {', '.join(parts)}")
+            return parts[split].to_iterable_dataset()
         return load_dataset(str(source), split=split, streaming=True)
+    except UserError:
+        raise
     except (ValueError, OSError, RuntimeError) as error:  # what datasets and the hub raise for what is not there
-        raise RelookError(
-            f"{source}: could not be loaded as a dataset ({' '.join(str(error).split())[:200]})"
-        ) from error
+        kind = UserError if Path(source).exists() else RelookError  # a file that is none; a hub that does not answer
+        raise kind(f"{source}: could not be loaded as a dataset ({' '.join(str(error).split())[:200]})") from error
+
+
+def _refuse_json(folder: Path) -> None:
+    """A folder of JSON files would load as one table of whatever is in them; one of them is what was meant."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    rows = [file.name for file in files if file.suffix in (".json", ".jsonl")]
+    known = ("dataset_info.json", "dataset_dict.json", "metadata.jsonl")  # of datasets, and of folders of images
+    if rows and not any(name in known for name in rows) and not any(folder.glob("**/*.parquet")):
+        shown = ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+        raise UserError(f"{folder}: is a folder of files; give one of them: {shown}")
 
 
 def _column(ours: str, there: list[str], told: Mapping[str, str], source: str | Path) -> str:

@@ -45,11 +45,15 @@ class Message:
 
 @dataclass(frozen=True)
 class Item:
-    """One conversation with its images, by the key of their list. `extra` keeps what else the file said."""
+    """One conversation with its images, by the key of their list. `extra` keeps what else the file said.
+
+    `where` ("file:line") is for messages, and no part of what the item is.
+    """
 
     messages: tuple[Message, ...]
     images: dict[str, tuple[ImageRef, ...]]
     extra: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "item") -> Item:
@@ -64,7 +68,7 @@ class Item:
             raise UserError(f"{where}: {seen}; expected a list of {{'role', 'content'}} turns")
         images = {key: _images(data.get(key), key, where) for key in IMAGE_KEYS}
         extra = {key: value for key, value in data.items() if key != "messages" and key not in images}
-        return cls(tuple(_message(turn, i, where) for i, turn in enumerate(messages)), images, extra)
+        return cls(tuple(_message(turn, i, where) for i, turn in enumerate(messages)), images, extra, where)
 
     def to_dict(self) -> dict[str, Any]:
         """The published JSON object, every image list present."""
@@ -86,7 +90,7 @@ class Item:
 def read_items(path: str | Path) -> Iterator[Item]:
     """The items of a JSON array or JSON-lines file, lazily. Errors name file and line."""
     for record in read_records(path):
-        yield Item.from_dict(record.value, f"{path}:{record.line}")
+        yield Item.from_dict(record.value, record.where(path))
 
 
 def write_items(path: str | Path, items: Iterable[Item]) -> int:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from relook.data.records import LARGEST_RECORD, Record, _Window, open_input
+from relook.data.records import LARGEST_RECORD, Record, Window, open_input, place_of_record
 from relook.errors import UserError
 
 
@@ -22,7 +22,7 @@ def read_members(path: str | Path, key: str) -> Iterator[Record]:
     """
     path = Path(path)
     with open_input(path) as file:
-        window = _Window(path, file)
+        window = Window(path, file)
         window.skip_spaces()
         window.expect("{")
         found = False
@@ -43,25 +43,25 @@ def read_members(path: str | Path, key: str) -> Iterator[Record]:
             raise UserError(f"{path}: has no {key!r}; expected an object with a list of that name")
 
 
-def _elements(window: _Window, path: Path, objects: bool) -> Iterator[Record]:
+def _elements(window: Window, path: Path, objects: bool) -> Iterator[Record]:
     """The entries of the array that starts here, where they are wanted; passes over it either way."""
-    window.expect("[")
+    window.begin_array()
     while (first := window.skip_spaces()) != "]":
-        line = window.line
+        line, entry = window.line, window.entry()
         if objects and first != "{":
             seen = f"an entry that starts with {first!r}" if first else "the end of the file"
-            raise UserError(f"{path}:{line}: {seen} where an object {{...}} was expected")
-        data = _value(window, path)
+            raise UserError(f"{place_of_record(path, line, entry)}: {seen} where an object {{...}} was expected")
+        data = _value(window, path, entry)
         if objects:
             end = window.offset + window.at
-            yield Record(json.loads(data), line, end - len(data), end)
+            yield Record(json.loads(data), line, end - len(data), end, entry)
         if window.skip_spaces() == "]":
             break
         window.expect(",")
     window.expect("]")
 
 
-def _value(window: _Window, path: Path) -> bytes:
+def _value(window: Window, path: Path, entry: int = 0) -> bytes:
     """The bytes of the JSON value here; reads on while the text may end inside it (a number may go on in the next)."""
     while True:
         try:
@@ -70,7 +70,7 @@ def _value(window: _Window, path: Path) -> bytes:
             if len(window.text) - window.at <= LARGEST_RECORD and window.more():
                 continue
             at = window.line + window.text.count("\n", window.at, error.pos)
-            raise UserError(f"{path}:{at}: broken JSON ({error.msg}); mend the file") from None
+            raise UserError(f"{place_of_record(path, at, entry)}: broken JSON ({error.msg}); mend the file") from None
         if end == len(window.text) and window.more():
             continue
         text = window.text[window.at : end]
@@ -79,9 +79,7 @@ def _value(window: _Window, path: Path) -> bytes:
             data.decode("utf-8")
         except UnicodeDecodeError as error:
             at = window.line + data.count(b"\n", 0, error.start)
-            raise UserError(
-                f"{path}:{at}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
-            ) from None
-        window.line += text.count("\n")
-        window.at = end
+            where = place_of_record(path, at, entry)
+            raise UserError(f"{where}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
+        window.end_entry(end)
         return data

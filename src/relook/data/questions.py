@@ -74,7 +74,7 @@ def read_questions(path: str | Path, image_root: str | Path | None = None) -> It
 def read_unplaced(path: str | Path) -> Iterator[Question]:
     """The questions of a file, lazily, with image paths as written."""
     for record in read_records(path):
-        yield Question.from_dict(record.value, f"{path}:{record.line}")
+        yield Question.from_dict(record.value, record.where(path))
 
 
 def placed(question: Question, root: str | Path, *, strict: bool = False) -> Question:

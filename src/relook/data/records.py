@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from relook.errors import UserError
+from relook.errors import RelookError, UserError
 
 CHUNK = 1 << 20  # bytes read at a time from an array
 LARGEST_RECORD = 64 << 20  # bytes; a longer one means a missing brace, and is reported instead of read to the end
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what writing to a full disk, or beyond a quota or limit, raises
 _TAIL = 16  # characters: an error this near the end of what was read may only mean that more must be read
 _SPACE = " \t\r\n"
 
@@ -31,12 +32,29 @@ Broken = Callable[[int, str], None]  # told the line and what is wrong with the 
 
 @dataclass(frozen=True)
 class Record:
-    """One JSON object of a file: its value, the line it starts on (from 1) and its bytes [start, end)."""
+    """One JSON object of a file: its value, the line it starts on (from 1) and its bytes [start, end).
+
+    `entry` is its number in the array (from 1) where the line does not tell it from others, else 0.
+    """
 
     value: dict[str, Any]
     line: int
     start: int
     end: int
+    entry: int = 0
+
+    def where(self, path: str | Path) -> str:
+        """What opens every error about this record: "file:line"."""
+        return place_of_record(path, self.line, self.entry)
+
+
+def place_of_record(path: str | Path, line: int, entry: int = 0) -> str:
+    """A place in a file; sets of others may be an array on one line, of which only the entry's number says where.
+
+    >>> place_of_record("a.json", 7), place_of_record("a.json", 1, 512)
+    ('a.json:7', 'a.json:1, entry 512')
+    """
+    return f"{path}:{line}" + (f", entry {entry}" if entry else "")
 
 
 def read_records(path: str | Path, broken: Broken | None = None) -> Iterator[Record]:
@@ -63,12 +81,12 @@ def read_records(path: str | Path, broken: Broken | None = None) -> Iterator[Rec
             )
 
 
-def read_span(path: str | Path, start: int, end: int, line: int) -> dict[str, Any]:
+def read_span(path: str | Path, start: int, end: int, line: int, entry: int = 0) -> dict[str, Any]:
     """One record again from its bytes [start, end), as `read_records` reported them."""
     path = Path(path)
     with open_input(path) as file:
         file.seek(start)
-        return _decode(path, file.read(end - start), line)
+        return _decode(path, file.read(end - start), line, entry)
 
 
 def open_input(path: Path) -> IO[bytes]:
@@ -102,7 +120,12 @@ def replacing(path: str | Path) -> Iterator[IO[str]]:
 
 @contextmanager
 def replacing_file(path: str | Path) -> Iterator[Path]:
-    """The place aside of a file of any kind; it is renamed when the block ends without an error, else removed."""
+    """The place aside of a file of any kind; it is renamed when the block ends without an error, else removed.
+
+    Raises:
+        UserError: there can be no file of that name.
+        RelookError: the disk is full; what stood there before still does.
+    """
     path = Path(path)
     aside = path.with_name(path.name + ".part")
     try:
@@ -115,24 +138,39 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     try:
         yield aside
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise RelookError(
+                f"{path}: could not be written ({error.strerror}); make room and run the command again"
+            ) from error
         raise
 
 
 def write_records(path: str | Path, records: Iterable[dict[str, Any]]) -> int:
     """Write records (`.json`: an array, any other name: JSON lines); returns how many. Nothing is left half-written."""
-    array = Path(path).suffix == ".json"
     count = 0
-    with replacing(path) as file:
-        file.write("[\n" if array else "")
+    with writing_records(path) as put:
         for record in records:
-            file.write(",\n" if array and count else "")
-            file.write(as_json(record))
-            file.write("" if array else "\n")
+            put(record)
             count += 1
-        file.write("\n]\n" if array else "")
     return count
+
+
+@contextmanager
+def writing_records(path: str | Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that writes one record more, for those that do not come in one row; the form as `write_records`."""
+    array, before = Path(path).suffix == ".json", ""
+    with replacing(path) as file:
+
+        def put(record: dict[str, Any]) -> None:
+            nonlocal before
+            file.write(f"{before}{as_json(record)}" if array else f"{as_json(record)}\n")
+            before = ",\n"
+
+        file.write("[\n" if array else "")
+        yield put
+        file.write("\n]\n" if array else "")
 
 
 def as_json(record: dict[str, Any]) -> str:
@@ -160,20 +198,24 @@ def _bom(file: IO[bytes]) -> int:
     return 3 if file.read(3) == b"\xef\xbb\xbf" else 0
 
 
-def _decode(path: Path, data: bytes, line: int) -> dict[str, Any]:
+def _decode(path: Path, data: bytes, line: int, entry: int = 0) -> dict[str, Any]:
     """The object in these bytes, which start on this line."""
     try:
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         at = line + data.count(b"\n", 0, error.start)
-        raise UserError(f"{path}:{at}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
+        where = place_of_record(path, at, entry)
+        raise UserError(f"{where}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         at = line + min(error.lineno - 1, data.rstrip().count(b"\n"))  # not the line after its last
-        raise UserError(f"{path}:{at}: broken JSON ({error.msg}); mend or remove the record") from None
+        where = place_of_record(path, at, entry)
+        raise UserError(f"{where}: broken JSON ({error.msg}); mend or remove the record") from None
     except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
-        raise UserError(f"{path}:{line}: not a record ({error}); mend or remove it") from None
+        raise UserError(f"{place_of_record(path, line, entry)}: not a record ({error}); mend or remove it") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}:{line}: a {type(value).__name__} where an object {{...}} was expected")
+        raise UserError(
+            f"{place_of_record(path, line, entry)}: a {type(value).__name__} where an object {{...}} was expected"
+        )
     return value
 
 
@@ -197,7 +239,8 @@ def _pass_over(broken: Broken | None, path: Path, line: int, error: UserError) -
     if broken is None:
         raise error from None
     at, text = line, str(error).removeprefix(f"{path}:")
-    number, colon, rest = text.partition(": ")
+    place, colon, rest = text.partition(": ")
+    number = place.partition(", entry ")[0]
     if colon and number.isdigit():
         at, text = int(number), rest
     broken(at, text)
@@ -205,9 +248,9 @@ def _pass_over(broken: Broken | None, path: Path, line: int, error: UserError) -
 
 def _read_array(path: Path, file: IO[bytes], broken: Broken | None) -> Iterator[Record]:
     """Objects of a JSON array, scanned chunk by chunk (see the module's text for why as latin-1)."""
-    window = _Window(path, file)
+    window = Window(path, file)
     window.skip_spaces()
-    window.expect("[")
+    window.begin_array()
     if window.skip_spaces() == "]":
         return
     while True:
@@ -223,14 +266,19 @@ def _read_array(path: Path, file: IO[bytes], broken: Broken | None) -> Iterator[
         raise UserError(f"{path}:{window.line}: {extra!r} after the end of the array; expected the end of the file")
 
 
-class _Window:
-    """The part of an array file that is in memory, and where in it the scan stands."""
+class Window:
+    """The part of an array file that is in memory, and where in it the scan stands.
+
+    `line` is the line of the next character, `entries` how many entries of the array were begun (`entry`), and `text`
+    what is held, as latin-1, of which `at` is the next character.
+    """
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         self.path, self.file = path, file
         self.offset = _bom(file)  # of text[0] in the file, bytes
         file.seek(self.offset)
         self.text, self.at, self.line = "", 0, 1
+        self.entries, self._last = 0, 0  # the line on which the entry before ended
         self.decoder = json.JSONDecoder()
 
     def more(self) -> bool:
@@ -256,17 +304,35 @@ class _Window:
         found = self.text[self.at : self.at + 1]
         if found != character:
             seen = repr(found) if found else "the end of the file"
+            after = f" after entry {self.entries}" if self._last == self.line else ""
             raise UserError(
-                f"{self.path}:{self.line}: {seen} where {character!r} was expected; the array is broken or cut off"
+                f"{self.path}:{self.line}: {seen}{after} where {character!r} was expected; "
+                "the array is broken or cut off"
             )
         self.at += 1
 
+    def begin_array(self) -> None:
+        self.expect("[")
+        self.entries, self._last = 0, 0
+
+    def entry(self) -> int:
+        """Begin the next entry of the array: its number where it shares its line with the one before, else 0."""
+        self.entries += 1
+        return self.entries if self._last == self.line else 0
+
+    def end_entry(self, end: int) -> None:
+        """Take the entry's text up to `end`."""
+        self.line += self.text.count("\n", self.at, end)
+        self.at, self._last = end, self.line
+
     def record(self, broken: Broken | None) -> Record | None:
         """The object that starts here, None where it is broken and told of; reads on while the text ends inside it."""
+        entry = self.entry()
+        where = place_of_record(self.path, self.line, entry)
         if self.text[self.at : self.at + 1] != "{":
             found = self.text[self.at : self.at + 1]
             seen = f"an entry that starts with {found!r}" if found else "the end of the file"
-            raise UserError(f"{self.path}:{self.line}: {seen} where an object {{...}} was expected")
+            raise UserError(f"{where}: {seen} where an object {{...}} was expected")
         value: dict[str, Any] | None
         while True:
             try:
@@ -278,21 +344,20 @@ class _Window:
                     continue
                 at = self.line + self.text.count("\n", self.at, error.pos)
                 why = f"broken JSON ({error.msg}); mend or remove the record that starts on line {self.line}"
-                raise UserError(f"{self.path}:{at}: {why}") from None
+                raise UserError(f"{place_of_record(self.path, at, entry)}: {why}") from None
             except (RecursionError, ValueError) as error:
-                raise UserError(f"{self.path}:{self.line}: not a record ({error}); mend or remove it") from None
+                raise UserError(f"{where}: not a record ({error}); mend or remove it") from None
         text = self.text[self.at : end]
         if not text.isascii():
-            value = self._utf8(text, broken)
-        record = None if value is None else Record(value, self.line, self.offset + self.at, self.offset + end)
-        self.line += text.count("\n")
-        self.at = end
+            value = self._utf8(text, broken, entry)
+        record = None if value is None else Record(value, self.line, self.offset + self.at, self.offset + end, entry)
+        self.end_entry(end)
         return record
 
-    def _utf8(self, text: str, broken: Broken | None) -> dict[str, Any] | None:
+    def _utf8(self, text: str, broken: Broken | None, entry: int) -> dict[str, Any] | None:
         """The object of bytes that were scanned as latin-1; None where they are not UTF-8 and that is told."""
         try:
-            return _decode(self.path, text.encode("latin-1"), self.line)
+            return _decode(self.path, text.encode("latin-1"), self.line, entry)
         except UserError as error:
             _pass_over(broken, self.path, self.line, error)
             return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def _moved(item: Item, finder: ImageFinder, target: Path, report: RemapReport) -
             file = relative(found, target)
             own.append(file if box is None else join_crop_suffix(file, box))
         images[key] = tuple(own)
-    return Item(item.messages, images, item.extra) if whole else None
+    return replace(item, images=images) if whole else None
 
 
 def relative(path: str, folder: Path) -> str:

@@ -16,15 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from relook.data.boxed import read_coco, read_visual_genome
+from relook.data.boxed import VG_LISTS, read_coco, read_visual_genome
 from relook.data.formats import Found, llava, pope
 from relook.data.hub import read_hub
 from relook.data.images import IMAGE_SETS, ImageFinder
-from relook.data.items import Item, split_ref
+from relook.data.items import Item, place_image, split_ref
 from relook.data.questions import Question, file_size, placed
 from relook.data.records import open_input, read_records
 from relook.data.remap import relative
-from relook.data.stream import read_rows
+from relook.data.stream import holds_items, parquet_files, read_rows
 from relook.data.viscot import viscot_question
 from relook.errors import RelookError, UserError
 from relook.regions import join_crop_suffix
@@ -47,7 +47,7 @@ def _records(parse: Callable[[dict[str, Any], str], Found]) -> Callable[[Path], 
     """A reader of a list of records of which `parse` makes one thing each."""
 
     def read_all(path: Path) -> Iterator[Found]:
-        for row in read_rows(path):  # Parquet of items too, where it is told apart from a dataset by --format
+        for row in read_rows(path):  # Parquet of items too
             yield parse(row.value, row.where)
 
     return read_all
@@ -65,7 +65,12 @@ FORMATS: dict[str, Format] = {
         Format("viscot", '{"image": [path, path###[box]], "conversations"}', _records(viscot_question), _viscot),
         Format("llava", '{"image", "conversations"}', _records(llava), lambda data: "conversations" in data),
         Format("coco", '{"images", "annotations", "categories"}', read_coco, lambda data: "annotations" in data),
-        Format("vg", '{"regions"} or {"qas"}', read_visual_genome, lambda data: "regions" in data or "qas" in data),
+        Format(
+            "vg",
+            '{"regions"}, {"objects"} or {"qas"}',
+            read_visual_genome,
+            lambda data: bool({*VG_LISTS} & data.keys()),
+        ),
         Format("pope", '{"image", "text", "label"}', _records(pope), lambda data: {"text", "label"} <= data.keys()),
         Format(
             "questions",
@@ -152,7 +157,7 @@ def read(
     format: str | None = None,
     *,
     image_folder: str | Path | None = None,
-    split: str = "train",
+    split: str | None = None,
     columns: dict[str, str] | None = None,
 ) -> Iterator[Found]:
     """The questions and items of a source, one at a time; images with paths as written.
@@ -162,7 +167,7 @@ def read(
         format: a row of `FORMATS`; seen from the file unless told.
         image_folder: the items file of a build; images of datasets are written beside it, into `NAME_images`. Without
             it they stay in memory.
-        split, columns: of a dataset.
+        split ("train" unless told), columns: of a dataset, and of nothing else.
 
     Raises:
         UserError: no such file, a form that is not known, or a record that is not of it; with file and line.
@@ -174,7 +179,9 @@ def read(
     if name == "hub":
         beside = None if image_folder is None else Path(image_folder)
         folder = None if beside is None else beside.with_name(f"{beside.stem}_images")
-        return read_hub(path, split, columns, folder)
+        return read_hub(path, split or "train", columns, folder)
+    if split or columns:
+        raise UserError(f"{path}: read as {name}, which has no {'split' if split else 'columns'}; only datasets have")
     return FORMATS[name].read(Path(path))
 
 
@@ -200,6 +207,8 @@ def recognise(source: str | Path) -> str:
     if is_dataset(source):
         return "hub"
     path = Path(source)
+    if parquet_files(path):
+        return "items"
     first = _first_record(path)
     for row in FORMATS.values():
         if row.seen(first):
@@ -211,10 +220,13 @@ def recognise(source: str | Path) -> str:
 
 
 def is_dataset(source: str | Path) -> bool:
-    """Whether a source is one for `hub`: a folder, a parquet file, or what looks like a hub id and is no file."""
+    """Whether a source is one for `hub`: a folder, a parquet file, or what looks like a hub id and is no file.
+
+    Parquet of items, as `relook data convert` writes it, is none.
+    """
     path = Path(source)
     if path.exists():
-        return path.is_dir() or path.suffix == ".parquet"
+        return (path.is_dir() or path.suffix == ".parquet") and not holds_items(path)
     return re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None and not path.suffix.startswith(".json")
 
 
@@ -280,10 +292,23 @@ def placing(
     def place(thing: Found) -> Found | None:
         if isinstance(thing, Question):
             return question(thing)
+        if image_root is not None:
+            _refuse_leaving(thing, root, finder)
         lists = {key: tuple(_crop(ref, target_path) for ref in refs) for key, refs in thing.images.items()}
         return replace(thing, images=lists)
 
     return place
+
+
+def _refuse_leaving(item: Item, root: Path, finder: ImageFinder) -> None:
+    """Raise where an image of the item is neither found by its dataset nor below the root; with file and line."""
+    for refs in item.images.values():
+        for ref in refs:
+            if isinstance(ref, str) and not finder.find(split_ref(ref)[0]):
+                try:
+                    place_image(ref, root, strict=True)
+                except UserError as error:
+                    raise UserError(f"{item.where}: {error}") from None
 
 
 def _crop(ref: Any, target_path: Callable[[str], tuple[str, str]]) -> Any:
@@ -321,19 +346,23 @@ def listing() -> dict[str, Any]:
 
 
 def table() -> str:
-    """Both tables for people, 120 columns wide at most."""
-    head = ("source", "samples", "stage", "use", "looks", "images")
-    lines = [head] + [
-        (row.name, row.samples, row.stage, row.use, "/".join(row.looks) or "-",
-         "not published" if row.images is None else " ".join(row.images))
-        for row in SOURCES.values()
-    ]  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
-    out = ["  ".join([*(f"{cell:{w}}" for cell, w in zip(line, widths, strict=False)), line[-1]]) for line in lines]
-    licences: dict[tuple[str, str], list[str]] = {}
+    """Both tables for people: the sources under where they are published and their licence."""
+    head = ("", "samples", "stage", "use", "looks", "images")
+    groups: dict[str, list[tuple[str, ...]]] = {}
     for row in SOURCES.values():
-        licences.setdefault((row.hub, row.licence or "not published"), []).append(row.name)
-    out += [""] + [f"{hub}: {len(names)} of these, {licence}" for (hub, licence), names in licences.items()]
+        images = "not published" if row.images is None else " ".join(row.images)
+        line = (f"  {row.name}", row.samples, row.stage, row.use, "/".join(row.looks) or "-", images)
+        groups.setdefault(f"{row.hub} (licence: {row.licence or 'not published'})", []).append(line)
+    lines = [head, *(line for group in groups.values() for line in group)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
+    out: list[str] = []
+    for title, group in groups.items():
+        out += [title] if out else [_columns(head, widths), title]
+        out += [_columns(line, widths) for line in group]
     out += ["", "images from"] + [f"  {row.name:10} {row.page}" for row in IMAGE_SETS.values()]
     out += ["", "forms of file"] + [f"  {row.name:10} {row.what}" for row in FORMATS.values()]
     return "\n".join(out)
+
+
+def _columns(cells: tuple[str, ...], widths: list[int]) -> str:
+    return "  ".join([*(f"{cell:{w}}" for cell, w in zip(cells, widths, strict=False)), cells[-1]])

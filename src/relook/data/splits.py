@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.builder import BuildReport, build
+from relook.data.options import REENCODINGS
 from relook.errors import UserError
 
 REGION, ACTION = "region", "action"
@@ -19,7 +20,7 @@ REGION, ACTION = "region", "action"
 
 @dataclass(frozen=True)
 class EvalSplit:
-    """One split. `count`: questions in its source; `stated`: in thousands, as spec.md section 8 rounds it."""
+    """One split. `count`: questions in its source; `stated`: how many the published README says there are."""
 
     name: str
     file: str
@@ -38,7 +39,7 @@ EVAL_SPLITS: dict[str, EvalSplit] = {
         EvalSplit("GQA_region_test", "gqa.json", REGION, 978, "978"),
         EvalSplit("OI_region_test", "openimages.json", REGION, 945, "1k"),
         EvalSplit("POPE_action_test", "coco_pope_*.json", ACTION, 3000, "3k"),
-        EvalSplit("TextCap_region_test", "textcap.json", REGION, 853, "853"),
+        EvalSplit("TextCap_region_test", "textcap.json", REGION, 853, "8.5k"),
         EvalSplit("TextVQA_region_test", "textvqa.json", REGION, 526, "0.5k"),
         EvalSplit("VSR_region_test", "vsr.json", REGION, 404, "0.4k"),
     )
@@ -81,6 +82,10 @@ def build_splits(
         UserError: no such split, none of the files, or several files for one split.
     """
     source, target = Path(source), Path(target)
+    if action not in REENCODINGS:
+        raise UserError(f"the action splits look by {action!r}; expected one of {', '.join(REENCODINGS)}")
+    if not source.is_dir():
+        raise UserError(f"{source}: is no folder; give the folder that holds the benchmark's files")
     unknown = sorted(set(names or ()) - set(EVAL_SPLITS))
     if unknown:
         raise UserError(f"no split {unknown[0]!r}; expected one of {', '.join(EVAL_SPLITS)}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from relook.data.items import Item, split_ref
-from relook.data.records import Broken, read_records
+from relook.data.records import Broken, place_of_record, read_records
 from relook.errors import UserError
 from relook.regions import join_crop_suffix
 
@@ -28,15 +28,16 @@ EXTRA = "extra"  # the Parquet column of what else a record said, as JSON
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record and its place: `where` is "file:line" (of Parquet: the row's number)."""
+    """One record and its place: `where` is "file:line" (of Parquet: the row's number; `entry` as in `Record`)."""
 
     value: dict[str, Any]
     file: str
     line: int
+    entry: int = 0
 
     @property
     def where(self) -> str:
-        return f"{self.file}:{self.line}"
+        return place_of_record(self.file, self.line, self.entry)
 
 
 def read_rows(path: str | Path, broken: Broken | None = None) -> Iterator[Row]:
@@ -49,7 +50,7 @@ def read_rows(path: str | Path, broken: Broken | None = None) -> Iterator[Row]:
     shards = parquet_files(path)
     if not shards:
         for record in read_records(path, broken):
-            yield Row(record.value, str(path), record.line)
+            yield Row(record.value, str(path), record.line, record.entry)
     for shard in shards:
         for number, value in enumerate(_parquet_records(shard), start=1):
             yield Row(value, str(shard), number)
@@ -60,6 +61,22 @@ def parquet_files(path: Path) -> list[Path]:
     if path.suffix == ".parquet" and path.is_file():
         return [path]
     return sorted(path.glob("*.parquet")) if path.is_dir() else []
+
+
+def holds_items(path: Path) -> bool:
+    """Whether a path is Parquet of items, as `relook data convert` writes it, by the columns of its first file."""
+    shards = parquet_files(path)
+    if not shards:
+        return False
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(NO_PYARROW) from None
+    try:
+        return "messages" in parquet.read_schema(shards[0]).names
+    except (arrow.ArrowException, OSError):
+        return False  # no Parquet, or a pointer to it; who reads it will say
 
 
 def folder_of(path: Path) -> Path:
