@@ -57,6 +57,23 @@ def convert_model(
     print(f"written: {convert(source, target, to=to, encoder_config=encoders)}")
 
 
+@app.command("merge")
+def merge_adapter(
+    adapter: Annotated[Path, Argument(metavar="ADAPTER", help="A LoRA adapter's folder, as relook train writes it.")],
+    out: Annotated[Path, Option("--out", metavar="FOLDER", help="A new or empty folder.")],
+    base: Annotated[
+        str | None, Option(metavar="MODEL", help="The model under it, where it is not where it was: folder or hub id.")
+    ] = None,
+    dtype: Annotated[
+        str, Option(metavar="DTYPE", help="Of the weights written: float32, bfloat16, float16.")
+    ] = "float32",
+) -> None:
+    """Merge a LoRA adapter into its base: a checkpoint like any other, whose logits are the adapter's."""
+    from relook.model.adapters import merge
+
+    print(f"written: {merge(adapter, out, base=base, dtype=dtype)}")
+
+
 @app.command("assemble")
 def assemble_model(
     text: Annotated[str, Argument(metavar="TEXT", help="A Llama or Qwen2: a folder, a hub id, or a .gguf file.")],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from relook.errors import CheckpointError, UserError
 
 from .configuration import VPTQwen2VLConfig
-from .loading import encoder_name, load_with_report, resolve, torch_dtype
+from .loading import encoder_name, load_model, load_processor, load_with_report, read_config, resolve, torch_dtype
 from .modeling import VPTQwen2VLForConditionalGeneration
 
 
@@ -49,7 +50,7 @@ def new_model(
     processor = VPTQwen2VLProcessor.from_pretrained(folder)
     known = len(processor.tokenizer)
     processor.add_look_tokens(looks)
-    encoders = {look: load(path) for look, (path, load) in sources.items() if look in looks}
+    encoders = {look: _read(load, path) for look, (path, load) in sources.items() if look in looks}
     values = base_config.to_dict()
     values.pop("architectures", None)
     config = VPTQwen2VLConfig.from_dict(
@@ -73,6 +74,57 @@ def new_model(
         model.encoders[look].load_state_dict(encoder.state_dict())
     new_token_rows(model, known, len(processor.tokenizer))
     return model.eval(), processor
+
+
+def _read(load: Callable[[Any], Any], path: str | Path | None) -> Any:
+    try:
+        return load(path)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: no encoder could be read there ({first}); give a folder or a hub id") from error
+
+
+def start_model(
+    start: str | Path,
+    looks: Sequence[str] | None = None,
+    detection: str | Path | None = None,
+    seg: str | Path | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | str = torch.float32,
+) -> tuple[VPTQwen2VLForConditionalGeneration, Any]:
+    """What training starts from: a model that may look again as it is, or a plain Qwen2-VL that is given `looks`.
+
+    A start that has its looks keeps its own encoders; `detection` and `seg` are for a plain one.
+
+    Returns:
+        (model, processor), on the CPU.
+
+    Raises:
+        UserError: no such model, or it lacks one of `looks` and is not plain.
+    """
+    folder = resolve(start)
+    if is_plain(folder):
+        if not looks:
+            raise UserError(f"{start} is a plain Qwen2-VL; say which looks it is given, e.g. looks: [region, clip]")
+        return new_model(folder, tuple(looks), detection, seg, dtype, seed)
+    config = read_config(folder)
+    lacking = [look for look in looks or () if look not in config.looks]
+    if lacking:
+        raise UserError(
+            f"{start} has the looks {', '.join(config.looks)}, not {lacking[0]!r}; start from a plain Qwen2-VL to give "
+            "it other looks"
+        )
+    model = load_model(folder, dtype=dtype, device="cpu")
+    return model, load_processor(folder)
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether a folder holds a Qwen2-VL without looks."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: not a readable config.json ({error})") from error
+    return values.get("model_type") == "qwen2_vl"
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from relook.errors import CheckpointError, UserError
 
+from .adapters import is_adapter, load_adapted
 from .configuration import VPTQwen2VLConfig
 from .encoders import ENCODERS, encoder_config
 from .modeling import VPTQwen2VLForConditionalGeneration
@@ -47,7 +48,7 @@ def resolve(name_or_path: str | Path) -> Path:
         return SHIPPED / name
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file() and not is_adapter(folder):
             raise UserError(f"{name}: this folder has no config.json; give a model folder (config.json and weights)")
         return folder
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
@@ -110,7 +111,8 @@ def load_model(
     """Load a model, whole or not at all, in eval mode; `model.load_report` says what was renamed.
 
     Args:
-        name_or_path: a shipped model, a folder in relook's or the published layout, or a hub id.
+        name_or_path: a shipped model, a folder in relook's or the published layout, a hub id, or an adapter's folder
+            (it is merged into its base).
         dtype: default float32 on CPU, bfloat16 on a GPU that has it.
         device: default "cuda" where there is one, else "cpu".
         encoder_config: only for published folders with unusual encoders: `{"dino": {...}, "sam_vision": {...}}`.
@@ -122,6 +124,8 @@ def load_model(
     device = torch_device(device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if is_adapter(folder):
+        return load_adapted(folder, dtype=dtype)[0].to(device)
     model, report = load_with_report(
         folder, read_config(folder, encoder_config), torch_dtype(dtype), attn_implementation
     )

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from relook.train import lora
 from relook.train.faults import GO_ON, writing
 from relook.train.recipe import Recipe, Stage
 
@@ -194,7 +195,10 @@ def write_weights(objective: Any, folder: str | Path) -> None:
     from safetensors.torch import save_file
 
     with _quiet():
-        objective.model.save_pretrained(folder)
+        if lora.adapted(objective.model):
+            lora.save(objective.model, folder)
+        else:
+            objective.model.save_pretrained(folder)
     objective.processor.save_pretrained(folder)
     heads = {k: v.contiguous() for k, v in objective.state_dict().items() if not k.startswith("model.")}
     save_file(heads, str(Path(folder) / HEADS))
@@ -207,9 +211,12 @@ def read_weights(objective: Any, folder: str | Path) -> None:
     from relook.model.loading import load_model
 
     model: Any = objective.model
-    with _quiet():
-        kept = load_model(folder, dtype=model.dtype, device="cpu")
-    model.load_state_dict(kept.state_dict())
+    if lora.adapted(model):
+        lora.restore(model, folder)
+    else:
+        with _quiet():
+            kept = load_model(folder, dtype=model.dtype, device="cpu")
+        model.load_state_dict(kept.state_dict())
     heads = load_file(Path(folder) / HEADS)
     objective.load_state_dict({f"model.{k}": v for k, v in model.state_dict().items()} | heads)
 

@@ -23,7 +23,7 @@ from transformers.trainer_callback import ProgressCallback
 from relook.data.records import replacing
 from relook.data.worlds import make_world
 from relook.errors import UserError
-from relook.train import watch
+from relook.train import lora, watch
 from relook.train.checkpoints import Checkpoints, Record, digest, finished, keep_stage, restore_stage
 from relook.train.faults import GO_ON, Signals, Stopped, writing
 from relook.train.frozen import remembering
@@ -115,6 +115,8 @@ def run_stage(
     objective = make_objective(model, processor, _world(data, seed), stage, seed, taught, held)
     set_forward(model.config, stage)
     let_learn(model, stage.freeze, stage.train)
+    if stage.lora is not None:
+        lora.adapt(model, stage.lora, start_of(recipe) if stage == recipe.stages[0] and recipe.model.start else None)
     model.train()
     steps = steps_of(stage, taught)
     checkpoints.clear_aside()
@@ -143,6 +145,10 @@ def run_stage(
         raise Stopped(
             f"stopped at step {trainer.state.global_step} of {steps}, saved in {place}; {GO_ON}", signals.seen
         )
+    if stage.lora is not None:
+        with writing(checkpoints.place, checkpoints.say_last):
+            lora.keep(model, processor, checkpoints.place / "adapter")
+        lora.merge(model)
     let_learn(model)
     best = checkpoints.best()
     done: Record = {
@@ -239,10 +245,16 @@ def _start(recipe: Recipe) -> tuple[Any, Any]:
         if recipe.model.visual is not None:
             _take_tower(model, recipe.model.visual)
         return model, processor
-    from relook.model.loading import load_model, load_processor
+    from relook.model.building import start_model
 
-    assert recipe.model.start is not None
-    return load_model(recipe.model.start, dtype=torch.float32), load_processor(recipe.model.start)
+    return start_model(**start_of(recipe))
+
+
+def start_of(recipe: Recipe) -> dict[str, Any]:
+    """How a recipe's start comes about, as `building.start_model` takes it."""
+    source = recipe.model
+    return {"start": source.start, "looks": source.looks, "detection": source.detection, "seg": source.seg,
+            "seed": recipe.seed}  # fmt: skip
 
 
 def _take_tower(model: Any, source: str) -> None:

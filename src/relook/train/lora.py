@@ -1,0 +1,175 @@
+"""Low-rank updates of the language model in place of its whole weights (LoRA, QLoRA), through peft.
+
+A stage with `lora:` trains small matrices beside the linear layers of the language model, and some parts whole
+(projectors, lm_head, embed_tokens); all else rests. The layers are exchanged inside the model, which stays the class
+it is, so that objectives, looks and generation work as ever. When the stage is over the updates are merged in.
+With `bits:` the resting layers are held in 4 or 8 bits by bitsandbytes; updates are merged into the exact weights all
+the same.
+
+Knows a model's modules; not stages' objectives. The folder of an adapter is `model.adapters`' business.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from relook.errors import UserError
+from relook.train.learnable import PARTS, in_part, never_used
+from relook.train.recipe import Lora
+
+LAYERS = "model.language_model.layers"
+NO_PEFT = "lora: needs the package peft, which is not installed; pip install 'relook[train]'"
+NO_BITS = (
+    "lora.bits needs the package bitsandbytes, which is not installed; pip install 'relook[qlora]', or leave it out"
+)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> linear layer of the language model (its head apart)."""
+    return {n: m for n, m in model.named_modules() if n.startswith(f"{LAYERS}.") and isinstance(m, nn.Linear)}
+
+
+def adapt(model: Any, plan: Lora, start: dict[str, Any] | None = None) -> None:
+    """Put low-rank updates into `model`, in place; only they and `plan.modules_to_save` learn.
+
+    Args:
+        start: how the model that is adapted came about (kept with the adapter, see `model.adapters`).
+
+    Raises:
+        UserError: a package is missing, or the model has no such layers.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(NO_PEFT)
+    from peft import LoraConfig, get_peft_model
+
+    targets = _targets(model, plan)
+    exact = _held_in_bits(model, targets, plan.bits) if plan.bits is not None else {}
+    config = LoraConfig(
+        r=plan.r,
+        lora_alpha=plan.alpha if plan.alpha is not None else 2 * plan.r,
+        lora_dropout=plan.dropout,
+        target_modules=rf"model\.language_model\.layers\.\d+\.\w+\.({'|'.join(targets)})",
+        modules_to_save=saved_modules(model, plan),
+        ensure_weight_tying=bool(model.config.tie_word_embeddings),
+    )
+    unused = never_used(model)
+    idle = {name for name, parameter in model.named_parameters() if id(parameter) in unused}
+    adapter = get_peft_model(model, config)
+    named: Any = adapter.peft_config["default"]
+    named.base_model_name_or_path = start["start"] if start else ""  # else peft takes the model's, whoever changed it
+    for name, parameter in model.named_parameters():
+        if name.replace(".modules_to_save.default.", ".") in idle:
+            parameter.requires_grad_(False)
+    # Beside the module's own attributes: the adapter holds the model, which must not come to hold it in turn.
+    model.__dict__["_adapter"] = {"peft": adapter, "start": start, "exact": exact}
+
+
+def _targets(model: nn.Module, plan: Lora) -> list[str]:
+    known = sorted({name.rsplit(".", 1)[1] for name in linear_layers(model)})
+    if plan.targets == "all":
+        return known
+    for target in plan.targets:
+        if target not in known:
+            near = difflib.get_close_matches(target, known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            raise UserError(f"lora.targets: the language model has no linear layers called {target!r}; {hint}")
+    return list(plan.targets)
+
+
+def saved_modules(model: Any, plan: Lora) -> list[str]:
+    """The modules trained whole, by name; of tied weights only the embedding is named (the head follows it)."""
+    pieces = [PARTS.get(part, part) for part in plan.modules_to_save]
+    if model.config.tie_word_embeddings and "lm_head" in pieces:
+        pieces = [p for p in pieces if p != "lm_head"] + ["embed_tokens"] * ("embed_tokens" not in pieces)
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleDict) or any(name.startswith(f"{outer}.") for outer in found):
+            continue  # peft takes what is called, not what only holds others
+        if any(in_part(name, piece) for piece in pieces):
+            found.append(name)
+    return found
+
+
+def adapted(model: Any) -> bool:
+    """Whether low-rank updates are in the model."""
+    return "_adapter" in model.__dict__
+
+
+def save(model: Any, folder: str | Path) -> None:
+    """Write the adapter in place: peft's own files, the model's config, and how its base came about."""
+    from relook.model.adapters import write_start
+
+    held = model.__dict__["_adapter"]
+    held["peft"].save_pretrained(folder, save_embedding_layers=False)
+    model.config.save_pretrained(folder)
+    write_start(held["start"], folder)
+
+
+def keep(model: Any, processor: Any, folder: Path) -> None:
+    """`save` with the processor beside it, whole or not at all, in place of what was there."""
+    aside = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    save(model, aside)
+    processor.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def restore(model: Any, folder: str | Path) -> None:
+    """Put saved updates and parts back into an adapted model, bit by bit."""
+    from peft import set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    set_peft_model_state_dict(model.__dict__["_adapter"]["peft"], load_peft_weights(str(folder), device="cpu"))
+
+
+def merge(model: Any) -> None:
+    """Add the updates into the weights and take the adapter out, in place; the model is whole and plain again."""
+    held = model.__dict__.pop("_adapter")
+    weights = {}
+    if held["exact"]:  # updates belong to the exact weights, not to their copies in few bits
+        from peft.utils import get_peft_model_state_dict
+
+        from relook.model.adapters import join
+
+        config, weights = held["peft"].peft_config["default"], get_peft_model_state_dict(held["peft"])
+        held["peft"].unload()
+        for name, layer in held["exact"].items():
+            model.set_submodule(name, layer.to(model.device))
+        join(model, config, weights)
+        return
+    from relook.model.adapters import unloaded
+
+    unloaded(held["peft"], model)
+
+
+# -- few bits ---------------------------------------------------------------------------------------------------------
+
+
+def _held_in_bits(model: Any, targets: list[str], bits: int) -> dict[str, nn.Module]:
+    """Exchange the language model's linear layers for copies in few bits; returns the exact ones, on the CPU."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(NO_BITS)
+    import bitsandbytes as bnb
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    exact: dict[str, nn.Module] = {}
+    for name, layer in linear_layers(model).items():
+        assert isinstance(layer, nn.Linear)
+        shape, bias = (layer.in_features, layer.out_features), layer.bias is not None
+        if bits == 4:
+            compute = torch.bfloat16 if device == "cuda" else torch.float32
+            small: Any = bnb.nn.Linear4bit(*shape, bias=bias, quant_type="nf4", compute_dtype=compute)
+        else:
+            small = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
+        small.load_state_dict(layer.state_dict())
+        exact[name] = layer.to("cpu")
+        model.set_submodule(name, small.requires_grad_(False).to(device))
+    return exact
