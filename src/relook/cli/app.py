@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from relook.cli import ask, data, models, work
+from relook.cli import ask, data, judge, models, work
 from relook.errors import RelookError
 
 
@@ -67,6 +67,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")
 app.command("train")(work.train)
 app.command("evaluate", cls=work.ListOptions)(work.evaluate)
+app.command("judge")(judge.judge)
 app.command("report")(work.report)
 app.command("bench")(work.bench)
 

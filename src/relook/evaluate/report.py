@@ -33,6 +33,7 @@ class Result:
 
     asked     questions put to the model: answered + failed
     skipped   questions the arm does not apply to (nothing annotated, for `oracle`)
+    unscored  answers that a score is missing for (a judge that failed); the score's mean and n leave them out
     measures  mean and interval by name: scores; recall (share of the annotated area that was seen) and iou (of the
               cells named, before any widening), both over answers with a region look; looked, malformed (shares of
               answers); costs
@@ -46,6 +47,7 @@ class Result:
     answered: int = 0
     failed: int = 0
     skipped: int = 0
+    unscored: int = 0
     measures: dict[str, Estimate] = field(default_factory=dict)
     fields: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)
@@ -83,6 +85,7 @@ def sum_up(task: str, look: str, records: Sequence[Record], scores: Sequence[str
     failed = [record for record in records if record["failed"] is not None]
     result = Result(task, look, len(answered), len(failed), len(records) - len(answered) - len(failed))
     result.errors = [f"{record['where']}: {record['failed']}" for record in failed[:5]]
+    result.unscored = sum(any(name not in record["scores"] for name in scores) for record in answered)
     result.measures = {name: _score(answered, name, seed) for name in scores}
     for name, measure in MEASURES.items():
         values = [value for value in map(measure, answered) if value is not None]
@@ -97,13 +100,14 @@ def sum_up(task: str, look: str, records: Sequence[Record], scores: Sequence[str
 
 
 def _score(records: Sequence[Record], name: str, seed: int) -> Estimate:
-    return bootstrap([record["scores"][name] for record in records], seed=seed)
+    return bootstrap([record["scores"][name] for record in records if name in record["scores"]], seed=seed)
 
 
 # column heading -> measure, factor, decimals, interval shown
 COLUMNS: dict[str, tuple[str, float, int, bool]] = {
     "exact %": ("exact", 100, 1, True),
     "ANLS %": ("anls", 100, 1, True),
+    "judge %": ("judge", 100, 1, True),
     "recall %": ("recall", 100, 1, False),
     "IoU %": ("iou", 100, 1, False),
     "looked %": ("looked", 100, 1, False),
@@ -115,11 +119,13 @@ COLUMNS: dict[str, tuple[str, float, int, bool]] = {
 
 def table(evaluation: Evaluation) -> str:
     """Results as plain text: one row a task and arm, 95 % intervals in brackets, then exact match by field."""
-    heading = ["task", "look", "n", *COLUMNS, "failed", "skipped"]
+    judged = any("judge" in r.measures for r in evaluation.results)
+    columns = {heading: column for heading, column in COLUMNS.items() if judged or column[0] != "judge"}
+    heading = ["task", "look", "n", *columns, *(["unscored"] if judged else []), "failed", "skipped"]
     rows = [
         [r.task, r.look, str(r.answered)]
-        + [_cell(r.measures.get(name), factor, digits, interval) for name, factor, digits, interval in COLUMNS.values()]
-        + [str(r.failed), str(r.skipped)]
+        + [_cell(r.measures.get(name), factor, digits, interval) for name, factor, digits, interval in columns.values()]
+        + [*([str(r.unscored)] if judged else []), str(r.failed), str(r.skipped)]
         for r in evaluation.results
     ]
     parts = [_grid([heading, *rows])]

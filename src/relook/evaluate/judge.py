@@ -1,0 +1,222 @@
+"""A judge: a model behind an OpenAI-compatible endpoint that says how far an answer agrees with the standard one.
+
+The paper's protocol (spec.md section 10): question, standard answer and the model's answer in, `score: s` out, s from 0
+to 1, temperature 0, at most 64 tokens; the wording is ours. What could not be judged has no score and says why: it is
+never 0. What was judged is kept by its content in a file, so that no answer is paid for twice.
+
+Knows the endpoint (through the `openai` client, which retries with growing pauses) and its own cache; not records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from relook.errors import UserError
+
+SYSTEM = (
+    "You grade answers to questions about images. You are given a question, the standard answer and the answer of a "
+    "model. Judge only whether the model's answer means the same as the standard answer: other wording, case, units or "
+    "additional true detail do not matter, a wrong or missing fact does. Reply with one line and nothing else, "
+    "'score: S', where S is a number from 0 (wrong) to 1 (right); numbers between are for answers right in part."
+)
+ASKED = "Question: {question}\nStandard answer: {accepted}\nModel's answer: {answer}"
+MAX_TOKENS = 64
+_SCORE = re.compile(r"score(?: is)?\W*?(-?\d+(?:\.\d*)?|-?\.\d+)(?![\d.]*\s*[/%])", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Plea:
+    """What is judged: an answer, beside all that would have been right."""
+
+    question: str
+    accepted: tuple[str, ...]
+    answer: str
+
+    def message(self) -> str:
+        return ASKED.format(question=self.question, accepted=" / ".join(self.accepted), answer=self.answer or "(empty)")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """`score` in 0..1, or None and the `problem` in words.
+
+    model         that judged, with its version, as the endpoint names it
+    reply         what it wrote
+    tokens_in     of the request that was paid for, `tokens_out` of the reply; both 0 for one that was cached
+    """
+
+    score: float | None
+    problem: str | None = None
+    model: str | None = None
+    reply: str | None = None
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cached: bool = False
+
+
+def parse_score(reply: str) -> float | None:
+    """The number after "score", None where there is none, several that differ, or one outside 0..1.
+
+    >>> parse_score("Score: 0.5"), parse_score("score: 7/10"), parse_score("I cannot tell.")
+    (0.5, None, None)
+    """
+    found = {float(number) for number in _SCORE.findall(reply)}
+    return found.pop() if len(found) == 1 and 0 <= min(found) <= 1 else None
+
+
+class Judge:
+    """Asks the endpoint, several answers at a time.
+
+    Args:
+        model: as the endpoint calls it.
+        url: of the endpoint ("http://localhost:8000/v1"); None: OPENAI_BASE_URL, else OpenAI's.
+        cache: a file (JSON lines, grows) of what was judged before; None keeps nothing.
+        concurrency: requests under way at once.
+        timeout: seconds that one request may take.
+        retries: of a request that failed, was refused as one too many, or took too long.
+
+    Raises:
+        UserError: no client installed, no key.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        url: str | None = None,
+        cache: str | Path | None = None,
+        concurrency: int = 8,
+        timeout: float = 60.0,
+        retries: int = 5,
+    ) -> None:
+        try:
+            import openai
+        except ImportError:
+            raise UserError(
+                "judging needs the openai client, which is not installed; pip install 'relook[eval]'"
+            ) from None
+        key = os.environ.get("OPENAI_API_KEY") or ("none" if url or os.environ.get("OPENAI_BASE_URL") else None)
+        if key is None:
+            raise UserError("OPENAI_API_KEY is not set; set it, or give the URL of an endpoint that needs none")
+        self.model, self.concurrency = model, concurrency
+        self.client = openai.OpenAI(api_key=key, base_url=url, timeout=timeout, max_retries=retries)
+        self.cache = Cache(Path(cache) if cache is not None else None)
+
+    def judge(self, pleas: Sequence[Plea], done: Callable[[int], None] = lambda count: None) -> list[Judgement]:
+        """Judgements in the order of the pleas; `done(count)` is called as they come in.
+
+        Raises:
+            UserError: the endpoint refuses the key or does not know the model: no answer would ever be judged.
+        """
+        count, lock = iter(range(1, len(pleas) + 1)), threading.Lock()
+
+        def one(plea: Plea) -> Judgement:
+            judged = self._one(plea)
+            with lock:
+                done(next(count))
+            return judged
+
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            try:
+                return list(pool.map(one, pleas))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _one(self, plea: Plea) -> Judgement:
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": plea.message()}]
+        key = hashlib.sha256(json.dumps([self.model, MAX_TOKENS, messages]).encode()).hexdigest()
+        known = self.cache.get(key)
+        if known is not None:
+            return Judgement(**(known | {"tokens_in": 0, "tokens_out": 0, "cached": True}))
+        judged = self._ask(messages)
+        if judged.score is not None:
+            self.cache.put(key, asdict(judged))
+        return judged
+
+    def _ask(self, messages: list[dict[str, str]]) -> Judgement:
+        import openai
+
+        try:
+            said = self.client.chat.completions.create(
+                model=self.model,
+                messages=messages,  # type: ignore[arg-type]
+                temperature=0,
+                max_tokens=MAX_TOKENS,
+            )
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+            raise UserError(
+                f"the judge at {self.client.base_url} refuses: {_words(error)}; check the key (OPENAI_API_KEY), "
+                f"the URL and the model's name ({self.model!r})"
+            ) from error
+        except openai.OpenAIError as error:
+            return Judgement(None, f"{type(error).__name__}: {_words(error)}")
+        except Exception as error:  # a reply that is no JSON, or not of the API's shape
+            return Judgement(None, f"the endpoint's reply cannot be read ({type(error).__name__}: {error})")
+        return _read(said)
+
+
+def _read(said: Any) -> Judgement:
+    """A reply of the API to a judgement; endpoints differ in what they leave out."""
+    try:
+        reply = said.choices[0].message.content or ""
+    except (AttributeError, IndexError, TypeError):
+        return Judgement(None, f"the endpoint's reply holds no text: {str(said)[:80]!r}")
+    usage = getattr(said, "usage", None)
+    tokens = {
+        "tokens_in": int(getattr(usage, "prompt_tokens", 0) or 0),
+        "tokens_out": int(getattr(usage, "completion_tokens", 0) or 0),
+    }
+    score = parse_score(reply)
+    problem = None if score is not None else f"no score from 0 to 1 in {reply[:80]!r}"
+    return Judgement(score, problem, getattr(said, "model", None), reply, **tokens)
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(getattr(error, "message", None) or error).split())[:200]
+
+
+class Cache:
+    """What was judged, by content; in memory, and appended to a file where one is named."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.lock = path, threading.Lock()
+        self.known = dict(self._lines()) if path is not None and path.is_file() else {}
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.open("a").close()
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({error.strerror}); choose another cache") from error
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return self.known.get(key)
+
+    def put(self, key: str, judged: dict[str, Any]) -> None:
+        with self.lock:
+            self.known[key] = judged
+            if self.path is not None:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": key, **judged}, ensure_ascii=False) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+
+    def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Lines that are whole; one that was cut when a run was killed is judged again."""
+        assert self.path is not None
+        names = Judgement.__dataclass_fields__
+        with self.path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    entry = json.loads(line)
+                    yield entry.pop("key"), {name: entry[name] for name in names}
+                except (ValueError, KeyError, AttributeError):
+                    continue

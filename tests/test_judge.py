@@ -1,0 +1,268 @@
+"""The judge, over real HTTP: a server that answers, fails, stalls, refuses and talks nonsense."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from relook.cli import app
+from relook.errors import UserError
+from relook.evaluate import evaluate
+from relook.evaluate.judge import Judge, Plea, parse_score
+from relook.trace import Answer, Usage
+
+# what the server does with an answer, told by the answer itself
+GOOD, HALF = "right", "half"
+
+
+class Court(BaseHTTPRequestHandler):
+    """Judges by the word after "Model's answer: "."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        word = body["messages"][-1]["content"].rsplit("answer: ", 1)[1].split()[0]
+        with self.server.lock:
+            self.server.seen[word] += 1
+            self.server.bodies.append(body)
+            self.server.now += 1
+            self.server.most = max(self.server.most, self.server.now)
+            tries = self.server.seen[word]
+        try:
+            self.reply(word, tries)
+        except BrokenPipeError:
+            pass  # the client did not wait
+        finally:
+            with self.server.lock:
+                self.server.now -= 1
+
+    def reply(self, word, tries):
+        time.sleep(0.02)
+        if word == "refused":
+            return self.send(401, {"error": {"message": "no such key"}})
+        if word == "flaky" and tries < 3:
+            return self.send(500, {"error": {"message": "out of order"}})
+        if word == "busy" and tries < 2:
+            return self.send(429, {"error": {"message": "slow down"}})
+        if word == "dead":
+            return self.send(503, {"error": {"message": "gone"}})
+        if word == "stalls":
+            time.sleep(3)
+        if word == "html":
+            return self.send_bytes(200, b"<html>hello</html>", "text/html")
+        if word == "hollow":
+            return self.send(200, {"choices": []})
+        texts = {"half": "score: 0.5", "babbles": "I like turtles.", "boasts": "score: 7"}
+        message = {"role": "assistant", "content": texts.get(word, "Score: 1.0")}
+        usage = {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        whole = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge-2026", "choices": [choice]}
+        return self.send(200, whole | {"usage": usage})
+
+    def send(self, status, value):
+        self.send_bytes(status, json.dumps(value).encode(), "application/json")
+
+    def send_bytes(self, status, data, kind):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def court(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Court)
+    server.lock, server.seen, server.bodies, server.now, server.most = threading.Lock(), Counter(), [], 0, 0
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def pleas(*answers):
+    return [Plea("What is the total?", ("9.30",), answer) for answer in answers]
+
+
+def judged(court, *answers, **settings):
+    return Judge("judge", court.url, **({"timeout": 1.0, "retries": 3} | settings)).judge(pleas(*answers))
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("score: 0.5", 0.5),
+        ("Score: 1", 1.0),
+        ("**Score**: 0.75.", 0.75),
+        ("score: .5", 0.5),
+        ("The score is 0", 0.0),
+        ("score: 1.0\nscore: 1.0", 1.0),
+        ("score: 0.2 ... no, score: 0.8", None),
+        ("score: 7", None),
+        ("score: 7/10", None),
+        ("score: 1/2", None),
+        ("score: 80%", None),
+        ("score: -1", None),
+        ("1.0", None),
+        ("", None),
+        ("I cannot score this.", None),
+    ],
+)
+def test_only_a_score_from_0_to_1_is_one(reply, score):
+    assert parse_score(reply) == score
+
+
+def test_scores_come_back_in_order_with_what_they_cost(court):
+    first, second = judged(court, "right", "half")
+    assert (first.score, second.score) == (1.0, 0.5)
+    assert (first.model, first.tokens_in, first.tokens_out) == ("judge-2026", 100, 5)
+    assert {(b["temperature"], b["max_tokens"], b["model"]) for b in court.bodies} == {(0, 64, "judge")}
+    assert "9.30" in court.bodies[0]["messages"][-1]["content"]
+
+
+def test_failures_that_pass_are_tried_again(court):
+    assert [j.score for j in judged(court, "flaky", "busy")] == [1.0, 1.0]
+    assert court.seen == {"flaky": 3, "busy": 2}
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("dead", "InternalServerError"),
+        ("stalls", "Timeout"),
+        ("babbles", "no score"),
+        ("boasts", "no score"),
+        ("html", ""),
+        ("hollow", "no text"),
+    ],
+)
+def test_what_cannot_be_judged_is_unscored_and_says_why(court, answer, words):
+    good, bad = judged(court, "right", answer, retries=1)
+    assert good.score == 1.0
+    assert bad.score is None and bad.problem and words in bad.problem
+
+
+def test_an_endpoint_that_is_not_there_leaves_answers_unscored():
+    lost = Judge("judge", "http://127.0.0.1:9/v1", timeout=1.0, retries=0).judge(pleas("right"))
+    assert lost[0].score is None and "Connection" in lost[0].problem
+
+
+def test_a_key_that_is_refused_stops_the_run(court):
+    with pytest.raises(UserError, match=r"no such key.*OPENAI_API_KEY"):
+        judged(court, *["refused"] * 20, concurrency=2)
+    assert court.seen["refused"] < 20
+
+
+def test_no_key_is_said_before_anything_is_sent(monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="OPENAI_API_KEY"):
+        Judge("gpt-4o")
+
+
+def test_no_more_requests_at_once_than_allowed(court):
+    judged(court, *(f"answer{i}" for i in range(12)), concurrency=3)
+    assert 2 <= court.most <= 3
+
+
+def test_what_was_judged_is_not_asked_again(court, tmp_path):
+    cache = tmp_path / "judged.jsonl"
+    judged(court, "right", "babbles", cache=cache)
+    with cache.open("a") as file:
+        file.write('{"key": "torn')  # killed while writing
+    right, babbles = judged(court, "right", "babbles", cache=cache)
+    assert (right.score, right.cached, right.tokens_in) == (1.0, True, 0)
+    assert not babbles.cached  # what failed is asked once more
+    assert court.seen == {"right": 1, "babbles": 2}
+    Judge("another", court.url, cache=cache).judge(pleas("right"))
+    assert court.seen["right"] == 2  # another judge is another judgement
+
+
+# ---- whole folders
+
+
+class Parrot:
+    """A model of plain Python that answers what the question tells it to."""
+
+    name = "parrot"
+
+    processor = SimpleNamespace(grid_size=8, looks=())
+
+    def ask_many(self, requests, **_):
+        return [Answer(text=r["question"].split()[-1], looks=[], transcript=[], usage=Usage()) for r in requests]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    lines = [
+        {"image": "a.png", "question": f"Say {word}", "answer": "right"}
+        for word in ("right", "half", "babbles", "right")
+    ]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluate(Parrot(), [str(tmp_path / "own.jsonl")], ["none"], out=tmp_path / "run")
+    return tmp_path / "run"
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_a_folder_is_judged_and_summed_up_again(court, folder, tmp_path):
+    done = command("judge", folder, "-m", "judge", "--url", court.url, "--cache", tmp_path / "c", "--json")
+    assert done.exit_code == 0, done.output
+    results = json.loads((folder / "results.json").read_text())
+    (result,) = results["results"]
+    judge = result["measures"]["judge"]
+    assert (judge["mean"], judge["n"], result["unscored"]) == (pytest.approx(2.5 / 3), 3, 1)  # the babble is not a 0
+    assert result["measures"]["exact"]["n"] == 4
+    assert results["run"]["judge"] == {
+        "model": "judge",
+        "url": court.url + "/",
+        "judged_by": {"judge-2026": 3},
+        "cached": 0,
+        "unscored": 1,
+        "problems": {"no score from 0 to 1 in 'I like turtles.'": 1},
+        "tokens_in": 400,
+        "tokens_out": 20,
+    }
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    assert [r["scores"].get("judge") for r in records] == [1.0, 0.5, None, 1.0]
+    assert records[2]["judged"]["reply"] == "I like turtles."
+    assert json.loads(done.stdout) == results
+
+
+def test_judging_again_pays_only_for_what_failed(court, folder, tmp_path):
+    for _ in range(2):
+        done = command("judge", folder, "-m", "judge", "--url", court.url, "--cache", tmp_path / "c")
+    assert court.seen["half"] == 1 and court.seen["babbles"] == 2
+    assert "1 unscored, 3 known before" in done.stdout
+
+
+def test_where_nothing_can_be_judged_the_files_stay(court, folder, tmp_path):
+    before = [(folder / name).read_bytes() for name in ("records.jsonl", "results.json")]
+    done = command(
+        "judge", folder, "-m", "judge", "--url", "http://127.0.0.1:9/v1", "--cache", tmp_path / "c", "--retries", 0
+    )
+    assert done.exit_code != 0 and "not one of 4 answers could be judged" in done.stderr
+    assert [(folder / name).read_bytes() for name in ("records.jsonl", "results.json")] == before
+
+
+def test_a_folder_without_records_is_said(court, tmp_path):
+    done = command("judge", tmp_path, "-m", "judge", "--url", court.url, "--cache", tmp_path / "c")
+    assert done.exit_code == 2 and "relook evaluate --out" in done.stderr
