@@ -11,6 +11,7 @@ KEY=VALUE go to the recipe of every arm. The tower is trained first where it is 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import time
@@ -70,7 +71,17 @@ class Arms:
         }
         written = [f"{key}={yaml.safe_dump(value, default_flow_style=True).strip()}" for key, value in changes.items()]
         written = [text.removesuffix("\n...") for text in written]  # YAML's end of a bare value
+        self.take_over(name, seed)
         relook("train", self.plan["recipe"], *written, *self.overrides, f"out={self.folder(name, seed)}")
+
+    def take_over(self, name: str, seed: int) -> None:
+        """Copy stages that another arm of the seed has done; `relook train` looks whether they are of this arm, too."""
+        mine = ROOT / self.folder(name, seed) / "stages"
+        for other in self.plan["arms"]:
+            for done in sorted((ROOT / self.folder(other, seed) / "stages").glob("*/done.json")):
+                same = self.plan["arms"][other].get("size") == self.plan["arms"][name].get("size")
+                if same and not (mine / done.parent.name).exists():
+                    shutil.copytree(done.parent, mine / done.parent.name)
 
     def ask(self, name: str, seed: int) -> None:
         """Evaluate an arm and keep its records beside the report."""
