@@ -22,6 +22,9 @@ from relook.data.collator import IGNORED, join_rows
 from relook.data.worlds import QA, Box, Page
 from relook.looks import LOOKS, look_turn, parse_calls, write_call, x_token, y_token
 from relook.regions import Cells, box_to_cells, cells_to_box, widen
+from relook.train.account import LeftOut, pack_up
+from relook.train.feeding import Feed
+from relook.train.packing import join_packed
 from relook.train.stages import Objective, coverage, merge_order, patch_grid
 from relook.train.token_classes import TokenClasses
 
@@ -172,11 +175,18 @@ class Conversations(Objective):
         places: int = 32  # most rows or columns of merged tokens an image may have under the head
         heed: int = 0  # layer (from 1) whose first head is shown where to look while the assistant writes; 0: none
         heed_weight: float = 0.5
-        max_length: int | None = None  # longer items of a json source are left out
+        # of a json source
+        max_length: int | None = None  # cutoff in tokens: longer items are left out, and named
+        group: int = 0  # batches that are made of items alike in length, at a time; 0: items come as they are drawn
+        pack: int = 0  # tokens of a row that several conversations share; 0: a row each
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.teller = Teller(self.processor, self.options.jitter)
+        if self.items is not None and not isinstance(self.items, Feed):
+            self.items = Feed.of(self.items, self.seed)
+        if self.items is not None:
+            self.items.grouped(self.options.group, self.stage.batch)
         tokens = self.processor.tokens
         grid = range(self.processor.grid_size)
         self.classes = TokenClasses(tokens, self.processor.grid_size)
@@ -198,7 +208,7 @@ class Conversations(Objective):
         random = rng(self.seed, self.stage.name, "kind", index // self.stage.batch)
         return kinds[int(random.choice(len(kinds), p=shares / shares.sum()))]
 
-    def example(self, index: int) -> dict[str, Any]:
+    def example(self, index: int) -> dict[str, Any] | LeftOut:
         if self.items is not None:
             return self._item(index)
         page, random, kind = self.page(index), self.random(index), self.kind(index)
@@ -214,18 +224,17 @@ class Conversations(Objective):
             row["heed"] = self.sights(row, page, windows, qa)
         return row
 
-    def _item(self, index: int) -> dict[str, Any]:
-        """Items of a file, in a new order every epoch."""
-        epoch, place = divmod(index, len(self.items))
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
-        return self._encoded(self.items[int(order[place])])
+    def _item(self, index: int) -> dict[str, Any] | LeftOut:
+        return self._told(self.items.example(index, self.processor, self.options.max_length))
 
-    def _encoded(self, item: Any) -> dict[str, Any]:
-        item = item.to_dict() if hasattr(item, "to_dict") else item
-        return dict(self.processor.encode_item(item)) | {"kind": "items", "answer_from": 0}
+    @staticmethod
+    def _told(row: dict[str, Any] | LeftOut) -> dict[str, Any] | LeftOut:
+        return row if isinstance(row, LeftOut) else row | {"kind": "items", "answer_from": 0}
 
-    def held_out(self, index: int) -> dict[str, Any]:
-        return super().held_out(index) if self.items is None else self._encoded(self.held[index])
+    def held_out(self, index: int) -> dict[str, Any] | LeftOut:
+        if self.items is None:
+            return super().held_out(index)
+        return self._told(self.items.held.example(index, self.processor, self.options.max_length))
 
     def _truth(self, row: dict[str, Any], page: Page, windows: Sequence[Box], qa: QA) -> dict[str, Tensor]:
         """The truth about every image token of the row, for the throwaway head.
@@ -282,22 +291,29 @@ class Conversations(Objective):
         spelt = merge_order(numbered(order, window, patch_grid(thw), legible=True))
         return [(row["answer_from"] + i - 1, tokens[(spelt == i + 1).any(1)].tolist()) for i in range(letters)]
 
-    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        limit = self.options.max_length
-        rows = [row for row in examples if limit is None or len(row["input_ids"]) <= limit] or list(examples[:1])
-        starts = torch.tensor([row["answer_from"] for row in rows])
+    def collate(self, examples: Sequence[Any]) -> dict[str, Any]:
+        left_out = [row for row in examples if isinstance(row, LeftOut)]
+        rows = [row for row in examples if not isinstance(row, LeftOut)]
+        pad, taught = self.processor.tokenizer.pad_token_id, len(rows)
+        if not rows:  # nothing to learn: a batch all the same, so that steps stay in step
+            rows = [{"input_ids": [pad], "labels": [IGNORED], "kind": "items", "answer_from": 0}]
         kind = rows[0]["kind"]
         apart = ("kind", "answer_from", "prompt_ids", "heed")
         tensors = [{k: v for k, v in row.items() if k not in apart} for row in rows]
-        batch = join_rows(tensors, self.processor.tokenizer.pad_token_id)
+        pack = self.options.pack if self.items is not None else 0
+        batch = join_packed(tensors, pad, pack) if pack else join_rows(tensors, pad)
+        starts = [0] * len(batch["input_ids"]) if pack else [row["answer_from"] for row in rows]
         heed = [F.pad(row["heed"], (1, 0), value=i) for i, row in enumerate(rows) if "heed" in row]
-        return {**batch, "kind": kind, "answer_from": starts, "heed": torch.cat(heed) if heed else None}
+        more = {"kind": kind, "answer_from": torch.tensor(starts), "heed": torch.cat(heed) if heed else None}
+        return {**batch, **more, "taught": taught, "left_out": pack_up(left_out)}
 
     # -- loss
 
     def forward(  # type: ignore[override]
-        self, kind, answer_from, asked=None, places=None, spelt=None, heed=None, **batch
+        self, kind, answer_from, asked=None, places=None, spelt=None, heed=None, taught=0, left_out="", **batch
     ) -> dict[str, Tensor]:
+        if self.training:
+            self.account.add(taught, left_out)
         layers = self.model.model.language_model.layers
         caught: dict[str, Any] = {}
         handles = []
@@ -313,7 +329,7 @@ class Conversations(Objective):
         finally:
             for handle in handles:
                 handle.remove()
-        loss = out.loss
+        loss = out.loss if (batch["labels"] >= 0).any() else 0 * out.logits.sum()
         self._note_tokens(kind, out.logits, batch["labels"], answer_from)
         if "inner" in caught:
             tokens = caught["inner"][batch["input_ids"] == self.model.config.image_token_id]

@@ -54,6 +54,7 @@ FORWARD = {
     "passes": "num_inner_forward_run",
     "mask": "para_mask_id",
     "mask_ratio": "para_mask_ratio",
+    "mask_draw": "para_mask_draw",
     "input_grads": "input_grads",
     "position_mode": "position_mode",
 }

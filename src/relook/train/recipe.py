@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from relook.errors import UserError
 
+MOST = 2**23 - 1  # samples of a stage
 PATHS = ("path", "image_root")  # keys whose values are relative paths
 
 
@@ -34,13 +35,49 @@ def _relative(path: str | None) -> str | None:
     return path
 
 
+class ItemSource(Strict):
+    """One set of items: JSON, JSON lines, Parquet (a file or a folder), or a folder that datasets' save_to_disk wrote.
+
+    Records that are questions (image, question, answer, boxes) become items with the look `look`.
+    """
+
+    path: str
+    image_root: str | None = Field(None, description="folder that image paths are relative to and may not leave")
+    weight: float = Field(1.0, gt=0, description="share of the draws, over that of all sources; not with mix: concat")
+    split: str = Field("train", description="of a saved dataset")
+    look: str = Field("region", description="of questions: region, clip, detection, seg, none, or shares of them")
+    columns: dict[str, str] = Field({}, description="image, question, answer, bboxs -> the columns' own names")
+
+    @field_validator("path", "image_root")
+    @classmethod
+    def _relative(cls, value: str | None) -> str | None:
+        return _relative(value)
+
+    @field_validator("look")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        from relook.data.options import BuildOptions
+
+        return BuildOptions(look=value).look
+
+
 class Data(Strict):
-    """Where examples come from. `source: world` draws pages of `world`; `source: json` reads published items."""
+    """Where examples come from: pages of a synthetic `world`, or published items of one `path` or several `sources`.
+
+    `source` says which of the two ("json" stands for items of any form) and follows from what else is given.
+    """
 
     source: Literal["world", "json"] = "world"
     world: str | None = Field(None, description="name of a synthetic world (relook.data.worlds)")
-    path: str | None = Field(None, description="JSON or JSONL of items in the published format")
+    path: str | None = Field(None, description="items in the published format: JSON, JSON lines, Parquet, a dataset")
     image_root: str | None = Field(None, description="folder the items' image paths are relative to")
+    sources: list[ItemSource] = Field([], description="in place of path: several sets")
+    mix: Literal["concat", "interleave_under", "interleave_over"] = Field(
+        "concat", description="concat: all of every source; interleave: by weight, until the first (all) ran out once"
+    )
+    streaming: bool = Field(False, description="read from front to back, shuffled through a buffer")
+    buffer: int = Field(16384, gt=0, description="records in the shuffle buffer of a stream")
+    max_broken: float = Field(0.01, ge=0, le=1, description="share of examples that cannot be read that stops a run")
     free_choice: bool = Field(False, description="items lose the sentences that ask for a look; the model decides")
 
     @field_validator("path", "image_root")
@@ -48,13 +85,29 @@ class Data(Strict):
     def _relative(cls, value: str | None) -> str | None:
         return _relative(value)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _told(cls, raw: Any) -> Any:
+        told = isinstance(raw, dict) and "source" not in raw and "world" not in raw
+        return {**raw, "source": "json"} if told and (raw.get("path") or raw.get("sources")) else raw
+
     @model_validator(mode="after")
     def _complete(self) -> Data:
         if self.source == "world" and not self.world:
             raise ValueError("source is 'world' but no world is named; add e.g. world: cards")
-        if self.source == "json" and not self.path:
-            raise ValueError("source is 'json' but there is no path; add path: items.json")
+        if self.source == "json" and (self.path is None) == (not self.sources):
+            raise ValueError("source is 'json': give exactly one of path: items.json and sources: [{path: ...}, ...]")
+        if self.sources and self.image_root is not None:
+            raise ValueError("image_root belongs to each of the sources: sources: [{path: ..., image_root: ...}]")
+        if self.mix == "concat" and any(source.weight != 1 for source in self.sources):
+            raise ValueError(
+                "weights need mix: interleave_under (or interleave_over); concat takes all of every source"
+            )
         return self
+
+    def all_sources(self) -> list[ItemSource]:
+        """Every set, however many."""
+        return self.sources or [ItemSource.model_validate({"path": self.path, "image_root": self.image_root})]
 
 
 class ModelSource(Strict):
@@ -102,7 +155,7 @@ class Stage(Strict):
 
     name: str
     objective: str
-    samples: int = Field(gt=0, lt=2**23, description="from 2**23 on, pages are held out for validation")
+    samples: int = Field(gt=0, le=MOST, description="from 2**23 on, pages are held out for validation")
     steps: int | None = Field(None, gt=0, description="in place of samples: optimiser steps of batch x accumulate")
     epochs: float | None = Field(None, gt=0, description="of a JSON source: at most so many passes over its items")
     batch: int = Field(16, gt=0)
@@ -123,6 +176,7 @@ class Stage(Strict):
     passes: Literal[1, 2] | None = Field(None, description="1: looks without a condition (alignment); 2: with it")
     mask: Literal[0, 1, 2] | None = Field(None, description="mask modelling: 1 the first user turn, 2 the second too")
     mask_ratio: float | None = Field(None, ge=0, le=1, description="chance of the mask")
+    mask_draw: Literal["batch", "sample"] | None = Field(None, description="what that chance is drawn for")
     input_grads: Literal["full", "published"] | None = Field(None, description="published: none into embeddings, ViT")
     position_mode: Literal["mrope", "sequential"] | None = Field(None, description="sequential: as published training")
     remember: int = Field(0, ge=0, description="images whose features are kept while the tower is frozen")
@@ -133,9 +187,10 @@ class Stage(Strict):
     @model_validator(mode="before")
     @classmethod
     def _length(cls, raw: Any) -> Any:
-        """`steps` says how many samples; where both are given they must agree."""
+        """`steps` says how many samples; where both are given they must agree. `epochs` alone sets no other bound."""
         if not isinstance(raw, dict) or raw.get("steps") is None:
-            return raw
+            alone = isinstance(raw, dict) and raw.get("epochs") is not None and "samples" not in raw
+            return {**raw, "samples": MOST} if alone else raw
         sizes = [raw["steps"], raw.get("batch", 16), raw.get("accumulate", 1)]
         if not all(isinstance(size, int) for size in sizes):
             return raw  # pydantic says which is no number
@@ -200,6 +255,9 @@ class Recipe(Strict):
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise ValueError(f"two stages are called {doubled[0]!r}; stage names must differ")
+        endless = [s.name for s in self.stages if s.epochs is not None and (s.data or self.data).source == "world"]
+        if endless:
+            raise ValueError(f"stage {endless[0]!r} says epochs:, but a world has no end; give samples: or steps:")
         from_items = [stage.name for stage in self.stages if (stage.data or self.data).source == "json"]
         if self.evaluate_every and from_items and not self.validation.items:
             raise ValueError(

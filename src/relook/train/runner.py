@@ -13,9 +13,8 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
@@ -26,6 +25,7 @@ from relook.errors import UserError
 from relook.train import lora, watch
 from relook.train.checkpoints import Checkpoints, Record, digest, finished, keep_stage, restore_stage
 from relook.train.faults import GO_ON, Signals, Stopped, writing
+from relook.train.feeding import feed
 from relook.train.frozen import remembering
 from relook.train.learnable import check_parts, let_learn, set_forward
 from relook.train.optimiser import build_optimiser, schedule
@@ -59,6 +59,8 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), out: str | P
     torch.set_num_threads(recipe.threads)
     model, processor = _start(recipe)
     check_parts(model, recipe.stages)
+    if any((stage.data or recipe.data).free_choice for stage in recipe.stages):
+        processor.free_choice = True
     with Signals() as signals:
         try:
             history = run_stages(model, processor, recipe, folder, signals)
@@ -89,6 +91,7 @@ def run_stages(model: Any, processor: Any, recipe: Recipe, folder: Path, signals
         else:
             print(f"{stage.name}: already done, taken from {checkpoints.place}", file=sys.stderr)
             restore_stage(model, checkpoints.place)
+            set_forward(model.config, stage)
         history.append({k: v for k, v in record.items() if k != "digest"})
     return history
 
@@ -119,10 +122,13 @@ def run_stage(
         lora.adapt(model, stage.lora, start_of(recipe) if stage == recipe.stages[0] and recipe.model.start else None)
     model.train()
     steps = steps_of(stage, taught)
+    stage = stage.model_copy(update={"samples": steps * stage.batch * stage.accumulate})
     checkpoints.clear_aside()
     record = checkpoints.last()
     if record is not None:
         print(f"{stage.name}: goes on from step {record['step']} of {steps}", file=sys.stderr)
+    begun = record["step"] * stage.batch * stage.accumulate if record else 0
+    objective.account.open(checkpoints.place / "left_out.jsonl", begun)
     tally = watch.Tally(stage.batch, record)
     name = checkpoints.place.name
     watchers = watch.Watchers(folder, name, stage, tally, record["step"] if record else 0)
@@ -140,6 +146,8 @@ def run_stage(
         ) from error
     finally:
         watchers.close()
+    if told := objective.account.say():
+        print(f"{stage.name}: {told}", file=sys.stderr)
     if signals.seen is not None and trainer.state.global_step < steps:
         place = checkpoints.path({"step": trainer.state.global_step})
         raise Stopped(
@@ -279,24 +287,15 @@ def _world(data: Data, seed: int) -> Any:
 
 
 def _items(data: Data, held: int, seed: int) -> tuple[Any, Sequence[Any]]:
-    """Items to learn from and `held` others that are held out, chosen by the seed; (None, ()) for a world.
+    """A feed of items to learn from and `held` others that are held out; (None, ()) for a world.
 
     Raises:
-        UserError: nothing would be left to learn from.
+        UserError: a source that cannot be read; nothing would be left to learn from.
     """
     if data.source != "json":
         return None, ()
-    from relook.data.dataset import ItemsDataset
-
-    assert data.path is not None
-    items: Any = ItemsDataset(data.path, data.image_root)
-    if not held:
-        return items, ()
-    if held >= len(items):
-        raise UserError(f"validation.items is {held}, but {data.path} holds {len(items)}; hold out fewer")
-    order = np.random.default_rng([seed, 1]).permutation(len(items)).tolist()
-    taught, kept = (torch.utils.data.Subset(items, sorted(part)) for part in (order[held:], order[:held]))
-    return taught, cast(Sequence[Any], kept)
+    items = feed(data, seed, held)
+    return items, items.held
 
 
 def steps_of(stage: Stage, items: Any = None) -> int:

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 from relook.data.worlds import Box, Page, World, rng
 from relook.errors import UserError
+from relook.train.account import Account
+from relook.train.feeding import Feed
 from relook.train.recipe import Stage, Strict, validate
 
 
@@ -32,7 +34,7 @@ class Objective(nn.Module):
         world: where pages come from; None when the stage reads items from a file.
         stage: the stage of the recipe; `stage.options` must fit the class's `Options`.
         seed: of the examples.
-        items: the items of a stage whose data source is json; None with a world.
+        items: the feed of items of a stage whose data source is json; None with a world.
         held: items of that source that are not taught (see `held_out`).
     """
 
@@ -57,6 +59,7 @@ class Objective(nn.Module):
         self.items, self.held = items, held
         self.options: Any = validate(self.Options, stage.options, f"stage {stage.name}: options")
         self.log: dict[str, list[float]] = {}
+        self.account = Account(items.data.max_broken if isinstance(items, Feed) else 0.0)
 
     def example(self, index: int) -> Any:
         """One training example, a function of the seed, the stage and `index` only."""

@@ -1,0 +1,114 @@
+"""What was left out of training, and why: counted, named in a file, and a reason to stop where it is too much.
+
+Knows examples that could not be had; not where they come from, nor what is learnt from the others.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from relook.data.records import replacing
+from relook.errors import RelookError
+
+EARLY = 200  # examples: a share is not judged on fewer
+SHOWN = 5  # examples that are named on stderr; the file names all
+
+Reason = str  # "too long" or "broken"
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """An example that could not be had: its number in the stage, why, where its record lies, and what was wrong."""
+
+    example: int
+    reason: Reason
+    where: str
+    what: str
+
+
+def pack_up(left_out: list[LeftOut]) -> str:
+    """As text, to travel from the process that drew a batch to the one that learns from it."""
+    return json.dumps([asdict(one) for one in left_out]) if left_out else ""
+
+
+class Account:
+    """Counts examples that were taught and left out.
+
+    Args:
+        most_broken: share of broken examples at which a run stops; being too long is no fault of an example.
+    """
+
+    def __init__(self, most_broken: float) -> None:
+        self.most_broken = most_broken
+        self.taught = 0
+        self.left_out: Counter[Reason] = Counter()
+        self.path: Path | None = None
+        self._first: dict[Reason, str] = {}
+
+    def open(self, path: Path, begun: int) -> None:
+        """Name examples in this file (JSON lines) from here on; `begun` are behind, those named among them stay."""
+        self.path, kept = path, []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            try:
+                one = LeftOut(**json.loads(line))
+            except (ValueError, TypeError):
+                continue  # a line that a killed run left unfinished
+            if one.example < begun:
+                kept.append(one)
+                self._count(one)
+        self.taught = begun - len(kept)
+        if path.is_file():
+            with replacing(path) as file:
+                file.writelines(json.dumps(asdict(one)) + "\n" for one in kept)
+
+    def add(self, taught: int, left_out: str) -> None:
+        """Count a batch: how many examples it taught, and those left out as `pack_up` wrote them.
+
+        Raises:
+            RelookError: too many are broken.
+        """
+        self.taught += taught
+        if not left_out:
+            return
+        found = [LeftOut(**one) for one in json.loads(left_out)]
+        for one in found:
+            self._count(one)
+            if sum(self.left_out.values()) <= SHOWN:
+                print(f"left out ({one.reason}): {one.where}: {one.what}", file=sys.stderr)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(one)) + "\n" for one in found)
+        self._check()
+
+    def _count(self, one: LeftOut) -> None:
+        self.left_out[one.reason] += 1
+        self._first.setdefault(one.reason, f"{one.where}: {one.what}")
+
+    def _check(self) -> None:
+        broken, seen = self.left_out["broken"], self.taught + sum(self.left_out.values())
+        none_good = broken and not self.taught
+        if broken > self.most_broken * max(seen, EARLY) or none_good:
+            raise RelookError(
+                f"{broken} of {seen} examples could not be read, more than data.max_broken allows "
+                f"({self.most_broken:g}); the first: {self._first['broken']}; mend the set "
+                "(relook data check says what is wrong with it), or raise data.max_broken"
+            )
+        if self.left_out["too long"] and not self.taught:
+            raise RelookError(
+                f"all {seen} examples so far are longer than the cutoff; the first: {self._first['too long']}; raise "
+                "max_length, or let images be smaller"
+            )
+
+    def say(self) -> str:
+        """In one line: how many were left out, why, and where they are named; "" for none."""
+        if not self.left_out:
+            return ""
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
+        total = sum(self.left_out.values())
+        named = f"; named in {self.path}" if self.path is not None else ""
+        return f"{total} of {self.taught + total} examples were left out ({counts}){named}"
