@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 from html.parser import HTMLParser
@@ -26,6 +27,8 @@ from relook.looks import parse_calls, write_call
 from relook.views import load_item_image
 
 WIDE, SIDEWAYS = (640, 400), (400, 640)
+RECEIPTS = Path(__file__).parents[1] / "../shared/data/receipts"
+needs_receipts = pytest.mark.skipif(not RECEIPTS.is_dir(), reason="../shared/data/receipts is not there")
 
 
 def call(*argv: object, code: int = 0) -> str:
@@ -296,6 +299,53 @@ def test_seen_is_a_dictionary(keys):
     seen, known = Seen(), {}
     for number, key in enumerate(keys, start=1):
         assert seen.first(key, number) == known.setdefault(key, number)
+
+
+# ---- the real receipts
+
+
+@needs_receipts
+def test_a_receipt_of_both_parts_is_found_and_left_out(tmp_path):
+    """Which files are the same, byte for byte, is counted here by another hash."""
+    digests: dict[str, dict[str, bytes]] = {}
+    for part in ("train", "val"):
+        names = {json.loads(line)["image"] for line in (RECEIPTS / f"{part}.jsonl").read_text().splitlines()}
+        digests[part] = {name: hashlib.md5((RECEIPTS / name).read_bytes()).digest() for name in names}
+    shared = {name for name, digest in digests["train"].items() if digest in digests["val"].values()}
+    assert len(shared) == 1
+    lines = (RECEIPTS / "train_qa.jsonl").read_text().splitlines()
+    picked = [line for number, line in enumerate(lines) if number % 20 == 0 or json.loads(line)["image"] in shared]
+    questions = tmp_path / "train.jsonl"
+    questions.write_text("\n".join(picked))
+    call("data", "build", questions, tmp_path / "items.json", "--image-root", RECEIPTS)
+    options = ["--image-root", RECEIPTS, "--against", RECEIPTS / "val_qa.jsonl", "--json"]
+    call("data", "check", tmp_path / "items.json", *options, "--fix", code=0)
+    found = json.loads(call("data", "check", tmp_path / "items.json", *options, code=1))
+    wanted = sum(json.loads(line)["image"] in shared for line in picked)
+    assert found["counts"] == {"evaluated": wanted} and found["against"] == {"images": 60, "unreadable": []}
+    assert json.loads(call("data", "check", tmp_path / "items.fixed.json", *options))["items"] == len(picked) - wanted
+
+
+@needs_receipts
+def test_receipts_the_whole_way_from_somebody_elses_paths(tmp_path):
+    """build, remap, check, stats, preview, convert: every item comes through, and no other file is left behind."""
+    rows = [json.loads(line) for line in (RECEIPTS / "val_qa.jsonl").read_text().splitlines()]
+    theirs = tmp_path / "theirs.jsonl"
+    theirs.write_text("".join(json.dumps(r | {"image": f"/root/x/receipts/{r['image'][7:]}"}) + "\n" for r in rows))
+    call("data", "build", theirs, tmp_path / "published.json")
+    assert "missing-image" in call("data", "check", tmp_path / "published.json", code=1)
+    call("data", "remap", tmp_path / "published.json", tmp_path / "mine.json", "--images", f"receipts={RECEIPTS}")
+    report = json.loads(call("data", "check", tmp_path / "mine.json", "--json"))
+    assert (report["items"], report["images"], report["ok"]) == (len(rows), len({row["image"] for row in rows}), True)
+    told = json.loads(call("data", "stats", tmp_path / "mine.json", "--json"))
+    assert told["looks"] == {"region": len(rows)} and sum(map(sum, told["cells"])) >= len(rows)
+    call("data", "preview", tmp_path / "mine.json", tmp_path / "page.html", "--n", 3)
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert len(page.all("article")) == 3 and len(page.all("img")) >= 6 and not page.all("ul", "faults")
+    call("data", "convert", tmp_path / "mine.json", tmp_path / "parquet")
+    assert json.loads(call("data", "check", tmp_path / "parquet", "--json"))["items"] == len(rows)
+    names = {"theirs.jsonl", "published.json", "mine.json", "page.html", "parquet"}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 # ---- preview

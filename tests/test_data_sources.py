@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from itertools import islice
 from pathlib import Path
 
@@ -247,6 +248,28 @@ def test_a_dataset_with_an_image_column_streams_and_its_images_are_written_once(
     assert [(q.text, q.answers, q.boxes) for q in again] == [(q.text, q.answers, q.boxes) for q in (first, second)]
     with pytest.raises(UserError, match="no split 'train'; its splits: test"):
         next(read(tmp_path / "saved"))
+
+
+def test_labels_paths_and_several_images_of_a_dataset(tmp_path):
+    """A class label answers with its name; a path holds from the dataset's folder, or into an archive."""
+    datasets = pytest.importorskip("datasets")
+    picture(tmp_path / "img/a b.png")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.write(tmp_path / "img/a b.png", "in/b.png")
+    kinds = {"image": datasets.Value("string"), "question": datasets.Value("string")}
+    kinds["label"] = datasets.ClassLabel(names=["no", "yes"])
+    paths = ["img/a b.png", f"zip://in/b.png::{tmp_path}/b.zip"]
+    rows = {"image": paths, "question": ["Is it?", "Was it?"], "label": [1, 0]}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).to_parquet(str(tmp_path / "a.parquet"))
+    found = list(read(tmp_path / "a.parquet"))
+    assert [question.answer for question in found] == ["yes", "no"]
+    assert [question.image.size for question in found] == [(640, 400)] * 2
+
+    for name, images, words in (("gone", "gone.png", "row 1: no image at"), ("many", paths, "is List; expected one")):
+        data = {"image": [images], "question": ["Who?"], "answer": ["ACME"]}
+        datasets.Dataset.from_dict(data).to_parquet(str(tmp_path / f"{name}.parquet"))
+        assert words in refused("data", "build", tmp_path / f"{name}.parquet", tmp_path / "o.json", "--no-box", "clip")
+    assert not list(tmp_path.glob("o*"))
 
 
 def test_what_only_datasets_have_is_refused_elsewhere_and_a_folder_of_files_is_no_dataset(tmp_path):

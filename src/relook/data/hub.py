@@ -39,13 +39,16 @@ def read_hub(
         RelookError: the dataset could not be had.
     """
     try:
-        from datasets import Image
+        from datasets import ClassLabel, Image
     except ImportError:
         raise UserError(
             f"{source}: needs the package datasets, which is not installed; pip install 'relook[train]'"
         ) from None
     rows = _load(source, split)
     names = {ours: _column(ours, rows.column_names or [], columns or {}, source) for ours in COLUMNS}
+    features = rows.features or {}
+    _refuse_lists(features.get(names["image"]), names["image"], source)
+    labels = features.get(names["answer"])
     rows = rows.cast_column(names["image"], Image(decode=False))
     for number, row in enumerate(rows, start=1):
         where = f"{source}: row {number}"
@@ -53,12 +56,18 @@ def read_hub(
         if boxes and not isinstance(boxes[0], list):
             boxes = [boxes]
         answer = row.get(names["answer"])
+        if isinstance(labels, ClassLabel) and isinstance(answer, int) and 0 <= answer < labels.num_classes:
+            answer = labels.int2str(answer)
         line = {"image": "-", "question": row.get(names["question"]), "bboxs": boxes}
         question = Question.from_dict(
             line | {"answer": answer if answer is None or isinstance(answer, list) else str(answer)}, where
         )
         yield Question(
-            _image(row[names["image"]], folder, where), question.text, question.answers, question.boxes, where=where
+            _image(row[names["image"]], Path(source), folder, where),
+            question.text,
+            question.answers,
+            question.boxes,
+            where=where,
         )
 
 
@@ -105,13 +114,36 @@ def _column(ours: str, there: list[str], told: Mapping[str, str], source: str | 
     raise UserError(f"{source}: no column for {ours!r} among {', '.join(there)}; say --columns {ours}=NAME")
 
 
-def _image(value: Any, folder: Path | None, where: str) -> Any:
+def _refuse_lists(feature: Any, name: str, source: str | Path) -> None:
+    from datasets import Image, Value
+
+    if feature is not None and not isinstance(feature, Image | Value | dict):
+        raise UserError(
+            f"{source}: column {name!r} is {type(feature).__name__}; expected one image a row; "
+            "say --columns image=NAME, or write the set out as items"
+        )
+
+
+def _stored(path: str, source: Path, where: str) -> bytes:
+    """The bytes of an image that a dataset names: a path from its own folder, or an address (hf://, zip://)."""
+    import fsspec
+
+    if "://" not in path and source.exists():
+        path = str((source if source.is_dir() else source.parent) / path)
+    try:
+        with fsspec.open(path, "rb") as file:
+            return bytes(file.read())
+    except (OSError, ValueError, KeyError) as error:  # KeyError: no such member of an archive
+        raise UserError(f"{where}: no image at {path} ({' '.join(str(error).split())[:100]})") from None
+
+
+def _image(value: Any, source: Path, folder: Path | None, where: str) -> Any:
     """A PIL image, or the path of the file that now holds its bytes."""
     from PIL import Image, UnidentifiedImageError
 
     data = (value or {}).get("bytes")
     if data is None and (value or {}).get("path"):
-        data = Path(value["path"]).read_bytes()
+        data = _stored(value["path"], source, where)
     if data is None:
         raise UserError(f"{where}: has no image")
     try:
