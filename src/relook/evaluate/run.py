@@ -7,14 +7,12 @@ once and memory holds one batch. What an item's failure was is in its record; it
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from relook.data.questions import Question, image_size
 from relook.data.records import replacing
@@ -22,7 +20,8 @@ from relook.data.worlds import rng
 from relook.errors import RelookError, UserError
 from relook.evaluate.arms import Arm, Case, find_arms, request
 from relook.evaluate.facts import machine, model_facts, versions
-from relook.evaluate.folders import RECORDS, RESULTS
+from relook.evaluate.folders import RESULTS
+from relook.evaluate.journal import Journal, questions_hash, weights_hash
 from relook.evaluate.metrics import SCORERS, region_overlap
 from relook.evaluate.report import Evaluation, sum_up
 from relook.evaluate.tasks import Task, find_task
@@ -53,14 +52,15 @@ def evaluate(
         looks: names of `ARMS`.
         n: questions of each task (None: as many as is usual for it).
         out: folder for results.json and records.jsonl (one record a question and look); both appear when the run ends,
-            until then records grow in records.jsonl.part.
+            until then records grow in records.jsonl.part. A run that was cut goes on there when it is given again.
         seed: of the pages drawn, the random regions and the intervals.
         batch: questions asked side by side.
         max_new_tokens: of each turn.
         progress: called with a task's name and the number of its questions done.
 
     Raises:
-        UserError: unknown task or look, a look the model lacks, a file that cannot be read.
+        UserError: unknown task or look, a look the model lacks, a file that cannot be read, a folder with an unfinished
+            run of other settings.
         RelookError: not one question was answered.
     """
     rows = [find_task(name) for name in dict.fromkeys(tasks)]
@@ -79,20 +79,21 @@ def evaluate(
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     run |= {"versions": versions(), "machine": machine(), "facts": model_facts(vlm)}
-    begun = time.perf_counter()
     found: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    with _recording(out) as file:
+    with Journal(out, _decisive(vlm, run, rows, arms) if out is not None else {}) as journal:
         for task in rows:
-            for record in run_task(vlm, task, arms, n, seed, batch, max_new_tokens, progress):
+            for record in run_task(vlm, task, arms, n, seed, batch, max_new_tokens, progress, journal):
                 found[task.name, record["look"]].append(record)
-                _append(file, record)
-        run["seconds"] = time.perf_counter() - begun
+        run["taken_up"] = journal.taken_up
+        run["seconds"] = sum(record["seconds"] or 0.0 for records in found.values() for record in records)
+        run["questions"] = {task.name: questions_hash(found[task.name, arms[0].name]) for task in rows}
         results = [sum_up(t.name, arm.name, found[t.name, arm.name], t.scores, seed) for t in rows for arm in arms]
         evaluation = Evaluation(run, results)
-        _refuse_silence(evaluation)
+        _refuse_silence(evaluation, journal)
         if out is not None:
             with replacing(Path(out) / RESULTS) as results_file:
                 json.dump(evaluation.to_dict(), results_file, indent=2, ensure_ascii=False)
+        journal.finish()
     return evaluation
 
 
@@ -105,13 +106,22 @@ def run_task(
     batch: int,
     max_new_tokens: int,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> Iterator[Record]:
-    """Records of one task, batch by batch, arm by arm. The same question keeps its number and its random region."""
-    done = 0
+    """Records of one task, batch by batch, arm by arm. The same question keeps its number and its random region.
+
+    What the journal has is not asked again.
+    """
+    done, journal = 0, journal or Journal(None, {})
     for questions in _batches(task.items(n, seed), batch):
         for arm in arms:
-            numbered = enumerate(questions, start=done)
-            yield from _run_batch(vlm, task, arm, numbered, seed, max_new_tokens)
+            numbers = range(done, done + len(questions))
+            records = journal.known(task.name, arm.name, numbers)
+            if records is None:
+                numbered = zip(numbers, questions, strict=True)
+                records = list(_run_batch(vlm, task, arm, numbered, seed, max_new_tokens))
+                journal.add(records)
+            yield from records
         done += len(questions)
         if progress is not None:
             progress(task.name, done)
@@ -226,33 +236,22 @@ def _loaded(model: Any) -> Any:
     return relook.load(model)
 
 
-def _refuse_silence(evaluation: Evaluation) -> None:
-    """A run in which nothing was answered has no result to print."""
+def _refuse_silence(evaluation: Evaluation, journal: Journal) -> None:
+    """A run in which nothing was answered has no result to print, and nothing to go on from."""
     if not any(result.answered for result in evaluation.results):
+        journal.discard()
         errors = [error for result in evaluation.results for error in result.errors]
         why = errors[0] if errors else "no arm applied to any question"
         raise RelookError(f"not one question was answered; the first failure: {why}")
 
 
-@contextmanager
-def _recording(out: str | Path | None) -> Iterator[IO[str] | None]:
-    """The records' file, under its own name only once the run has ended well; None without `out`."""
-    if out is None:
-        yield None
-        return
-    target = Path(out) / RECORDS
-    aside = target.with_name(RECORDS + ".part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file = aside.open("w", encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another folder") from error
-    with file:
-        yield file
-    os.replace(aside, target)
-
-
-def _append(file: IO[str] | None, record: Record) -> None:
-    if file is not None:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        file.flush()
+def _decisive(vlm: Any, run: Mapping[str, Any], tasks: Sequence[Task], arms: Sequence[Arm]) -> dict[str, Any]:
+    """Everything that the records depend on: a run that was cut goes on only if none of it has changed."""
+    chosen = {"tasks": [task.name for task in tasks], "looks": [arm.name for arm in arms]}
+    weights = weights_hash(getattr(vlm, "model", None))
+    return {
+        "model": run["model"],
+        "weights": weights,
+        **chosen,
+        **{key: run[key] for key in ("n", "seed", "batch", "max_new_tokens", "versions")},
+    }

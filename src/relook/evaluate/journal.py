@@ -1,0 +1,176 @@
+"""The records of a run as they come: appended, synced, and taken up again where a run was cut.
+
+    run.json               what is asked of which model: a run goes on only if all of this is the same
+    records.jsonl.part     grows by the answers to one batch under one look at a time; records.jsonl in the end
+
+A run may be killed at any moment. What the last write of a killed run left is asked again, whole or not, so that
+batches are the same as in a run that nothing disturbed. Knows files; not what a record says beyond task, look, index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from relook.data.records import replacing
+from relook.errors import UserError
+from relook.evaluate.folders import RECORDS
+
+Record = dict[str, Any]
+HEAD, PART = "run.json", RECORDS + ".part"
+
+
+class Journal:
+    """Records of one run; a context manager. Without a folder it keeps nothing.
+
+    Args:
+        folder: of the run; made where missing.
+        about: what decides the records (model, tasks, looks, ...), as JSON.
+
+    Raises:
+        UserError: the folder cannot be written, or holds an unfinished run about something else.
+    """
+
+    def __init__(self, folder: str | Path | None, about: Mapping[str, Any]) -> None:
+        self.folder, self.about = None if folder is None else Path(folder), json.loads(json.dumps(about))
+        self.records: dict[tuple[str, str, int], Record] = {}
+        self.file: IO[bytes] | None = None
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.file = self._open(self.folder)
+            except OSError as error:
+                raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    @property
+    def taken_up(self) -> int:
+        """How many records an earlier start of this run left."""
+        return len(self.records)
+
+    def known(self, task: str, look: str, numbers: Sequence[int]) -> list[Record] | None:
+        """The records of these questions, if an earlier start of the run has them."""
+        keys = [(task, look, number) for number in numbers]
+        return [self.records[key] for key in keys] if all(key in self.records for key in keys) else None
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Append what one batch gave under one look; on the disk when this returns."""
+        if self.file is not None:
+            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            self.file.write(lines.encode())
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def finish(self) -> None:
+        """Give the records their name. Called when everything else is written: until then the run goes on."""
+        if self.folder is not None and self.file is not None:
+            self.file.close()
+            os.replace(self.folder / PART, self.folder / RECORDS)
+
+    def discard(self) -> None:
+        """Forget the run: what it left is not to be gone on from."""
+        if self.folder is not None and self.file is not None:
+            self.file.close()
+            (self.folder / PART).unlink()
+
+    def _open(self, folder: Path) -> IO[bytes]:
+        part, head = folder / PART, folder / HEAD
+        if part.is_file() and part.stat().st_size:
+            before = _read_head(head)
+            if before != self.about:
+                raise UserError(
+                    f"{folder} holds an unfinished run that differs in {_difference(before, self.about)}; give its "
+                    "settings again to go on with it, or choose another folder"
+                )
+            kept = _whole_groups(part.read_bytes())
+            self.records = {_key(record): record for record, _ in kept}
+            file = part.open("r+b")
+            file.truncate(kept[-1][1] if kept else 0)
+            file.seek(0, os.SEEK_END)
+            return file
+        with replacing(head) as text:
+            json.dump(self.about, text, indent=1, ensure_ascii=False)
+        return part.open("wb")
+
+
+def _key(record: Mapping[str, Any]) -> tuple[str, str, int]:
+    return record["task"], record["look"], record["index"]
+
+
+def _whole_groups(data: bytes) -> list[tuple[Record, int]]:
+    """Records with the place in the file where each ends, without the last group (what one task and look gave in one
+    go): the run was cut while it was written, or just after."""
+    found, place = [], 0
+    for line in data.splitlines(keepends=True):
+        place += len(line)
+        try:
+            record = json.loads(line)
+            _key(record)
+        except (ValueError, KeyError, TypeError):
+            break
+        if not line.endswith(b"\n"):
+            break
+        found.append((record, place))
+    last = _key(found[-1][0])[:2] if found else None
+    while found and _key(found[-1][0])[:2] == last:
+        found.pop()
+    return found
+
+
+def _read_head(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _difference(before: Any, now: Mapping[str, Any]) -> str:
+    if not isinstance(before, dict):
+        return f"everything ({HEAD} is missing or broken)"
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} ({_short(before.get(name))}, now {_short(now.get(name))})" for name in names[:3])
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def weights_hash(model: Any) -> str | None:
+    """A hash of all weights and of the config of a torch model; None for something that is no torch model.
+
+    Two models with the same hash give the same answers; it is what a run is told apart by, not its folder's name.
+    """
+    state = getattr(model, "state_dict", None)
+    if state is None:
+        return None
+    import torch
+
+    told = hashlib.blake2b(digest_size=16)
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_json_string"):
+        told.update(config.to_json_string().encode())
+    for name, tensor in state().items():
+        told.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        data = tensor.detach().cpu()
+        told.update((data.float() if data.dtype is torch.bfloat16 else data).numpy().tobytes())  # numpy has no bfloat16
+    return told.hexdigest()
+
+
+def questions_hash(records: Sequence[Mapping[str, Any]]) -> str:
+    """A hash of what was asked: question, accepted answers, boxes and the image's name, in order."""
+    told = hashlib.blake2b(digest_size=16)
+    for record in records:
+        asked = [record[name] for name in ("index", "image", "where", "question", "accepted", "boxes")]
+        told.update(json.dumps(asked, ensure_ascii=False).encode())
+    return told.hexdigest()
