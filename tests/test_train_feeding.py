@@ -21,7 +21,7 @@ from PIL import Image
 from relook.data import access
 from relook.data.access import Unread, records
 from relook.data.convert import convert
-from relook.data.items import Item
+from relook.data.items import Item, split_ref
 from relook.errors import RelookError, UserError
 from relook.train import account, tiny
 from relook.train.account import Account, LeftOut, pack_up
@@ -140,6 +140,23 @@ def test_a_stream_opens_no_image_and_makes_no_item_it_passes_over(tmp_path, monk
     assert len(made) == 1 and made != ["image"]
 
 
+def test_a_file_is_opened_once_for_all_that_an_item_shows_of_it(tmp_path, tiny_vlm, monkeypatch) -> None:
+    """A page, a crop of it and a second look: one file; and the same tensors as from three."""
+    processor = tiny_vlm(("region", "clip")).processor
+    picture(1, (90, 70)).save(tmp_path / "page.png")
+    shown = conversation(["region", "clip"], image="page.png")
+    (tmp_path / "items.json").write_text(json.dumps([shown]))
+    source = feed(data(path=relative(tmp_path / "items.json")), 1)
+    count, inner = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *a, **k: count.append(a) or inner(*a, **k))
+    row = source.example(0, processor)
+    assert len(count) == 1
+    apart = processor.encode_item(shown, image_root=tmp_path)
+    assert row["input_ids"] == apart["input_ids"]
+    for name in ("pixel_values", "image_grid_thw", "clip_pixel_values"):
+        assert torch.equal(row[name], apart[name])
+
+
 # -- sources
 
 
@@ -160,7 +177,7 @@ def test_all_forms_of_a_set_give_the_same_items(tmp_path) -> None:
         assert [value["messages"] for value in streamed] == [item["messages"] for item in items]
     source = Feed(data(path=relative(tmp_path / "saved"), image_root=relative(tmp_path)), 1)
     placed = source.item(0, source.records[0][0])
-    assert Path(placed.images["images"][0].split("_")[0]).exists()
+    assert Path(split_ref(placed.images["images"][0])[0]).exists()
 
 
 def test_a_dataset_with_an_image_column_becomes_items_with_the_look_that_is_named(tmp_path) -> None:
@@ -269,7 +286,7 @@ def test_more_than_a_set_share_of_broken_examples_stops_the_run(monkeypatch, tmp
         books.add(3, long)  # too long is nobody's fault
     books.add(3, broken)
     books.add(3, broken)
-    with pytest.raises(RelookError, match=r"3 of 23 .* max_broken allows \(0.1\); the first: items.json:4: cats.jpg"):
+    with pytest.raises(RelookError, match=r"3 of 25 .*max_broken allows \(0.1\); the first: items.json:4: cats.jpg"):
         books.add(0, broken)
     assert len((tmp_path / "left_out.jsonl").read_text().splitlines()) == 7
     with pytest.raises(RelookError, match=r"1 of 1 examples could not be read"):
@@ -290,7 +307,13 @@ def test_a_run_with_a_broken_image_names_it_and_one_with_too_many_stops(tmp_path
     ]  # fmt: skip
     assert "4 of 18 examples were left out (2 broken, 2 too long)" in capsys.readouterr().err
     with pytest.raises(RelookError, match=r"of .* examples could not be read"):
-        run(Recipe.model_validate(base | {"data": {"path": "items.jsonl"}}), out="strict")
+        run(Recipe.model_validate(base | {"data": {"path": "items.jsonl"}, "save_every": 1}), out="strict")
+    # allowed more, the same command goes on from the checkpoint
+    run(
+        Recipe.model_validate(base | {"data": {"path": "items.jsonl", "max_broken": 0.5}, "save_every": 1}),
+        out="strict",
+    )
+    assert "tune: goes on from step" in capsys.readouterr().err
 
 
 # -- lengths

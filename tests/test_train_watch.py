@@ -112,7 +112,7 @@ def test_items_are_held_out_of_a_file(tmp_path: Path, monkeypatch) -> None:
     assert question.boxes == ((10, 20, 40, 50),)
     stage = Stage(name="s", objective="instruct", samples=2)
     learner = make_objective(*tiny.build("cards-tiny", 0), None, stage, 1, taught, held)
-    assert learner.held_out(2)["input_ids"] == learner._encoded(held[2])["input_ids"]
+    assert learner.held_out(2)["input_ids"] == learner.processor.encode_item(held[2].to_dict())["input_ids"]
     assert len(list(questions(learner, Validation(questions=9)))) == 3
 
 

@@ -39,8 +39,10 @@ def digest(before: str, recipe: Recipe, stage: Stage) -> str:
 
     `before` is the digest of the stage before, "" for the first.
     """
-    start = before or [recipe.seed, *(part.model_dump(exclude_defaults=True) for part in (recipe.model, recipe.data))]
-    said: list[Any] = [start, stage.model_dump(exclude_defaults=True)]
+    told: dict[str, Any] = {"exclude_defaults": True}
+    mended = {"max_broken"}  # when to stop: what is learnt is the same
+    parts = recipe.model.model_dump(**told), recipe.data.model_dump(**told, exclude=mended)
+    said: list[Any] = [before or [recipe.seed, *parts], stage.model_dump(**told, exclude={"data": mended})]
     if recipe.validation.items and (stage.data or recipe.data).source == "json":
         said.append(recipe.validation.items)  # fewer are left to learn from
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

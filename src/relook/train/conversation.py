@@ -296,7 +296,7 @@ class Conversations(Objective):
         rows = [row for row in examples if not isinstance(row, LeftOut)]
         pad, taught = self.processor.tokenizer.pad_token_id, len(rows)
         if not rows:  # nothing to learn: a batch all the same, so that steps stay in step
-            rows = [{"input_ids": [pad], "labels": [IGNORED], "kind": "items", "answer_from": 0}]
+            rows = [{"input_ids": [pad] * 2, "labels": [IGNORED] * 2, "kind": "items", "answer_from": 0}]
         kind = rows[0]["kind"]
         apart = ("kind", "answer_from", "prompt_ids", "heed")
         tensors = [{k: v for k, v in row.items() if k not in apart} for row in rows]

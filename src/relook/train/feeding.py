@@ -11,7 +11,9 @@ Knows sources, orders and items; not batches, not models.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import numpy as np
 from relook.data.access import GivenRecords, Records, Unread, records
 from relook.data.builder import build_item
 from relook.data.hub import COLUMNS
-from relook.data.items import IMAGE_KEYS, Item
+from relook.data.items import IMAGE_KEYS, Item, split_ref
 from relook.data.options import BuildOptions
 from relook.data.questions import Question, placed
 from relook.data.stream import Row, folder_of, shuffled
@@ -30,6 +32,7 @@ from relook.errors import UserError
 from relook.train.account import LeftOut
 from relook.train.lengths import alike, item_length
 from relook.train.recipe import Data, ItemSource
+from relook.views import open_image
 
 Key = tuple[int, int]  # number of the source, number of the record in it
 FIRST = 1000  # draws between sources that are made at a time
@@ -184,6 +187,10 @@ class Feed:
         item = given if isinstance(given, Item) else made(row, self.sources[source], self.data)
         return variant(item, "region", free_choice=True) if self.data.free_choice else item
 
+    def __iter__(self) -> Iterator[Item]:
+        """The items of the first epoch, in order."""
+        return (self.item(*self.row(position)) for position in range(len(self)))
+
     def grouped(self, window: int, batch: int) -> None:
         """From now on, the positions of `window` batches come in the order of `lengths.alike`; 0 for none."""
         self.window, self.batch = window, batch
@@ -221,7 +228,7 @@ class Feed:
         """One record as `example` gives it."""
         where = row.where
         try:
-            encoded = dict(processor.encode_item(self.item(source, row).to_dict()))
+            encoded = dict(processor.encode_item(opened(self.item(source, row)).to_dict()))
         except UserError as error:
             return LeftOut(index, "broken", where, str(error).removeprefix(f"{where}: "))
         length = len(encoded["input_ids"])
@@ -257,6 +264,9 @@ class StreamedFeed(Feed):
 
     def __len__(self) -> int:
         raise UserError("a stream does not know how many items it has; say steps or samples, not epochs")
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self.item(source, row) for (source, _), row in self._pass(0))
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process: the position apart, which it finds by itself."""
@@ -351,6 +361,27 @@ def feed(data: Data, seed: int, held: int = 0) -> Feed:
     return (StreamedFeed if data.streaming else Feed)(data, seed, held)
 
 
+def opened(item: Item) -> Item:
+    """The item with its image files opened, each once: a page, its crop and its second look are one file.
+
+    Raises:
+        UserError: an image is missing or broken; names it.
+    """
+    files: dict[str, Any] = {}
+
+    def shown(ref: Any) -> Any:
+        if not isinstance(ref, str):
+            return ref
+        name, box = split_ref(ref)
+        if box is not None and not os.path.exists(name) and os.path.exists(ref):  # a file that is really called so
+            name, box = ref, None
+        if name not in files:
+            files[name] = open_image(name)
+        return files[name] if box is None else (files[name], box)
+
+    return replace(item, images={key: tuple(shown(ref) for ref in refs) for key, refs in item.images.items()})
+
+
 # -- a record to an item
 
 
@@ -411,4 +442,4 @@ def _picture(ref: Any, where: str) -> Any:
         raise UserError(f"{where}: its image cannot be read") from None
 
 
-__all__ = ["Feed", "HeldOut", "StreamedFeed", "feed", "interleaved", "made"]
+__all__ = ["Feed", "HeldOut", "StreamedFeed", "feed", "interleaved", "made", "opened"]

@@ -1,8 +1,8 @@
 """A vision tower that rests looks at an image once: what it made of it is kept for the next example that shows it.
 
-Most of a step of a small model is its frozen tower, and the examples of a page (or the epochs of a set) show it the same
-first look again and again. Images are told apart by their pixels. Each is encoded by itself, so that what it gives does
-not depend on the others in the batch, nor on what is remembered already.
+Most of a step of a small model is its frozen tower, and the examples of a page (or the epochs of a set) show it the
+same first look again and again. Images are told apart by their pixels. Each is encoded by itself, so that what it gives
+does not depend on the others in the batch, nor on what is remembered already.
 
 Knows `get_image_features` of Qwen2-VL, through which first looks, crops and clip looks go; not stages, not examples.
 """

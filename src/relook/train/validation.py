@@ -21,7 +21,7 @@ import torch
 
 from relook.data.questions import Question, from_page, read_questions
 from relook.data.worlds import rng
-from relook.errors import RelookError
+from relook.errors import RelookError, UserError
 from relook.looks import parse_calls
 from relook.regions import Box, cells_to_box, iou, upright
 from relook.trace import Answer
@@ -128,8 +128,11 @@ def questions(objective: Any, plan: Validation) -> Iterator[Question]:
     if plan.path is not None:
         yield from read_questions(plan.path)
     elif objective.items is not None:
-        for item in objective.held:
-            question = from_item(item, objective.processor.grid_size)
+        for number in range(len(objective.held)):
+            try:
+                question = from_item(objective.held[number], objective.processor.grid_size)
+            except UserError:  # a record or an image that cannot be read
+                continue
             if question is not None:
                 yield question
     elif objective.world is not None:
