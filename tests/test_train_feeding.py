@@ -327,9 +327,10 @@ def test_a_length_is_known_without_a_pixel(tmp_path, tiny_vlm, monkeypatch, look
     exif = photo.getexif()
     exif[0x0112] = 6
     photo.save(tmp_path / "photo.jpg", exif=exif)
+    photo.save(tmp_path / "plain.png")
     stream = io.BytesIO()
     photo.save(stream, "PNG")
-    for shown in (str(tmp_path / "photo.jpg"), Image.open(stream), picture(4, (33, 71))):
+    for shown in (str(tmp_path / "photo.jpg"), str(tmp_path / "plain.png"), Image.open(stream), picture(4, (33, 71))):
         item = Item.from_dict(conversation(looks, image=shown))
         expected = len(processor.encode_item(item.to_dict())["input_ids"])
         with monkeypatch.context() as patch:

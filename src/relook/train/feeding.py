@@ -10,29 +10,21 @@ Knows sources, orders and items; not batches, not models.
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import islice
-from pathlib import Path
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
 
 from relook.data.access import GivenRecords, Records, Unread, records
-from relook.data.builder import build_item
-from relook.data.hub import COLUMNS
-from relook.data.items import IMAGE_KEYS, Item, split_ref
-from relook.data.options import BuildOptions
-from relook.data.questions import Question, placed
-from relook.data.stream import Row, folder_of, shuffled
+from relook.data.items import Item
+from relook.data.stream import Row, shuffled
 from relook.data.variants import variant
 from relook.errors import UserError
 from relook.train.account import LeftOut
 from relook.train.lengths import alike, item_length
-from relook.train.recipe import Data, ItemSource
-from relook.views import open_image
+from relook.train.making import made, opened
+from relook.train.recipe import Data
 
 Key = tuple[int, int]  # number of the source, number of the record in it
 FIRST = 1000  # draws between sources that are made at a time
@@ -105,14 +97,13 @@ class Feed:
         if held >= sum(lengths):
             names = ", ".join(source.path for source in self.sources)
             raise UserError(f"validation.items is {held}, but {names} holds {sum(lengths)}; hold out fewer")
-        keys = [(s, n) for s, length in enumerate(lengths) for n in range(length)] if held else []
-        order = np.random.default_rng([self.seed, 1]).permutation(len(keys)).tolist()
-        kept = sorted(keys[i] for i in order[:held])
-        out = [np.array([n for s, n in kept if s == source], dtype=np.int64) for source in range(len(lengths))]
-        self._taught = [np.setdiff1d(np.arange(length), gone) for length, gone in zip(lengths, out, strict=True)]
+        starts = np.cumsum([0, *lengths])
+        kept = np.sort(np.random.default_rng([self.seed, 1]).permutation(starts[-1])[:held])  # counted over all sources
+        self._taught = [np.setdiff1d(np.arange(begin, end), kept) - begin for begin, end in pairwise(starts)]
         self._epochs: list[tuple[int, int]] = []  # first position and length of each epoch known
         self._order: tuple[int, Any, Any] = (-1, None, None)
-        return kept
+        sources = np.searchsorted(starts, kept, side="right") - 1
+        return [(int(source), int(number - starts[source])) for source, number in zip(sources, kept, strict=True)]
 
     def __len__(self) -> int:
         """Items of the first epoch."""
@@ -361,85 +352,4 @@ def feed(data: Data, seed: int, held: int = 0) -> Feed:
     return (StreamedFeed if data.streaming else Feed)(data, seed, held)
 
 
-def opened(item: Item) -> Item:
-    """The item with its image files opened, each once: a page, its crop and its second look are one file.
-
-    Raises:
-        UserError: an image is missing or broken; names it.
-    """
-    files: dict[str, Any] = {}
-
-    def shown(ref: Any) -> Any:
-        if not isinstance(ref, str):
-            return ref
-        name, box = split_ref(ref)
-        if box is not None and not os.path.exists(name) and os.path.exists(ref):  # a file that is really called so
-            name, box = ref, None
-        if name not in files:
-            files[name] = open_image(name)
-        return files[name] if box is None else (files[name], box)
-
-    return replace(item, images={key: tuple(shown(ref) for ref in refs) for key, refs in item.images.items()})
-
-
-# -- a record to an item
-
-
-def made(row: Row, source: ItemSource, data: Data) -> Item:
-    """The item of a record: a published item as it is; a question and its answer by the source's look.
-
-    Images are placed below the source's `image_root` (which they may not leave) or the folder of its file; those that a
-    dataset holds as bytes stay in memory.
-    """
-    root = source.image_root if source.image_root is not None else folder_of(Path(row.file))
-    strict = source.image_root is not None
-    if "messages" in row.value:
-        lists = {key: [_picture(ref, row.where) for ref in row.value.get(key) or ()] for key in IMAGE_KEYS}
-        try:
-            item = Item.from_dict({**row.value, **lists}, row.where).under(root, strict=strict)
-        except UserError as error:
-            text = str(error)
-            raise UserError(text if text.startswith(row.where) else f"{row.where}: {text}") from None
-        return item
-    question = placed(_question(row, source), root, strict=strict)
-    options = BuildOptions(look=source.look, no_box="direct", free_choice=data.free_choice)
-    item_or_none = build_item(question, options)
-    assert item_or_none is not None  # no_box="direct" skips nothing
-    return item_or_none
-
-
-def _question(row: Row, source: ItemSource) -> Question:
-    """The question of a record with columns image, question, answer and perhaps boxes, under any of their names."""
-    found: dict[str, Any] = {}
-    for ours, names in COLUMNS.items():
-        wanted = (source.columns[ours],) if ours in source.columns else names
-        name = next((name for name in wanted if row.value.get(name) is not None), None)
-        if name is None and ours != "bboxs":
-            raise UserError(f"{row.where}: has no {ours!r} among {', '.join(row.value)}; name it under columns:")
-        found[ours] = None if name is None else row.value[name]
-    picture = _picture(found["image"], row.where)
-    boxes = found["bboxs"]
-    if boxes and not isinstance(boxes[0], list):
-        boxes = [boxes]
-    in_file = isinstance(picture, str)
-    sides = {side: row.value[side] for side in ("width", "height") if row.value.get(side) is not None}
-    line = {**found, **sides, "bboxs": boxes, "image": picture if in_file else "-"}
-    question = Question.from_dict(line, row.where)
-    return question if in_file else Question(picture, question.text, question.answers, question.boxes, where=row.where)
-
-
-def _picture(ref: Any, where: str) -> Any:
-    """An image entry as items hold it; the bytes of a dataset's image column as a picture that is not decoded yet."""
-    if not isinstance(ref, dict) or not {"bytes", "path"} & set(ref):
-        return ref
-    if ref.get("bytes") is None:
-        return ref.get("path")
-    from PIL import Image
-
-    try:
-        return Image.open(io.BytesIO(ref["bytes"]))
-    except OSError:
-        raise UserError(f"{where}: its image cannot be read") from None
-
-
-__all__ = ["Feed", "HeldOut", "StreamedFeed", "feed", "interleaved", "made", "opened"]
+__all__ = ["Feed", "HeldOut", "StreamedFeed", "feed", "interleaved"]

@@ -7,14 +7,16 @@ still, but alike in length. Knows headers of images and the processor's rules of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from relook.data.items import Item, split_ref
-from relook.data.questions import file_size
 from relook.errors import UserError
 from relook.processing.pixels import is_vit, vit_size
 from relook.processing.turns import image_stages
@@ -26,17 +28,20 @@ EXIF_ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
 def item_length(processor: Any, item: Item) -> int:
     """Tokens of an item as `processor.encode_item` will make it; of images on disk only the headers are read.
 
+    (A PNG that says only behind its pixels that it lies on its side is taken for upright.)
+
     Raises:
         UserError: an image is missing or unreadable.
     """
     messages = [{"role": turn.role, "content": turn.content} for turn in item.messages]
-    counts = {}
+    pads: list[int] = []
     for kind, spec in KINDS.items():
         refs = item.images.get(spec.item_key, ())
         stages = image_stages(messages) if kind == "image" else ["reencode"] * len(refs)
-        counts[kind] = iter([_pads(processor, ref, stage, kind) for ref, stage in zip(refs, stages, strict=False)])
-    expanded = [{**turn, "content": processor.expand(turn["content"], counts)} for turn in messages]
-    return len(processor.prompt_ids(expanded))
+        pads += [_pads(processor, ref, stage, kind) for ref, stage in zip(refs, stages, strict=False)]
+    ones = {kind: repeat(1) for kind in KINDS}
+    single = [{**turn, "content": processor.expand(turn["content"], ones)} for turn in messages]
+    return len(processor.prompt_ids(single)) + sum(pads) - len(pads)  # pads are tokens whatever stands beside them
 
 
 def _pads(processor: Any, ref: Any, stage: str, kind: str) -> int:
@@ -50,22 +55,38 @@ def _pads(processor: Any, ref: Any, stage: str, kind: str) -> int:
 
 def _size(ref: Any) -> tuple[int, int]:
     """(width, height) of an image entry once upright, its crop taken."""
+    box = None
     if isinstance(ref, str | Path):
         name, box = split_ref(str(ref))
-        size = file_size(name, "item")
-        if size is None and box is not None:  # a file that is really called like a crop
-            size, box = file_size(str(ref), "item"), None
-        if size is None:
-            raise UserError(f"{name}: no such file; give the path of an image")
+        if box is not None and not os.path.exists(name) and os.path.exists(ref):  # a file that is really called so
+            name, box = str(ref), None
+        size = _file_size(name)
     elif isinstance(ref, tuple):
         size, box = _size(ref[0]), tuple(ref[1])
     else:
-        sideways = ref.getexif().get(EXIF_ORIENTATION, 1) in SIDEWAYS
-        return (ref.height, ref.width) if sideways else (ref.width, ref.height)
+        size = _upright_size(ref)
     if box is None:
         return size
     left, top, right, bottom = box
     return max(1, min(size[0], right) - max(0, left)), max(1, min(size[1], bottom) - max(0, top))
+
+
+@lru_cache(64)  # an item shows a file and its crops
+def _file_size(path: str) -> tuple[int, int]:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return _upright_size(image)
+    except OSError as error:  # Pillow's own for what is no image is one, too
+        raise UserError(f"{path}: is not there, or no image ({error}); give the path of an image") from None
+
+
+def _upright_size(image: Any) -> tuple[int, int]:
+    if image.format == "PNG" and "exif" not in image.info:  # Pillow would read all pixels to look behind them
+        return image.size
+    sideways = image.getexif().get(EXIF_ORIENTATION, 1) in SIDEWAYS
+    return (image.height, image.width) if sideways else image.size
 
 
 def alike(lengths: Sequence[int], batch: int, random: np.random.Generator) -> list[int]:
