@@ -9,6 +9,7 @@ from typer import Argument, Option
 from typer.core import TyperCommand
 
 from relook.cli.ask import DEFAULT_MODEL
+from relook.errors import UserError
 
 LISTS = ("--tasks", "--looks", "--images")  # options that take several values in a row
 
@@ -45,11 +46,30 @@ def train(
     overrides: Annotated[
         list[str] | None, Argument(metavar="KEY=VALUE", help="Keys to change, such as seed=2 or out=FOLDER.")
     ] = None,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Check data and model; say what learns, tokens, steps, memory and time.")
+    ] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the dry run as JSON.")] = False,
 ) -> None:
     """Train a model by a recipe; a rerun goes on where the run was cut. SIGTERM and Ctrl-C save first."""
     from relook.train import run
 
+    if dry_run:
+        _try_out(recipe, overrides or [], as_json)
+        return
+
     print(f"written: {run(recipe, overrides or [])}")
+
+
+def _try_out(recipe: Path, overrides: list[str], as_json: bool) -> None:
+    from relook.train.dryrun import dry_run
+
+    found = dry_run(recipe, overrides, progress)
+    progress("")
+    print(json.dumps(found.to_dict(), indent=2) if as_json else found)
+    if not found.ok:
+        counts = [f"{n} x {kind}" for stage in found.stages if stage.items for kind, n in stage.items.problems.items()]
+        raise UserError(f"the data will not do: {', '.join(dict.fromkeys(counts))}; see above, or relook data check")
 
 
 def evaluate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,7 @@ def new_model(
     Returns:
         (model, processor)
     """
-    from transformers import AutoConfig, Dinov2Model, SamModel
-
-    from relook.processing import VPTQwen2VLProcessor
+    from transformers import Dinov2Model, SamModel
 
     sources: dict[str, tuple[str | Path | None, Callable[[Any], Any]]] = {
         "detection": (detection, lambda path: Dinov2Model.from_pretrained(path, dtype=dtype)),
@@ -44,27 +42,9 @@ def new_model(
     if lacking:
         raise UserError(f"look {lacking[0]!r} needs its encoder: give {lacking[0]}=FOLDER (DINOv2 or SAM weights)")
     folder = resolve(base)
-    base_config = AutoConfig.from_pretrained(folder)
-    if base_config.model_type != "qwen2_vl":
-        raise UserError(f"{base}: model_type is {base_config.model_type!r}; a plain 'qwen2_vl' checkpoint was expected")
-    processor = VPTQwen2VLProcessor.from_pretrained(folder)
-    known = len(processor.tokenizer)
-    processor.add_look_tokens(looks)
     encoders = {look: _read(load, path) for look, (path, load) in sources.items() if look in looks}
-    values = base_config.to_dict()
-    values.pop("architectures", None)
-    config = VPTQwen2VLConfig.from_dict(
-        {
-            **values,
-            "model_type": VPTQwen2VLConfig.model_type,
-            **processor.config_token_ids(),
-            "vision_encoder_ls": [encoder_name(look) for look in looks if look != "region"],
-            "encoders": {look: encoder.config.to_diff_dict() for look, encoder in encoders.items()},
-            "region": "region" in looks,
-            "num_inner_forward_run": 2,
-            "provenance": {"base": Path(folder).name, "seed": seed},
-        }
-    )
+    config, processor, known = plain_config(folder, looks, {look: each.config for look, each in encoders.items()})
+    config.provenance = {"base": Path(folder).name, "seed": seed}
     torch.manual_seed(seed)
     model, report = load_with_report(folder, config, torch_dtype(dtype), None)
     foreign = [k for k in report.missing if not k.startswith(("encoders.", "projectors."))]
@@ -74,6 +54,43 @@ def new_model(
         model.encoders[look].load_state_dict(encoder.state_dict())
     new_token_rows(model, known, len(processor.tokenizer))
     return model.eval(), processor
+
+
+def plain_config(folder: Path, looks: Sequence[str], encoders: Mapping[str, Any]) -> tuple[VPTQwen2VLConfig, Any, int]:
+    """Config and processor of a plain Qwen2-VL that is given looks, and how many tokens it knew before.
+
+    Args:
+        encoders: look -> the config of its encoder.
+
+    Raises:
+        UserError: it is not plain, or no looks are given.
+    """
+    from transformers import AutoConfig
+
+    from relook.processing import VPTQwen2VLProcessor
+
+    base_config = AutoConfig.from_pretrained(folder)
+    if base_config.model_type != "qwen2_vl":
+        raise UserError(f"{folder}: model_type is {base_config.model_type!r}; a plain 'qwen2_vl' was expected")
+    if not looks:
+        raise UserError(f"{folder} is a plain Qwen2-VL; say which looks it is given, e.g. looks: [region, clip]")
+    processor = VPTQwen2VLProcessor.from_pretrained(folder)
+    known = len(processor.tokenizer)
+    processor.add_look_tokens(looks)
+    values = base_config.to_dict()
+    values.pop("architectures", None)
+    config = VPTQwen2VLConfig.from_dict(
+        {
+            **values,
+            "model_type": VPTQwen2VLConfig.model_type,
+            **processor.config_token_ids(),
+            "vision_encoder_ls": [encoder_name(look) for look in looks if look != "region"],
+            "encoders": {look: config.to_diff_dict() for look, config in encoders.items()},
+            "region": "region" in looks,
+            "num_inner_forward_run": 2,
+        }
+    )
+    return config, processor, known
 
 
 def _read(load: Callable[[Any], Any], path: str | Path | None) -> Any:
@@ -104,9 +121,7 @@ def start_model(
     """
     folder = resolve(start)
     if is_plain(folder):
-        if not looks:
-            raise UserError(f"{start} is a plain Qwen2-VL; say which looks it is given, e.g. looks: [region, clip]")
-        return new_model(folder, tuple(looks), detection, seg, dtype, seed)
+        return new_model(folder, tuple(looks or ()), detection, seg, dtype, seed)
     config = read_config(folder)
     lacking = [look for look in looks or () if look not in config.looks]
     if lacking:

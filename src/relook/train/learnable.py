@@ -49,6 +49,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "seg_projector": ("projectors.seg",),
 }
 
+HEADS = "throwaway heads"  # of an objective; they do not ship
+
 # keys of a stage -> fields of the model's config
 FORWARD = {
     "passes": "num_inner_forward_run",
@@ -130,8 +132,8 @@ def by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
     """
     counts: dict[str, tuple[int, int]] = {}
     for parameter, names in names_of(model):
-        row = next((r for r, parts in ROWS.items() if any(in_part(names[0], part) for part in parts)), "other")
+        row = next((r for r, parts in ROWS.items() if any(in_part(names[0], part) for part in parts)), HEADS)
         learns, total = counts.get(row, (0, 0))
         size = parameter.numel()
         counts[row] = learns + size * parameter.requires_grad, total + size
-    return {row: counts[row] for row in [*ROWS, "other"] if row in counts}
+    return {row: counts[row] for row in [*ROWS, HEADS] if row in counts}

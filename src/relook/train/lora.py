@@ -61,7 +61,7 @@ def adapt(model: Any, plan: Lora, start: dict[str, Any] | None = None) -> None:
     )
     unused = never_used(model)
     idle = {name for name, parameter in model.named_parameters() if id(parameter) in unused}
-    adapter = get_peft_model(model, config)
+    adapter = get_peft_model(model, config, low_cpu_mem_usage=model.device.type == "meta")
     named: Any = adapter.peft_config["default"]
     named.base_model_name_or_path = start["start"] if start else ""  # else peft takes the model's, whoever changed it
     for name, parameter in model.named_parameters():

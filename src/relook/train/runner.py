@@ -57,7 +57,7 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), out: str | P
     folder.mkdir(parents=True, exist_ok=True)
     _write_recipe(recipe, folder)
     torch.set_num_threads(recipe.threads)
-    model, processor = _start(recipe)
+    model, processor = start_model_of(recipe)
     check_parts(model, recipe.stages)
     if any((stage.data or recipe.data).free_choice for stage in recipe.stages):
         processor.free_choice = True
@@ -115,7 +115,7 @@ def run_stage(
     data = stage.data or recipe.data
     torch.manual_seed(seed)
     taught, held = _items(data, recipe.validation.items, seed)
-    objective = make_objective(model, processor, _world(data, seed), stage, seed, taught, held)
+    objective = make_objective(model, processor, world_of(data, seed), stage, seed, taught, held)
     set_forward(model.config, stage)
     let_learn(model, stage.freeze, stage.train)
     if stage.lora is not None:
@@ -244,7 +244,7 @@ def save_final(model: Any, processor: Any, recipe: Recipe, history: list[dict[st
     return aside.rename(folder)
 
 
-def _start(recipe: Recipe) -> tuple[Any, Any]:
+def start_model_of(recipe: Recipe) -> tuple[Any, Any]:
     """The model and processor a recipe begins with, in float32."""
     if recipe.model.size is not None:
         from relook.train import tiny
@@ -282,7 +282,7 @@ def _take_tower(model: Any, source: str) -> None:
     model.config.tower = {"from": Path(source).name, **(getattr(other.config, "provenance", None) or {})}
 
 
-def _world(data: Data, seed: int) -> Any:
+def world_of(data: Data, seed: int) -> Any:
     return make_world(data.world, seed) if data.source == "world" and data.world else None
 
 

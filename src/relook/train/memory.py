@@ -1,0 +1,61 @@
+"""How much memory a stage will want on a device, from shapes alone: an estimate, made before anything is loaded.
+
+What is counted: weights, gradients and optimiser states of whatever learns, and what the language model keeps of a
+forward pass for the backward one, by the layers of Qwen2 as torch runs them (fused attention). Not counted: what the
+vision towers keep where they learn (`towers` says so), buffers of communication, fragments. On tiny models the
+activations come within a third of what torch really saves (tests/test_train_dryrun.py).
+
+Knows configs and parameters; not data.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from relook.train.recipe import Stage
+
+FLOAT = 4  # bytes: weights, gradients and optimiser states are float32
+
+
+def standing(model: nn.Module, stage: Stage) -> dict[str, int]:
+    """Bytes that are held through a stage: "weights", "gradients", "optimiser"."""
+    weights = learns = 0
+    bits = stage.lora.bits if stage.lora is not None else None
+    for name, parameter in model.named_parameters():
+        resting = bits is not None and parameter.ndim == 2 and ".base_layer." in name
+        weights += parameter.numel() * (bits / 8 if resting and bits is not None else FLOAT)
+        learns += parameter.numel() * parameter.requires_grad
+    states = 2 if stage.optimiser == "adamw" else 1.5  # muon keeps one for matrices, AdamW two for the rest
+    return {"weights": int(weights), "gradients": FLOAT * learns, "optimiser": int(FLOAT * states * learns)}
+
+
+def activations(config: Any, stage: Stage, tokens: int) -> int:
+    """Bytes of a forward pass over `tokens` real positions that wait for the backward pass.
+
+    Per layer and position, with width d, inner width i and b bytes a product: the residual stream and its normed value
+    in float32 for both norms (16 d), inputs of the four projections and of attention with keys and values repeated for
+    every head (6 b d), and the gate, its activation, the other half and their product (4 b i). The head keeps its
+    input, the logits in float32 and their softmax. Mask modelling runs what is left of the call once more: at most a
+    pass.
+    """
+    text = config.get_text_config()
+    b = 2 if stage.precision == "bfloat16" else FLOAT
+    d, i = text.hidden_size, text.intermediate_size
+    layer = 16 * d + 6 * b * d + 4 * b * i
+    head = 2 * FLOAT * d + b * d + (2 * FLOAT + (b if b != FLOAT else 0)) * text.vocab_size
+    passes = 2 if (stage.mask or 0) > 0 else 1
+    return tokens * (passes * layer * text.num_hidden_layers + head)
+
+
+def towers(model: nn.Module) -> list[str]:
+    """The vision towers that learn, whose activations `activations` leaves out."""
+    found = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad and ".blocks." in name}
+    return sorted(found | {name.split(".")[1] for name, p in model.named_parameters()
+                           if p.requires_grad and name.startswith("encoders.")})  # fmt: skip
+
+
+def gib(size: float) -> str:
+    """Example: gib(3 * 2**30) is "3.0 GiB"; small ones are in MiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.0f} MiB"
