@@ -55,7 +55,7 @@ def judge_folder(path: str | Path, judge: Judge, done: Callable[[int], None] = l
 
 
 def _results(records: Sequence[Mapping[str, Any]], answered: Sequence[Mapping[str, Any]], seed: int) -> list[Any]:
-    """A result for each task and look, in the order in which they were run; with all scores that occur."""
+    """A result for each task and look, sorted; with all scores that occur."""
     scores = [*dict.fromkeys(n for record in answered for n in record["scores"] if n != SCORE), SCORE]
     pairs = list(dict.fromkeys((record["task"], record["look"]) for record in records))
     return [
