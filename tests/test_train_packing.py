@@ -88,6 +88,21 @@ def test_packed_under_eager_attention() -> None:
     same(model, stack(forward), join_packed(encoded, PAD, 250))
 
 
+def test_packed_under_bfloat16_autocast() -> None:
+    """Products in bfloat16 round differently in another layout, and no more than that."""
+    forward, encoded = rows_of(CHEAP)
+    model = tiny_model().train()
+    losses = []
+    for batch in (stack(forward), join_packed(encoded, PAD, 10**6)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(**batch)
+        out.loss.backward()
+        losses.append(out.loss.item())
+    assert out.logits.dtype == torch.bfloat16
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_what_a_neighbour_says_changes_nothing() -> None:
     """Isolation in itself: other words and other images in the first conversation, the same logits in the second."""
     model = tiny_model()

@@ -388,7 +388,8 @@ class Conversations(Objective):
         columns = torch.arange(1, labels.shape[1], device=labels.device)
         last = columns >= answer_from.to(labels.device)[:, None]
         said = last & (labels[:, 1:] >= 0)
-        self.note(**{kind: (right | ~last).all(1).float().mean().item()})
+        if not self.options.pack or self.items is None:  # else a row is several conversations
+            self.note(**{kind: (right | ~last).all(1).float().mean().item()})
         self.note(**{f"{kind}_tokens": right[said].float().mean().item()})
         if kind in ("region", "clip"):
             self.note(**{f"{kind}_call": (right | last).all(1).float().mean().item()})
