@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 from relook.cli.ask import DEFAULT_MODEL
 from relook.errors import UserError
 
-LISTS = ("--tasks", "--looks", "--images")  # options that take several values in a row
+LISTS = ("--tasks", "--looks", "--images")
 
 
 class ListOptions(TyperCommand):
@@ -77,22 +77,39 @@ def evaluate(
         str, Option("--model", "-m", metavar="NAME", help="A shipped model, a folder, or a hub id.")
     ] = DEFAULT_MODEL,
     tasks: Annotated[
-        list[str] | None, Option(metavar="TASK...", help="cards, receipts, receipts-real, or files of questions.")
+        list[str] | None,
+        Option(metavar="TASK...", help="cards, receipts, receipts-real, docvqa, gqa, ..., or files of questions."),
     ] = None,
     looks: Annotated[
         list[str] | None,
-        Option(metavar="LOOK...", help="auto, none, region, clip, detection, seg, oracle (annotated), random."),
+        Option(
+            metavar="LOOK...",
+            help="auto, none, region, clip, detection, seg, oracle (annotated), random, blank, clip-unconditioned, ...",
+        ),
     ] = None,
     n: Annotated[int | None, Option("--n", min=1, metavar="N", help="Questions of each task.")] = None,
     out: Annotated[Path | None, Option(metavar="FOLDER", help="Where results and a record of each answer go.")] = None,
     seed: Annotated[int, Option(metavar="N", help="Of pages drawn, random regions, intervals.")] = 0,
     batch: Annotated[int, Option(min=1, metavar="N", help="Questions asked side by side.")] = 8,
+    protocol: Annotated[
+        str, Option(metavar="NAME", help="default (greedy, all items), or as published: paper, paper-224.")
+    ] = "default",
+    data: Annotated[
+        Path | None, Option(metavar="FOLDER", help="With Visual-CoT's benchmark files, for docvqa, gqa, ...")
+    ] = None,
+    images: Annotated[
+        list[str] | None, Option(metavar="SET=FOLDER...", help="Where the images of a set lie, as `relook data remap`.")
+    ] = None,
     as_json: Annotated[bool, Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure a model: tasks x ways to look, with 95 % intervals."""
+    from relook.data.images import parse_folders
+    from relook.evaluate import Places
     from relook.evaluate import evaluate as run
 
+    places = Places(data, parse_folders(images or []))
     done = run(model, tasks or ["cards"], looks or ["auto", "none"], n=n, out=out, seed=seed, batch=batch,
+               protocol=protocol, places=places,
                progress=lambda task, count: progress(f"{task}: {count} questions"))  # fmt: skip
     progress("")
     print(json.dumps(done.to_dict(), indent=2, ensure_ascii=False) if as_json else done)

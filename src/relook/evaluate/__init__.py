@@ -3,6 +3,9 @@
     tasks    what is asked, and how each answer is scored        metrics  scores and intervals: numbers in, numbers out
     arms     ways to look: auto, none, forced, annotated, ...    report   results as a table and as JSON
     run      asks the model batch by batch and writes records      facts    versions, machine, training
+    benchmarks  the paper's tasks and where their files lie        protocols  how the paper asked, and how we do
+    journal  records as they come, taken up after a kill           published  the paper's table, to print beside
+    judge    a model that scores answers -> judging  a folder put before it
     folders  records read again, and kept in a small form
     rows     which records are compared -> compare  pooled over seeds, intervals, differences -> writers, figures
 
@@ -10,8 +13,10 @@ Importing this loads neither torch nor a model, nor matplotlib.
 """
 
 from relook.evaluate.arms import ARMS
+from relook.evaluate.benchmarks import BENCHMARKS, Places
 from relook.evaluate.folders import keep, read_folder
 from relook.evaluate.metrics import anls, bootstrap, exact_match, region_overlap
+from relook.evaluate.protocols import PROTOCOLS
 from relook.evaluate.report import Evaluation, Result
 from relook.evaluate.rows import Report, collect
 from relook.evaluate.run import evaluate
@@ -20,9 +25,12 @@ from relook.evaluate.writers import WRITERS, write
 
 __all__ = [
     "ARMS",
+    "BENCHMARKS",
+    "PROTOCOLS",
     "TASKS",
     "WRITERS",
     "Evaluation",
+    "Places",
     "Report",
     "Result",
     "Task",

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from relook.evaluate.metrics import Estimate, bootstrap
+from relook.evaluate.published import CAVEATS, beside
 
 Record = Mapping[str, Any]
 
@@ -136,6 +137,8 @@ def table(evaluation: Evaluation) -> str:
             cells = [[f"{task}, exact % by field (n)", *fields]]
             cells += [[r.look, *(_field_cell(r.fields.get(name, {}).get("exact")) for name in fields)] for r in results]
             parts.append(_grid(cells))
+    if published := beside([r.task for r in evaluation.results]):
+        parts += [_grid(published), "published: " + "; ".join(CAVEATS)]
     parts += [f"failed: {error}" for r in evaluation.results for error in r.errors[:1]]
     return "\n\n".join(parts)
 

@@ -19,10 +19,12 @@ from relook.data.records import replacing
 from relook.data.worlds import rng
 from relook.errors import RelookError, UserError
 from relook.evaluate.arms import Arm, Case, find_arms, request
+from relook.evaluate.benchmarks import Places
 from relook.evaluate.facts import machine, model_facts, versions
 from relook.evaluate.folders import RESULTS
 from relook.evaluate.journal import Journal, questions_hash, weights_hash
 from relook.evaluate.metrics import SCORERS, region_overlap
+from relook.evaluate.protocols import find_protocol
 from relook.evaluate.report import Evaluation, sum_up
 from relook.evaluate.tasks import Task, find_task
 from relook.looks import ANSWER_PREFIX
@@ -43,6 +45,8 @@ def evaluate(
     batch: int = 8,
     max_new_tokens: int = 64,
     progress: Progress | None = None,
+    protocol: str = "default",
+    places: Places | None = None,
 ) -> Evaluation:
     """Ask the questions of `tasks` under each way to look, and score the answers.
 
@@ -50,13 +54,15 @@ def evaluate(
         model: a name, folder or hub id for `relook.load`, or a loaded `VLM`.
         tasks: names of `TASKS`, or paths of question files.
         looks: names of `ARMS`.
-        n: questions of each task (None: as many as is usual for it).
+        n: questions of each task (None: as many as the protocol says, or as is usual for the task).
         out: folder for results.json and records.jsonl (one record a question and look); both appear when the run ends,
             until then records grow in records.jsonl.part. A run that was cut goes on there when it is given again.
         seed: of the pages drawn, the random regions and the intervals.
         batch: questions asked side by side.
         max_new_tokens: of each turn.
         progress: called with a task's name and the number of its questions done.
+        protocol: a row of `PROTOCOLS`.
+        places: where the files of the paper's benchmarks lie.
 
     Raises:
         UserError: unknown task or look, a look the model lacks, a file that cannot be read, a folder with an unfinished
@@ -70,9 +76,11 @@ def evaluate(
         raise UserError(f"n={n} questions with batch={batch}; expected 1 or more of both")
     if len({task.name for task in rows}) < len(rows):
         raise UserError("two of the question files have the same name; rename one")
+    way = find_protocol(protocol)
+    n = way.n if n is None else n
     vlm = _loaded(model)
     arms = find_arms(looks, vlm)
-    about = {"n": n, "seed": seed, "batch": batch, "max_new_tokens": max_new_tokens}
+    about = {"protocol": protocol, "n": n, "seed": seed, "batch": batch, "max_new_tokens": max_new_tokens}
     run: dict[str, Any] = {
         "model": str(getattr(vlm, "name", "") or model),
         **about,
@@ -82,8 +90,13 @@ def evaluate(
     found: dict[tuple[str, str], list[Record]] = defaultdict(list)
     with Journal(out, _decisive(vlm, run, rows, arms) if out is not None else {}) as journal:
         for task in rows:
-            for record in run_task(vlm, task, arms, n, seed, batch, max_new_tokens, progress, journal):
-                found[task.name, record["look"]].append(record)
+            questions = task.items(n, seed, places)
+            with way.seen(vlm.processor):
+                options = {**way.options, "max_new_tokens": max_new_tokens}
+                if options.get("do_sample"):
+                    options["seed"] = seed
+                for record in run_task(vlm, task, questions, arms, seed, batch, options, progress, journal):
+                    found[task.name, record["look"]].append(record)
         run["taken_up"] = journal.taken_up
         run["seconds"] = sum(record["seconds"] or 0.0 for records in found.values() for record in records)
         run["questions"] = {task.name: questions_hash(found[task.name, arms[0].name]) for task in rows}
@@ -100,11 +113,11 @@ def evaluate(
 def run_task(
     vlm: Any,
     task: Task,
+    asked: Iterator[Question],
     arms: Sequence[Arm],
-    n: int | None,
     seed: int,
     batch: int,
-    max_new_tokens: int,
+    options: Mapping[str, Any],
     progress: Progress | None = None,
     journal: Journal | None = None,
 ) -> Iterator[Record]:
@@ -113,13 +126,13 @@ def run_task(
     What the journal has is not asked again.
     """
     done, journal = 0, journal or Journal(None, {})
-    for questions in _batches(task.items(n, seed), batch):
+    for questions in _batches(asked, batch):
         for arm in arms:
             numbers = range(done, done + len(questions))
             records = journal.known(task.name, arm.name, numbers)
             if records is None:
                 numbered = zip(numbers, questions, strict=True)
-                records = list(_run_batch(vlm, task, arm, numbered, seed, max_new_tokens))
+                records = list(_run_batch(vlm, task, arm, numbered, seed, options))
                 journal.add(records)
             yield from records
         done += len(questions)
@@ -135,7 +148,7 @@ def _batches(questions: Iterator[Question], size: int) -> Iterator[list[Question
 
 
 def _run_batch(
-    vlm: Any, task: Task, arm: Arm, questions: Iterable[tuple[int, Question]], seed: int, max_new_tokens: int
+    vlm: Any, task: Task, arm: Arm, questions: Iterable[tuple[int, Question]], seed: int, options: Mapping[str, Any]
 ) -> Iterator[Record]:
     """Ask one batch under one arm; records come in the order of the questions."""
     records: list[Record] = []
@@ -149,12 +162,12 @@ def _run_batch(
             record["failed"] = str(error)
             continue
         case = Case(question, size, vlm.processor.grid_size, rng(seed, "arm", task.name, number))
-        options = arm.options(case)
-        if options is None:
+        look = arm.options(case)
+        if look is None:
             record["skipped"] = f"{arm.name} does not apply: nothing is annotated"
         else:
-            waiting.append((record, case, request(question, options)))
-    outcomes = _ask(vlm, [asked for _, _, asked in waiting], max_new_tokens)
+            waiting.append((record, case, request(question, look)))
+    outcomes = _ask(vlm, [asked for _, _, asked in waiting], options)
     for (record, case, _), (answer, problem, seconds) in zip(waiting, outcomes, strict=True):
         record["seconds"] = seconds
         if answer is None:
@@ -164,7 +177,9 @@ def _run_batch(
     yield from records
 
 
-def _ask(vlm: Any, requests: list[Mapping[str, Any]], limit: int) -> list[tuple[Answer | None, str | None, float]]:
+def _ask(
+    vlm: Any, requests: list[Mapping[str, Any]], options: Mapping[str, Any]
+) -> list[tuple[Answer | None, str | None, float]]:
     """(answer, None, seconds) of each request, or (None, what went wrong, seconds).
 
     Where a batch fails, its requests are asked one by one, so that one bad item costs only itself. Every exception
@@ -174,10 +189,10 @@ def _ask(vlm: Any, requests: list[Mapping[str, Any]], limit: int) -> list[tuple[
         return []
     begun = time.perf_counter()
     try:
-        answers = vlm.ask_many(requests, batch_size=len(requests), max_new_tokens=limit)
+        answers = vlm.ask_many(requests, batch_size=len(requests), **options)
     except Exception as error:
         if len(requests) > 1:
-            return [outcome for each in requests for outcome in _ask(vlm, [each], limit)]
+            return [outcome for each in requests for outcome in _ask(vlm, [each], options)]
         words = str(error) if isinstance(error, RelookError) else f"{type(error).__name__}: {error}"
         return [(None, words, time.perf_counter() - begun)]
     seconds = (time.perf_counter() - begun) / len(requests)
@@ -253,5 +268,5 @@ def _decisive(vlm: Any, run: Mapping[str, Any], tasks: Sequence[Task], arms: Seq
         "model": run["model"],
         "weights": weights,
         **chosen,
-        **{key: run[key] for key in ("n", "seed", "batch", "max_new_tokens", "versions")},
+        **{key: run[key] for key in ("protocol", "n", "seed", "batch", "max_new_tokens", "versions")},
     }

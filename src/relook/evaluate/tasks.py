@@ -13,6 +13,7 @@ from pathlib import Path
 from relook.data.questions import Question, from_page, read_questions
 from relook.data.worlds import make_world, rng
 from relook.errors import UserError
+from relook.evaluate.benchmarks import BENCHMARKS, Places, benchmark
 
 # Worlds of training recipes take small seeds; pages for evaluation come from seeds beyond this one, so none was seen.
 UNSEEN = 1_000_000_007
@@ -21,20 +22,20 @@ REAL_RECEIPTS = Path("../shared/data/receipts/val_qa.jsonl")
 
 @dataclass(frozen=True)
 class Task:
-    """One row: its name, what it is, its questions for a seed (possibly without end), and its scores.
+    """One row: its name, what it is, its questions for a seed and places (possibly without end), and its scores.
 
     `usual` is how many questions are asked where nobody says; None for all of them.
     """
 
     name: str
     about: str
-    questions: Callable[[int], Iterator[Question]]
+    questions: Callable[[int, Places], Iterator[Question]]
     scores: tuple[str, ...] = ("exact", "anls")
     usual: int | None = None
 
-    def items(self, n: int | None, seed: int) -> Iterator[Question]:
+    def items(self, n: int | None, seed: int, places: Places | None = None) -> Iterator[Question]:
         """The first `n` questions (None: as many as usual); world tasks draw other pages for another seed."""
-        return islice(self.questions(seed), self.usual if n is None else n)
+        return islice(self.questions(seed, places or Places()), self.usual if n is None else n)
 
 
 def world_questions(world: str, seed: int) -> Iterator[Question]:
@@ -46,7 +47,7 @@ def world_questions(world: str, seed: int) -> Iterator[Question]:
         yield from_page(page, chosen, f"{world} page {index} of seed {UNSEEN + seed}")
 
 
-def real_receipts(seed: int) -> Iterator[Question]:
+def real_receipts() -> Iterator[Question]:
     """The validation questions about real scanned receipts, where the project's shared folder is at hand."""
     beside = Path(__file__).parents[3] / REAL_RECEIPTS  # of the checkout this file may lie in
     path = next((path for path in (REAL_RECEIPTS, beside) if path.is_file()), None)
@@ -61,9 +62,13 @@ def real_receipts(seed: int) -> Iterator[Question]:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("cards", "cards with codes, pages never seen", lambda seed: world_questions("cards", seed), usual=1000),
-        Task("receipts", "rendered receipts never seen", lambda seed: world_questions("receipts", seed), usual=500),
-        Task("receipts-real", "60 real scanned receipts (SROIE), 234 questions", real_receipts),
+        Task("cards", "cards with codes, pages never seen", lambda seed, _: world_questions("cards", seed), usual=1000),
+        Task("receipts", "rendered receipts never seen", lambda seed, _: world_questions("receipts", seed), usual=500),
+        Task("receipts-real", "60 real scanned receipts (SROIE), 234 questions", lambda *_: real_receipts()),
+        *(
+            Task(name, f"{about} (Visual-CoT's benchmark)", lambda _, places, name=name: benchmark(name, places))
+            for name, (_, about) in BENCHMARKS.items()
+        ),
     )
 }
 
@@ -82,4 +87,4 @@ def find_task(name: str) -> Task:
         raise UserError(
             f"{name!r} is neither a task ({known}) nor a file of questions; name one of these, or give a path"
         )
-    return Task(path.stem, str(path), lambda seed: read_questions(path))
+    return Task(path.stem, str(path), lambda *_: read_questions(path))
