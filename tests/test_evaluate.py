@@ -272,7 +272,7 @@ def test_regions_of_arms_lie_on_the_grid_and_hold_what_they_should(data, width, 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"tasks": ["cards2"]}, "'cards2' is neither a task (cards, receipts, receipts-real)"),
+        ({"tasks": ["cards2"]}, "'cards2' is neither a task (cards, receipts, receipts-real, gqa,"),
         ({"tasks": []}, "no task was named"),
         ({"looks": ["zoom"]}, "look 'zoom' is unknown"),
         ({"looks": []}, "no look was named"),
