@@ -36,8 +36,7 @@ def write_items(path: Path, look: str, align: bool, count: int) -> None:
     path.write_text(json.dumps(items))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("look", ["detection", "seg"])
+@pytest.mark.parametrize("look", ["detection", pytest.param("seg", marks=pytest.mark.slow)])  # SAM: 1024 x 1024 pixels
 def test_alignment_then_instruction_lowers_the_validation_loss(look: str, made, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_items(Path("align.json"), look, True, 20)
