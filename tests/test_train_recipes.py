@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from own_items import write_items_of
+from tiny import conversation as row
+from tiny import stack, tiny_model
 from tiny_starts import parts, start
 from typer.testing import CliRunner
 
 from relook.cli.app import app
 from relook.errors import UserError
 from relook.model.loading import load_model, load_processor
-from relook.train.recipe import Data, load_recipe
+from relook.train.learnable import let_learn, set_forward
+from relook.train.optimiser import build_optimiser
+from relook.train.recipe import Data, Stage, load_recipe
 from relook.train.runner import run
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -148,3 +152,47 @@ def test_a_plain_start_needs_its_looks_said(made, tmp_path: Path) -> None:
     given = [*overrides("own-data", made, tmp_path), f"model.start={made['start']}"]
     result = CliRunner().invoke(app, ["train", str(RECIPES / "own-data.yaml"), *given])
     assert result.exit_code == 2 and "looks: [region, clip]" in result.stderr
+
+
+# -- what learns
+
+
+def learning(model) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_parts_by_their_published_names() -> None:
+    model = tiny_model()
+    unused = ("clip.linear_feature", "clip.layernorm_feature", "seg.linear_feature")  # no forward pass touches them
+    everything = {name for name, _ in model.named_parameters() if not any(part in name for part in unused)}
+    let_learn(model)
+    assert learning(model) == everything
+    let_learn(model, freeze=["projectors", "detection_model", "seg_model", "visual"])
+    assert learning(model) == {name for name in everything if name.startswith("model.language_model.")}
+    let_learn(model, train=["seg_projector"])
+    assert learning(model) == {name for name in everything if name.startswith("projectors.seg.")}
+
+
+def test_tied_weights_go_by_either_name() -> None:
+    model = tiny_model()
+    let_learn(model, train=["lm_head"])
+    assert learning(model) == {"model.language_model.embed_tokens.weight"}
+    let_learn(model, freeze=["lm_head"])
+    assert "model.language_model.embed_tokens.weight" not in learning(model)
+    let_learn(model, train=["lm_head", "clip_projector"])
+    stage = Stage(name="s", objective="instruct", samples=2, lr=1.0, lr_scale={"lm_head": 0.25, "projectors": 0.5})
+    groups = build_optimiser(model.named_parameters(remove_duplicate=False), stage).param_groups
+    embedding = model.get_input_embeddings().weight
+    assert {g["lr"] for g in groups if any(p is embedding for p in g["params"])} == {0.25}
+    assert {g["lr"] for g in groups if not any(p is embedding for p in g["params"])} == {0.5}
+
+
+def test_published_input_gradients_reach_embeddings_through_a_tied_head_only() -> None:
+    batch = stack([row(["clip"])])
+    for tied, learns in ((True, True), (False, False)):
+        model = tiny_model(tie_word_embeddings=tied)
+        set_forward(model.config, Stage(name="s", objective="instruct", samples=2, input_grads="published"))
+        model(**batch).loss.backward()
+        grad = model.get_input_embeddings().weight.grad
+        assert (grad is not None and bool(grad.any())) == learns
+        assert all(p.grad is None for p in model.model.visual.parameters())

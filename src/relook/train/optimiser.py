@@ -49,16 +49,21 @@ class Together(torch.optim.Optimizer):
 def build_optimiser(named: Iterable[tuple[str, nn.Parameter]], stage: Stage) -> torch.optim.Optimizer:
     """The stage's optimiser over the parameters that learn: decay on matrices only, `lr_scale` by part.
 
+    A parameter that comes under two names (tied weights) goes by either.
+
     Raises:
         UserError: nothing learns.
     """
     matrices: dict[tuple[float, float], list[nn.Parameter]] = {}
     rest: dict[tuple[float, float], list[nn.Parameter]] = {}
+    names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in named:
+        names.setdefault(parameter, []).append(name)
+    for parameter, called in names.items():
         if parameter.requires_grad:
-            factor = next((f for part, f in stage.lr_scale.items() if in_part(name, part)), 1.0)
+            factor = next((f for part, f in stage.lr_scale.items() if any(in_part(n, part) for n in called)), 1.0)
             decay = stage.weight_decay if parameter.ndim > 1 else 0.0
-            inner = stage.optimiser == "muon" and parameter.ndim == 2 and any(part in name for part in LAYERS)
+            inner = stage.optimiser == "muon" and parameter.ndim == 2 and any(part in called[0] for part in LAYERS)
             (matrices if inner else rest).setdefault((factor, decay), []).append(parameter)
     parts: list[torch.optim.Optimizer] = []
     slow = stage.lr if stage.optimiser == "adamw" else stage.lr_rest or stage.lr / 4
