@@ -563,6 +563,11 @@ def test_validation_and_training_share_no_image(tmp_path):
     assert len(train) + len(val) == 200 and f"{len(val)} to validate" in result.stdout
     first = [{item.images["images"][0] for item in part} for part in (train, val)]
     assert not first[0] & first[1] and 3 <= len(first[1]) <= 15
+    call("data", "build", tmp_path / "q.jsonl", tmp_path / "far/away.json", "--val", 0.2, "--look", "clip=0.5,none=0.5")
+    call("data", "build", tmp_path / "q.jsonl", tmp_path / "near.json", "--val", 0.2, "--look", "clip=0.5,none=0.5")
+    for part in ("", ".val"):  # what is drawn does not depend on where the items go
+        far, near = (list(read_items(tmp_path / f"{name}{part}.json")) for name in ("far/away", "near"))
+        assert [item.messages for item in far] == [item.messages for item in near]
     assert "give another share" in refused("data", "build", tmp_path / "q.jsonl", tmp_path / "o.json", "--val", 0.0001)
     assert not (tmp_path / "o.json").exists() and not (tmp_path / "o.val.json").exists()
     assert 0 <= draw("") < 1

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from relook.data.items import ImageRef, Item, Message, split_ref, write_items
 from relook.data.options import REENCODINGS, BuildOptions, draw
@@ -44,6 +44,8 @@ from relook.regions import (
     join_crop_suffix,
     widen,
 )
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -108,12 +110,17 @@ def build(
     settings, report = BuildOptions(**options), BuildReport()
     place = placing(src, dst, image_root, images, report.note, format)
     found = read(src, format, image_folder=dst, split=split, columns=columns)
-    things = (placed for thing in found if (placed := place(thing)) is not None)
-    items = _some(islice(build_items(things, settings, report), limit), src, report)
+    made = (
+        (thing, item)
+        for thing in found
+        if (placed := place(thing)) is not None
+        for item in build_items([placed], settings, report)
+    )
+    pairs = _some(islice(made, limit), src, report)
     if val:
-        _write_parts(items, Path(dst), val, settings.seed, report, src)
+        _write_parts(pairs, Path(dst), val, settings.seed, report, src)
     else:
-        write_items(dst, items)
+        write_items(dst, (item for _, item in pairs))
     return report
 
 
@@ -123,19 +130,20 @@ def val_path(dst: str | Path) -> Path:
 
 
 def _write_parts(
-    items: Iterable[Item], dst: Path, share: float, seed: int, report: BuildReport, src: str | Path
+    pairs: Iterable[tuple[Found, Item]], dst: Path, share: float, seed: int, report: BuildReport, src: str | Path
 ) -> None:
-    """Both parts side by side. An image is drawn by its path alone, so that no order of the file puts it into both.
+    """Both parts side by side. An image is drawn by the path that the source gives it, and by nothing else.
 
-    Which is why an item of several images, some to train on and some to validate, can be in neither.
+    So neither the order of the file nor the place of the target changes the parts, and an item of several images, some
+    to train on and some to validate, can be in neither.
     """
     counts = {False: 0, True: 0}
     with writing_records(val_path(dst)) as held, writing_records(dst) as kept:
-        for item in items:
-            sides = {draw(f"{seed}|{key}") < share for key in _drawn_by(item)}
+        for thing, item in pairs:
+            sides = {draw(f"{seed}|{key}") < share for key in _drawn_by(thing)}
             if len(sides) > 1:
                 report.items -= 1
-                report.note("items with images of both parts, left out", item.where or item.messages[0].content[:60])
+                report.note("items with images of both parts, left out", thing.where)
                 continue
             (side,) = sides
             counts[side] += 1
@@ -148,12 +156,11 @@ def _write_parts(
     report.val = counts[True]
 
 
-def _drawn_by(item: Item) -> set[str]:
-    """The image files of an item, each by one name; its first turn where it has none."""
-    files = {
-        os.path.normpath(split_ref(ref)[0]) for refs in item.images.values() for ref in refs if isinstance(ref, str)
-    }
-    return files or {item.messages[0].content}
+def _drawn_by(thing: Found) -> set[str]:
+    """The image files of a thing, each by one name; its text where it has none."""
+    refs = [thing.image] if isinstance(thing, Question) else [ref for refs in thing.images.values() for ref in refs]
+    files = {os.path.normpath(split_ref(ref)[0]) for ref in refs if isinstance(ref, str)}
+    return files or {thing.text if isinstance(thing, Question) else thing.messages[0].content}
 
 
 def build_items(
@@ -340,7 +347,7 @@ def _refuse_marks(question: Question) -> None:
             raise UserError(f"{question.where}: {spec.placeholder!r} in the text would stand for an image; remove it")
 
 
-def _some(items: Iterator[Item], src: str | Path, report: BuildReport) -> Iterator[Item]:
+def _some(items: Iterator[T], src: str | Path, report: BuildReport) -> Iterator[T]:
     """The items, or an error where there is none: nobody wants an empty set written without a word."""
     yield from items
     if not report.items:

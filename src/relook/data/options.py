@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +23,8 @@ class BuildOptions:
     """How items are made.
 
     look: a row of the look table, "none" for direct answers, or shares of several ("region=0.5,clip=0.3,none=0.2"):
-        each question then gets the look that a hash of its image and text draws, whatever the order of the file.
+        each question then gets the look that a hash of its text and of its image's name draws, whatever the order of
+        the file and the folders.
     grid: cells per side (8 in the published models).
     margin: cells by which the *crop* is widened on each side; the tokens always name the cells of the box itself.
     free_choice: leave out the sentence that asks for the look, so that the model learns to decide.
@@ -85,7 +87,8 @@ class BuildOptions:
     def look_of(self, question: Question) -> str:
         """The look of this question: the only one, or the one drawn by its share."""
         shares = self.shares
-        point = draw(f"{self.seed}|{question.image}|{question.text}") if len(shares) > 1 else 0.0
+        name = os.path.basename(question.image) if isinstance(question.image, str) else question.where
+        point = draw(f"{self.seed}|{name}|{question.text}") if len(shares) > 1 else 0.0
         for name, share in shares.items():
             point -= share
             if point < 0:

@@ -285,7 +285,7 @@ def placing(
         if here not in sizes:
             sizes[here] = file_size(here, thing.where)
             if sizes[here] is None:
-                note("images not at hand, size as stated", f"{thing.where}: {here}")
+                note("images not at hand, sizes not held against them", f"{thing.where}: {here}")
         sized = _sized(thing, sizes[here], here, note)
         return None if sized is None else replace(sized, image=written)
 

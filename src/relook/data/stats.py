@@ -125,7 +125,7 @@ class Stats:
             lines += ["", f"cells used by {regions} regions, % of them" + self._unread()]
             most = max(max(row) for row in self.cells)
             lines += [
-                "  " + "".join(f"{_shade(cell / most)}{100 * cell / regions:3.0f} " for cell in row)
+                "  " + "".join(f"{_shade(cell / most)}{100 * cell / regions:3.0f} " for cell in row).rstrip()
                 for row in self.cells
             ]
         return "\n".join(lines)
