@@ -303,16 +303,17 @@ def test_a_run_with_a_broken_image_names_it_and_one_with_too_many_stops(tmp_path
     named = [json.loads(line) for line in Path("loose/stages/00-tune/left_out.jsonl").read_text().splitlines()]
     assert sorted((one["reason"], one["where"]) for one in named) == [
         ("broken", "items.jsonl:4"), ("broken", "items.jsonl:4"),
-        ("too long", "items.jsonl:6"), ("too long", "items.jsonl:6"),
+        ("too long", "items.jsonl:6"), ("too long", "items.jsonl:6"), ("unread", "items.jsonl:8"),
     ]  # fmt: skip
-    assert "4 of 18 examples were left out (2 broken, 2 too long)" in capsys.readouterr().err
+    with pytest.raises(RelookError, match=r"1 of 10 records could not be read.*first: items.jsonl:8: "):
+        run(Recipe.model_validate(base | {"data": {"path": "items.jsonl"}}), out="refused")
+    strict: dict = {"path": "items.jsonl", "streaming": True, "buffer": 1}
+    told = capsys.readouterr().err
+    assert "4 of 18 examples were left out (2 broken, 2 too long); 1 record could not be read; named in" in told
     with pytest.raises(RelookError, match=r"of .* examples could not be read"):
-        run(Recipe.model_validate(base | {"data": {"path": "items.jsonl"}, "save_every": 1}), out="strict")
+        run(Recipe.model_validate(base | {"data": strict, "save_every": 1}), out="strict")
     # allowed more, the same command goes on from the checkpoint
-    run(
-        Recipe.model_validate(base | {"data": {"path": "items.jsonl", "max_broken": 0.5}, "save_every": 1}),
-        out="strict",
-    )
+    run(Recipe.model_validate(base | {"data": strict | {"max_broken": 0.5}, "save_every": 1}), out="strict")
     assert "tune: goes on from step" in capsys.readouterr().err
 
 

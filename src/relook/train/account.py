@@ -8,21 +8,26 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from relook.data.access import Unread
 from relook.data.records import replacing
 from relook.errors import RelookError
 
 EARLY = 200  # examples: a share is not judged on fewer
 SHOWN = 5  # examples that are named on stderr; the file names all
 
-Reason = str  # "too long" or "broken"
+Reason = str  # "too long", "broken" or "unread"
 
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """An example that could not be had: its number in the stage, why, where its record lies, and what was wrong."""
+    """An example that could not be had: its number in the stage, why, where its record lies, and what was wrong.
+
+    The number is -1 for a record that has no place among the examples because it cannot be read.
+    """
 
     example: int
     reason: Reason
@@ -35,15 +40,29 @@ def pack_up(left_out: list[LeftOut]) -> str:
     return json.dumps([asdict(one) for one in left_out]) if left_out else ""
 
 
+def check_share(broken: int, seen: int, what: str, most: float, first: str) -> None:
+    """Refuse to go on where more than a share `most` of what was seen is broken, or all of it.
+
+    Raises:
+        RelookError: it is; names the first.
+    """
+    if broken > most * max(seen, EARLY) or broken == seen:
+        raise RelookError(
+            f"{broken} of {seen} {what} could not be read, more than data.max_broken allows ({most:g}); "
+            f"the first: {first}; mend the set (relook data check says what is wrong with it), or raise data.max_broken"
+        )
+
+
 class Account:
     """Counts examples that were taught and left out.
 
     Args:
         most_broken: share of broken examples at which a run stops; being too long is no fault of an example.
+        unread: records that cannot be read and so are no example at all; they are named, too.
     """
 
-    def __init__(self, most_broken: float) -> None:
-        self.most_broken = most_broken
+    def __init__(self, most_broken: float, unread: Sequence[Unread] = ()) -> None:
+        self.most_broken, self.unread = most_broken, unread
         self.taught = 0
         self.left_out: Counter[Reason] = Counter()
         self.path: Path | None = None
@@ -57,13 +76,17 @@ class Account:
                 one = LeftOut(**json.loads(line))
             except (ValueError, TypeError):
                 continue  # a line that a killed run left unfinished
-            if one.example < begun:
+            if 0 <= one.example < begun:
                 kept.append(one)
                 self._count(one)
         self.taught = begun - len(kept)
-        if path.is_file():
+        unread = [LeftOut(-1, "unread", one.where, one.why) for one in self.unread]
+        for one in unread[:SHOWN]:
+            print(f"left out ({one.reason}): {one.where}: {one.what}", file=sys.stderr)
+        if path.is_file() or unread:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
-                file.writelines(json.dumps(asdict(one)) + "\n" for one in kept)
+                file.writelines(json.dumps(asdict(one)) + "\n" for one in (*unread, *kept))
 
     def add(self, taught: int, left_out: str) -> None:
         """Count a batch: how many examples it taught, and those left out as `pack_up` wrote them.
@@ -91,13 +114,8 @@ class Account:
 
     def _check(self) -> None:
         broken, seen = self.left_out["broken"], self.taught + sum(self.left_out.values())
-        none_good = broken and not self.taught
-        if broken > self.most_broken * max(seen, EARLY) or none_good:
-            raise RelookError(
-                f"{broken} of {seen} examples could not be read, more than data.max_broken allows "
-                f"({self.most_broken:g}); the first: {self._first['broken']}; mend the set "
-                "(relook data check says what is wrong with it), or raise data.max_broken"
-            )
+        if broken:
+            check_share(broken, seen, "examples", self.most_broken, self._first["broken"])
         if self.left_out["too long"] and not self.taught:
             raise RelookError(
                 f"all {seen} examples so far are longer than the cutoff; the first: {self._first['too long']}; raise "
@@ -106,9 +124,9 @@ class Account:
 
     def say(self) -> str:
         """In one line: how many were left out, why, and where they are named; "" for none."""
-        if not self.left_out:
-            return ""
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
         total = sum(self.left_out.values())
-        named = f"; named in {self.path}" if self.path is not None else ""
-        return f"{total} of {self.taught + total} examples were left out ({counts}){named}"
+        said = [f"{total} of {self.taught + total} examples were left out ({counts})"] if total else []
+        count = len(self.unread)
+        said += [f"{count} record{'s' * (count > 1)} could not be read"] if count else []
+        return "; ".join([*said, f"named in {self.path}"] if said and self.path is not None else said)

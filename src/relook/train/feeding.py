@@ -21,7 +21,7 @@ from relook.data.items import Item
 from relook.data.stream import Row, shuffled
 from relook.data.variants import variant
 from relook.errors import UserError
-from relook.train.account import LeftOut
+from relook.train.account import LeftOut, check_share
 from relook.train.lengths import alike, item_length
 from relook.train.making import made, opened
 from relook.train.recipe import Data
@@ -86,6 +86,11 @@ class Feed:
         """Items that are in memory, or another dataset's, shuffled every epoch."""
         return cls(Data.model_validate({"path": "items"}), seed, given=[GivenRecords(items)])
 
+    @property
+    def unread(self) -> list[Unread]:
+        """Records that have no position because they cannot be read."""
+        return [one for source in self.records for one in source.unread]
+
     # -- which record comes when
 
     def _choose(self, held: int) -> list[Key]:
@@ -94,6 +99,10 @@ class Feed:
         for source, length in zip(self.sources, lengths, strict=True):
             if not length:
                 raise UserError(f"{source.path}: holds no items; build some with `relook data build`")
+        unread = self.unread
+        if unread:
+            first = f"{unread[0].where}: {unread[0].why}"
+            check_share(len(unread), sum(lengths) + len(unread), "records", self.data.max_broken, first)
         if held >= sum(lengths):
             names = ", ".join(source.path for source in self.sources)
             raise UserError(f"validation.items is {held}, but {names} holds {sum(lengths)}; hold out fewer")

@@ -59,7 +59,7 @@ class Objective(nn.Module):
         self.items, self.held = items, held
         self.options: Any = validate(self.Options, stage.options, f"stage {stage.name}: options")
         self.log: dict[str, list[float]] = {}
-        self.account = Account(items.data.max_broken if isinstance(items, Feed) else 0.0)
+        self.account = Account(items.data.max_broken, items.unread) if isinstance(items, Feed) else Account(0.0)
 
     def example(self, index: int) -> Any:
         """One training example, a function of the seed, the stage and `index` only."""
