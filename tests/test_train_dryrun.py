@@ -110,13 +110,13 @@ def test_published_starts_are_known_without_weights(items, monkeypatch) -> None:
     """No hub here: the shapes are those of the published models, and it says what it could not do."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("relook.train.blueprint.resolve", _no_hub)
-    lora = dry_run(RECIPES / "7b-clip-lora.yaml", small(items)).stages[0]
+    lora = dry_run(RECIPES / "7b-clip-lora.yaml", small(items, f"data.image_root={items.parent}")).stages[0]
     width, kv, inner, layers, vocabulary, r = 3584, 512, 18944, 28, 152064, 512
     attention = 2 * (width + width) + 2 * (width + kv)
     assert lora.learns["LoRA"][0] == r * layers * (attention + 3 * (width + inner))
     assert lora.learns["embed_tokens"][0] == lora.learns["lm_head"][0] == width * vocabulary
     assert lora.learns["visual"][0] == lora.learns["language_model"][0] == 0
-    assert lora.seconds_a_step is None and "no hub" in lora.unmeasured
+    assert lora.seconds_a_step is None and "weights are not here" in lora.unmeasured
     align = dry_run(RECIPES / "det-alignment.yaml", small(items)).stages[0]
     learning = {part: n for part, (n, _) in align.learns.items() if n}
     assert list(learning) == ["detection_projector"]
@@ -141,8 +141,9 @@ def test_a_world_is_drawn_and_measured() -> None:
     assert stages["locate"]["learns"]["visual"][0] == stages["locate"]["learns"]["embed_tokens"][0] == 0
 
 
+@pytest.mark.parametrize("rests", [[], ["language_model"]])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_activations_against_what_torch_saves(precision: str) -> None:
+def test_activations_against_what_torch_saves(precision: str, rests: list[str]) -> None:
     """The bytes of distinct tensors that autograd keeps of a real pass, weights apart."""
     torch.manual_seed(0)
     config = tiny_config(
@@ -150,6 +151,7 @@ def test_activations_against_what_torch_saves(precision: str) -> None:
     )
     config.vision_config.hidden_size = 64
     model = VPTQwen2VLForConditionalGeneration(config).train()
+    let_learn(model, rests)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     ids = torch.randint(0, 100, (2, 256))
     kept: dict[int, torch.UntypedStorage] = {}
@@ -164,10 +166,11 @@ def test_activations_against_what_torch_saves(precision: str) -> None:
         torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
     ):
-        model(input_ids=ids, labels=ids, use_cache=False)
+        seen = model.get_input_embeddings()(ids).detach().requires_grad_()  # as features of an image would
+        model(inputs_embeds=seen, labels=ids, use_cache=False, position_ids=torch.arange(256).expand(3, 2, -1))
     real = sum(storage.nbytes() for storage in kept.values())
     stage = Stage(name="s", objective="instruct", samples=2, precision=precision)
-    assert memory.activations(config, stage, ids.numel()) == pytest.approx(real, rel=1 / 3)
+    assert memory.activations(config, stage, ids.numel(), not rests) == pytest.approx(real, rel=1 / 3)
 
 
 def test_standing_memory_is_what_training_holds(made) -> None:

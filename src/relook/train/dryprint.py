@@ -8,7 +8,7 @@ from relook.train.memory import gib
 
 def table(found: DryRun) -> str:
     """The whole report."""
-    weights = "its weights are here" if not found.missing else f"its weights are not here ({found.missing})"
+    weights = "its weights are here" if not found.missing else f"its weights are not here: {_short(found.missing)}"
     lines = [f"{found.recipe}: from {found.start}; {weights}"]
     for stage in found.stages:
         lines += ["", *_stage(stage)]
@@ -23,7 +23,8 @@ def _stage(stage: StageDry) -> list[str]:
     lines += [f"  {part:{width}}  {learns:>15,}  {total:>15,}" for part, (learns, total) in rows]
     if stage.items is not None:
         lines += _items(stage.items)
-    lines.append(f"  tokens   {stage.lengths or 'not counted: the examples are no text, or the tokenizer is not here'}")
+    untold = "not counted: the examples are no text, the tokenizer is not here, or the data will not do"
+    lines.append(f"  tokens   {stage.lengths or untold}")
     parts = ", ".join(f"{name} {gib(size)}" for name, size in stage.memory.items())
     lines.append(f"  memory   about {gib(sum(stage.memory.values()))} a device: {parts}")
     if stage.towers:
@@ -45,6 +46,11 @@ def _items(found: Items) -> list[str]:
         lines.append(f"           {count:,} x {kind}")
         lines += [f"             {where}" for where in found.told[kind]]
     return lines
+
+
+def _short(reason: str) -> str:
+    """A reason without what the hub's library said about it."""
+    return reason.partition(" (")[0]
 
 
 def _span(seconds: float) -> str:

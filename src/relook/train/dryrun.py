@@ -148,9 +148,10 @@ def dry_run(
     seen: dict[str, tuple[Feed, Items]] = {}
     for stage in recipe.stages:
         found.stages.append(_stage(recipe, stage, plan, seen, note))
-    reason = plan.missing or ("problems above" if not found.ok else "")
+    reason = "not measured: its weights are not here" if plan.missing else ""
+    reason = reason if found.ok else "not measured: the data will not do"
     for stage, dry in zip(recipe.stages, found.stages, strict=True):
-        dry.unmeasured = reason and f"not measured: {reason}"
+        dry.unmeasured = reason
         if not reason:
             note(f"{stage.name}: measuring {STEPS} steps")
             _measure(recipe, stage, dry, seen)
@@ -175,7 +176,7 @@ def _stage(
         objective = make_objective(
             model, plan.processor, world_of(data, seed), stage, seed, fed if items else None, fed.held if items else ()
         )
-    let_learn(objective, stage.freeze, stage.train)
+    let_learn(model, stage.freeze, stage.train)
     if stage.lora is not None:
         lora.adapt(model, stage.lora.model_copy(update={"bits": None}))
     cutoff = stage.options.get("max_length")
@@ -185,7 +186,7 @@ def _stage(
     sizes = memory.standing(objective, stage)
     longest = min(n for n in (known.p99 if known else None, cutoff) if n is not None) if known or cutoff else None
     if longest is not None:
-        sizes["activations"] = memory.activations(plan.config, stage, stage.batch * longest)
+        sizes["activations"] = memory.activations(plan.config, stage, stage.batch * longest, memory.layers_learn(model))
     samples = steps * stage.batch * stage.accumulate
     learns = by_part(objective)
     return StageDry(
@@ -276,13 +277,15 @@ def _measure(recipe: Recipe, stage: Stage, dry: StageDry, seen: dict[str, tuple[
         model, processor, world_of(data, seed), stage, seed, fed, fed.held if fed is not None else ()
     )
     set_forward(model.config, stage)
-    let_learn(objective, stage.freeze, stage.train)
+    let_learn(model, stage.freeze, stage.train)
     if stage.lora is not None:
         lora.adapt(model, stage.lora)
+    if stage.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     objective.to(device).train()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    optimiser = build_optimiser(objective.named_parameters(), stage)
+    optimiser = build_optimiser(objective.named_parameters(remove_duplicate=False), stage)
     taken = [_step(objective, stage, optimiser, number, device) for number in range(STEPS)]
     dry.seconds_a_step = statistics.median(taken)
     dry.peak = torch.cuda.max_memory_allocated() if device == "cuda" else None

@@ -170,6 +170,7 @@ class Stage(Strict):
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of products; weights stay in float32")
+    checkpointing: bool = Field(False, description="layers run again in the backward pass: less memory, more time")
     freeze: list[str] = Field([], description="parts that do not learn, e.g. visual, language_model.layers")
     train: list[str] | None = Field(None, description="the only parts that learn, e.g. detection_projector")
     lora: Lora | None = Field(None, description="low-rank updates in place of whole weights")

@@ -121,6 +121,8 @@ def run_stage(
     if stage.lora is not None:
         lora.adapt(model, stage.lora, start_of(recipe) if stage == recipe.stages[0] and recipe.model.start else None)
     model.train()
+    if stage.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     steps = steps_of(stage, taught)
     stage = stage.model_copy(update={"samples": steps * stage.batch * stage.accumulate})
     checkpoints.clear_aside()
@@ -157,6 +159,8 @@ def run_stage(
         with writing(checkpoints.place, checkpoints.say_last):
             lora.keep(model, processor, checkpoints.place / "adapter")
         lora.merge(model)
+    if stage.checkpointing:
+        model.gradient_checkpointing_disable()
     let_learn(model)
     best = checkpoints.best()
     done: Record = {
@@ -199,7 +203,7 @@ def _trainer(
         bf16=stage.precision == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
     )
-    optimiser = build_optimiser(objective.named_parameters(), stage)
+    optimiser = build_optimiser(objective.named_parameters(remove_duplicate=False), stage)
     validator = Validator(objective, recipe.validation, checkpoints.place / "pictures", checkpoints.say_last)
     trainer = StageTrainer(
         checkpoints=checkpoints,
