@@ -281,7 +281,7 @@ def _measure(recipe: Recipe, stage: Stage, dry: StageDry, seen: dict[str, tuple[
     if stage.lora is not None:
         lora.adapt(model, stage.lora)
     if stage.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     objective.to(device).train()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

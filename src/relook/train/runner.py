@@ -122,7 +122,7 @@ def run_stage(
         lora.adapt(model, stage.lora, start_of(recipe) if stage == recipe.stages[0] and recipe.model.start else None)
     model.train()
     if stage.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     steps = steps_of(stage, taught)
     stage = stage.model_copy(update={"samples": steps * stage.batch * stage.accumulate})
     checkpoints.clear_aside()
@@ -160,7 +160,7 @@ def run_stage(
             lora.keep(model, processor, checkpoints.place / "adapter")
         lora.merge(model)
     if stage.checkpointing:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     let_learn(model)
     best = checkpoints.best()
     done: Record = {
