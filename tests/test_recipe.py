@@ -40,7 +40,7 @@ def test_shipped_recipes_load_and_open_with_their_command(path: Path) -> None:
         ({"stages": [{**MINIMAL["stages"][0], "batchsize": 4}]}, ["stages.0.batchsize", "'batch'"]),
         ({"data": {"world": "cards", "image_rot": "x"}}, ["data.image_rot", "'image_root'"]),
         ({"data": {"source": "json", "path": "/somewhere/items.json"}}, ["absolute path", "/somewhere/items.json"]),
-        ({"data": {"source": "json"}}, ["no path"]),
+        ({"data": {"source": "json"}}, ["exactly one of path"]),
         ({"model": {"size": "cards-tiny", "start": "cards-tiny"}}, ["exactly one"]),
         ({"stages": [{"name": "a", "objective": "dense", "samples": 0}]}, ["stages.0.samples", "seen: 0"]),
         ({"stages": MINIMAL["stages"] * 2}, ["first", "differ"]),

@@ -1,8 +1,8 @@
 """A tower that rests looks once: what is remembered is what it would have said, and only while it rests."""
 
 import pytest
-import torch
 import tiny
+import torch
 from faulty_run import recipe
 
 from relook.model.loading import load_model
