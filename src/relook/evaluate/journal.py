@@ -157,7 +157,7 @@ def weights_hash(model: Any) -> str | None:
     import torch
 
     told = hashlib.blake2b(digest_size=16)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):
         told.update(config.to_json_string().encode())
     for name, tensor in state().items():

@@ -171,13 +171,10 @@ def _read(said: Any) -> Judgement:
     except (AttributeError, IndexError, TypeError):
         return Judgement(None, f"the endpoint's reply holds no text: {str(said)[:80]!r}")
     usage = getattr(said, "usage", None)
-    tokens = {
-        "tokens_in": int(getattr(usage, "prompt_tokens", 0) or 0),
-        "tokens_out": int(getattr(usage, "completion_tokens", 0) or 0),
-    }
+    paid, written = (int(getattr(usage, name, 0) or 0) for name in ("prompt_tokens", "completion_tokens"))
     score = parse_score(reply)
     problem = None if score is not None else f"no score from 0 to 1 in {reply[:80]!r}"
-    return Judgement(score, problem, getattr(said, "model", None), reply, **tokens)
+    return Judgement(score, problem, getattr(said, "model", None), reply, paid, written)
 
 
 def _words(error: Exception) -> str:

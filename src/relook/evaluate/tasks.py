@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -59,6 +60,10 @@ def real_receipts() -> Iterator[Question]:
     return read_questions(path)
 
 
+def _benchmark(name: str, seed: int, places: Places) -> Iterator[Question]:
+    return benchmark(name, places)  # the same questions for every seed
+
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -66,7 +71,7 @@ TASKS: dict[str, Task] = {
         Task("receipts", "rendered receipts never seen", lambda seed, _: world_questions("receipts", seed), usual=500),
         Task("receipts-real", "60 real scanned receipts (SROIE), 234 questions", lambda *_: real_receipts()),
         *(
-            Task(name, f"{about} (Visual-CoT's benchmark)", lambda _, places, name=name: benchmark(name, places))
+            Task(name, f"{about} (Visual-CoT's benchmark)", partial(_benchmark, name))
             for name, (_, about) in BENCHMARKS.items()
         ),
     )
