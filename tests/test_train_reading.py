@@ -271,6 +271,10 @@ def test_a_region_is_taught_with_what_stands_beside_the_answer(built):
     assert len(mates) >= 2  # the amount and its label
     assert all(named[0] <= mate[0] and mate[2] <= named[2] for mate in mates)
     assert call.cells != box_to_cells(total.boxes[0], page.image.size, grid)
+    teller.rows = False
+    item, _ = teller.region(page, total, np.random.default_rng(0))
+    (call,) = parse_calls(item["messages"][1]["content"], grid)
+    assert call.cells == box_to_cells(total.boxes[0], page.image.size, grid)
 
 
 def test_guided_heads_follow_what_they_are_shown(built):

@@ -38,10 +38,15 @@ NARROW = 0.25  # share of crops that show the annotated boxes alone, as somebody
 
 
 class RowTeller(Teller):
-    """Teaches regions with what stands beside the answer; sometimes shows the answer's own region all the same."""
+    """Teaches regions with what stands beside the answer; sometimes shows the answer's own region all the same.
+
+    Without `rows` it teaches and shows the answer's own region alone.
+    """
+
+    rows = True
 
     def cells(self, page: Page, qa: QA) -> Cells:
-        lines: Any = page.meta.get("lines", ())
+        lines: Any = page.meta.get("lines", ()) if self.rows else ()
         box = beside(qa.boxes, [line.box for line in lines])
         return box_to_cells(box, page.image.size, self.processor.grid_size)
 
@@ -53,6 +58,7 @@ class Documents(Conversations):
     """Conversations with scans, snips, lines and guided attention; see the module."""
 
     class Options(Conversations.Options):
+        rows: bool = True  # regions take in what stands beside the answer
         real: str | None = None  # folder of scans; absent: synthetic pages only
         share: float = 0.0  # of examples that come from scans, where there are any
         uses: int = 1  # examples per drawn page
@@ -64,6 +70,7 @@ class Documents(Conversations):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.teller = RowTeller(self.processor, self.options.jitter)
+        self.teller.rows = self.options.rows
         self.scans: list[Scan] = read_scans(self.options.real)
         self.drawn = lru_cache(maxsize=2 * PAGES_AT_HAND)(self.draw)
         if self.options.condition_std is not None:
