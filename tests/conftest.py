@@ -87,7 +87,7 @@ def tiny_vlm():
 def qwen_folder(request, tmp_path_factory):
     """A plain Qwen2-VL folder as on the hub: tokenizer, preprocessor_config.json, no processor_config.json."""
     if qwen_vocab.ranks_file() is None:
-        pytest.skip("dashscope is not installed: it carries the Qwen vocabulary (dev extra)")
+        pytest.fail("dashscope is not installed, which carries the Qwen vocabulary: pip install -e '.[dev]'")
     kept = getattr(request.config, "cache", None)  # building takes seconds: done once where pytest keeps things
     folder = Path(kept.mkdir("qwen-vocab-1") if kept else tmp_path_factory.mktemp("qwen"))
     if not (folder / "done").exists():

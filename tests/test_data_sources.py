@@ -223,7 +223,8 @@ def test_visual_genome_says_where_regions_are_and_needs_their_images_sizes(tmp_p
 
 
 def test_a_dataset_with_an_image_column_streams_and_its_images_are_written_once(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     data = {
         "image": [str(picture(tmp_path / "raw" / "a.png"))] * 2,
         "query": ["Who?", "When?"],
@@ -252,7 +253,8 @@ def test_a_dataset_with_an_image_column_streams_and_its_images_are_written_once(
 
 def test_labels_paths_and_several_images_of_a_dataset(tmp_path):
     """A class label answers with its name; a path holds from the dataset's folder, or into an archive."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     picture(tmp_path / "img/a b.png")
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         archive.write(tmp_path / "img/a b.png", "in/b.png")
@@ -330,7 +332,6 @@ def test_the_table_of_sources_holds_the_eighteen_splits():
 
 
 def test_parquet_of_items_is_told_from_a_dataset(tmp_path):
-    pytest.importorskip("pyarrow")
     path = write(tmp_path / "items.jsonl", ITEM)
     call("data", "convert", path, tmp_path / "items.parquet")
     call("data", "build", tmp_path / "items.parquet", tmp_path / "again.jsonl")

@@ -167,6 +167,12 @@ def weights_hash(model: Any) -> str | None:
     return told.hexdigest()
 
 
+def processor_hash(processor: Any) -> str | None:
+    """A hash of how images are seen and turns are told; None for something that is no processor of transformers."""
+    told = getattr(processor, "to_json_string", None)
+    return None if told is None else hashlib.blake2b(told().encode(), digest_size=16).hexdigest()
+
+
 def questions_hash(records: Sequence[Mapping[str, Any]]) -> str:
     """A hash of what was asked: question, accepted answers, boxes and the image's name, in order."""
     told = hashlib.blake2b(digest_size=16)

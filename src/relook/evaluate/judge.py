@@ -133,7 +133,8 @@ class Judge:
 
     def _one(self, plea: Plea) -> Judgement:
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": plea.message()}]
-        key = hashlib.sha256(json.dumps([self.model, MAX_TOKENS, messages]).encode()).hexdigest()
+        asked = [str(self.client.base_url), self.model, MAX_TOKENS, messages]
+        key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         known = self.cache.get(key)
         if known is not None:
             return Judgement(**(known | {"tokens_in": 0, "tokens_out": 0, "cached": True}))
@@ -159,7 +160,7 @@ class Judge:
             ) from error
         except openai.OpenAIError as error:
             return Judgement(None, f"{type(error).__name__}: {_words(error)}")
-        except Exception as error:  # a reply that is no JSON, or not of the API's shape
+        except ValueError as error:  # a reply that is no JSON
             return Judgement(None, f"the endpoint's reply cannot be read ({type(error).__name__}: {error})")
         return _read(said)
 

@@ -25,9 +25,9 @@ PUBLISHED: dict[tuple[str, int], tuple[float, ...]] = {
 }
 
 CAVEATS = (
-    "judged by gpt-4o in its version of early 2025; another judge gives other numbers",
+    "judged by gpt-4o, its version not said; another judge gives other numbers",
     "a judgement that failed counted as 0 there and is left out here",
-    "the first 1000 items at most, sampled once, without an interval",
+    "the first 1000 items at most, answers sampled, no interval given",
     f"{', '.join(NOT_TRAINED_ON)} were not in the training mix",
 )
 

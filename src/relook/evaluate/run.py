@@ -22,7 +22,7 @@ from relook.evaluate.arms import Arm, Case, find_arms, request
 from relook.evaluate.benchmarks import Places
 from relook.evaluate.facts import machine, model_facts, versions
 from relook.evaluate.folders import RESULTS
-from relook.evaluate.journal import Journal, questions_hash, weights_hash
+from relook.evaluate.journal import Journal, processor_hash, questions_hash, weights_hash
 from relook.evaluate.metrics import SCORERS, region_overlap
 from relook.evaluate.protocols import find_protocol
 from relook.evaluate.report import Evaluation, sum_up
@@ -130,7 +130,9 @@ def run_task(
         for arm in arms:
             numbers = range(done, done + len(questions))
             records = journal.known(task.name, arm.name, numbers)
-            if records is None:
+            if records is not None:
+                _same(task, records, questions)
+            else:
                 numbered = zip(numbers, questions, strict=True)
                 records = list(_run_batch(vlm, task, arm, numbered, seed, options))
                 journal.add(records)
@@ -140,6 +142,21 @@ def run_task(
             progress(task.name, done)
     if not done:
         raise UserError(f"task {task.name}: {task.about} holds no questions")
+
+
+def _same(task: Task, records: Sequence[Record], questions: Sequence[Question]) -> None:
+    """Refuse to go on with a run whose questions have changed since.
+
+    Raises:
+        UserError: names the first that differs.
+    """
+    for record, question in zip(records, questions, strict=True):
+        asked = question.text, list(question.answers), [list(box) for box in question.boxes]
+        if (record["question"], record["accepted"], record["boxes"]) != asked:
+            raise UserError(
+                f"question {record['index']} of {task.name} was another one when this run was cut; "
+                "give its questions again to go on with it, or choose another folder"
+            )
 
 
 def _batches(questions: Iterator[Question], size: int) -> Iterator[list[Question]]:
@@ -263,10 +280,10 @@ def _refuse_silence(evaluation: Evaluation, journal: Journal) -> None:
 def _decisive(vlm: Any, run: Mapping[str, Any], tasks: Sequence[Task], arms: Sequence[Arm]) -> dict[str, Any]:
     """Everything that the records depend on: a run that was cut goes on only if none of it has changed."""
     chosen = {"tasks": [task.name for task in tasks], "looks": [arm.name for arm in arms]}
-    weights = weights_hash(getattr(vlm, "model", None))
     return {
         "model": run["model"],
-        "weights": weights,
+        "weights": weights_hash(getattr(vlm, "model", None)),
+        "processor": processor_hash(vlm.processor),
         **chosen,
         **{key: run[key] for key in ("protocol", "n", "seed", "batch", "max_new_tokens", "versions")},
     }

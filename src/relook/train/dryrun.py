@@ -168,7 +168,7 @@ def _stage(
     if data.source == "json":
         key = repr((data, seed))
         if key not in seen:
-            fed = feed(data, seed, recipe.validation.items)
+            fed = feed(data, seed, recipe.validation.items, plan.processor)
             seen[key] = fed, look_through(fed, plan, note)
         fed, items = seen[key]
     objective: Any = model
@@ -189,9 +189,7 @@ def _stage(
         sizes["activations"] = memory.activations(plan.config, stage, stage.batch * longest, memory.layers_learn(model))
     samples = steps * stage.batch * stage.accumulate
     learns = by_part(objective)
-    return StageDry(
-        stage.name, stage.objective, steps, samples, learns, items, known, sizes, memory.towers(model)
-    )  # fmt: skip
+    return StageDry(stage.name, stage.objective, steps, samples, learns, items, known, sizes, memory.towers(model))
 
 
 def _drawn(objective: Any) -> list[int]:

@@ -23,7 +23,7 @@ from relook.data.variants import variant
 from relook.errors import UserError
 from relook.train.account import LeftOut, check_share
 from relook.train.lengths import alike, item_length
-from relook.train.making import made, opened
+from relook.train.making import build_options, made, opened
 from relook.train.recipe import Data
 
 Key = tuple[int, int]  # number of the source, number of the record in it
@@ -67,18 +67,20 @@ class Feed:
         seed: of the order.
         held: how many items are kept for validation (`held`), chosen by the seed, and never taught.
         given: records in place of those that `data` names (items in memory).
+        processor: of the model that learns: questions become items as it is going to see them.
 
     Raises:
         UserError: a source that is not there or holds nothing; nothing would be left to learn from.
     """
 
-    def __init__(self, data: Data, seed: int, held: int = 0, given: Sequence[Records] | None = None) -> None:
+    def __init__(
+        self, data: Data, seed: int, held: int = 0, given: Sequence[Records] | None = None, processor: Any = None
+    ) -> None:
         self.data, self.seed = data, seed
-        self.sources = data.all_sources()
+        self.sources, self.build = data.all_sources(), build_options(data, processor)
         self.records = list(given) if given is not None else [records(s.path, s.split) for s in self.sources]
         self.window, self.batch = 0, 1
         self._grouped: tuple[int, list[int]] = (-1, [])
-        self._rows: dict[int, Row | Unread] = {}
         self.held = HeldOut(self, self._choose(held))
 
     @classmethod
@@ -184,7 +186,7 @@ class Feed:
         if isinstance(row, Unread):
             raise UserError(f"{row.where}: {row.why}")
         given = row.value.get("item")
-        item = given if isinstance(given, Item) else made(row, self.sources[source], self.data)
+        item = given if isinstance(given, Item) else made(row, self.sources[source], self.build)
         return variant(item, "region", free_choice=True) if self.data.free_choice else item
 
     def __iter__(self) -> Iterator[Item]:
@@ -356,9 +358,9 @@ class HeldOut(Sequence[Any]):
         return self.feed.encoded(*self._row(index), index, processor, cutoff)
 
 
-def feed(data: Data, seed: int, held: int = 0) -> Feed:
+def feed(data: Data, seed: int, held: int = 0, processor: Any = None) -> Feed:
     """The feed that a recipe's `data` asks for."""
-    return (StreamedFeed if data.streaming else Feed)(data, seed, held)
+    return (StreamedFeed if data.streaming else Feed)(data, seed, held, processor=processor)
 
 
 __all__ = ["Feed", "HeldOut", "StreamedFeed", "feed", "interleaved"]

@@ -43,8 +43,24 @@ def opened(item: Item) -> Item:
     return replace(item, images={key: tuple(shown(ref) for ref in refs) for key, refs in item.images.items()})
 
 
-def made(row: Row, source: ItemSource, data: Data) -> Item:
-    """The item of a record: a published item as it is; a question and its answer by the source's look.
+def build_options(data: Data, processor: Any = None) -> BuildOptions:
+    """How questions become items: on the grid, with the margin and in the order that the model is going to see.
+
+    Without a processor (a start that is not here) as the published models were trained.
+    """
+    if processor is None:
+        return BuildOptions(no_box="direct", free_choice=data.free_choice)
+    return BuildOptions(
+        no_box="direct",
+        grid=processor.grid_size,
+        margin=processor.region_margin,
+        free_choice=data.free_choice or processor.free_choice,
+        question_first=processor.question_first,
+    )
+
+
+def made(row: Row, source: ItemSource, options: BuildOptions) -> Item:
+    """The item of a record: a published item as it is; a question by the source's look, built by `options`.
 
     Images are placed below the source's `image_root` (which they may not leave) or the folder of its file; those that a
     dataset holds as bytes stay in memory.
@@ -60,8 +76,7 @@ def made(row: Row, source: ItemSource, data: Data) -> Item:
             raise UserError(text if text.startswith(row.where) else f"{row.where}: {text}") from None
         return item
     question = placed(_question(row, source), root, strict=strict)
-    options = BuildOptions(look=source.look, no_box="direct", free_choice=data.free_choice)
-    item_or_none = build_item(question, options)
+    item_or_none = build_item(question, replace(options, look=source.look))
     assert item_or_none is not None  # no_box="direct" skips nothing
     return item_or_none
 

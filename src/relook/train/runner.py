@@ -114,7 +114,7 @@ def run_stage(
     seed = recipe.seed if stage.seed is None else stage.seed
     data = stage.data or recipe.data
     torch.manual_seed(seed)
-    taught, held = _items(data, recipe.validation.items, seed)
+    taught, held = _items(data, recipe.validation.items, seed, processor)
     objective = make_objective(model, processor, world_of(data, seed), stage, seed, taught, held)
     set_forward(model.config, stage)
     let_learn(model, stage.freeze, stage.train)
@@ -290,7 +290,7 @@ def world_of(data: Data, seed: int) -> Any:
     return make_world(data.world, seed) if data.source == "world" and data.world else None
 
 
-def _items(data: Data, held: int, seed: int) -> tuple[Any, Sequence[Any]]:
+def _items(data: Data, held: int, seed: int, processor: Any) -> tuple[Any, Sequence[Any]]:
     """A feed of items to learn from and `held` others that are held out; (None, ()) for a world.
 
     Raises:
@@ -298,7 +298,7 @@ def _items(data: Data, held: int, seed: int) -> tuple[Any, Sequence[Any]]:
     """
     if data.source != "json":
         return None, ()
-    items = feed(data, seed, held)
+    items = feed(data, seed, held, processor)
     return items, items.held
 
 

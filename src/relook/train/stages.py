@@ -10,6 +10,7 @@ Objectives know a world, a processor and a model; optimisers and files are `run`
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from relook.train.feeding import Feed
 from relook.train.recipe import Stage, Strict, validate
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """Base of all rows of `OBJECTIVES`.
 
     Args:
@@ -61,21 +62,21 @@ class Objective(nn.Module):
         self.log: dict[str, list[float]] = {}
         self.account = Account(items.data.max_broken, items.unread) if isinstance(items, Feed) else Account(0.0)
 
+    @abstractmethod
     def example(self, index: int) -> Any:
         """One training example, a function of the seed, the stage and `index` only."""
-        raise NotImplementedError
 
     def held_out(self, index: int) -> Any:
         """Example `index` for validation: drawn as the others are, from pages that no training gets to."""
         return self.example(first_held_out(self.stage) + index)
 
+    @abstractmethod
     def collate(self, examples: Sequence[Any]) -> dict[str, Any]:
         """Examples to the keyword arguments of `forward`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, **batch: Any) -> dict[str, Tensor]:
         """`{"loss": scalar}`; figures to log go through `note`."""
-        raise NotImplementedError
 
     def throwaway(self, name: str, make: Callable[[], nn.Module]) -> Any:
         """A head that a stage needs and nobody ships: made afresh, or as an earlier stage of the run left it.
