@@ -279,6 +279,7 @@ def test_regions_of_arms_lie_on_the_grid_and_hold_what_they_should(data, width, 
         ({"looks": ["seg"]}, "'seg' needs a seg look, and this model has region, clip"),
         ({"n": 0}, "n=0 questions"),
         ({"batch": 0}, "batch=0"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16' was given with a model that is loaded"),
     ],
 )
 def test_wrong_arguments_are_said_before_any_work(arguments, words):
@@ -314,6 +315,7 @@ def test_the_real_loop_goes_through_every_arm(tiny_vlm):
     positions = {arm: run.result("cards", arm).measures["lm_positions"].mean for arm in looks}
     assert positions["oracle"] > positions["none"] > 0
     assert run.run["facts"]["parameters"] == sum(p.numel() for p in vlm.model.parameters())
+    assert run.run["facts"]["dtype"] == "float32"
     assert run.run["machine"].keys() == {"processor", "cores", "threads"}
 
 

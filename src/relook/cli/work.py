@@ -91,6 +91,7 @@ def evaluate(
     out: Annotated[Path | None, Option(metavar="FOLDER", help="Where results and a record of each answer go.")] = None,
     seed: Annotated[int, Option(metavar="N", help="Of pages drawn, random regions, intervals.")] = 0,
     batch: Annotated[int, Option(min=1, metavar="N", help="Questions asked side by side.")] = 8,
+    dtype: Annotated[str | None, Option(metavar="DTYPE", help="float32, bfloat16 or float16.")] = None,
     protocol: Annotated[
         str, Option(metavar="NAME", help="default (greedy, all items), or as published: paper, paper-224.")
     ] = "default",
@@ -109,7 +110,7 @@ def evaluate(
 
     places = Places(data, parse_folders(images or []))
     done = run(model, tasks or ["cards"], looks or ["auto", "none"], n=n, out=out, seed=seed, batch=batch,
-               protocol=protocol, places=places,
+               protocol=protocol, places=places, dtype=dtype,
                progress=lambda task, count: progress(f"{task}: {count} questions"))  # fmt: skip
     progress("")
     print(json.dumps(done.to_dict(), indent=2, ensure_ascii=False) if as_json else done)

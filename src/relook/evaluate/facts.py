@@ -34,14 +34,19 @@ def machine() -> dict[str, Any]:
 
 
 def model_facts(vlm: Any) -> dict[str, Any]:
-    """`parameters` (shared ones counted once), `device`, and what the config says of the training:
+    """`parameters` (shared ones counted once), `device`, `dtype`, and what the config says of the training:
     `recipe`, `seed`, `samples`, `seconds`. Empty for something that is not a `VLM`."""
     model = getattr(vlm, "model", None)
     if model is None:
         return {}
     provenance = getattr(model.config, "provenance", None) or {}
     training = {key: provenance[key] for key in PROVENANCE if key in provenance}
-    return {"parameters": sum(p.numel() for p in model.parameters()), "device": str(model.device), "training": training}
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": str(model.device),
+        "dtype": str(getattr(model, "dtype", "")).removeprefix("torch."),
+        "training": training,
+    }
 
 
 def _processor() -> str:

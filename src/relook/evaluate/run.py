@@ -47,6 +47,7 @@ def evaluate(
     progress: Progress | None = None,
     protocol: str = "default",
     places: Places | None = None,
+    dtype: str | None = None,
 ) -> Evaluation:
     """Ask the questions of `tasks` under each way to look, and score the answers.
 
@@ -63,6 +64,7 @@ def evaluate(
         progress: called with a task's name and the number of its questions done.
         protocol: a row of `PROTOCOLS`.
         places: where the files of the paper's benchmarks lie.
+        dtype: of the weights, as `relook.load` takes it; for a model that is given by name.
 
     Raises:
         UserError: unknown task or look, a look the model lacks, a file that cannot be read, a folder with an unfinished
@@ -78,7 +80,7 @@ def evaluate(
         raise UserError("two of the question files have the same name; rename one")
     way = find_protocol(protocol)
     n = way.n if n is None else n
-    vlm = _loaded(model)
+    vlm = _loaded(model, dtype)
     arms = find_arms(looks, vlm)
     about = {"protocol": protocol, "n": n, "seed": seed, "batch": batch, "max_new_tokens": max_new_tokens}
     run: dict[str, Any] = {
@@ -260,12 +262,14 @@ def _fill(record: Record, case: Case, answer: Answer, scores: Sequence[str]) -> 
     record["iou"] = None if overlap is None else overlap[1]
 
 
-def _loaded(model: Any) -> Any:
+def _loaded(model: Any, dtype: str | None) -> Any:
     if not isinstance(model, str | Path):
+        if dtype is not None:
+            raise UserError(f"dtype={dtype!r} was given with a model that is loaded; load it with that dtype")
         return model
     import relook
 
-    return relook.load(model)
+    return relook.load(model, dtype=dtype)
 
 
 def _refuse_silence(evaluation: Evaluation, journal: Journal) -> None:
