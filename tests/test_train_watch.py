@@ -101,10 +101,10 @@ def test_items_are_held_out_of_a_file(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     items_file(tmp_path, 10)
     data = plan(data={"source": "json", "path": "items.json"}).data
-    taught, held = _items(data, 3, seed=1)
+    taught, held = _items(data, 3, 1, None)
     numbers = [[item.extra["number"] for item in part] for part in (taught, held)]
     assert len(numbers[1]) == 3 and sorted(numbers[0] + numbers[1]) == list(range(10))
-    assert [item.extra["number"] for item in _items(data, 3, seed=1)[1]] == numbers[1]
+    assert [item.extra["number"] for item in _items(data, 3, 1, None)[1]] == numbers[1]
     with pytest.raises(UserError, match="holds 10; hold out fewer"):
         _items(data, 10, seed=1)
     question = from_item(held[0], grid=8)

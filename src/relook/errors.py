@@ -9,6 +9,7 @@ class RelookError(Exception):
     """The work was asked for rightly and failed (out of memory, a server that does not answer)."""
 
     exit_code = 1
+    quiet = False  # where another process of the same work says it
 
 
 class UserError(RelookError, ValueError):

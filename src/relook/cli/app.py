@@ -37,7 +37,7 @@ class _Group(TyperGroup):
         except typer.TyperException as error:  # a usage error: unknown option, missing argument, ...
             return _say(_usage_line(error), error.exit_code)
         except RelookError as error:
-            return _say(str(error), error.exit_code)
+            return error.exit_code if error.quiet else _say(str(error), error.exit_code)
         except BrokenPipeError:  # `relook ... | head`: the reader has what it wanted
             sys.stdout = None  # nothing left to flush at exit
             return 0

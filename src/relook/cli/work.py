@@ -52,13 +52,15 @@ def train(
     as_json: Annotated[bool, Option("--json", help="Print the dry run as JSON.")] = False,
 ) -> None:
     """Train a model by a recipe; a rerun goes on where the run was cut. SIGTERM and Ctrl-C save first."""
-    from relook.train import run
+    from relook.train import ranks, run
 
     if dry_run:
         _try_out(recipe, overrides or [], as_json)
         return
 
-    print(f"written: {run(recipe, overrides or [])}")
+    done = run(recipe, overrides or [])
+    if ranks.main():
+        print(f"written: {done}")
 
 
 def _try_out(recipe: Path, overrides: list[str], as_json: bool) -> None:

@@ -6,7 +6,6 @@ Knows examples that could not be had; not where they come from, nor what is lear
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from relook.data.access import Unread
 from relook.data.records import replacing
 from relook.errors import RelookError
+from relook.train import ranks
 
 EARLY = 200  # examples: a share is not judged on fewer
 SHOWN = 5  # examples that are named on stderr; the file names all
@@ -67,6 +67,7 @@ class Account:
         self.left_out: Counter[Reason] = Counter()
         self.path: Path | None = None
         self._first: dict[Reason, str] = {}
+        self._own: tuple[int, list[LeftOut]] = 0, []  # of this process, until `settle`
 
     def open(self, path: Path, begun: int) -> None:
         """Name examples in this file (JSON lines) from here on; `begun` are behind, those named among them stay."""
@@ -82,8 +83,8 @@ class Account:
         self.taught = begun - len(kept)
         unread = [LeftOut(-1, "unread", one.where, one.why) for one in self.unread]
         for one in unread[:SHOWN]:
-            print(f"left out ({one.reason}): {one.where}: {one.what}", file=sys.stderr)
-        if path.is_file() or unread:
+            ranks.say(f"left out ({one.reason}): {one.where}: {one.what}")
+        if ranks.main() and (path.is_file() or unread):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 file.writelines(json.dumps(asdict(one)) + "\n" for one in (*unread, *kept))
@@ -91,18 +92,36 @@ class Account:
     def add(self, taught: int, left_out: str) -> None:
         """Count a batch: how many examples it taught, and those left out as `pack_up` wrote them.
 
+        Where several processes train, each counts its own until all `settle`.
+
         Raises:
             RelookError: too many are broken.
         """
-        self.taught += taught
-        if not left_out:
+        before, kept = self._own
+        self._own = before + taught, kept + [LeftOut(**one) for one in json.loads(left_out or "[]")]
+        if ranks.count() == 1:
+            self.settle([self.own()])
+
+    def own(self) -> tuple[int, list[LeftOut]]:
+        """What this process counted since it was last asked."""
+        own, self._own = self._own, (0, [])
+        return own
+
+    def settle(self, counted: Sequence[tuple[int, list[LeftOut]]]) -> None:
+        """Count what the processes counted (`own` of each); all of them come to the same account.
+
+        Raises:
+            RelookError: too many are broken.
+        """
+        self.taught += sum(taught for taught, _ in counted)
+        found = sorted((one for _, left_out in counted for one in left_out), key=lambda one: one.example)
+        if not found:
             return
-        found = [LeftOut(**one) for one in json.loads(left_out)]
         for one in found:
             self._count(one)
             if sum(self.left_out.values()) <= SHOWN:
-                print(f"left out ({one.reason}): {one.where}: {one.what}", file=sys.stderr)
-        if self.path is not None:
+                ranks.say(f"left out ({one.reason}): {one.where}: {one.what}")
+        if self.path is not None and ranks.main():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(asdict(one)) + "\n" for one in found)

@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from relook.errors import RelookError
+from relook.train import ranks
 
 ASKED_BY = (signal.SIGTERM, signal.SIGINT)  # from a scheduler; Ctrl-C
 GO_ON = "the same command goes on from there"
@@ -42,6 +42,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.seen: int | None = None
+        self._noted = False  # `seen` may be another process's
         self._before: dict[int, Any] = {}
         self._process = os.getpid()
 
@@ -57,16 +58,23 @@ class Signals:
             signal.signal(number, handler)
         self._before = {}
 
+    def agree(self) -> int | None:
+        """What one of several processes has seen, all have; None while none has. All get the same answer."""
+        told = next((seen for seen in ranks.gather(self.seen) if seen is not None), None)
+        if told is not None:
+            self.seen = told
+        return told
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return
-        if self.seen is not None:
+        if self._noted:
             self.__exit__()
             os.kill(self._process, number)
             return
-        self.seen = number
+        self._noted, self.seen = True, number
         name = signal.Signals(number).name
-        print(f"{name}: saving and stopping after this step (once more: at once)", file=sys.stderr, flush=True)
+        ranks.say(f"{name}: saving and stopping after this step (once more: at once)")
 
 
 @contextmanager

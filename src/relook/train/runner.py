@@ -10,10 +10,9 @@ Knows the order of things; what a stage learns is `stages`' business, files are 
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PrinterCallback, TrainingArguments
@@ -22,7 +21,7 @@ from transformers.trainer_callback import ProgressCallback
 from relook.data.records import replacing
 from relook.data.worlds import make_world
 from relook.errors import UserError
-from relook.train import lora, watch
+from relook.train import lora, ranks, watch
 from relook.train.checkpoints import Checkpoints, Record, digest, finished, keep_stage, restore_stage
 from relook.train.faults import GO_ON, Signals, Stopped, writing
 from relook.train.feeding import feed
@@ -50,26 +49,40 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), out: str | P
     for o in overrides:
         if o.startswith("out="):
             out = o.removeprefix("out=")
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, given)
-    folder = Path(out) if out is not None else Path("runs") / recipe.name
+    with ranks.joined():
+        with ranks.together():
+            if not isinstance(recipe, Recipe):
+                recipe = load_recipe(recipe, given)
+            folder = Path(out) if out is not None else Path("runs") / recipe.name
+            model, processor = _begun(recipe, folder)
+        with Signals() as signals:
+            try:
+                history = run_stages(model, processor, recipe, folder, signals)
+            except Stopped:
+                if ranks.main():
+                    watch.draw_curves(folder)
+                raise
+        with ranks.together(), writing(folder, lambda: GO_ON):
+            if ranks.main():
+                watch.draw_curves(folder)
+                save_final(model, processor, recipe, history, folder / "final")
+    return folder / "final"
+
+
+def _begun(recipe: Recipe, folder: Path) -> tuple[Any, Any]:
+    """The run's folder, made; the model and processor it begins with."""
     watch.check_reporters(recipe.report_to)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_recipe(recipe, folder)
+    for stage in recipe.stages:
+        ranks.divided(stage.batch, stage.accumulate, ranks.count())
+    if ranks.main():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_recipe(recipe, folder)
     torch.set_num_threads(recipe.threads)
     model, processor = start_model_of(recipe)
     check_parts(model, recipe.stages)
     if any((stage.data or recipe.data).free_choice for stage in recipe.stages):
         processor.free_choice = True
-    with Signals() as signals:
-        try:
-            history = run_stages(model, processor, recipe, folder, signals)
-        except Stopped:
-            watch.draw_curves(folder)
-            raise
-    with writing(folder, lambda: GO_ON):
-        watch.draw_curves(folder)
-        return save_final(model, processor, recipe, history, folder / "final")
+    return model, processor
 
 
 def run_stages(model: Any, processor: Any, recipe: Recipe, folder: Path, signals: Signals) -> list[Record]:
@@ -78,18 +91,18 @@ def run_stages(model: Any, processor: Any, recipe: Recipe, folder: Path, signals
     for number, stage in enumerate(recipe.stages):
         name = digest(name, recipe, stage)
         checkpoints = Checkpoints(folder / "stages" / f"{number:02d}-{stage.name}", name, recipe.keep_last)
-        record = finished(checkpoints.place, name)
+        record = ranks.from_main(finished(checkpoints.place, name))
         if record is None:
             record = run_stage(model, processor, recipe, stage, folder, checkpoints, signals)
-            with writing(checkpoints.place, checkpoints.say_last):
-                keep_stage(model, checkpoints.place, {**record, "digest": name})
-            checkpoints.close()
-            if signals.seen is not None and number + 1 < len(recipe.stages):
-                raise Stopped(
-                    f"stopped after stage {stage.name}, which is kept in {checkpoints.place}; {GO_ON}", signals.seen
-                )
+            with ranks.together(), writing(checkpoints.place, checkpoints.say_last):
+                if ranks.main():
+                    keep_stage(model, checkpoints.place, {**record, "digest": name})
+                    checkpoints.close()
+            told = signals.agree()
+            if told is not None and number + 1 < len(recipe.stages):
+                _stop(f"stopped after stage {stage.name}, which is kept in {checkpoints.place}; {GO_ON}", told)
         else:
-            print(f"{stage.name}: already done, taken from {checkpoints.place}", file=sys.stderr)
+            ranks.say(f"{stage.name}: already done, taken from {checkpoints.place}")
             restore_stage(model, checkpoints.place)
             set_forward(model.config, stage)
         history.append({k: v for k, v in record.items() if k != "digest"})
@@ -112,6 +125,48 @@ def run_stage(
         RelookError: the loss or the gradient is no number, or too large; the disk is full.
     """
     seed = recipe.seed if stage.seed is None else stage.seed
+    with ranks.together():
+        objective, taught = _made_ready(model, processor, recipe, stage, seed)
+    steps = steps_of(stage, taught)
+    stage = stage.model_copy(update={"samples": steps * stage.batch * stage.accumulate})
+    if ranks.main():
+        checkpoints.clear_aside()
+    record = ranks.from_main(checkpoints.last())
+    if record is not None:
+        ranks.say(f"{stage.name}: goes on from step {record['step']} of {steps}")
+    objective.account.open(
+        checkpoints.place / "left_out.jsonl", record["step"] * stage.batch * stage.accumulate if record else 0
+    )
+    batch, accumulate = ranks.divided(stage.batch, stage.accumulate, ranks.count())
+    tally = watch.Tally(batch * ranks.count(), record)
+    trainer = _trainer(objective, recipe, stage, seed, steps, checkpoints, tally, (batch, accumulate))
+    trainer.add_callback(Keeper(checkpoints, recipe, stage, tally, signals, objective.account))
+    with watch.watched(trainer, folder, checkpoints.place.name, stage, tally, record["step"] if record else 0):
+        _train(trainer, checkpoints, signals, str(checkpoints.path(record)) if record else None)
+    if told := objective.account.say():
+        ranks.say(f"{stage.name}: {told}")
+    if signals.seen is not None and trainer.state.global_step < steps:
+        place = checkpoints.path({"step": trainer.state.global_step})
+        _stop(f"stopped at step {trainer.state.global_step} of {steps}, saved in {place}; {GO_ON}", signals.seen)
+    _put_back(model, processor, stage, checkpoints)
+    best = ranks.from_main(checkpoints.best())
+    done: Record = {
+        "stage": stage.name,
+        "samples": steps * stage.batch * stage.accumulate,
+        "seconds": round(tally.seconds, 1),
+        "loss": round(tally.loss_sum / steps, 4),
+    }
+    return done if best is None else {**done, "best": {k: best[k] for k in ("step", "eval_loss")}}
+
+
+def _stop(why: str, signum: int) -> NoReturn:
+    """End the run in all processes; the main one says why."""
+    stopped = Stopped(why, signum)
+    raise stopped if ranks.main() else ranks.Elsewhere(stopped)
+
+
+def _made_ready(model: Any, processor: Any, recipe: Recipe, stage: Stage, seed: int) -> tuple[Objective, Any]:
+    """The stage's objective around a model of which only that learns which is to; and the feed it learns from."""
     data = stage.data or recipe.data
     torch.manual_seed(seed)
     taught, held = _items(data, recipe.validation.items, seed, processor)
@@ -123,53 +178,35 @@ def run_stage(
     model.train()
     if stage.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    steps = steps_of(stage, taught)
-    stage = stage.model_copy(update={"samples": steps * stage.batch * stage.accumulate})
-    checkpoints.clear_aside()
-    record = checkpoints.last()
-    if record is not None:
-        print(f"{stage.name}: goes on from step {record['step']} of {steps}", file=sys.stderr)
-    begun = record["step"] * stage.batch * stage.accumulate if record else 0
-    objective.account.open(checkpoints.place / "left_out.jsonl", begun)
-    tally = watch.Tally(stage.batch, record)
-    name = checkpoints.place.name
-    watchers = watch.Watchers(folder, name, stage, tally, record["step"] if record else 0)
-    trainer = _trainer(objective, recipe, stage, seed, steps, checkpoints, tally)
-    for callback in (Keeper(checkpoints, recipe, stage, tally, signals), *watchers.callbacks):
-        trainer.add_callback(callback)
+    return objective, taught
+
+
+def _train(trainer: StageTrainer, checkpoints: Checkpoints, signals: Signals, start: str | None) -> None:
+    """Let the Trainer train, from a checkpoint's folder where there is one."""
+    objective: Any = trainer.model
+    if not ranks.main():  # else all processes would draw the same masks
+        torch.manual_seed(trainer.args.seed + ranks.number())
     try:
-        with remembering(model, stage.remember):
-            trainer.train(resume_from_checkpoint=str(checkpoints.path(record)) if record else None)
+        with remembering(objective.model, objective.stage.remember):
+            trainer.train(resume_from_checkpoint=start)
     except RuntimeError as error:  # a process that draws examples was told to stop, too
         if signals.seen is None:
             raise
         raise Stopped(
-            f"stopped in the midst of a step of {stage.name}; {checkpoints.say_last()}", signals.seen
+            f"stopped in the midst of a step of {objective.stage.name}; {checkpoints.say_last()}", signals.seen
         ) from error
-    finally:
-        watchers.close()
-    if told := objective.account.say():
-        print(f"{stage.name}: {told}", file=sys.stderr)
-    if signals.seen is not None and trainer.state.global_step < steps:
-        place = checkpoints.path({"step": trainer.state.global_step})
-        raise Stopped(
-            f"stopped at step {trainer.state.global_step} of {steps}, saved in {place}; {GO_ON}", signals.seen
-        )
+
+
+def _put_back(model: Any, processor: Any, stage: Stage, checkpoints: Checkpoints) -> None:
+    """The model as it was before the stage, but for what it learnt."""
     if stage.lora is not None:
-        with writing(checkpoints.place, checkpoints.say_last):
-            lora.keep(model, processor, checkpoints.place / "adapter")
+        with ranks.together(), writing(checkpoints.place, checkpoints.say_last):
+            if ranks.main():
+                lora.keep(model, processor, checkpoints.place / "adapter")
         lora.merge(model)
     if stage.checkpointing:
         model.activation_checkpointing_disable()
     let_learn(model)
-    best = checkpoints.best()
-    done: Record = {
-        "stage": stage.name,
-        "samples": steps * stage.batch * stage.accumulate,
-        "seconds": round(tally.seconds, 1),
-        "loss": round(tally.loss_sum / steps, 4),
-    }
-    return done if best is None else {**done, "best": {k: best[k] for k in ("step", "eval_loss")}}
 
 
 def _trainer(
@@ -180,14 +217,18 @@ def _trainer(
     steps: int,
     checkpoints: Checkpoints,
     tally: watch.Tally,
+    share: tuple[int, int],
 ) -> StageTrainer:
-    """A Trainer for a stage, without what the library prints; when to save and evaluate is `Keeper`'s."""
+    """A Trainer for a stage, without what the library prints; when to save and evaluate is `Keeper`'s.
+
+    `share` is the batch, and the batches per step, of this process (`ranks.divided`).
+    """
     arguments = TrainingArguments(
         output_dir=str(checkpoints.aside),
         run_name=f"{recipe.name}/{stage.name}",
         max_steps=steps,
-        per_device_train_batch_size=stage.batch,
-        gradient_accumulation_steps=stage.accumulate,
+        per_device_train_batch_size=share[0],
+        gradient_accumulation_steps=share[1],
         max_grad_norm=stage.clip,
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,  # a loss that is no number stops the run
@@ -209,6 +250,7 @@ def _trainer(
         checkpoints=checkpoints,
         tally=tally,
         max_grad=recipe.max_grad,
+        parts=stage.batch // share[0],
         validate=lambda trainer: validator(trainer.state.global_step, trainer._prepare_inputs),
         model=objective,
         args=arguments,

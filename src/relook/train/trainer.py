@@ -2,7 +2,8 @@
 
 The Trainer writes its checkpoints (model, optimiser, schedule, random states) into a folder aside; `Keeper` gives them
 their record and name, decides when to save, evaluate and stop, and knows the best one. Where a run goes on from a
-checkpoint, the Trainer puts all of it back and starts at the very example that came next.
+checkpoint, the Trainer puts all of it back and starts at the very example that came next. Where several processes
+train, each takes its share of every step, the main one writes, and what one of them meets ends the run for all.
 
 Knows Trainer; not recipes as a whole, nor what a stage learns.
 """
@@ -17,10 +18,12 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from relook.train import ranks
+from relook.train.account import Account
 from relook.train.checkpoints import Checkpoints, Record, read_weights, write_weights
 from relook.train.faults import Signals, check_gradient, check_loss, writing
 from relook.train.recipe import Recipe, Stage
-from relook.train.watch import Tally
+from relook.train.watch import Tally, together
 
 Validate = Callable[["StageTrainer"], dict[str, float]]
 
@@ -47,6 +50,7 @@ class StageTrainer(Trainer):
         checkpoints: of the stage.
         tally: counts what is learnt.
         max_grad: the recipe's.
+        parts: how many processes share a batch.
         validate: figures (`eval_*`) of the model as it is; called by `evaluate`.
         kwargs: the Trainer's own.
     """
@@ -57,20 +61,36 @@ class StageTrainer(Trainer):
         checkpoints: Checkpoints,
         tally: Tally,
         max_grad: float | None,
+        parts: int,
         validate: Validate,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.checkpoints, self.tally, self.max_grad, self.validate = checkpoints, tally, max_grad, validate
+        self.parts = parts
 
     # -- learning
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        value = float(loss)
+        value = float(ranks.mean(loss))
         check_loss(value, self.state.global_step + 1, self.checkpoints.say_last)
         self.tally.add(value, inputs)
         return loss
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        weight = self._weight(inputs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss if weight is None else weight * loss
+
+    def _weight(self, inputs: Any) -> torch.Tensor | None:
+        """Where a batch is split, the mean over its tokens is that of the parts' means, each by its share of tokens."""
+        if self.parts == 1 or "labels" not in inputs:
+            return None
+        counts = ranks.gather(int((inputs["labels"][:, 1:] >= 0).sum()))
+        first = ranks.number() // self.parts * self.parts
+        whole = max(1, sum(counts[first : first + self.parts]))
+        return torch.tensor(counts[ranks.number()] * self.parts / whole, device=inputs["labels"].device)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -80,12 +100,13 @@ class StageTrainer(Trainer):
     # -- saving
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self.checkpoints.written():
+        with ranks.together(), self.checkpoints.written():
             super()._save_checkpoint(model, trial)  # `Keeper.on_save` comes next
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None
-        write_weights(self.model, output_dir)
+        if self.args.should_save:
+            write_weights(self.model, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         read_weights(self.model, resume_from_checkpoint)
@@ -94,37 +115,58 @@ class StageTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         with self.tally.pause(), torch.random.fork_rng():  # evaluating changes nothing about the run
-            metrics = self.validate(self)
+            with ranks.together():
+                metrics = self.validate(self)
+            metrics = ranks.from_main(metrics)  # on which all decide what is best
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs or "train_loss" in logs:
-            figures: dict[str, float] = self.model.figures()  # type: ignore[union-attr, operator]
-            logs |= {**figures, **(self.tally.rates() if figures else {})}
-        with writing(self.checkpoints.place, self.checkpoints.say_last):
+            logs |= self._figures()
+        with ranks.together(), writing(self.checkpoints.place, self.checkpoints.say_last):
             super().log(logs, start_time)
+
+    def _figures(self) -> dict[str, float]:
+        """What the objective noted since the last time, and rates; of all processes."""
+        objective: Any = self.model
+        noted = ranks.gather(objective.log)
+        if len(noted) > 1:
+            objective.log = {key: [v for log in noted for v in log.get(key, [])] for log in noted for key in log}
+        figures: dict[str, float] = objective.figures()
+        return {**figures, **(together(ranks.gather(self.tally.rates())) if figures else {})}
 
 
 class Keeper(TrainerCallback):
     """When to save, evaluate and stop; and the records of what was saved."""
 
-    def __init__(self, checkpoints: Checkpoints, recipe: Recipe, stage: Stage, tally: Tally, signals: Signals) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints, recipe: Recipe, stage: Stage, tally: Tally, signals: Signals, account: Account
+    ) -> None:
         self.checkpoints, self.recipe, self.stage, self.tally, self.signals = checkpoints, recipe, stage, tally, signals
+        self.account = account
         best = checkpoints.best()
         self.best = math.inf if best is None else float(best["eval_loss"])
         self.evaluated: tuple[int, float | None] = (0, None)  # step, validation loss
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        told = self._call_roll()
         step, more = state.global_step, state.global_step < state.max_steps
         if self.recipe.save_every and step % self.recipe.save_every == 0 and more:
             control.should_save = True
         if self.recipe.evaluate_every and (step % self.recipe.evaluate_every == 0 or not more):
             control.should_evaluate = True
-        if self.signals.seen is not None and more:
+        if told is not None and more:
             control.should_save = control.should_training_stop = True
         return control
+
+    def _call_roll(self) -> int | None:
+        """What single processes met in this step, all know after it: examples that were left out, a signal."""
+        counted = ranks.gather(self.account.own())
+        with ranks.together():
+            self.account.settle(counted)
+        return self.signals.agree()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> Any:
         loss = metrics["eval_loss"]
@@ -139,5 +181,6 @@ class Keeper(TrainerCallback):
         record: Record = {"stage": self.stage.name, "step": step, **self.tally.total()}
         if at == step:
             record["eval_loss"] = loss
-        with self.checkpoints.written():
-            self.checkpoints.publish(record)
+        with ranks.together(), self.checkpoints.written():
+            if ranks.main():
+                self.checkpoints.publish(record)

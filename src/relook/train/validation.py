@@ -25,6 +25,7 @@ from relook.errors import RelookError, UserError
 from relook.looks import parse_calls
 from relook.regions import Box, cells_to_box, iou, upright
 from relook.trace import Answer
+from relook.train import ranks
 from relook.train.conversation import Conversations, union
 from relook.train.faults import writing
 from relook.train.recipe import Validation
@@ -104,12 +105,16 @@ class Validator:
         if known:
             figures["region_iou"] = float(np.mean(known))
         pairs = [(a, q) for a, q in zip(answers, self._questions, strict=True) if a is not None]
-        drawn = [picture(answer, question) for answer, question in pairs[: self.plan.pictures]]
+        if ranks.main():
+            self._draw(step, pairs[: self.plan.pictures])
+        return figures
+
+    def _draw(self, step: int, pairs: list[tuple[Answer, Question]]) -> None:
+        drawn = [picture(answer, question) for answer, question in pairs]
         with writing(self.pictures, self.last):
             self.pictures.mkdir(parents=True, exist_ok=True)
             for number, image in enumerate(drawn, 1):
                 image.save(self.pictures / f"step-{step}-{number}.png")
-        return figures
 
 
 def ask(vlm: Any, questions: list[Question]) -> list[Answer | None]:

@@ -25,6 +25,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from relook.data.records import replacing
 from relook.errors import UserError
+from relook.train import ranks
 from relook.train.recipe import Stage
 
 LOG, CURVES, BOARD = "log.jsonl", "curves.png", "tensorboard"
@@ -33,7 +34,8 @@ LOG, CURVES, BOARD = "log.jsonl", "curves.png", "tensorboard"
 class Tally:
     """Counts samples, tokens, loss and time of a stage, and goes on from what a checkpoint's record says.
 
-    Tokens are real positions of the language model (padding apart); where a stage has no text, image tokens.
+    `batch` is what is learnt from at once, by all processes together; tokens are those of this process. They are real
+    positions of the language model (padding apart); where a stage has no text, image tokens.
     """
 
     def __init__(self, batch: int, record: dict[str, Any] | None = None) -> None:
@@ -80,6 +82,12 @@ class Tally:
         finally:
             then, samples, tokens = self._mark
             self._mark = (then + time.perf_counter() - begun, samples, tokens)
+
+
+def together(rates: list[dict[str, float]]) -> dict[str, float]:
+    """The rates of processes that train together: tokens add up, `samples` were counted for all, the most memory."""
+    first, tokens = rates[0], sum(rate["tokens_per_s"] for rate in rates)
+    return {**first, "tokens_per_s": tokens, "memory_mb": max(rate["memory_mb"] for rate in rates)}
 
 
 def memory() -> int:
@@ -158,6 +166,19 @@ class Watchers:
             self.bar.close()
         if self.writer is not None:
             self.writer.close()
+
+
+@contextmanager
+def watched(trainer: Any, folder: Path, name: str, stage: Stage, tally: Tally, step: int) -> Iterator[None]:
+    """While it lasts, a stage that trains is watched: by the main process, where there are several."""
+    watchers = Watchers(folder, name, stage, tally, step) if ranks.main() else None
+    for callback in watchers.callbacks if watchers is not None else ():
+        trainer.add_callback(callback)
+    try:
+        yield
+    finally:
+        if watchers is not None:
+            watchers.close()
 
 
 def _board(folder: Path, step: int) -> Any:
