@@ -22,7 +22,7 @@ from relook.cli import app
 from relook.errors import UserError
 from relook.evaluate import WRITERS, bootstrap, collect, keep, read_folder, write
 from relook.evaluate.compare import MEASURED, clustered, difference, estimate, pool, summarise
-from relook.evaluate.figures import _meet, _place
+from relook.evaluate.figures import _meet, _place, fields_figure, plain_text
 from relook.evaluate.rows import read_plan
 from relook.evaluate.writers import table_csv, table_md
 
@@ -352,6 +352,30 @@ def test_without_matplotlib_nothing_is_written_and_the_extra_is_named(plan, tmp_
     with pytest.raises(UserError, match=r"relook\[eval\]"):
         write(collect([plan]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("rows", "fields"), [(2, 12), (10, 12), (1, 30), (10, 2)])
+def test_names_under_the_bars_do_not_run_into_each_other(tmp_path, rows, fields):
+    name = "a field of $some_ length {}".format
+    for row in range(rows):
+        save(tmp_path / f"row-{row}", [record(i, i % 2, field=name(i % fields)) for i in range(2 * fields)])
+    with plain_text():
+        figure = fields_figure(collect(sorted(tmp_path.glob("row-*"))))
+        figure.draw_without_rendering()
+    boxes = [
+        tuple(text.get_window_extent().extents)
+        for panel in figure.axes
+        for text in [*panel.get_xticklabels(), *panel.texts]
+    ]
+    assert len(boxes) == fields + rows * fields
+    assert not any(_meet(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_a_judges_score_is_a_column_and_what_it_left_out_a_note(tmp_path):
+    judged = [record(i, i % 2, scores={"exact": i % 2, "anls": 0.0} | ({"judge": 0.5} if i else {})) for i in range(4)]
+    text = table_md(collect([save(tmp_path / "one", judged)]))
+    assert "| exact match % | ANLS % | judge % | region recall % |" in text and "| 50.0 (50.0-50.0) |" in text
+    assert "none, own: 1 answers have no judge score; its means leave them out." in text
 
 
 @settings(max_examples=50, deadline=None)

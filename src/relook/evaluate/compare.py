@@ -11,7 +11,7 @@ Records in, numbers out; no file, no text. The order of records changes nothing.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -70,11 +70,12 @@ class Summary:
 
     asked     questions, sorted; a question counts once, however many folders asked it
     answered, failed, skipped   records of all folders together
-    measures  estimate by name (`MEASURED`)
+    measures  estimate by name: the scores that any record has, and `MEASURES`
     fields    estimates of the scores by the question's field
     seeds     by folder: the plain means of the scores
     errors    the first few failures in words
     uneven    whether the folders asked different questions
+    unscored  answers that a score is missing for (a judge that failed), by score; none of its estimates counts them
     """
 
     asked: tuple[Asked, ...]
@@ -86,6 +87,7 @@ class Summary:
     seeds: dict[str, dict[str, float]] = field(default_factory=dict)
     errors: tuple[str, ...] = ()
     uneven: bool = False
+    unscored: dict[str, int] = field(default_factory=dict)
 
     @property
     def images(self) -> int:
@@ -96,26 +98,43 @@ def summarise(records: Mapping[str, Sequence[Record]], seed: int = 0) -> Summary
     """The records of one task and look, by folder, pooled."""
     asked = pool(records)
     every = [record for name in sorted(records) for record in records[name]]
+    answered = [record for record in every if record["failed"] is None and record["skipped"] is None]
+    scores = scored(answered)
     failed = sorted(f"{record['where']}: {record['failed']}" for record in every if record["failed"] is not None)
     skipped = sum(record["skipped"] is not None for record in every)
     fields = sorted({each.field for each in asked if each.field and each.answers})
     return Summary(
         asked=asked,
-        answered=len(every) - len(failed) - skipped,
+        answered=len(answered),
         failed=len(failed),
         skipped=skipped,
-        measures={name: estimate(asked, measure, seed) for name, measure in MEASURED.items()},
+        measures={
+            name: estimate(asked, measure, seed)
+            for name, measure in {**{score: measure_of(score) for score in scores}, **MEASURES}.items()
+        },
         fields={
             name: {
-                score: estimate([each for each in asked if each.field == name], MEASURED[score], seed)
-                for score in SCORERS
+                score: estimate([each for each in asked if each.field == name], measure_of(score), seed)
+                for score in scores
             }
             for name in fields
         },
-        seeds={name: _means(records[name]) for name in sorted(records) if records[name]},
+        seeds={name: _means(records[name], scores) for name in sorted(records) if records[name]},
         errors=tuple(failed[:5]),
         uneven=len({frozenset(map(_key, each)) for each in records.values()}) > 1,
+        unscored={name: n for name in scores if (n := sum(name not in record["scores"] for record in answered))},
     )
+
+
+def scored(records: Iterable[Record]) -> tuple[str, ...]:
+    """The scores that any record has: those of `SCORERS` in its order, then others (a judge's) by name."""
+    names = {name for record in records for name in record["scores"]}
+    return (*(name for name in SCORERS if name in names), *sorted(names - SCORERS.keys()))
+
+
+def measure_of(name: str) -> Measure:
+    """The measure of that name; a name that no table knows is a score."""
+    return MEASURED.get(name) or _score(name)
 
 
 def pool(records: Mapping[str, Sequence[Record]]) -> tuple[Asked, ...]:
@@ -180,9 +199,9 @@ def _draws(n: int, seed: int, resamples: int) -> np.ndarray:
     return counts
 
 
-def _means(records: Sequence[Record]) -> dict[str, float]:
+def _means(records: Sequence[Record], scores: Sequence[str]) -> dict[str, float]:
     ordered = sorted(records, key=_key)  # a sum of floats depends on their order
-    values = {name: [v for record in ordered if (v := MEASURED[name](record)) is not None] for name in SCORERS}
+    values = {name: [v for record in ordered if (v := measure_of(name)(record)) is not None] for name in scores}
     return {name: sum(each) / len(each) for name, each in values.items() if each}
 
 

@@ -8,99 +8,146 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 from relook.errors import UserError
 from relook.evaluate.metrics import Estimate
 from relook.evaluate.rows import Report, Row
+from relook.evaluate.tables import field_counts, score_name
 
 # Six of Okabe and Ito's colours, told apart with any colour vision, and four more for long reports; markers differ too.
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#7A5195", "#999999", "#444444", "#B8A000")
 MARKERS = "osD^vh>p<*"
-GREY = "#666666"
+GREY, INK, EDGE = "#666666", "#222222", "#ffffff"
 DPI = 150
+FIELDS_WIDTH, FIELD_SIZE = 9.5, 8.5  # inches; points
+BAR, LETTER = 8.0, 5.2  # points: the least room a bar with its name has, and what a letter of a field's name takes
 Rectangle = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels, y upwards
 Interval = tuple[float, float, float]  # mean, low, high
+Point = tuple[Interval, Interval, str, str]  # x, y, name, colour
 MARKER, LABEL_ROOM = 10.0, 3.0  # pixels: half the side of a point's square, and what is kept free around a label
 
 
 def cost_png(report: Report) -> bytes:
-    """Exact match (y, %) against LM positions an answer (x): a panel a task, a labelled point a row, 95 % intervals."""
-    figure, panels = _figure(report, 1, max(len(report.tasks), 1), (5.2, 4.6))
-    labels = []
-    for panel, task in zip(panels, report.tasks, strict=True):
-        points = []
-        for place, row in enumerate(report.rows):
-            result = row.results.get(task)
-            if result is None:
-                continue
-            x, y = _scaled(result.measures["lm_positions"]), _scaled(result.measures["exact"], 100)
-            if x is None or y is None:
-                continue
-            panel.errorbar(
-                x[0], y[0], xerr=_whiskers(x), yerr=_whiskers(y), fmt=MARKERS[place % len(MARKERS)],
-                ms=7, lw=1.1, capsize=2.5, color=_colour(place), mec="white", mew=0.6,
-            )  # fmt: skip
-            points.append((x, y, row.name, _colour(place)))
-        panel.set_title(task, loc="left", fontsize=11, weight="bold")
-        panel.set_xlabel("LM positions per answer")
-        panel.set_ylabel("exact match, %")
-        panel.set_xlim(0, 1.12 * max((x[2] for x, *_ in points), default=1.0))
-        top = _top(panel.get_ylim()[1])
-        panel.set_ylim(-0.05 * top, top)  # room under zero, so that a point there is whole and has a name beside it
-        panel.axhline(0, lw=0.8, color=GREY, zorder=0)
-        panel.grid(alpha=0.25)
-        labels.append(points)
-    _legend(figure, report, _dot)
-    figure.draw_without_rendering()  # the layout is settled now: what is placed in pixels stays
-    for panel, points in zip(panels, labels, strict=True):
-        _label(panel, points)
-    return _png(figure)
+    """Score (y, %) against LM positions an answer (x): a panel a task, a labelled point a row, 95 % intervals."""
+    with plain_text():
+        figure, panels = _figure(report, 1, max(len(report.tasks), 1), (5.2, 4.6))
+        points = [cost_panel(panel, report, task) for panel, task in zip(panels, report.tasks, strict=False)]
+        _legend(figure, report, _dot)
+        figure.draw_without_rendering()  # the layout is settled now: what is placed in pixels stays
+        for panel, each in zip(panels, points, strict=False):
+            label(panel, each)
+        return _png(figure)
+
+
+def cost_panel(panel: Any, report: Report, task: str) -> list[Point]:
+    """One task's rows as points; what comes back is for `label`, once the layout is settled."""
+    score, points = report.scores(task)[0], []
+    for place, row in enumerate(report.rows):
+        measures = row.results[task].measures if task in row.results else {}
+        x, y = scaled(measures.get("lm_positions")), scaled(measures.get(score), 100)
+        if x is None or y is None:
+            continue
+        panel.errorbar(
+            x[0], y[0], xerr=whiskers(x), yerr=whiskers(y), fmt=MARKERS[place % len(MARKERS)],
+            ms=7, lw=1.1, capsize=2.5, color=colour(place), mec=EDGE, mew=0.6,
+        )  # fmt: skip
+        points.append((x, y, row.name, colour(place)))
+    panel.set_title(task, loc="left", fontsize=11, weight="bold")
+    panel.set_xlabel("LM positions per answer")
+    panel.set_ylabel(f"{score_name(score)}, %")
+    panel.set_xlim(0, 1.12 * max((x[2] for x, *_ in points), default=1.0))
+    top = _top(panel.get_ylim()[1])
+    panel.set_ylim(-0.05 * top, top)  # room under zero, so that a point there is whole and has a name beside it
+    panel.axhline(0, lw=0.8, color=GREY, zorder=0)
+    panel.grid(alpha=0.25)
+    return points
 
 
 def fields_png(report: Report) -> bytes:
-    """Exact match by field (%): a panel a task, a group of bars a field, a bar a row, 95 % intervals."""
-    figure, panels = _figure(report, max(len(report.tasks), 1), 1, (9.5, 3.3))
-    for panel, task in zip(panels, report.tasks, strict=True):
-        rows = [(place, row, row.results[task]) for place, row in enumerate(report.rows) if task in row.results]
-        fields = sorted({name for _, _, result in rows for name in result.fields})
-        counts = {n: max(r.fields[n]["exact"].n for _, _, r in rows if n in r.fields) for n in fields}
-        width = 0.84 / max(len(rows), 1)
-        for slot, (place, row, result) in enumerate(rows):
-            for group, name in enumerate(fields):
-                value = _scaled(result.fields.get(name, {}).get("exact"), 100)
-                if value is not None:
-                    at = group - 0.42 + (slot + 0.5) * width
-                    panel.bar(at, value[0], width * 0.92, color=_colour(place))
-                    panel.errorbar(at, value[0], yerr=_whiskers(value), lw=0.9, capsize=1.5, color="#222222")
-                    panel.text(at, -0.02, row.name, transform=panel.get_xaxis_transform(), ha="center", va="top",
-                               fontsize=6.5, rotation=90, color=GREY)  # fmt: skip
-        room = 5 + 4.2 * max((len(row.name) for _, row, _ in rows), default=0)  # points: the names stand under the bars
-        panel.set_xticks(range(len(fields)), [f"{name} (n = {counts[name]})" for name in fields])
-        panel.tick_params(axis="x", length=0, pad=room)
-        panel.set_ylabel("exact match, %")
-        panel.set_ylim(0, _top(panel.get_ylim()[1]))
-        panel.set_xlim(-0.55, max(len(fields), 1) - 0.45)
-        panel.set_title(
-            task if fields else f"{task}: no questions with a field", loc="left", fontsize=11, weight="bold"
-        )
-        panel.grid(axis="y", alpha=0.25)
-        panel.set_axisbelow(True)
+    """Score by field (%): a group of bars a field, a bar a row, 95 % intervals; a panel a task, or several where its
+    bars would be too narrow for their names."""
+    with plain_text():
+        return _png(fields_figure(report))
+
+
+def fields_figure(report: Report) -> Any:
+    """`fields_png` before it is a picture."""
+    plan = [part for task in report.tasks for part in _field_parts(report, task)]
+    figure, panels = _figure(report, max(len(plan), 1), 1, (FIELDS_WIDTH, 3.1))
+    for panel, (task, title, fields) in zip(panels, plan, strict=False):
+        _field_panel(panel, report, task, title, fields)
     _legend(figure, report, _patch)
-    return _png(figure)
+    return figure
+
+
+def _field_parts(report: Report, task: str) -> list[tuple[str, str, dict[str, int]]]:
+    """(task, title, fields with their numbers of questions) of each panel: even parts in which every name has room."""
+    counts = field_counts(report, task, report.scores(task)[0])
+    if not counts:
+        return [(task, f"{task}: no questions with a field", {})]
+    points = 72 * (FIELDS_WIDTH - 0.8)
+    bars = max(sum(task in row.results for row in report.rows), 1)
+    longest = max(len(name) for name in counts)
+    most = max(int(points / max(BAR * bars / 0.84, LETTER * (longest + 1))), 1)
+    parts = math.ceil(len(counts) / most)
+    each = math.ceil(len(counts) / parts)
+    names = [list(islice(counts, start, start + each)) for start in range(0, len(counts), each)]
+    return [
+        (task, task if not i else f"{task}, continued", {n: counts[n] for n in some}) for i, some in enumerate(names)
+    ]
+
+
+def _field_panel(panel: Any, report: Report, task: str, title: str, fields: dict[str, int]) -> None:
+    score = report.scores(task)[0]
+    rows = [(place, row, row.results[task]) for place, row in enumerate(report.rows) if task in row.results]
+    width = 0.84 / max(len(rows), 1)
+    for slot, (place, row, result) in enumerate(rows):
+        for group, name in enumerate(fields):
+            value = scaled(result.fields.get(name, {}).get(score), 100)
+            if value is not None:
+                at = group - 0.42 + (slot + 0.5) * width
+                panel.bar(at, value[0], width * 0.92, color=colour(place))
+                if not value[0]:  # a bar without height is seen too
+                    ends = at - 0.46 * width, at + 0.46 * width
+                    panel.plot(ends, (0, 0), lw=2.5, color=colour(place), solid_capstyle="butt")
+                panel.errorbar(at, value[0], yerr=whiskers(value), lw=0.9, capsize=1.5, color=INK)
+                panel.text(at, -0.02, _short(row.name), transform=panel.get_xaxis_transform(), ha="center", va="top",
+                           fontsize=6.5, rotation=90, color=GREY)  # fmt: skip
+    room = 6 + 4.0 * max((len(_short(row.name)) for _, row, _ in rows), default=0)  # points: the rows' names stand here
+    panel.set_xticks(range(len(fields)), [f"{_short(name)}\nn = {count}" for name, count in fields.items()])
+    panel.tick_params(axis="x", length=0, pad=room, labelsize=FIELD_SIZE)
+    panel.set_ylabel(f"{score_name(score)}, %")
+    panel.set_ylim(0, _top(panel.get_ylim()[1]))
+    panel.set_xlim(-0.55, max(len(fields), 1) - 0.45)
+    panel.set_title(title, loc="left", fontsize=11, weight="bold")
+    panel.grid(axis="y", alpha=0.25)
+    panel.set_axisbelow(True)
 
 
 # ---- parts of a figure
 
 
-def _figure(report: Report, down: int, across: int, size: tuple[float, float]) -> tuple[Any, Sequence[Any]]:
-    """A figure of down x across panels of `size` inches each, with room for the legend under them."""
+def plain_text(**settings: Any) -> Any:
+    """A context in which matplotlib takes a name as it is written, dollar signs and all, with these settings besides.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        from matplotlib import rc_context
     except ImportError:
         raise UserError("the figures need matplotlib, which is not installed; pip install 'relook[eval]'") from None
+    changed: Any = {"text.parse_math": False, **settings}
+    return rc_context(changed)
+
+
+def _figure(report: Report, down: int, across: int, size: tuple[float, float]) -> tuple[Any, Sequence[Any]]:
+    """A figure of down x across panels of `size` inches each, with room for the legend under them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     width = size[0] * max(across, 1)
     legend = 0.22 * math.ceil(len(report.rows) / _legend_columns(width)) + 0.25
     figure = Figure(figsize=(width, size[1] * down + legend), dpi=DPI, layout="constrained")
@@ -132,16 +179,16 @@ def _entry(row: Row) -> str:
 def _dot(place: int) -> Any:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], ls="", marker=MARKERS[place % len(MARKERS)], ms=7, color=_colour(place), mec="white", mew=0.6)
+    return Line2D([], [], ls="", marker=MARKERS[place % len(MARKERS)], ms=7, color=colour(place), mec=EDGE, mew=0.6)
 
 
 def _patch(place: int) -> Any:
     from matplotlib.patches import Patch
 
-    return Patch(color=_colour(place))
+    return Patch(color=colour(place))
 
 
-def _label(panel: Any, points: Sequence[tuple[Interval, Interval, str, str]]) -> None:
+def label(panel: Any, points: Sequence[Point]) -> None:
     """Names beside their points, each at the nearest place where it covers no other name, no point and no interval.
 
     Two rows may lie on top of each other (the same model under two looks), so names try places farther and farther out,
@@ -195,16 +242,21 @@ def _meet(a: Rectangle, b: Rectangle) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _scaled(value: Estimate | None, factor: float = 1) -> Interval | None:
+def scaled(value: Estimate | None, factor: float = 1) -> Interval | None:
     if value is None or value.mean is None or value.low is None or value.high is None:
         return None
     return factor * value.mean, factor * value.low, factor * value.high
 
 
-def _whiskers(value: Interval) -> list[list[float]]:
+def whiskers(value: Interval) -> list[list[float]]:
     """Lengths below and above the mean; a ratio's mean may lie a rounding error outside its interval."""
     mean, low, high = value
     return [[max(mean - low, 0.0)], [max(high - mean, 0.0)]]
+
+
+def _short(name: str, most: int = 24) -> str:
+    """A name with its middle left out where it is long."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
 
 
 def _top(seen: float) -> float:
@@ -212,7 +264,7 @@ def _top(seen: float) -> float:
     return min(max(seen * 1.05, 5.0), 104.0)
 
 
-def _colour(place: int) -> str:
+def colour(place: int) -> str:
     return COLOURS[place % len(COLOURS)]
 
 

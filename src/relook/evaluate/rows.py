@@ -23,9 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from relook.errors import UserError
 from relook.evaluate.arms import ARMS
-from relook.evaluate.compare import MEASURED, Difference, Summary, difference, summarise
+from relook.evaluate.compare import Difference, Summary, difference, measure_of, summarise
 from relook.evaluate.folders import Folder, holds_records, read_folder
-from relook.evaluate.metrics import SCORERS
+from relook.evaluate.report import MEASURES
 from relook.evaluate.tasks import TASKS
 
 # What a row's model is, from results.json (`facts`), or from the row where an old results.json lacks it.
@@ -121,6 +121,18 @@ class Report:
 
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
+
+    def scores(self, task: str) -> tuple[str, ...]:
+        """The scores that any row has for a task, the one that decides first: in the task's order, then others."""
+        found = dict.fromkeys(
+            name
+            for row in self.rows
+            if task in row.results
+            for name in row.results[task].measures
+            if name not in MEASURES
+        )
+        own = TASKS[task].scores if task in TASKS else ()
+        return tuple(sorted(found, key=lambda name: own.index(name) if name in own else len(own))) or ("exact",)
 
     @property
     def folders(self) -> tuple[Folder, ...]:
@@ -254,8 +266,9 @@ def _report(
             a, b = (by_name[name].results.get(task) for name in (first, second))
             if a and b:
                 differences += [
-                    Difference(first, second, task, score, difference(a.asked, b.asked, MEASURED[score]))
-                    for score in SCORERS
+                    Difference(first, second, task, score, difference(a.asked, b.asked, measure_of(score)))
+                    for score in a.measures
+                    if score not in MEASURES and score in b.measures
                 ]
     return Report(title, note.strip(), order, tuple(rows), tuple(compare), tuple(differences))
 
