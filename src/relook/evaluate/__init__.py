@@ -1,6 +1,7 @@
 """Evaluation: tasks x ways to look -> scores with intervals, a table, and a record of every answer.
 
-    tasks    what is asked, and how each answer is scored        metrics  scores and intervals: numbers in, numbers out
+    tasks    what is asked, and how each answer is scored        metrics  means and intervals: numbers in, numbers out
+    scores, vqa  what one answer is worth -> splits  what only a split has: F1, CIDEr
     arms     ways to look: auto, none, forced, annotated, ...    report   results as a table and as JSON
     run      asks the model batch by batch and writes records      facts    versions, machine, training
     benchmarks  the paper's tasks and where their files lie        protocols  how the paper asked, and how we do
@@ -15,11 +16,13 @@ Importing this loads neither torch nor a model, nor matplotlib.
 from relook.evaluate.arms import ARMS
 from relook.evaluate.benchmarks import BENCHMARKS, Places
 from relook.evaluate.folders import keep, read_folder
-from relook.evaluate.metrics import anls, bootstrap, exact_match, region_overlap
+from relook.evaluate.metrics import bootstrap, region_overlap
 from relook.evaluate.protocols import PROTOCOLS
 from relook.evaluate.report import Evaluation, Result
 from relook.evaluate.rows import Report, collect
 from relook.evaluate.run import evaluate
+from relook.evaluate.scores import SCORERS, anls, exact_match
+from relook.evaluate.splits import SPLIT_SCORES
 from relook.evaluate.tasks import TASKS, Task, find_task
 from relook.evaluate.writers import WRITERS, write
 
@@ -27,6 +30,8 @@ __all__ = [
     "ARMS",
     "BENCHMARKS",
     "PROTOCOLS",
+    "SCORERS",
+    "SPLIT_SCORES",
     "TASKS",
     "WRITERS",
     "Evaluation",

@@ -1,17 +1,16 @@
-"""Scores of answers and of looks, and their intervals. Numbers in, numbers out: no model, no file.
+"""Numbers over items: how regions overlap, means and other figures with their intervals. Numbers in, numbers out.
 
 Boxes are x1, y1, x2, y2 in pixels of the upright original, x2 and y2 exclusive.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from relook.errors import UserError
+from relook.evaluate.scores import SCORERS as SCORERS  # until nobody asks for it here any more
 from relook.regions import Box
 
 _RESAMPLES_AT_ONCE = 256  # bounds the bootstrap's memory: 256 x n indices at a time
@@ -25,40 +24,6 @@ class Estimate:
     low: float | None
     high: float | None
     n: int
-
-
-def normalise(text: str) -> str:
-    """Lower case, white space runs as one space, none at the ends: the only differences that exact match forgives.
-
-    >>> normalise(" Sin  Thye\\n& Co ")
-    'sin thye & co'
-    """
-    return re.sub(r"\s+", " ", text).strip().casefold()
-
-
-def exact_match(answer: str, accepted: Sequence[str]) -> float:
-    """1.0 where the normalised answer is one of the normalised accepted ones, else 0.0."""
-    return float(normalise(answer) in {normalise(each) for each in accepted})
-
-
-def anls(answer: str, accepted: Sequence[str], threshold: float = 0.5) -> float:
-    """Average Normalised Levenshtein Similarity of one item: best over the accepted answers.
-
-    With NL = edit distance / length of the longer, after `normalise`: 1 - NL where NL < threshold, else 0
-    (Biten et al., "Scene Text Visual Question Answering", arXiv 1905.13648, section 4).
-
-    >>> anls("9,30", ["9.30"])    # one edit in four characters
-    0.75
-    """
-    try:
-        from rapidfuzz.distance import Levenshtein
-    except ImportError:
-        raise UserError("ANLS needs rapidfuzz, which is not installed; pip install 'relook[eval]'") from None
-    best = min(Levenshtein.normalized_distance(normalise(answer), normalise(each)) for each in accepted)
-    return 1.0 - best if best < threshold else 0.0
-
-
-SCORERS: dict[str, Callable[[str, Sequence[str]], float]] = {"exact": exact_match, "anls": anls}
 
 
 def region_overlap(looked: Sequence[Box], annotated: Sequence[Box]) -> tuple[float, float] | None:
@@ -95,13 +60,31 @@ def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = 2000, 
 
     The same values and seed give the same interval. One item gives an interval without width: read `n` beside it.
     """
-    data = np.asarray(values, dtype=float)
-    n = len(data)
-    if not n:
-        return Estimate(None, None, None, 0)
+    parts = np.asarray(values, dtype=float)[:, None]
+    return resampled(parts, lambda sums: sums[..., 0] / len(parts), seed=seed, resamples=resamples, level=level)
+
+
+def resampled(
+    parts: np.ndarray,
+    value: Callable[[np.ndarray], np.ndarray],
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> Estimate:
+    """A figure made of sums over items, and its percentile bootstrap interval, items drawn with replacement.
+
+    Args:
+        parts: (n, k), what each item adds.
+        value: sums (..., k) to figures (...); NaN where a figure is not defined. Resamples without one are left out.
+    """
+    n = len(parts)
+    whole = float(value(parts.sum(axis=0))) if n else float("nan")
+    if np.isnan(whole):
+        return Estimate(None, None, None, n)
     rng = np.random.default_rng(seed)
     blocks = range(0, resamples, _RESAMPLES_AT_ONCE)
     sizes = [min(_RESAMPLES_AT_ONCE, resamples - start) for start in blocks]
-    means = np.concatenate([data[rng.integers(0, n, (size, n))].mean(axis=1) for size in sizes])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(data.mean()), float(low), float(high), n)
+    figures = np.concatenate([value(parts[rng.integers(0, n, (size, n))].sum(axis=1)) for size in sizes])
+    low, high = np.nanquantile(figures, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(whole, float(low), float(high), n)

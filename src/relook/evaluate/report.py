@@ -13,6 +13,7 @@ from typing import Any
 
 from relook.evaluate.metrics import Estimate, bootstrap
 from relook.evaluate.published import CAVEATS, beside
+from relook.evaluate.splits import split_scores
 
 Record = Mapping[str, Any]
 
@@ -35,9 +36,9 @@ class Result:
     asked     questions put to the model: answered + failed
     skipped   questions the arm does not apply to (nothing annotated, for `oracle`)
     unscored  answers that a score is missing for (a judge that failed); the score's mean and n leave them out
-    measures  mean and interval by name: scores; recall (share of the annotated area that was seen) and iou (of the
-              cells named, before any widening), both over answers with a region look; looked, malformed (shares of
-              answers); costs
+    measures  mean and interval by name: scores, also those that only a split has (F1); recall (share of the annotated
+              area that was seen) and iou (of the cells named, before any widening), both over answers with a region
+              look; looked, malformed (shares of answers); costs
     fields    the scores again, by the question's field
     kinds     how often each kind of look was taken
     errors    the first few failures in words
@@ -91,6 +92,7 @@ def sum_up(task: str, look: str, records: Sequence[Record], scores: Sequence[str
     for name, measure in MEASURES.items():
         values = [value for value in map(measure, answered) if value is not None]
         result.measures[name] = bootstrap(values, seed=seed)
+    result.measures |= split_scores(answered, seed)
     names = list(dict.fromkeys(record["field"] for record in answered if record["field"]))
     for name in sorted(names):
         rows = [record for record in answered if record["field"] == name]
@@ -108,6 +110,19 @@ def _score(records: Sequence[Record], name: str, seed: int) -> Estimate:
 COLUMNS: dict[str, tuple[str, float, int, bool]] = {
     "exact %": ("exact", 100, 1, True),
     "ANLS %": ("anls", 100, 1, True),
+    "VQA exact %": ("vqa_exact", 100, 1, True),
+    "VQA acc. %": ("vqa", 100, 1, True),
+    "relaxed %": ("relaxed", 100, 1, True),
+    "amount %": ("amount", 100, 1, True),
+    "choice %": ("choice", 100, 1, True),
+    "CV-Bench %": ("cv_bench", 100, 1, True),
+    "yes/no %": ("yes_no", 100, 1, True),
+    "yes F1 %": ("yes_f1", 100, 1, True),
+    "prec. %": ("yes_precision", 100, 1, False),
+    "rec. %": ("yes_recall", 100, 1, False),
+    "yes ratio %": ("yes_ratio", 100, 1, False),
+    "ROUGE-L %": ("rouge_l", 100, 1, True),
+    "CIDEr-D": ("cider", 1, 2, True),
     "judge %": ("judge", 100, 1, True),
     "recall %": ("recall", 100, 1, False),
     "IoU %": ("iou", 100, 1, False),
@@ -120,8 +135,9 @@ COLUMNS: dict[str, tuple[str, float, int, bool]] = {
 
 def table(evaluation: Evaluation) -> str:
     """Results as plain text: one row a task and arm, 95 % intervals in brackets, then exact match by field."""
-    judged = any("judge" in r.measures for r in evaluation.results)
-    columns = {heading: column for heading, column in COLUMNS.items() if judged or column[0] != "judge"}
+    there = {name for r in evaluation.results for name in r.measures}
+    judged = "judge" in there
+    columns = {heading: column for heading, column in COLUMNS.items() if column[0] in there}
     heading = ["task", "look", "n", *columns, *(["unscored"] if judged else []), "failed", "skipped"]
     rows = [
         [r.task, r.look, str(r.answered)]

@@ -1,0 +1,166 @@
+"""Scores that only a whole split has: F1 is no mean over items. A score is a row of `SPLIT_SCORES`.
+
+A row turns each answered record into a vector of parts (counts), and the sum of the parts over records into one number.
+So the interval is the plain bootstrap of `metrics` too: items are drawn, their parts added up, the number taken.
+`of` is the item score whose records a row is about; rows apply by themselves where that score is. Records in, numbers
+out; how an answer is read is `scores`' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from relook.errors import UserError
+from relook.evaluate.metrics import Estimate, resampled
+from relook.evaluate.scores import caption_words, read_yes_no
+
+Record = Mapping[str, Any]
+Parts = Callable[[Sequence[Record]], np.ndarray]  # records -> (n, k)
+Value = Callable[[np.ndarray], np.ndarray]  # sums (..., k) -> (...); NaN where it is not defined
+
+
+@dataclass(frozen=True)
+class SplitScore:
+    """One row. `about`: what it is; `fields`: what the records' fields must all be (None: anything); `library`: the
+    module that it needs."""
+
+    name: str
+    about: str
+    of: str
+    parts: Parts
+    value: Value
+    fields: frozenset[str] | None = None
+    library: str | None = None
+
+    def applies(self, records: Sequence[Record]) -> bool:
+        """Whether these records have it, as far as this machine can compute it."""
+        scored = [record for record in records if self.of in record["scores"]]
+        known = self.fields is None or {record["field"] for record in scored} == self.fields
+        return bool(scored) and known and self.available
+
+    @property
+    def available(self) -> bool:
+        return self.library is None or find_spec(self.library) is not None
+
+    def require(self) -> None:
+        """Refuse to be asked for where the library is missing.
+
+        Raises:
+            UserError: says what to install.
+        """
+        if not self.available:
+            raise UserError(f"{self.name} needs {self.library}, which is not installed; pip install 'relook[captions]'")
+
+    def estimate(self, records: Sequence[Record], seed: int = 0) -> Estimate:
+        """The score over the records that have the item score, with its 95 % bootstrap interval by item."""
+        scored = [record for record in records if self.of in record["scores"]]
+        return resampled(self.parts(scored), self.value, seed=seed)
+
+
+def split_scores(records: Sequence[Record], seed: int = 0) -> dict[str, Estimate]:
+    """Every row of `SPLIT_SCORES` that applies to these answered records."""
+    return {row.name: row.estimate(records, seed) for row in SPLIT_SCORES.values() if row.applies(records)}
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=np.asarray(b) > 0)
+
+
+def _yes_no_counts(records: Sequence[Record]) -> np.ndarray:
+    """(n, 4): said yes to a yes, said yes to a no, did not say yes to a yes, one item."""
+    truths = [read_yes_no(record["accepted"][0]) == "yes" for record in records]
+    said = [read_yes_no(record["answer"]) == "yes" for record in records]
+    pairs = zip(said, truths, strict=True)
+    return np.array([(s and t, s and not t, t and not s, 1) for s, t in pairs], dtype=float).reshape(-1, 4)
+
+
+def _by_source(records: Sequence[Record]) -> np.ndarray:
+    """(n, 6): right answers and items of each of CV-Bench's sources."""
+    columns = {source: 2 * place for place, source in enumerate(CV_BENCH_SOURCES)}
+    parts = np.zeros((len(records), 2 * len(columns)))
+    for row, record in enumerate(records):
+        at = columns[record["field"]]
+        parts[row, at : at + 2] = record["scores"]["choice"], 1
+    return parts
+
+
+def _cv_bench(sums: np.ndarray) -> np.ndarray:
+    ade, coco, omni = (_ratio(sums[..., at], sums[..., at + 1]) for at in (0, 2, 4))
+    return ((ade + coco) / 2 + omni) / 2
+
+
+def _ciders(records: Sequence[Record]) -> np.ndarray:
+    """(n, 2): CIDEr-D of each caption, by pycocoevalcap with the split's own references, and one item.
+
+    Words are `caption_words` and not the Penn Treebank's, whose tokeniser needs Java, so that figures may differ a
+    little from COCO's. The scorer's usual factor of 10 is kept: 1.0 is not the most there is.
+    """
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    scorer = CiderScorer()
+    for record in records:
+        scorer += (_spaced(record["answer"]), [_spaced(each) for each in record["accepted"]])
+    _, values = scorer.compute_score()
+    return np.stack([np.asarray(values), np.ones(len(records))], axis=1)
+
+
+def _spaced(text: str) -> str:
+    return " ".join(caption_words(text))
+
+
+CV_BENCH_SOURCES = ("ADE20K", "COCO", "Omni3D")
+
+SPLIT_SCORES: dict[str, SplitScore] = {
+    row.name: row
+    for row in (
+        SplitScore(
+            "yes_precision",
+            "of the answers yes, the share that is right",
+            "yes_no",
+            _yes_no_counts,
+            lambda s: _ratio(s[..., 0], s[..., 0] + s[..., 1]),
+        ),
+        SplitScore(
+            "yes_recall",
+            "of the questions whose answer is yes, the share answered so",
+            "yes_no",
+            _yes_no_counts,
+            lambda s: _ratio(s[..., 0], s[..., 0] + s[..., 2]),
+        ),
+        SplitScore(
+            "yes_f1",
+            "harmonic mean of the two (POPE's F1)",
+            "yes_no",
+            _yes_no_counts,
+            lambda s: _ratio(2 * s[..., 0], 2 * s[..., 0] + s[..., 1] + s[..., 2]),
+        ),
+        SplitScore(
+            "yes_ratio",
+            "the share of answers that are yes",
+            "yes_no",
+            _yes_no_counts,
+            lambda s: _ratio(s[..., 0] + s[..., 1], s[..., 3]),
+        ),
+        SplitScore(
+            "cv_bench",
+            "((ADE20K + COCO) / 2 + Omni3D) / 2 of the accuracies by source (Tong et al., arXiv 2406.16860)",
+            "choice",
+            _by_source,
+            _cv_bench,
+            frozenset(CV_BENCH_SOURCES),
+        ),
+        SplitScore(
+            "cider",
+            "CIDEr-D of captions (Vedantam et al., arXiv 1411.5726), mean over items",
+            "rouge_l",
+            _ciders,
+            lambda s: _ratio(s[..., 0], s[..., 1]),
+            library="pycocoevalcap",
+        ),
+    )
+}
