@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from relook.data.scans import Scan
-from relook.data.worlds import make_world
+from relook.data.worlds import QA, make_world
 from relook.train import documents, lines, pieces, tiny
 from relook.train.optimiser import Together, build_optimiser
 from relook.train.recipe import Recipe, Stage
@@ -271,10 +273,45 @@ def test_a_region_is_taught_with_what_stands_beside_the_answer(built):
     assert len(mates) >= 2  # the amount and its label
     assert all(named[0] <= mate[0] and mate[2] <= named[2] for mate in mates)
     assert call.cells != box_to_cells(total.boxes[0], page.image.size, grid)
-    teller.rows = False
+    teller = documents.RowTeller(built[1], jitter=0.0, rows=False)
     item, _ = teller.region(page, total, np.random.default_rng(0))
     (call,) = parse_calls(item["messages"][1]["content"], grid)
     assert call.cells == box_to_cells(total.boxes[0], page.image.size, grid)
+
+
+def test_a_region_that_drifts_is_taught_as_before_and_still_shows_the_answer(built):
+    page = make_world("receipts", 5).sample(0)
+    still, drifting = (documents.RowTeller(built[1], jitter=0.0, drift=drift) for drift in (0.0, 1.0))
+    for qa in page.qas:
+        if qa.field == "address":
+            continue
+        tops = set()
+        for seed in range(12):
+            item, (_, seen) = drifting.region(page, qa, np.random.default_rng(seed))
+            plain, _ = still.region(page, qa, np.random.default_rng(seed))
+            assert item["messages"][1] == plain["messages"][1]  # what is taught
+            for box in qa.boxes:
+                assert seen[0] <= box[0] and seen[1] <= box[1] and seen[2] >= box[2] and seen[3] >= box[3], qa.field
+            tops.add(seen[1])
+        if page.image.height / 4 < min(box[1] for box in qa.boxes) < page.image.height * 3 / 4:
+            assert len(tops) > 1, f"{qa.field}: the crop never moved"
+
+
+def test_a_scan_of_another_size_keeps_its_boxes_on_the_print():
+    """Ink drawn where the boxes say must lie in them however the page was cut and resized."""
+    image = Image.new("L", (400, 600), 255)
+    box = (100, 300, 220, 320)
+    image.paste(0, box)
+    scan = Scan(Path("none"), [(box, "TOTAL 12.00")], [QA("How much?", "12.00", (box,), "total")], image)
+    sizes = set()
+    for seed in range(20):
+        page = documents.scan_page(scan, np.random.default_rng(seed), resize=0.2)
+        dark = np.argwhere(np.asarray(page.image.convert("L")) < 100)
+        (y1, x1), (y2, x2) = dark.min(0), dark.max(0)
+        ((a, b, c, d),) = page.qas[0].boxes
+        assert max(abs(a - x1), abs(b - y1), abs(c - 1 - x2), abs(d - 1 - y2)) <= 2
+        sizes.add(page.image.size)
+    assert len(sizes) > 15
 
 
 def test_guided_heads_follow_what_they_are_shown(built):

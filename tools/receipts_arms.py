@@ -65,7 +65,7 @@ class Arms:
         arm = self.plan["arms"][name]
         changes = {
             **arm["set"],
-            "seed": seed,
+            **{f"stages.{stage}.seed": seed for stage in self.plan["seeded"]},
             "model.size": self.sizes[arm.get("size", "small")],
             "model.visual": str(self.tower / "final"),
         }
@@ -75,12 +75,14 @@ class Arms:
         relook("train", self.plan["recipe"], *written, *self.overrides, f"out={self.folder(name, seed)}")
 
     def take_over(self, name: str, seed: int) -> None:
-        """Copy stages that another arm of the seed has done; `relook train` looks whether they are of this arm, too."""
+        """Copy the stages that another run has done and all arms of a size share; `relook train` looks at them, too."""
         mine = ROOT / self.folder(name, seed) / "stages"
-        for other in self.plan["arms"]:
-            for done in sorted((ROOT / self.folder(other, seed) / "stages").glob("*/done.json")):
-                same = self.plan["arms"][other].get("size") == self.plan["arms"][name].get("size")
-                if same and not (mine / done.parent.name).exists():
+        arms = self.plan["arms"]
+        alike = [other for other in arms if arms[other].get("size") == arms[name].get("size")]
+        for other in alike:
+            for done in sorted((ROOT / self.runs).glob(f"{other}-s*/stages/*/done.json")):
+                common = done.parent.name.partition("-")[2] not in self.plan["seeded"]
+                if common and not (mine / done.parent.name).exists():
                     shutil.copytree(done.parent, mine / done.parent.name)
 
     def ask(self, name: str, seed: int) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
@@ -40,10 +41,14 @@ NARROW = 0.25  # share of crops that show the annotated boxes alone, as somebody
 class RowTeller(Teller):
     """Teaches regions with what stands beside the answer; sometimes shows the answer's own region all the same.
 
-    Without `rows` it teaches and shows the answer's own region alone.
+    Without `rows` it teaches and shows the answer's own region alone. With probability `drift` a region with its rows
+    is shown higher or lower than it is taught, as far as the answer stays in sight: as a model that misses by a little
+    will see it, so that what is read is found by what stands beside it and not by its place in the crop.
     """
 
-    rows = True
+    def __init__(self, processor: Any, jitter: float, rows: bool = True, drift: float = 0.0) -> None:
+        super().__init__(processor, jitter)
+        self.rows, self.drift = rows, drift
 
     def cells(self, page: Page, qa: QA) -> Cells:
         lines: Any = page.meta.get("lines", ()) if self.rows else ()
@@ -51,7 +56,15 @@ class RowTeller(Teller):
         return box_to_cells(box, page.image.size, self.processor.grid_size)
 
     def shown(self, page: Page, qa: QA, taught: Cells, random: np.random.Generator) -> Cells:
-        return super().cells(page, qa) if random.random() < NARROW else taught
+        own = super().cells(page, qa)
+        if random.random() < NARROW:
+            return own
+        if not self.drift or random.random() >= self.drift:  # no draw without drift: older recipes see what they saw
+            return taught
+        (x0, top, x1, bottom), margin, last = taught, self.processor.region_margin, self.processor.grid_size - 1
+        highest, lowest = max(own[3] - bottom - margin, -top), min(own[1] - top + margin, last - bottom)
+        by = int(random.integers(highest, lowest + 1)) if highest <= lowest else 0
+        return x0, top + by, x1, bottom + by
 
 
 class Documents(Conversations):
@@ -59,6 +72,10 @@ class Documents(Conversations):
 
     class Options(Conversations.Options):
         rows: bool = True  # regions take in what stands beside the answer
+        drift: float = (
+            0.0  # chance that such a region is shown higher or lower than it is taught, the answer still in it
+        )
+        resize: float = 0.0  # scans are made larger or smaller by up to this share
         real: str | None = None  # folder of scans; absent: synthetic pages only
         share: float = 0.0  # of examples that come from scans, where there are any
         uses: int = 1  # examples per drawn page
@@ -69,8 +86,7 @@ class Documents(Conversations):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.teller = RowTeller(self.processor, self.options.jitter)
-        self.teller.rows = self.options.rows
+        self.teller = RowTeller(self.processor, self.options.jitter, self.options.rows, self.options.drift)
         self.scans: list[Scan] = read_scans(self.options.real)
         self.drawn = lru_cache(maxsize=2 * PAGES_AT_HAND)(self.draw)
         if self.options.condition_std is not None:
@@ -89,7 +105,7 @@ class Documents(Conversations):
         """A synthetic page, or a scan cut and shaded at random."""
         random = rng(self.seed, self.stage.name, "page", number)
         if self.scans and random.random() < self.options.share:
-            page = scan_page(self.scans[int(random.integers(len(self.scans)))], random)
+            page = scan_page(self.scans[int(random.integers(len(self.scans)))], random, self.options.resize)
             if page.qas:
                 return page
         return super().page(number)
@@ -320,13 +336,25 @@ def snip(teller: Teller, page: Page, qa: QA, random: np.random.Generator) -> Con
 KINDS.update(snip=snip, line=snip)
 
 
-def scan_page(scan: Scan, random: np.random.Generator) -> Page:
-    """A scan as a page: up to 6 % cut from each side, another exposure, letters spaced evenly in their lines."""
+def scan_page(scan: Scan, random: np.random.Generator, resize: float = 0.0) -> Page:
+    """A scan as a page: up to 6 % cut from each side, another exposure, letters spaced evenly in their lines.
+
+    `resize` draws another size, width and height apart (letters then lie on other pixels, wider or narrower); none is
+    drawn at 0.
+    """
     frame = cut(scan.image.size, random)
     image = shade(scan.image.crop(frame), random).convert("RGB")
-    lines = tuple(_evenly(text, _shifted(box, frame)) for box, text in scan.lines if text.strip())
+    across, down = random.uniform(1 - resize, 1 + resize, 2) if resize else (1.0, 1.0)
+    if resize:
+        image = image.resize((round(image.width * across), round(image.height * down)), Image.Resampling.BICUBIC)
+
+    def placed(box: Box) -> Box:
+        x1, y1, x2, y2 = _shifted(box, frame)
+        return int(x1 * across), int(y1 * down), round(x2 * across), round(y2 * down)
+
+    lines = tuple(_evenly(text, placed(box)) for box, text in scan.lines if text.strip())
     qas = tuple(
-        replace(qa, boxes=tuple(_shifted(b, frame) for b in qa.boxes))
+        replace(qa, boxes=tuple(placed(b) for b in qa.boxes))
         for qa in scan.qas
         if qa.boxes and all(_inside(b, frame) for b in qa.boxes)
     )
