@@ -73,7 +73,7 @@ def main() -> None:
             self.file.write(json.dumps(records[0]).encode() + b"\n" + json.dumps(records[-1]).encode()[:20])
             self.file.flush()
         event()
-        add(self, records)
+        return add(self, records)
 
     Journal.add = torn
     model = Echo()

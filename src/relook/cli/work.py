@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,11 +91,20 @@ def evaluate(
             help="auto, none, region, clip, detection, seg, oracle (annotated), random, blank, clip-unconditioned, ...",
         ),
     ] = None,
-    n: Annotated[int | None, Option("--n", min=1, metavar="N", help="Questions of each task.")] = None,
+    n: Annotated[int | None, Option("--n", "--limit", min=1, metavar="N", help="Questions of each task.")] = None,
     out: Annotated[Path | None, Option(metavar="FOLDER", help="Where results and a record of each answer go.")] = None,
     seed: Annotated[int, Option(metavar="N", help="Of pages drawn, random regions, intervals.")] = 0,
-    batch: Annotated[int, Option(min=1, metavar="N", help="Questions asked side by side.")] = 8,
+    batch: Annotated[
+        str, Option(metavar="N", help="Questions asked side by side; auto: as many as is fastest, by trying.")
+    ] = "8",
     dtype: Annotated[str | None, Option(metavar="DTYPE", help="float32, bfloat16 or float16.")] = None,
+    engine: Annotated[
+        str | None,
+        Option(metavar="NAME", help="local, ray (needs relook[ray]), or under torchrun processes; found unless told."),
+    ] = None,
+    replicas: Annotated[
+        int | None, Option(min=1, metavar="N", help="Of the model, with ray; one for each GPU or CPU unless told.")
+    ] = None,
     protocol: Annotated[
         str, Option(metavar="NAME", help="default (greedy, all items), or as published: paper, paper-224.")
     ] = "default",
@@ -109,13 +120,43 @@ def evaluate(
     from relook.data.images import parse_folders
     from relook.evaluate import Places
     from relook.evaluate import evaluate as run
+    from relook.evaluate.engines import speaks
 
     places = Places(data, parse_folders(images or []))
-    done = run(model, tasks or ["cards"], looks or ["auto", "none"], n=n, out=out, seed=seed, batch=batch,
-               protocol=protocol, places=places, dtype=dtype,
-               progress=lambda task, count: progress(f"{task}: {count} questions"))  # fmt: skip
-    progress("")
-    print(json.dumps(done.to_dict(), indent=2, ensure_ascii=False) if as_json else done)
+    with bars() as note:
+        done = run(model, tasks or ["cards"], looks or ["auto", "none"], n=n, out=out, seed=seed,
+                   batch=_batch(batch), protocol=protocol, places=places, dtype=dtype, engine=engine, replicas=replicas,
+                   progress=note)  # fmt: skip
+    if speaks():
+        print(json.dumps(done.to_dict(), indent=2, ensure_ascii=False) if as_json else done)
+
+
+def _batch(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"--batch {text}: expected a number from 1 on, or auto")
+    return int(text)
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A function that draws, on stderr, how much of each task is done and when it will be; in a log it is silent."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    quiet = not sys.stderr.isatty()
+    shown = Progress(*columns, TextColumn("left"), console=Console(stderr=True), transient=True, disable=quiet)
+    known: dict[str, Any] = {}
+
+    def note(name: str, done: int, total: int) -> None:
+        if name not in known:
+            known[name] = shown.add_task(name, total=total)
+        shown.update(known[name], completed=done)
+
+    with shown:
+        yield note
 
 
 def report(

@@ -2,9 +2,11 @@
 
     run.json               what is asked of which model: a run goes on only if all of this is the same
     records.jsonl.part     grows by the answers to one batch under one look at a time; records.jsonl in the end
+    records.jsonl.part-1   the same of the second of several processes that share a run, and so on
 
-A run may be killed at any moment. What the last write of a killed run left is asked again, whole or not, so that
-batches are the same as in a run that nothing disturbed. Knows files; not what a record says beyond task, look, index.
+A run may be killed at any moment, and given again to as many processes as one likes: each reads what all have left. A
+batch that was not written whole is asked again, so that batches are the same as in a run that nothing disturbed. Knows
+files; not what a record says beyond task, look, index.
 """
 
 from __future__ import annotations
@@ -30,19 +32,22 @@ class Journal:
     Args:
         folder: of the run; made where missing.
         about: what decides the records (model, tasks, looks, ...), as JSON.
+        rank: which of the processes that share the run this is. The first opens its journal before the others do.
 
     Raises:
         UserError: the folder cannot be written, or holds an unfinished run about something else.
     """
 
-    def __init__(self, folder: str | Path | None, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path | None, about: Mapping[str, Any], rank: int = 0) -> None:
         self.folder, self.about = None if folder is None else Path(folder), json.loads(json.dumps(about))
-        self.records: dict[tuple[str, str, int], Record] = {}
+        self.records: dict[Key, Record] = {}
+        self.written: list[Key] = []  # of the records in this process's own part, in order
         self.file: IO[bytes] | None = None
         if self.folder is not None:
+            self.part = self.folder / (PART if rank == 0 else f"{PART}-{rank}")
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.file = self._open(self.folder)
+                self.file = self._open(self.folder, rank == 0)
             except OSError as error:
                 raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
 
@@ -55,61 +60,98 @@ class Journal:
 
     @property
     def taken_up(self) -> int:
-        """How many records an earlier start of this run left."""
+        """How many records earlier starts of this run left."""
         return len(self.records)
 
     def known(self, task: str, look: str, numbers: Sequence[int]) -> list[Record] | None:
-        """The records of these questions, if an earlier start of the run has them."""
+        """The records of these questions, if an earlier start of the run has them all."""
         keys = [(task, look, number) for number in numbers]
         return [self.records[key] for key in keys] if all(key in self.records for key in keys) else None
 
-    def add(self, records: Sequence[Record]) -> None:
+    def add(self, records: Sequence[Record]) -> Sequence[Record]:
         """Append what one batch gave under one look; on the disk when this returns."""
         if self.file is not None:
-            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            self.file.write(lines.encode())
+            self.file.write(_lines(records))
             self.file.flush()
             os.fsync(self.file.fileno())
+            self.written += map(_key, records)
+        return records
 
-    def finish(self) -> None:
-        """Give the records their name. Called when everything else is written: until then the run goes on."""
+    def finish(self, records: Sequence[Record]) -> None:
+        """Give the records of the whole run, in this order, their name.
+
+        Called by the first process when everything else is written: until then the run goes on. Killed in the midst of
+        it, what is left is still all of the run.
+        """
         if self.folder is not None and self.file is not None:
             self.file.close()
-            os.replace(self.folder / PART, self.folder / RECORDS)
+            others = [part for part in parts(self.folder) if part != self.part]
+            if others or self.written != [_key(record) for record in records]:
+                with replacing(self.part) as text:
+                    text.write(_lines(records).decode())
+            for part in others:
+                part.unlink()
+            os.replace(self.part, self.folder / RECORDS)
 
     def discard(self) -> None:
         """Forget the run: what it left is not to be gone on from."""
         if self.folder is not None and self.file is not None:
             self.file.close()
-            (self.folder / PART).unlink()
+            for part in parts(self.folder):
+                part.unlink()
 
-    def _open(self, folder: Path) -> IO[bytes]:
-        part, head = folder / PART, folder / HEAD
-        if part.is_file() and part.stat().st_size:
-            before = _read_head(head)
-            if before != self.about:
-                raise UserError(
-                    f"{folder} holds an unfinished run that differs in {_difference(before, self.about)}; give its "
-                    "settings again to go on with it, or choose another folder"
-                )
-            kept = _whole_groups(part.read_bytes())
-            self.records = {_key(record): record for record, _ in kept}
-            file = part.open("r+b")
-            file.truncate(kept[-1][1] if kept else 0)
-            file.seek(0, os.SEEK_END)
-            return file
-        with replacing(head) as text:
-            json.dump(self.about, text, indent=1, ensure_ascii=False)
-        return part.open("wb")
+    def _open(self, folder: Path, first: bool) -> IO[bytes]:
+        if begun(folder) is None:
+            if first:
+                with replacing(folder / HEAD) as text:
+                    json.dump(self.about, text, indent=1, ensure_ascii=False)
+            return self.part.open("wb")
+        before = _read_head(folder / HEAD)
+        if before != self.about:
+            raise UserError(
+                f"{folder} holds an unfinished run that differs in {_difference(before, self.about)}; give its "
+                "settings again to go on with it, or choose another folder"
+            )
+        end = 0
+        for part in parts(folder):
+            kept = _whole_lines(part.read_bytes())
+            self.records |= {_key(record): record for record, _ in kept}
+            if part == self.part:
+                end = kept[-1][1] if kept else 0
+                self.written = [_key(record) for record, _ in kept]
+        file = self.part.open("r+b" if self.part.exists() else "wb")
+        file.truncate(end)
+        file.seek(0, os.SEEK_END)
+        return file
 
 
-def _key(record: Mapping[str, Any]) -> tuple[str, str, int]:
+Key = tuple[str, str, int]
+
+
+def parts(folder: Path) -> list[Path]:
+    """The parts of an unfinished run, that of the first process first."""
+    ranks = {path: path.name.removeprefix(PART + "-") for path in folder.glob(PART + "-*")}
+    others = sorted((path for path in ranks if ranks[path].isdigit()), key=lambda path: int(ranks[path]))
+    return [path for path in (folder / PART, *others) if path.is_file()]
+
+
+def begun(folder: str | Path | None) -> dict[str, Any] | None:
+    """What an unfinished run in a folder is about (empty where that cannot be read); None where there is none."""
+    if folder is None or not any(part.stat().st_size for part in parts(Path(folder))):
+        return None
+    return _read_head(Path(folder) / HEAD) or {}
+
+
+def _key(record: Mapping[str, Any]) -> Key:
     return record["task"], record["look"], record["index"]
 
 
-def _whole_groups(data: bytes) -> list[tuple[Record, int]]:
-    """Records with the place in the file where each ends, without the last group (what one task and look gave in one
-    go): the run was cut while it was written, or just after."""
+def _lines(records: Sequence[Record]) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def _whole_lines(data: bytes) -> list[tuple[Record, int]]:
+    """Records with the place in the file where each ends, up to where a write was cut."""
     found, place = [], 0
     for line in data.splitlines(keepends=True):
         place += len(line)
@@ -121,9 +163,6 @@ def _whole_groups(data: bytes) -> list[tuple[Record, int]]:
         if not line.endswith(b"\n"):
             break
         found.append((record, place))
-    last = _key(found[-1][0])[:2] if found else None
-    while found and _key(found[-1][0])[:2] == last:
-        found.pop()
     return found
 
 

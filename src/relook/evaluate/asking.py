@@ -1,0 +1,262 @@
+"""Asking: the plan of a run, its batches, and a model that answers one batch under one arm with records.
+
+A plan is plain data and says what is asked of any model; an `Asker` is a loaded model that follows it. Wherever an
+asker lives (this process, one of several, an actor of Ray), the same batch under the same arm gives the same records.
+What an item's failure was is in its record; it is never a score. Knows no files and no engines.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from relook.data.questions import Question, image_size
+from relook.data.worlds import rng
+from relook.errors import RelookError, UserError
+from relook.evaluate.arms import Arm, Case, find_arms, request
+from relook.evaluate.benchmarks import Places
+from relook.evaluate.metrics import region_overlap
+from relook.evaluate.protocols import find_protocol
+from relook.evaluate.scores import SCORERS
+from relook.evaluate.tasks import Task, find_task
+from relook.looks import ANSWER_PREFIX
+from relook.regions import cells_to_box
+from relook.trace import Answer, Look
+
+Record = dict[str, Any]
+Outcome = tuple[Answer | None, str | None, float]  # the answer, or what went wrong; seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of a model; `evaluate` says what each field means. Names only, so that it can be sent elsewhere."""
+
+    tasks: tuple[str, ...]
+    looks: tuple[str, ...]
+    n: int | None
+    seed: int
+    batch: int
+    max_new_tokens: int
+    protocol: str
+    places: Places | None = None
+
+    def rows(self) -> list[Task]:
+        """The tasks, each once."""
+        return [find_task(name) for name in dict.fromkeys(self.tasks)]
+
+    def questions(self, task: Task) -> Iterator[Question]:
+        return task.items(self.n, self.seed, self.places)
+
+    def total(self, task: Task) -> int:
+        """How many questions of a task there are. One without end is not counted through: its pages would be drawn."""
+        if task.usual is not None:
+            return self.n or task.usual
+        return sum(1 for _ in self.questions(task))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions asked side by side; `number` counts the batches of all tasks, `first` the questions of this one."""
+
+    task: Task
+    number: int
+    first: int
+    questions: Sequence[Question]
+
+    @property
+    def numbers(self) -> range:
+        return range(self.first, self.first + len(self.questions))
+
+
+def batches(plan: Plan) -> Iterator[Batch]:
+    """All batches of all tasks, in order and lazily: a page is rendered or opened when its turn comes.
+
+    Raises:
+        UserError: a task without questions.
+    """
+    number = 0
+    for task in plan.rows():
+        questions, first = plan.questions(task), 0
+        while several := list(islice(questions, plan.batch)):
+            yield Batch(task, number, first, several)
+            number, first = number + 1, first + len(several)
+        if not first:
+            raise UserError(f"task {task.name}: {task.about} holds no questions")
+
+
+def same_questions(batch: Batch, records: Sequence[Record]) -> None:
+    """Refuse to go on with a run whose questions have changed since these records of a batch were written.
+
+    Raises:
+        UserError: names the first that differs.
+    """
+    for record, question in zip(records, batch.questions, strict=True):
+        asked = question.text, list(question.answers), [list(box) for box in question.boxes]
+        if (record["question"], record["accepted"], record["boxes"]) != asked:
+            raise UserError(
+                f"question {record['index']} of {batch.task.name} was another one when this run was cut; "
+                "give its questions again to go on with it, or choose another folder"
+            )
+
+
+class Asker:
+    """A loaded model that follows a plan.
+
+    Raises:
+        UserError: an arm that is unknown, or needs a look that the model lacks.
+    """
+
+    def __init__(self, vlm: Any, plan: Plan) -> None:
+        self.vlm, self.plan, self.way = vlm, plan, find_protocol(plan.protocol)
+        self.arms = find_arms(plan.looks, vlm)
+        self.options: dict[str, Any] = {**self.way.options, "max_new_tokens": plan.max_new_tokens}
+        if self.options.get("do_sample"):
+            self.options["seed"] = plan.seed
+
+    def ask(self, batch: Batch, arm: Arm) -> list[Record]:
+        """Records of one batch under one arm, in the order of the questions.
+
+        The same question keeps its number, and so its random region, in whatever batch it is.
+        """
+        records: list[Record] = []
+        waiting: list[tuple[Record, Case, dict[str, Any]]] = []
+        for number, question in zip(batch.numbers, batch.questions, strict=True):
+            record = _blank(batch.task, arm, number, question)
+            records.append(record)
+            try:
+                size = image_size(question)
+            except UserError as error:
+                record["failed"] = str(error)
+                continue
+            record |= {"size": list(size), "grid": self.vlm.processor.grid_size}
+            random = rng(self.plan.seed, "arm", batch.task.name, number)
+            case = Case(question, size, self.vlm.processor.grid_size, random)
+            look = arm.options(case)
+            if look is None:
+                record["skipped"] = f"{arm.name} does not apply: nothing is annotated"
+            else:
+                waiting.append((record, case, request(question, look)))
+        with self.way.seen(self.vlm.processor):
+            outcomes = self._outcomes([asked for _, _, asked in waiting])
+        for (record, case, _), (answer, problem, seconds) in zip(waiting, outcomes, strict=True):
+            record["seconds"] = seconds
+            if answer is None:
+                record["failed"] = problem
+            else:
+                _fill(record, case, answer, batch.task.scores)
+        return records
+
+    def _outcomes(self, requests: list[Mapping[str, Any]]) -> list[Outcome]:
+        """What became of each request.
+
+        Where a batch fails, its requests are asked one by one, so that one bad item costs only itself. Every exception
+        counts as the item's failure, whatever its type: it is recorded and shown, and a run of a thousand goes on.
+        """
+        if not requests:
+            return []
+        begun = time.perf_counter()
+        try:
+            answers = self.vlm.ask_many(requests, batch_size=len(requests), **self.options)
+        except Exception as error:
+            if len(requests) > 1:
+                return [outcome for each in requests for outcome in self._outcomes([each])]
+            words = str(error) if isinstance(error, RelookError) else f"{type(error).__name__}: {error}"
+            return [(None, words, time.perf_counter() - begun)]
+        seconds = (time.perf_counter() - begun) / len(requests)
+        return [(answer, None, seconds) for answer in answers]
+
+
+def in_order(records: Iterable[Record], plan: Plan) -> list[Record]:
+    """Records as one process asks for them: task by task, batch by batch, arm by arm."""
+    tasks = [task.name for task in plan.rows()]
+    looks = list(dict.fromkeys(plan.looks))
+
+    def place(record: Record) -> tuple[int, int, int, int]:
+        number = record["index"]
+        return tasks.index(record["task"]), number // plan.batch, looks.index(record["look"]), number
+
+    return sorted(records, key=place)
+
+
+def fastest_batch(asker: Asker, sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)) -> dict[int, float]:
+    """Seconds per question (under all arms) by batch size, measured on the first questions, until more is no faster.
+
+    A batch that does not fit into memory is asked one by one after it has failed, and so is slower than a batch of one.
+    What was answered is thrown away.
+    """
+    task = asker.plan.rows()[0]
+    questions = asker.plan.questions(task)
+    pool = list(islice(questions, 1))
+    if pool:
+        _time(asker, task, pool)  # the first answer of a process is slow
+    found: dict[int, float] = {}
+    for size in sizes:
+        pool += islice(questions, size - len(pool))
+        if len(pool) < size:
+            break
+        found[size] = _time(asker, task, pool) / size
+        if found[size] > min(found.values()):
+            break
+    return found
+
+
+def _time(asker: Asker, task: Task, questions: Sequence[Question]) -> float:
+    begun = time.perf_counter()
+    for arm in asker.arms:
+        asker.ask(Batch(task, 0, 0, questions), arm)
+    return time.perf_counter() - begun
+
+
+def _blank(task: Task, arm: Arm, number: int, question: Question) -> Record:
+    return {
+        "task": task.name,
+        "look": arm.name,
+        "index": number,
+        "where": question.where,
+        "image": question.image if isinstance(question.image, str) else None,
+        "field": question.field,
+        "question": question.text,
+        "accepted": list(question.answers),
+        "boxes": [list(box) for box in question.boxes],
+        "size": None,
+        "grid": None,
+        "answer": None,
+        "scores": {},
+        "looks": [],
+        "recall": None,
+        "iou": None,
+        "usage": None,
+        "transcript": [],
+        "seconds": None,
+        "failed": None,
+        "skipped": None,
+    }
+
+
+def _fill(record: Record, case: Case, answer: Answer, scores: Sequence[str]) -> None:
+    """What the answer says, and how its regions lie against the annotated boxes.
+
+    Recall is of what was *seen* (crops as widened); IoU of the cells as *named*, since naming is the model's part.
+    """
+    record["answer"] = answer.text.removeprefix(ANSWER_PREFIX).strip()
+    record["scores"] = {name: SCORERS[name](record["answer"], case.question.answers) for name in scores}
+    record["looks"] = [_look(look) for look in answer.looks]
+    record["usage"] = answer.usage.to_dict()
+    record["transcript"] = [turn.to_dict() for turn in answer.transcript]
+    taken = [look for look in answer.looks if look.problem is None and look.box is not None and look.cells is not None]
+    seen = region_overlap([look.box for look in taken if look.box], case.question.boxes)
+    named = [cells_to_box(look.cells, case.size, case.grid) for look in taken if look.cells]
+    record["recall"] = None if seen is None else seen[0]
+    overlap = region_overlap(named, case.question.boxes)
+    record["iou"] = None if overlap is None else overlap[1]
+
+
+def _look(look: Look) -> dict[str, Any]:
+    """What a record keeps of a look; the map of a re-encoding one to two digits, enough for a report to draw it."""
+    kept: dict[str, Any] = {"kind": look.kind, "cells": look.cells, "box": look.box, "problem": look.problem}
+    if look.attention is not None:
+        kept["attention"] = [[float(f"{value:.2g}") for value in row] for row in look.attention.tolist()]
+    return kept
