@@ -24,6 +24,10 @@ def judge(
     concurrency: Annotated[int, Option(min=1, metavar="N", help="Requests under way at once.")] = 8,
     timeout: Annotated[float, Option(min=0.1, metavar="SECONDS", help="That one request may take.")] = 60.0,
     retries: Annotated[int, Option(min=0, metavar="N", help="Of a request that failed, with growing pauses.")] = 5,
+    prices: Annotated[
+        tuple[float, float] | None,
+        Option(metavar="IN OUT", help="Of a million tokens asked and answered, so that the cost is told."),
+    ] = None,
     as_json: Annotated[bool, Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Let a language model score an evaluation's answers (key: OPENAI_API_KEY); what fails is unscored, never 0."""
@@ -31,12 +35,13 @@ def judge(
     from relook.evaluate.judging import judge_folder
 
     court = Judge(model, url, cache.expanduser(), concurrency, timeout, retries)
-    done = judge_folder(folder, court, lambda count: progress(f"{count} answers"))
+    done = judge_folder(folder, court, lambda count: progress(f"{count} answers"), prices)
     progress("")
     print(json.dumps(done.to_dict(), indent=2, ensure_ascii=False) if as_json else done)
     if not as_json:
         told = done.run["judge"]
+        cost = f", cost {told['cost']:.4f}" if "cost" in told else ""
         print(
             f"\njudged by {', '.join(told['judged_by'])}: {told['unscored']} unscored, {told['cached']} known before, "
-            f"{told['tokens_in']} + {told['tokens_out']} tokens"
+            f"{told['tokens_in']} + {told['tokens_out']} tokens{cost}"
         )

@@ -15,16 +15,23 @@ from typing import Any
 from relook.errors import RelookError, UserError
 from relook.evaluate.folders import RECORDS, RESULTS, read_folder, write_bytes
 from relook.evaluate.judge import Judge, Judgement, Plea
+from relook.evaluate.perception import comparisons
 from relook.evaluate.report import Evaluation, sum_up
 
 SCORE = "judge"
 
 
-def judge_folder(path: str | Path, judge: Judge, done: Callable[[int], None] = lambda count: None) -> Evaluation:
+def judge_folder(
+    path: str | Path,
+    judge: Judge,
+    done: Callable[[int], None] = lambda count: None,
+    prices: tuple[float, float] | None = None,
+) -> Evaluation:
     """Judge all answers in a folder that `relook evaluate --out` wrote, and write its files again with what was said.
 
     A record that was judged has `scores["judge"]` and `judged` (the model that judged, what it wrote); one that could
-    not be has `judged` with the problem, and no score.
+    not be has `judged` with the problem, and no score. `prices`: of a million tokens in and out, so that the account
+    of the run has a cost.
 
     Raises:
         UserError: no such folder; the endpoint refuses everybody.
@@ -46,8 +53,9 @@ def judge_folder(path: str | Path, judge: Judge, done: Callable[[int], None] = l
             record["scores"][SCORE] = judgement.score
     if answered and all(judgement.score is None for judgement in judgements):
         raise RelookError(f"not one of {len(answered)} answers could be judged; the first: {judgements[0].problem}")
-    run = {**folder.run, SCORE: _account(judge, judgements)}
-    evaluation = Evaluation(run, _results(records, answered, int(folder.run.get("seed", 0))))
+    run = {**folder.run, SCORE: _account(judge, judgements, prices)}
+    seed = int(folder.run.get("seed", 0))
+    evaluation = Evaluation(run, _results(records, answered, seed), comparisons(records, seed))
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     results = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False)
     write_bytes({path / RECORDS: lines.encode(), path / RESULTS: results.encode()})
@@ -64,8 +72,18 @@ def _results(records: Sequence[Mapping[str, Any]], answered: Sequence[Mapping[st
     ]
 
 
-def _account(judge: Judge, judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """Who judged, and what it cost: answers by the model (and version) that judged them, requests, tokens, failures."""
+def _account(
+    judge: Judge, judgements: Sequence[Judgement], prices: tuple[float, float] | None = None
+) -> dict[str, Any]:
+    """Who judged, and what it cost: answers by the model (and version) that judged them, requests, tokens, failures.
+
+    What was known before costs nothing; a reply that could not be read costs what any reply does.
+    """
+    tokens = [sum(j.tokens_in for j in judgements), sum(j.tokens_out for j in judgements)]
+    cost = {}
+    if prices is not None:
+        spent = sum(price * count / 1e6 for price, count in zip(prices, tokens, strict=True))
+        cost = {"prices": list(prices), "cost": round(spent, 6)}
     return {
         "model": judge.model,
         "url": str(judge.client.base_url),
@@ -75,6 +93,7 @@ def _account(judge: Judge, judgements: Sequence[Judgement]) -> dict[str, Any]:
         "problems": dict(
             Counter((j.problem or "").split(":")[0] for j in judgements if j.score is None).most_common(5)
         ),
-        "tokens_in": sum(j.tokens_in for j in judgements),
-        "tokens_out": sum(j.tokens_out for j in judgements),
+        "tokens_in": tokens[0],
+        "tokens_out": tokens[1],
+        **cost,
     }

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from relook.evaluate.metrics import Estimate, bootstrap
+from relook.evaluate.perception import Comparison
+from relook.evaluate.perception import table as comparison_table
 from relook.evaluate.published import CAVEATS, beside
 from relook.evaluate.splits import split_scores
 
@@ -62,13 +64,15 @@ class Result:
 
 @dataclass
 class Evaluation:
-    """All results of a run, and what was run (model, seed, versions)."""
+    """All results of a run, what was run (model, seed, versions), and looks held against each other item by item."""
 
     run: dict[str, Any]
     results: list[Result]
+    compared: list[Comparison] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"run": self.run, "results": [asdict(result) | {"asked": result.asked} for result in self.results]}
+        results = [asdict(result) | {"asked": result.asked} for result in self.results]
+        return {"run": self.run, "results": results, "compared": [asdict(each) for each in self.compared]}
 
     def result(self, task: str, look: str) -> Result:
         """The result of one task and arm; KeyError where it was not run."""
@@ -150,9 +154,12 @@ def table(evaluation: Evaluation) -> str:
         results = [r for r in evaluation.results if r.task == task and r.fields]
         fields = sorted({name for r in results for name in r.fields})
         if len(fields) > 1:
-            cells = [[f"{task}, exact % by field (n)", *fields]]
-            cells += [[r.look, *(_field_cell(r.fields.get(name, {}).get("exact")) for name in fields)] for r in results]
+            score = next(iter(results[0].fields[fields[0]]), "exact")
+            cells = [[f"{task}, {score} % by field (n)", *fields]]
+            cells += [[r.look, *(_field_cell(r.fields.get(name, {}).get(score)) for name in fields)] for r in results]
             parts.append(_grid(cells))
+    if compared := comparison_table(evaluation.compared):
+        parts.append(_grid(compared))
     if published := beside([r.task for r in evaluation.results]):
         parts += [_grid(published), "published: " + "; ".join(CAVEATS)]
     parts += [f"failed: {error}" for r in evaluation.results for error in r.errors[:1]]
