@@ -415,6 +415,19 @@ def test_prompts_of_auto(tiny_vlm):
     assert prompt(tiny_vlm(free_choice=True, question_first=True)) == "What?\n<image>"
 
 
+def test_a_question_that_holds_a_published_sentence(tiny_vlm):
+    """Published questions bring the sentence along: it is neither doubled nor left where it does not belong."""
+    region, again = LOOKS["region"].trigger, LOOKS["clip"].trigger
+
+    def prompt(vlm, **options):
+        answer = vlm.ask(picture(), f"What? {again}", max_new_tokens=1, **options)
+        return answer.transcript[1].text.removeprefix("<image>\n")
+
+    assert prompt(tiny_vlm()) == prompt(tiny_vlm(), look="clip") == f"What? {again}"
+    assert prompt(tiny_vlm(), look="region") == prompt(tiny_vlm(), region=(0, 0, 1, 1)) == f"What? {region}"
+    assert prompt(tiny_vlm(), look="none") == prompt(tiny_vlm(free_choice=True)) == prompt(tiny_vlm(())) == "What?"
+
+
 def test_none_and_spent_looks_cannot_be_called(tiny_vlm):
     vlm = tiny_vlm()
     eager = [write_call("region", (0, 0, 1, 1)), write_call("region", (0, 0, 1, 1))]

@@ -183,6 +183,17 @@ def strip_calls(text: str, grid: int = GRID) -> str:
     return "".join([*kept, text[at:]]).strip()
 
 
+def without_triggers(text: str) -> str:
+    """`text` without the published sentences that ask for a look, each with the blank before it.
+
+    >>> without_triggers("What is it? Require additional perception features, and then answer the question.")
+    'What is it?'
+    """
+    for trigger in dict.fromkeys(spec.trigger for spec in LOOKS.values()):
+        text = text.replace(f" {trigger}", "").replace(trigger, "")
+    return text
+
+
 def write_call(look: str, cells: Cells | None = None, grid: int = GRID) -> str:
     """The call for `look` as text: `cells` for a region (published order x0 y0 x1 y1), none for the others.
 

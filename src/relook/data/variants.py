@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from relook.data.items import ImageRef, Item, Message
 from relook.looks import ANSWER_PREFIX, LOOKS, parse_calls, write_call
+from relook.looks import without_triggers as strip_triggers
 
 DIRECT = "none"  # the look of an item that answers at once
 
@@ -33,10 +34,7 @@ def without_triggers(item: Item) -> Item:
 
 
 def _stripped(turn: Message) -> Message:
-    text = turn.content
-    for trigger in {spec.trigger for spec in LOOKS.values()}:
-        text = text.replace(f" {trigger}", "").replace(trigger, "")
-    return Message(turn.role, text)
+    return Message(turn.role, strip_triggers(turn.content))
 
 
 def with_encoder(item: Item, look: str) -> Item:

@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from relook.looks import IM_END, LOOKS, VISION_START, Call, look_turn, parse_tokens, write_call
+from relook.looks import IM_END, LOOKS, VISION_START, Call, look_turn, parse_tokens, without_triggers, write_call
 from relook.regions import Cells, cells_to_box, widen
 from relook.trace import Answer, Finished, Look, LookTaken, TextDelta, Turn, Usage
 
@@ -224,15 +224,22 @@ class Row:
         """The question, with the published sentence that asks for a look where the model was trained to be asked.
 
         look="auto": prompted models were trained with the sentence of the look to take, so the region's is given to a
-        model that has regions, else the re-encoding one; free-choice models decide without.
+        model that has regions, else the re-encoding one; free-choice models decide without. A question that holds one
+        of the sentences (published ones do) keeps it then, and loses it where another or none belongs.
         """
-        request = self.request
+        question, look = self._plain, "region" if self.request.region else self.request.look
         if self.machine.processor.free_choice or self._looks_left <= 0:
-            return request.question
-        look = request.look
+            return question
         if look == "auto":
+            if self.machine.looks and question != self.request.question:
+                return self.request.question
             look = next(iter(self.machine.looks), "none")
-        return f"{request.question} {LOOKS[look].trigger}" if look in LOOKS else request.question
+        return f"{question} {LOOKS[look].trigger}" if look in LOOKS else question
+
+    @property
+    def _plain(self) -> str:
+        """The question without any such sentence."""
+        return without_triggers(self.request.question).strip() or self.request.question
 
     def _force_text(self, text: str) -> None:
         self._forced.extend(self.machine.processor.tokenizer.encode(text, add_special_tokens=False))
@@ -278,7 +285,7 @@ class Row:
             self._user_turn(look_turn(good), images)
         else:  # nothing to show: the question again, to be answered without a look
             self._looks_left = 0
-            self._user_turn(self.request.question, [])
+            self._user_turn(self._plain, [])
         self._begin_turn()
 
     def _judge(self, call: Call) -> Call:

@@ -104,8 +104,10 @@ class VLM:
             question: in words; asked as it is.
             look: "auto": the model decides. A model that was trained to be asked for a look (a prompted one) is given
                 the published sentence that asks for a region (for a re-encoding, where it has no regions); a
-                free-choice model gets the question alone. "none": no sentence, and no look. A look's name ("region",
-                "clip", "detection", "seg"): its sentence, and the call's first token is written for the model.
+                free-choice model gets the question alone. (A question that holds such a sentence keeps it for a
+                prompted model, and loses it where another or none belongs.) "none": no sentence, and no look. A look's
+                name ("region", "clip", "detection", "seg"): its sentence, and the call's first token is written for the
+                model.
             region: (x0, y0, x1, y1) grid cells, both ends inclusive: the model is made to look there.
             max_looks: how many times the model may look again (one turn may ask for several regions). 0 is "none".
             max_new_tokens: limit on the tokens the model chooses in one turn; a call that was begun is completed.
