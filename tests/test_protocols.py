@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from relook.cli import app
 from relook.errors import UserError
 from relook.evaluate import BENCHMARKS, PROTOCOLS, TASKS, Places, evaluate, find_task
-from relook.evaluate.published import COLUMNS, PUBLISHED
+from relook.evaluate.published import COLUMNS, PUBLISHED, beside
 from relook.perceive import VLM
 from relook.trace import Answer, Usage
 from relook.train import tiny
@@ -71,7 +71,9 @@ def test_questions_of_a_benchmark_with_images_of_ones_own(places):
     assert [Path(r["image"]).name for r in asked] == ["page0.png", "page1.png"]
 
 
-@pytest.mark.parametrize(("data", "words"), [(None, "--data"), (Path("nowhere"), "no docvqa.json in nowhere")])
+@pytest.mark.parametrize(
+    ("data", "words"), [(None, "--data"), (Path("nowhere"), r"no DocVQA_region_test\*.json or docvqa.json in nowhere")]
+)
 def test_a_benchmark_that_is_not_here_says_where_it_is_from(data, words):
     with pytest.raises(UserError, match=words) as error:
         evaluate(Listener(), ["docvqa"], ["none"], places=Places(data))
@@ -95,6 +97,20 @@ def test_the_default_is_greedy_with_the_checkpoints_own_views(places):
     evaluate(model, ["docvqa"], ["none"], places=places)
     options, seen, _ = model.heard[0]
     assert set(options) == {"batch_size", "max_new_tokens"} and seen["first_look"] == View(100)
+    assert options["max_new_tokens"] == 64
+
+
+def test_how_long_an_answer_may_be(places):
+    """The task says, the paper's protocol as its generation did, and the user before both."""
+    (places.data / "LLaVA_COCO_free_action_test.json").write_text(json.dumps([{
+        "messages": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A dog."}],
+        "images": ["cot/docvqa/page0.png"]}]))  # fmt: skip
+    lengths = []
+    for settings in ({}, {"protocol": "paper"}, {"protocol": "paper", "max_new_tokens": 7}):
+        model = Listener()
+        evaluate(model, ["llava-free"], ["none"], places=places, **settings)
+        lengths.append(model.heard[0][0]["max_new_tokens"])
+    assert lengths == [512, 1024, 7]
 
 
 def test_a_real_model_sees_pages_at_the_size_of_the_protocol():
@@ -123,8 +139,16 @@ def test_from_the_command_line_with_the_published_table_beside(places):
     assert rows["2B-VPT (CLIP)"] == "56.7" and rows["7B-VPT (CLIP)"] == "65.8"
 
 
+def test_judgements_stand_beside_the_published_ones_with_the_difference():
+    own = {("llava-free", "auto"): 80.0, ("llava-single", "auto"): 70.0, ("gqa", "auto"): None, ("gqa", "none"): 50.0}
+    table = beside(own)
+    assert table[0][2:] == ["gqa", "llava"] and table[1] == ["yours, auto", "", "-", "75.0"]
+    assert next(row for row in table if row[0] == "2B-VPT (CLIP)") == ["2B-VPT (CLIP)", "512", "62.1", "79.1 (-4.1)"]
+    assert beside({("cards", "auto"): 90.0}) == []
+
+
 @pytest.mark.skipif(not BENCHMARK.is_dir(), reason="the benchmark's files are not here")
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", [n for n, row in BENCHMARKS.items() if (BENCHMARK / row.files[-1][0]).is_file()])
 def test_every_benchmark_opens(name):
     question = next(iter(TASKS[name].items(1, 0, Places(BENCHMARK))))
     assert question.text and question.answer and question.boxes and "###" not in question.image

@@ -21,7 +21,7 @@ from relook.evaluate.benchmarks import Places
 from relook.evaluate.metrics import region_overlap
 from relook.evaluate.protocols import find_protocol
 from relook.evaluate.scores import SCORERS
-from relook.evaluate.tasks import Task, find_task
+from relook.evaluate.tasks import Task, find_tasks
 from relook.looks import ANSWER_PREFIX
 from relook.regions import cells_to_box
 from relook.trace import Answer, Look
@@ -39,13 +39,13 @@ class Plan:
     n: int | None
     seed: int
     batch: int
-    max_new_tokens: int
+    max_new_tokens: int | None
     protocol: str
     places: Places | None = None
 
     def rows(self) -> list[Task]:
         """The tasks, each once."""
-        return [find_task(name) for name in dict.fromkeys(self.tasks)]
+        return find_tasks(self.tasks)
 
     def questions(self, task: Task) -> Iterator[Question]:
         return task.items(self.n, self.seed, self.places)
@@ -112,7 +112,7 @@ class Asker:
     def __init__(self, vlm: Any, plan: Plan) -> None:
         self.vlm, self.plan, self.way = vlm, plan, find_protocol(plan.protocol)
         self.arms = find_arms(plan.looks, vlm)
-        self.options: dict[str, Any] = {**self.way.options, "max_new_tokens": plan.max_new_tokens}
+        self.options: dict[str, Any] = dict(self.way.options)
         if self.options.get("do_sample"):
             self.options["seed"] = plan.seed
 
@@ -140,7 +140,8 @@ class Asker:
             else:
                 waiting.append((record, case, request(question, look)))
         with self.way.seen(self.vlm.processor):
-            outcomes = self._outcomes([asked for _, _, asked in waiting])
+            tokens = self.plan.max_new_tokens or self.way.tokens or batch.task.tokens
+            outcomes = self._outcomes([asked for _, _, asked in waiting], tokens)
         for (record, case, _), (answer, problem, seconds) in zip(waiting, outcomes, strict=True):
             record["seconds"] = seconds
             if answer is None:
@@ -149,8 +150,8 @@ class Asker:
                 _fill(record, case, answer, batch.task.scores)
         return records
 
-    def _outcomes(self, requests: list[Mapping[str, Any]]) -> list[Outcome]:
-        """What became of each request.
+    def _outcomes(self, requests: list[Mapping[str, Any]], tokens: int) -> list[Outcome]:
+        """What became of each request, turns being `tokens` long at most.
 
         Where a batch fails, its requests are asked one by one, so that one bad item costs only itself. Every exception
         counts as the item's failure, whatever its type: it is recorded and shown, and a run of a thousand goes on.
@@ -159,10 +160,10 @@ class Asker:
             return []
         begun = time.perf_counter()
         try:
-            answers = self.vlm.ask_many(requests, batch_size=len(requests), **self.options)
+            answers = self.vlm.ask_many(requests, batch_size=len(requests), max_new_tokens=tokens, **self.options)
         except Exception as error:
             if len(requests) > 1:
-                return [outcome for each in requests for outcome in self._outcomes([each])]
+                return [outcome for each in requests for outcome in self._outcomes([each], tokens)]
             words = str(error) if isinstance(error, RelookError) else f"{type(error).__name__}: {error}"
             return [(None, words, time.perf_counter() - begun)]
         seconds = (time.perf_counter() - begun) / len(requests)

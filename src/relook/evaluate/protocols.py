@@ -2,7 +2,8 @@
 
 `default` asks all items greedily, at the views of the checkpoint. `paper` is as published: the first 1000 items, images
 of 512 pixels at most (`paper-224`: 224) made smaller by the nearest neighbour, a region widened by one cell, and
-sampling at top-p 0.1, top-k 10, temperature 0.95. Knows a processor's views and `ask`'s options; not tasks.
+sampling at top-p 0.1, top-k 10, temperature 0.95, turns of at most 1024 tokens (LLaMA-Factory's default, with which
+the published evaluation generated). Knows a processor's views and `ask`'s options; not tasks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ PAPER = {"do_sample": True, "top_p": 0.1, "top_k": 10, "temperature": 0.95}
 @dataclass(frozen=True)
 class Protocol:
     """One row. `n`: items of a task where nobody says otherwise (None: the task's own number); `view`: of every look
-    through the model's own eyes, None for the checkpoint's; `options`: of `ask`."""
+    through the model's own eyes, None for the checkpoint's; `options`: of `ask`; `tokens`: of a turn where nobody says
+    otherwise (None: the task's own)."""
 
     name: str
     about: str
@@ -29,6 +31,7 @@ class Protocol:
     view: View | None = None
     margin: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int | None = None
 
     @contextmanager
     def seen(self, processor: Any) -> Iterator[None]:
@@ -52,8 +55,8 @@ PROTOCOLS: dict[str, Protocol] = {
     row.name: row
     for row in (
         Protocol("default", "greedy, all items, the checkpoint's own views"),
-        Protocol("paper", "as published, images of at most 512 pixels", 1000, View(512, "nearest"), 1, PAPER),
-        Protocol("paper-224", "as published, images of at most 224 pixels", 1000, View(224, "nearest"), 1, PAPER),
+        Protocol("paper", "as published, images of at most 512 pixels", 1000, View(512, "nearest"), 1, PAPER, 1024),
+        Protocol("paper-224", "as published, images of at most 224 pixels", 1000, View(224, "nearest"), 1, PAPER, 1024),
     )
 }
 

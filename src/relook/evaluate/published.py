@@ -5,9 +5,10 @@ Source: arXiv 2502.17425, as in spec.md section 10. What must be known when numb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 COLUMNS = ("gqa", "openimages", "vsr", "llava", "flickr30k", "cub", "docvqa", "textvqa", "textcaps", "dude", "pope")
+AS = {"llava-free": "llava", "llava-single": "llava"}  # tasks of which a column is the mean
 NOT_TRAINED_ON = ("flickr30k", "dude", "pope")
 
 # (model, longest side in pixels) -> scores in the order of COLUMNS, percent
@@ -27,17 +28,36 @@ PUBLISHED: dict[tuple[str, int], tuple[float, ...]] = {
 CAVEATS = (
     "judged by gpt-4o, its version not said; another judge gives other numbers",
     "a judgement that failed counted as 0 there and is left out here",
+    "only judgements compare with it: relook judge FOLDER",
     "the first 1000 items at most, answers sampled, no interval given",
     f"{', '.join(NOT_TRAINED_ON)} were not in the training mix",
 )
 
 
-def beside(tasks: Sequence[str]) -> list[list[str]]:
-    """The paper's table for these tasks, as rows of cells with a heading; empty where it has none of them."""
-    known = [task for task in dict.fromkeys(tasks) if task in COLUMNS]
-    if not known:
+def beside(judged: Mapping[tuple[str, str], float | None]) -> list[list[str]]:
+    """The paper's table for one's own results, as rows of cells with a heading; empty where it has none of the tasks.
+
+    Args:
+        judged: mean judgement in percent by (task, look), None where nobody has judged. Behind each published figure
+            stands, in brackets, one's own under the first look minus it.
+    """
+    columns = [c for c in COLUMNS if c in {AS.get(task, task) for task, _ in judged}]
+    if not columns:
         return []
-    rows = [["published, judge %", "px", *known]]
+    looks = list(dict.fromkeys(look for _, look in judged))
+    own = {look: {c: _mean(judged, c, look) for c in columns} for look in looks}
+    rows = [["published, judge % (yours - it)", "px", *columns]]
+    for look in looks:
+        if any(value is not None for value in own[look].values()):
+            rows.append([f"yours, {look}", "", *("-" if (v := own[look][c]) is None else f"{v:.1f}" for c in columns)])
     for (model, side), scores in PUBLISHED.items():
-        rows.append([model, str(side), *(f"{scores[COLUMNS.index(task)]:.1f}" for task in known)])
+        cells = [(scores[COLUMNS.index(c)], own[looks[0]][c]) for c in columns]
+        rows.append([model, str(side), *(f"{x:.1f}" if v is None else f"{x:.1f} ({v - x:+.1f})" for x, v in cells)])
     return rows
+
+
+def _mean(judged: Mapping[tuple[str, str], float | None], column: str, look: str) -> float | None:
+    """The mean over the tasks of a column; None where one of them was not judged."""
+    values = [v for (task, asked), v in judged.items() if asked == look and AS.get(task, task) == column]
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None

@@ -160,7 +160,9 @@ def table(evaluation: Evaluation) -> str:
             parts.append(_grid(cells))
     if compared := comparison_table(evaluation.compared):
         parts.append(_grid(compared))
-    if published := beside([r.task for r in evaluation.results]):
+    judgements = {(r.task, r.look): r.measures.get("judge") for r in evaluation.results}
+    own = {key: None if j is None or j.mean is None else 100 * j.mean for key, j in judgements.items()}
+    if published := beside(own):
         parts += [_grid(published), "published: " + "; ".join(CAVEATS)]
     parts += [f"failed: {error}" for r in evaluation.results for error in r.errors[:1]]
     return "\n\n".join(parts)

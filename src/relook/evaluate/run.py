@@ -39,7 +39,7 @@ def evaluate(
     out: str | Path | None = None,
     seed: int = 0,
     batch: int | str = 8,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     progress: Progress | None = None,
     protocol: str = "default",
     places: Places | None = None,
@@ -58,7 +58,7 @@ def evaluate(
             until then records grow in records.jsonl.part. A run that was cut goes on there when it is given again.
         seed: of the pages drawn, the random regions and the intervals.
         batch: questions asked side by side; "auto": as many as answer the first questions fastest.
-        max_new_tokens: of each turn.
+        max_new_tokens: of each turn (None: as the protocol says, or as is usual for the task).
         progress: called with a task's name, the number of its questions done and how many there are.
         protocol: a row of `PROTOCOLS`.
         places: where the files of the paper's benchmarks lie.
@@ -94,7 +94,7 @@ def _plan(
     n: int | None,
     seed: int,
     batch: int | str,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     protocol: str,
     places: Places | None,
 ) -> Plan:
@@ -134,6 +134,7 @@ def _with_fastest_batch(plan: Plan, crew: Engine, out: str | Path | None) -> tup
 def _settings(plan: Plan) -> dict[str, Any]:
     return {
         "tasks": [task.name for task in plan.rows()],
+        "scores": {task.name: list(task.scores) for task in plan.rows()},
         "looks": list(dict.fromkeys(plan.looks)),
         **{key: getattr(plan, key) for key in ("protocol", "n", "seed", "batch", "max_new_tokens")},
     }
@@ -141,8 +142,8 @@ def _settings(plan: Plan) -> dict[str, Any]:
 
 def _decisive(run: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the records depend on: a run that was cut goes on only if none of it has changed."""
-    decisive = ("model", "weights", "processor", "tasks", "looks", "protocol", "n", "seed", "batch", "max_new_tokens")
-    return {key: run.get(key) for key in (*decisive, "versions")}
+    decisive = ("model", "weights", "processor", "tasks", "scores", "looks", "protocol", "n", "seed", "batch")
+    return {key: run.get(key) for key in (*decisive, "max_new_tokens", "versions")}
 
 
 def _summed(run: dict[str, Any], plan: Plan, records: Sequence[Record]) -> Evaluation:

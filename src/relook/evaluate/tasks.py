@@ -5,7 +5,7 @@ Knows where questions come from; refuses to know models and looks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
@@ -25,7 +25,8 @@ REAL_RECEIPTS = Path("../shared/data/receipts/val_qa.jsonl")
 class Task:
     """One row: its name, what it is, its questions for a seed and places (possibly without end), and its scores.
 
-    `usual` is how many questions are asked where nobody says; None for all of them.
+    `usual` is how many questions are asked where nobody says; None for all of them. `tokens` is how long a turn may be
+    where neither the user nor the protocol says.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Task:
     questions: Callable[[int, Places], Iterator[Question]]
     scores: tuple[str, ...] = ("exact", "anls")
     usual: int | None = None
+    tokens: int = 64
 
     def items(self, n: int | None, seed: int, places: Places | None = None) -> Iterator[Question]:
         """The first `n` questions (None: as many as usual); world tasks draw other pages for another seed."""
@@ -71,25 +73,44 @@ TASKS: dict[str, Task] = {
         Task("receipts", "rendered receipts never seen", lambda seed, _: world_questions("receipts", seed), usual=500),
         Task("receipts-real", "60 real scanned receipts (SROIE), 234 questions", lambda *_: real_receipts()),
         *(
-            Task(name, f"{about} (Visual-CoT's benchmark)", partial(_benchmark, name))
-            for name, (_, about) in BENCHMARKS.items()
+            Task(row.name, row.about, partial(_benchmark, row.name), row.scores, tokens=row.tokens or 64)
+            for row in BENCHMARKS.values()
         ),
     )
 }
 
 
 def find_task(name: str) -> Task:
-    """The task of that name, or the questions of the file at that path.
+    """The task of that name, or the questions of the file at that path (a YAML file: its one task).
 
     Raises:
-        UserError: neither a task nor a file.
+        UserError: neither a task nor a file; a file of several tasks.
     """
-    if name in TASKS:
-        return TASKS[name]
-    path = Path(name)
-    if not path.is_file():
-        known = ", ".join(TASKS)
-        raise UserError(
-            f"{name!r} is neither a task ({known}) nor a file of questions; name one of these, or give a path"
-        )
-    return Task(path.stem, str(path), lambda *_: read_questions(path))
+    found = find_tasks([name])
+    if len(found) != 1:
+        raise UserError(f"{name} holds {len(found)} tasks ({', '.join(task.name for task in found)}); expected one")
+    return found[0]
+
+
+def find_tasks(names: Iterable[str]) -> list[Task]:
+    """The tasks of these names, paths of question files, and paths of YAML files of tasks (`own`); each name once.
+
+    Raises:
+        UserError: neither a task nor a file, or two tasks of one name.
+    """
+    from relook.evaluate.own import SUFFIXES, own_tasks  # which makes tasks
+
+    found: list[Task] = []
+    for name in dict.fromkeys(names):
+        path = Path(name)
+        if name in TASKS:
+            found.append(TASKS[name])
+        elif not path.is_file():
+            raise UserError(f"{name!r} is neither a task ({', '.join(TASKS)}) nor a file of questions or tasks")
+        elif path.suffix in SUFFIXES:
+            found += own_tasks(path)
+        else:
+            found.append(Task(path.stem, str(path), lambda *_, path=path: read_questions(path)))
+    if len({task.name for task in found}) < len(found):
+        raise UserError("two of the tasks have the same name; rename a file, or a task in its YAML")
+    return found
