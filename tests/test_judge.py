@@ -247,6 +247,16 @@ def test_a_folder_is_judged_and_summed_up_again(court, folder, tmp_path):
     assert json.loads(done.stdout) == results
 
 
+def test_the_cost_is_told_at_given_prices(court, folder, tmp_path):
+    """Four replies of 100 + 5 tokens, the one that cannot be read among them; what was known before costs nothing."""
+    base = ("judge", folder, "-m", "judge", "--url", court.url, "--cache", tmp_path / "c", "--prices", "2.5", "10")
+    first, second = command(*base), command(*base)
+    assert "400 + 20 tokens, cost 0.0012" in first.stdout, first.output
+    assert "100 + 5 tokens, cost 0.0003" in second.stdout  # only the babble is asked again
+    told = json.loads((folder / "results.json").read_text())["run"]["judge"]
+    assert (told["prices"], told["cost"]) == ([2.5, 10.0], pytest.approx(0.0003))
+
+
 def test_judging_again_pays_only_for_what_failed(court, folder, tmp_path):
     for _ in range(2):
         done = command("judge", folder, "-m", "judge", "--url", court.url, "--cache", tmp_path / "c")
