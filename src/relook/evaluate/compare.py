@@ -18,8 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from relook.evaluate.metrics import SCORERS, Estimate
+from relook.evaluate.metrics import Estimate
+from relook.evaluate.paired import paired_test
 from relook.evaluate.report import MEASURES
+from relook.evaluate.scores import SCORERS
+from relook.evaluate.splits import split_scores
 
 Record = Mapping[str, Any]
 Measure = Callable[[Record], float | None]
@@ -55,13 +58,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Difference:
-    """Row `a` minus row `b` in one measure of one task, over the questions that both answered."""
+    """Row `a` minus row `b` in one measure of one task, over the questions that both answered; `p` of a paired test."""
 
     a: str
     b: str
     task: str
     measure: str
     estimate: Estimate
+    p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ class Summary:
 
     asked     questions, sorted; a question counts once, however many folders asked it
     answered, failed, skipped   records of all folders together
-    measures  estimate by name: the scores that any record has, and `MEASURES`
+    measures  estimate by name: the scores that any record has, `MEASURES`, and what only a split has (over all
+              answers, drawn one by one)
     fields    estimates of the scores by the question's field
     seeds     by folder: the plain means of the scores
     errors    the first few failures in words
@@ -111,7 +116,8 @@ def summarise(records: Mapping[str, Sequence[Record]], seed: int = 0) -> Summary
         measures={
             name: estimate(asked, measure, seed)
             for name, measure in {**{score: measure_of(score) for score in scores}, **MEASURES}.items()
-        },
+        }
+        | split_scores(answered, seed),
         fields={
             name: {
                 score: estimate([each for each in asked if each.field == name], measure_of(score), seed)
@@ -165,9 +171,19 @@ def difference(a: Sequence[Asked], b: Sequence[Asked], measure: Measure, seed: i
 
     The same images are drawn on both sides, so what is hard about a page falls out of the difference.
     """
+    return clustered([(image, x - y) for image, x, y in _pairs(a, b, measure)], seed)
+
+
+def chance(a: Sequence[Asked], b: Sequence[Asked], measure: Measure, seed: int = 0) -> float | None:
+    """p of a two-sided paired test of that difference (`paired`); None where no question was answered by both."""
+    return paired_test(_pairs(a, b, measure), seed).p
+
+
+def _pairs(a: Sequence[Asked], b: Sequence[Asked], measure: Measure) -> list[tuple[str, float, float]]:
+    """(image, a's value, b's) of the questions that have both."""
     others = {each.key: each for each in b}
-    pairs = ((each.image, each.value(measure), others[each.key].value(measure)) for each in a if each.key in others)
-    return clustered([(image, x - y) for image, x, y in pairs if x is not None and y is not None], seed)
+    both = ((each.image, each.value(measure), others[each.key].value(measure)) for each in a if each.key in others)
+    return [(image, x, y) for image, x, y in both if x is not None and y is not None]
 
 
 def clustered(values: Sequence[tuple[str, float]], seed: int = 0, resamples: int = 2000) -> Estimate:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from relook.evaluate.scores import SCORERS as SCORERS  # until nobody asks for it here any more
 from relook.regions import Box
 
 _RESAMPLES_AT_ONCE = 256  # bounds the bootstrap's memory: 256 x n indices at a time
