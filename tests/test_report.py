@@ -247,7 +247,7 @@ def test_the_table_says_what_the_records_say(plan):
         "| c | looks | 4 | 2 (66.7-75.0) | 62.5 (50.0-75.0) | 31.2 (25.0-37.5) | 50.0 (50.0-50.0) | - | 100.0 | 102 |"
         " 0.25 | 2.10 M to 2.20 M | 24,000 | 3,600 |" in text
     )
-    assert "| c - a | +37.5 (+0.0 to +75.0) | +18.8 (+0.0 to +37.5) | 4 |" in text
+    assert "| c - a | +37.5 (+0.0 to +75.0), p = 1.000 | +18.8 (+0.0 to +37.5), p = 1.000 | 4 |" in text
     assert "| c | looks | 100.0 (100.0-100.0) | 25.0 (0.0-50.0) |" in text  # date, total
     assert (
         "c, own: 7 answered, 1 failed, 0 skipped (the look does not apply); first failure: own.jsonl:4: out of" in text

@@ -23,9 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from relook.errors import UserError
 from relook.evaluate.arms import ARMS
-from relook.evaluate.compare import Difference, Summary, difference, measure_of, summarise
+from relook.evaluate.compare import Difference, Summary, chance, difference, measure_of, summarise
 from relook.evaluate.folders import Folder, holds_records, read_folder
 from relook.evaluate.report import MEASURES
+from relook.evaluate.splits import SPLIT_SCORES
 from relook.evaluate.tasks import TASKS
 
 # What a row's model is, from results.json (`facts`), or from the row where an old results.json lacks it.
@@ -265,11 +266,10 @@ def _report(
         for first, second in compare:
             a, b = (by_name[name].results.get(task) for name in (first, second))
             if a and b:
-                differences += [
-                    Difference(first, second, task, score, difference(a.asked, b.asked, measure_of(score)))
-                    for score in a.measures
-                    if score not in MEASURES and score in b.measures
-                ]
+                for score in a.measures:
+                    if score not in MEASURES and score not in SPLIT_SCORES and score in b.measures:
+                        sides = a.asked, b.asked, measure_of(score)
+                        differences.append(Difference(first, second, task, score, difference(*sides), chance(*sides)))
     return Report(title, note.strip(), order, tuple(rows), tuple(compare), tuple(differences))
 
 

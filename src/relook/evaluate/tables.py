@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from relook.evaluate.compare import Difference
 from relook.evaluate.metrics import Estimate
 from relook.evaluate.rows import Report, Row
+from relook.evaluate.splits import SPLIT_SCORES
 from relook.evaluate.tasks import TASKS
 
 SCORE_NAMES = {"exact": "exact match", "anls": "ANLS"}
@@ -58,7 +60,7 @@ def heading(report: Report, task: str) -> str:
 def tables(report: Report, task: str) -> list[Table]:
     """All tables of a task: the rows, their paired differences, and every score by field."""
     found = [_main(report, task), _differences(report, task)]
-    found += [_by_field(report, task, score) for score in report.scores(task)]
+    found += [_by_field(report, task, score) for score in report.scores(task) if score not in SPLIT_SCORES]
     return [table for table in found if table.lines]
 
 
@@ -82,17 +84,29 @@ def _main(report: Report, task: str) -> Table:
 
 def _differences(report: Report, task: str) -> Table:
     """The paired comparisons of one task, a line a pair; those that lack records stay, as not run."""
-    scores = report.scores(task)
+    scores = [score for score in report.scores(task) if score not in SPLIT_SCORES]
     found = [each for each in report.differences if each.task == task]
     lines = []
     for a, b in report.compare:
-        pair = {each.measure: each.estimate for each in found if (each.a, each.b) == (a, b)}
-        shown = [cell(pair.get(score), 100, 1, True, signed=True) if pair else NOT_RUN for score in scores]
-        count = str(max(each.n for each in pair.values())) if pair else "-"
+        pair = {each.measure: each for each in found if (each.a, each.b) == (a, b)}
+        shown = [_difference(pair.get(score)) if pair else NOT_RUN for score in scores]
+        count = str(max(each.estimate.n for each in pair.values())) if pair else "-"
         lines.append((f"{a} - {b}", *shown, count))
     names = ("difference", *(f"{score_name(score)}, points" for score in scores), "questions")
-    text = "Paired differences, question by question, over the questions that both rows answered (the same resampling):"
+    text = (
+        "Paired differences, question by question, over the questions that both rows answered (the same resampling; "
+        "p: of a paired permutation test, the signs of an image together; McNemar's exact test for one right or wrong "
+        "answer an image):"
+    )
     return Table(text, names, tuple(lines))
+
+
+def _difference(found: Difference | None) -> str:
+    """A difference in points with its interval and the p of a paired test."""
+    if found is None or found.estimate.mean is None or found.p is None:
+        return "-"
+    p = f"p = {found.p:.3f}" if found.p >= 0.001 else "p < 0.001"
+    return f"{cell(found.estimate, 100, 1, True, signed=True)}, {p}"
 
 
 def _by_field(report: Report, task: str, score: str) -> Table:
