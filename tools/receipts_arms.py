@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--scale", choices=plan["scales"], default="tiny")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing new after this time")
+    parser.add_argument("--only", choices=("train", "ask"), help="one half of the work (two machines, two cores)")
     parser.add_argument("--no-report", action="store_true", help="train and ask only")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for the recipe of every arm")
     options = parser.parse_args()
@@ -39,7 +40,10 @@ def main() -> None:
     jobs = [("tower", work.train_tower, ())]
     for seed in options.seeds:
         for name in options.arms:
-            jobs += [(f"{name}, seed {seed}", do, (name, seed)) for do in (work.train, work.ask)]
+            halves = {"train": work.train, "ask": work.ask}
+            jobs += [
+                (f"{name}, seed {seed}", do, (name, seed)) for k, do in halves.items() if options.only in (None, k)
+            ]
     for title, job, arguments in jobs:
         if time.monotonic() > end:
             sys.exit(f"out of time before {title}; give the command again to go on")
