@@ -51,7 +51,12 @@ lint: $(VENV)/.dev  ## ruff and mypy
 test: lint  ## lint and the whole default suite (no network, no GPU)
 	$(BIN)/pytest
 
-test-slow: $(VENV)/.dev  ## the long tests (pytest exits 5 while there are none)
+# Drives a Chromium that is there already (Debian: apt-get install chromium); without one its tests are skipped.
+$(VENV)/.browser: $(VENV)/.dev
+	$(PIP) -e ".[browser]"
+	@touch $@
+
+test-slow: $(VENV)/.browser  ## the long tests (pytest exits 5 while there are none)
 	@$(BIN)/pytest -m slow || { test $$? -eq 5 && echo "no test is marked slow yet"; }
 
 bench: $(VENV)/.dev  ## what a look costs, as ratios within one run

@@ -24,7 +24,7 @@ from relook.evaluate import WRITERS, bootstrap, collect, keep, read_folder, writ
 from relook.evaluate.compare import MEASURED, clustered, difference, estimate, pool, summarise
 from relook.evaluate.figures import _meet, _place, fields_figure, plain_text
 from relook.evaluate.rows import read_plan
-from relook.evaluate.writers import table_csv, table_md
+from relook.evaluate.writers import PAGE, table_csv, table_md
 
 ROOT = Path(__file__).resolve().parents[1]
 EXACT = MEASURED["exact"]
@@ -333,9 +333,8 @@ def test_the_experiment_in_the_repository_is_well_formed():
 
 def test_every_file_is_written_and_the_pictures_open(plan, tmp_path):
     paths = write(collect([plan]), tmp_path / "out")
-    assert (
-        sorted(path.name for path in paths) == sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(WRITERS)
-    )
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert sorted(path.name for path in paths) == written == sorted([*WRITERS, PAGE])
     for name in ("cost.png", "fields.png"):
         image = Image.open(tmp_path / "out" / name).convert("RGB")
         assert min(image.size) > 400 and len(image.getcolors(1 << 20)) > 50
@@ -343,7 +342,7 @@ def test_every_file_is_written_and_the_pictures_open(plan, tmp_path):
 
 def test_one_task_without_fields_is_drawn_too(tmp_path):
     folder = save(tmp_path / "one", [record(0, 0, field=None)])
-    assert len(write(collect([folder]), tmp_path / "out")) == len(WRITERS)
+    assert len(write(collect([folder]), tmp_path / "out", images=None)) == len(WRITERS)
 
 
 def test_without_matplotlib_nothing_is_written_and_the_extra_is_named(plan, tmp_path, monkeypatch):
@@ -401,7 +400,7 @@ def test_the_command_prints_writes_and_keeps(plan, tmp_path):
     assert call("report", plan).stdout == table_md(collect([plan])) + "\n"
     lines = call("report", plan, "--out", tmp_path / "out", "--keep", tmp_path / "kept").stdout.splitlines()
     kept = [tmp_path / "kept" / name for name in ("direct-s1", "look-s1", "look-s2")]
-    assert lines == [f"written: {path}" for path in [*(tmp_path / "out" / name for name in WRITERS), *kept]]
+    assert lines == [f"written: {path}" for path in [*(tmp_path / "out" / name for name in (*WRITERS, PAGE)), *kept]]
     assert (tmp_path / "out/table.md").read_text() == table_md(collect([plan]))
     assert "no records.jsonl" in call("report", tmp_path, code=2).stderr
     assert "kept over itself" in call("report", plan.parent / "look-s1", "--keep", plan.parent, code=2).stderr

@@ -49,7 +49,7 @@ def main() -> None:
             sys.exit(f"out of time before {title}; give the command again to go on")
         job(*arguments)
     if not options.no_report and options.scale == "tiny":
-        relook("report", DOCS / "arms.yaml", "--out", DOCS)
+        relook("report", DOCS / "arms.yaml", "--out", DOCS, "--no-page")
 
 
 class Arms:

@@ -165,19 +165,23 @@ def report(
         Argument(metavar="SOURCE...", help="A YAML file of rows (docs/receipts/arms.yaml), or folders of evaluations."),
     ],
     out: Annotated[
-        Path | None, Option(metavar="FOLDER", help="Where table.md, table.csv, cost.png and fields.png go.")
+        Path | None,
+        Option(metavar="FOLDER", help="Where table.md, table.csv, cost.png, fields.png and report.html go."),
     ] = None,
     keep: Annotated[
         Path | None, Option(metavar="FOLDER", help="Also keep the folders' records here, in a small form.")
     ] = None,
+    images: Annotated[int, Option(min=0, metavar="N", help="Pictures in report.html, some 50 kB each.")] = 100,
+    no_images: Annotated[bool, Option("--no-images", help="No pictures in report.html.")] = False,
+    no_page: Annotated[bool, Option("--no-page", help="No report.html.")] = False,
 ) -> None:
-    """Compare evaluations: tables and figures from saved records; without --out, only print the tables."""
+    """Compare evaluations: tables, figures, a page to browse the records; without --out, only print the tables."""
     from relook.evaluate.folders import keep_all
     from relook.evaluate.rows import collect
     from relook.evaluate.writers import table_md, write
 
     found = collect(sources)
-    written = write(found, out) if out else []
+    written = write(found, out, None if no_page else 0 if no_images else images) if out else []
     written += keep_all(found.folders, keep) if keep else []
     print("\n".join(f"written: {path}" for path in written) if written else table_md(found))
 

@@ -53,8 +53,8 @@ def cost_panel(panel: Any, report: Report, task: str) -> list[Point]:
             x[0], y[0], xerr=whiskers(x), yerr=whiskers(y), fmt=MARKERS[place % len(MARKERS)],
             ms=7, lw=1.1, capsize=2.5, color=colour(place), mec=EDGE, mew=0.6,
         )  # fmt: skip
-        points.append((x, y, row.name, colour(place)))
-    panel.set_title(task, loc="left", fontsize=11, weight="bold")
+        points.append((x, y, short(row.name), colour(place)))
+    panel.set_title(short(task, 60), loc="left", fontsize=11, weight="bold")
     panel.set_xlabel("LM positions per answer")
     panel.set_ylabel(f"{score_name(score)}, %")
     panel.set_xlim(0, 1.12 * max((x[2] for x, *_ in points), default=1.0))
@@ -113,15 +113,15 @@ def _field_panel(panel: Any, report: Report, task: str, title: str, fields: dict
                     ends = at - 0.46 * width, at + 0.46 * width
                     panel.plot(ends, (0, 0), lw=2.5, color=colour(place), solid_capstyle="butt")
                 panel.errorbar(at, value[0], yerr=whiskers(value), lw=0.9, capsize=1.5, color=INK)
-                panel.text(at, -0.02, _short(row.name), transform=panel.get_xaxis_transform(), ha="center", va="top",
+                panel.text(at, -0.02, short(row.name), transform=panel.get_xaxis_transform(), ha="center", va="top",
                            fontsize=6.5, rotation=90, color=GREY)  # fmt: skip
-    room = 6 + 4.0 * max((len(_short(row.name)) for _, row, _ in rows), default=0)  # points: the rows' names stand here
-    panel.set_xticks(range(len(fields)), [f"{_short(name)}\nn = {count}" for name, count in fields.items()])
+    room = 6 + 4.0 * max((len(short(row.name)) for _, row, _ in rows), default=0)  # points: the rows' names stand here
+    panel.set_xticks(range(len(fields)), [f"{short(name)}\nn = {count}" for name, count in fields.items()])
     panel.tick_params(axis="x", length=0, pad=room, labelsize=FIELD_SIZE)
     panel.set_ylabel(f"{score_name(score)}, %")
     panel.set_ylim(0, _top(panel.get_ylim()[1]))
     panel.set_xlim(-0.55, max(len(fields), 1) - 0.45)
-    panel.set_title(title, loc="left", fontsize=11, weight="bold")
+    panel.set_title(short(title, 80), loc="left", fontsize=11, weight="bold")
     panel.grid(axis="y", alpha=0.25)
     panel.set_axisbelow(True)
 
@@ -173,7 +173,7 @@ def _legend_columns(width: float) -> int:
 
 def _entry(row: Row) -> str:
     text = row.title if row.title == row.name else f"{row.name}: {row.title}"
-    return text if row.results else f"{text} (not run)"
+    return short(text, 70) + ("" if row.results else " (not run)")
 
 
 def _dot(place: int) -> Any:
@@ -254,8 +254,9 @@ def whiskers(value: Interval) -> list[list[float]]:
     return [[max(mean - low, 0.0)], [max(high - mean, 0.0)]]
 
 
-def _short(name: str, most: int = 24) -> str:
-    """A name with its middle left out where it is long."""
+def short(name: str, most: int = 24) -> str:
+    """A name in one line that can be drawn (no half characters), its middle left out where it is long."""
+    name = " ".join(name.encode("utf-8", "replace").decode().split())
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
 
 

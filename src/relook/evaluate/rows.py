@@ -15,7 +15,7 @@ Knows where things are; statistics are `compare`'s and texts `writers`'.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the writers show."""
+    """Everything that the writers show. `planned`: the rows were asked for, and one without records is shown so."""
 
     title: str
     note: str
@@ -119,9 +119,14 @@ class Report:
     rows: tuple[Row, ...]
     compare: tuple[tuple[str, str], ...]
     differences: tuple[Difference, ...]
+    planned: bool = True
 
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
+
+    def shown(self, task: str) -> list[Row]:
+        """The rows that a table of a task has: all that were planned; of plain folders those that have the task."""
+        return [row for row in self.rows if self.planned or task in row.results]
 
     def scores(self, task: str) -> tuple[str, ...]:
         """The scores that any row has for a task, the one that decides first: in the task's order, then others."""
@@ -211,7 +216,7 @@ def _from_folders(folders: Sequence[Folder]) -> Report:
             rows.append(_row(RowPlan(name=name, title=title, records=[], look=look), [folder], []))
     if not rows:
         raise UserError(f"{', '.join(labels)}: no records in it; evaluate again")
-    return _report("Evaluation", "", [], rows, [])
+    return replace(_report("Evaluation", "", [], rows, []), planned=False)
 
 
 def _row(plan: RowPlan, folders: Sequence[Folder], tasks: Sequence[str]) -> Row:

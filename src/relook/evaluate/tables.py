@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from relook.evaluate.compare import Difference
 from relook.evaluate.metrics import Estimate
+from relook.evaluate.report import COLUMNS as PRINTED
 from relook.evaluate.rows import Report, Row
 from relook.evaluate.splits import SPLIT_SCORES
 from relook.evaluate.tasks import TASKS
 
-SCORE_NAMES = {"exact": "exact match", "anls": "ANLS"}
+SCORE_NAMES = {score: name.removesuffix(" %") for name, (score, *_) in PRINTED.items()} | {"exact": "exact match"}
 Column = tuple[str, float, int, bool]  # measure, factor, decimals, interval shown
 
 # column heading -> its measure; the scores' columns stand before these
@@ -68,7 +69,7 @@ def _main(report: Report, task: str) -> Table:
     scores = report.scores(task)
     columns: dict[str, Column] = {f"{score_name(score)} %": (score, 100, 1, True) for score in scores} | COLUMNS
     lines = []
-    for row in report.rows:
+    for row in report.shown(task):
         result = row.results.get(task)
         facts = [_fact(row.facts[name], form) for name, (_, form) in FACT_HEADINGS.items()]
         if result is None:

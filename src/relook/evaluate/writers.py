@@ -3,6 +3,7 @@
     table.md   for people: a table per task, differences, tables by field, notes
     table.csv  every number in long form, one a line
     cost.png   accuracy against cost          fields.png   accuracy by field
+    report.html   all of it as a page, with a browser of the records (`relook.evaluate.page`)
 
 Formats what `rows` collected; computes nothing.
 """
@@ -18,6 +19,7 @@ from typing import Any
 from relook.evaluate.figures import cost_png, fields_png
 from relook.evaluate.folders import write_bytes
 from relook.evaluate.metrics import Estimate
+from relook.evaluate.page import IMAGES, page_html
 from relook.evaluate.rows import FACTS, Report, Row
 from relook.evaluate.tables import CAPTION, NOT_RUN, WORDS, Table, heading, notes, tables
 
@@ -77,7 +79,8 @@ def _row_lines(report: Report, row: Row) -> Iterator[dict[str, Any]]:
     for task in report.tasks:
         result = row.results.get(task)
         if result is None:
-            yield {"task": task, "measure": NOT_RUN}
+            if report.planned:
+                yield {"task": task, "measure": NOT_RUN}
             continue
         for measure, value in result.measures.items():
             yield {"task": task, "measure": measure, **_numbers(value)}
@@ -103,14 +106,19 @@ WRITERS: dict[str, Callable[[Report], bytes]] = {
     "cost.png": cost_png,
     "fields.png": fields_png,
 }
+PAGE = "report.html"
 
 
-def write(report: Report, out: str | Path) -> list[Path]:
-    """Write every file of `WRITERS` into `out`; all are made before the first is written.
+def write(report: Report, out: str | Path, images: int | None = IMAGES) -> list[Path]:
+    """Write every file of `WRITERS` into `out`, and the page with at most `images` pictures (None: no page at all).
+
+    All are made before the first is written.
 
     Raises:
         UserError: matplotlib is not installed, or `out` cannot be written.
     """
     contents = {Path(out) / name: writer(report) for name, writer in WRITERS.items()}
+    if images is not None:
+        contents[Path(out) / PAGE] = page_html(report, images)
     write_bytes(contents)
     return list(contents)

@@ -1,0 +1,152 @@
+"""A report's records as the data that its page browses: plain lists for JSON, questions once, answers apart.
+
+    rows       name, title, look, the look in words
+    questions  task, index, where, field, text, accepted, boxes, size, picture (number of a picture; null: `why` not)
+    answers    row, folder, question (numbers), text, scores, looks, recall, iou, cost, judge, failed, skipped, said
+    pictures   src (a data URI), width, height of the original
+    heat       the colours of a map, from low to high
+
+Boxes are x1, y1, x2, y2 in pixels of the upright original, x2 and y2 exclusive. What is null, empty or unknown is left
+out. Knows records; refuses to know HTML.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from relook.evaluate.arms import ARMS
+from relook.evaluate.page.pictures import Pictures, gather, key
+from relook.evaluate.rows import Report
+from relook.looks import LOOKS
+from relook.regions import cells_to_box, token_area
+from relook.render import HEAT
+
+Record = Mapping[str, Any]
+Answered = tuple[int, str, Record]  # number of the row, folder's name, record
+
+BLANK = "blank"  # the way to look whose crops are shown blank
+
+
+def browse(report: Report, images: int) -> tuple[dict[str, Any], Pictures]:
+    """The page's data, with at most `images` pictures in it, and what is known of the pictures."""
+    answered = list(_answered(report))
+    pictures = gather((record for *_, record in answered), images)
+    numbers = {name: number for number, name in enumerate(pictures.shown)}
+    questions: dict[tuple[Any, ...], int] = {}
+    asked: list[dict[str, Any]] = []
+    answers = []
+    for row, folder, record in answered:
+        same = record["task"], record["index"], record["question"], tuple(record["accepted"]), key(record)
+        if same not in questions:
+            questions[same] = len(asked)
+            asked.append(_question(record, numbers, pictures))
+        size = pictures.shown[key(record)][1] if key(record) in pictures.shown else _size(record)
+        answers.append(_clean(_answer(record, size) | {"row": row, "folder": folder, "question": questions[same]}))
+    data = {
+        "tasks": list(report.tasks),
+        "scores": _scores(report),
+        "rows": [
+            {"name": row.name, "title": row.title, "look": row.look, "about": _about(row.look)} for row in report.rows
+        ],
+        "questions": asked,
+        "answers": answers,
+        "pictures": [{"src": src, "width": w, "height": h} for src, (w, h) in pictures.shown.values()],
+        "heat": [list(colour) for colour in HEAT],
+    }
+    return data, pictures
+
+
+def _answered(report: Report) -> Iterator[Answered]:
+    """Every record of every row, task by task, question by question, the rows' answers to one beside each other."""
+    for task in report.tasks:
+        found = [
+            (number, folder.name if len(row.folders) > 1 else "", record)
+            for number, row in enumerate(report.rows)
+            for folder in row.folders
+            for record in folder.under(task, row.look)
+        ]
+        yield from sorted(found, key=lambda each: (each[2]["index"], each[2]["question"], each[0], each[1]))
+
+
+def _question(record: Record, numbers: Mapping[str, int], pictures: Pictures) -> dict[str, Any]:
+    name = key(record)
+    why = None if name in numbers else pictures.why.get(name, "beyond the number of pictures this page was made with")
+    return _clean(
+        {
+            "task": record["task"],
+            "index": record["index"],
+            "where": record["where"],
+            "image": record["image"],
+            "field": record["field"],
+            "text": record["question"],
+            "accepted": record["accepted"],
+            "boxes": record.get("boxes"),
+            "size": pictures.shown[name][1] if name in pictures.shown else _size(record),
+            "picture": numbers.get(name),
+            "why": why,
+        }
+    )
+
+
+def _answer(record: Record, size: Sequence[int] | None) -> dict[str, Any]:
+    usage = record["usage"] or {}
+    blank = record["look"] == BLANK
+    return {
+        "text": record.get("answer"),
+        "scores": {name: _digits(score) for name, score in record["scores"].items()},
+        "looks": [_look(look, size, blank, record.get("grid")) for look in record["looks"]],
+        "recall": _digits(record["recall"]),
+        "iou": _digits(record["iou"]),
+        "positions": usage.get("lm_positions"),
+        "patches": usage.get("vision_patches"),
+        "seconds": _digits(record["seconds"]),
+        "judge": record.get("judged"),
+        "failed": record["failed"],
+        "skipped": record["skipped"],
+        "said": [turn["text"] for turn in record.get("transcript", ()) if turn.get("sampled")],
+    }
+
+
+def _look(look: Record, size: Sequence[int] | None, blank: bool, grid: int | None) -> dict[str, Any]:
+    """One look: what was seen (`box`), what was named (`named`, where the grid is known), and its map in percent."""
+    found: dict[str, Any] = {"kind": look["kind"], "cells": look["cells"], "problem": look["problem"]}
+    region = look["cells"] is not None
+    found |= {"box": look["box"] if region else None, "blank": blank and region and look["problem"] is None}
+    if region and size and grid and look["problem"] is None:
+        found["named"] = cells_to_box(look["cells"], (size[0], size[1]), grid)
+    if (heat := look.get("attention")) and size:
+        extent = LOOKS[look["kind"]].extent if look["kind"] in LOOKS else "whole"
+        found["map"] = _percent(heat)
+        found["area"] = [round(edge, 1) for edge in token_area(extent, (size[0], size[1]))]
+    return _clean(found)
+
+
+def _percent(heat: Sequence[Sequence[float | None]]) -> list[list[int]]:
+    """|<F_i, c>| of every token in percent between the lowest and the highest; the sign says nothing (see `render`)."""
+    sizes = [[abs(value) if value is not None and math.isfinite(value) else 0.0 for value in row] for row in heat]
+    low, high = min(map(min, sizes)), max(map(max, sizes))
+    return [[round(100 * (value - low) / (high - low)) if high > low else 0 for value in row] for row in sizes]
+
+
+def _scores(report: Report) -> list[str]:
+    """All scores, those that decide in a task first."""
+    first = [report.scores(task)[0] for task in report.tasks]
+    return list(dict.fromkeys([*first, *(name for task in report.tasks for name in report.scores(task))]))
+
+
+def _about(look: str) -> str:
+    return ARMS[look].about if look in ARMS else ""
+
+
+def _size(record: Record) -> list[int] | None:
+    return record.get("size")
+
+
+def _digits(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+
+
+def _clean(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if value or (value == 0 and value is not False)}

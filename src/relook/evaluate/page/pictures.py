@@ -1,0 +1,109 @@
+"""The pictures of a report's page: which there are, which are shown, and their bytes.
+
+A record names its image by a path, or by the page of a synthetic world it is about ("receipts page 3 of seed 7"), which
+is drawn again. Sizes are (width, height) in pixels of the upright original.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from relook.data.worlds import WORLDS, make_world
+from relook.errors import UserError
+from relook.views import load_item_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Record = Mapping[str, Any]
+Size = tuple[int, int]
+
+SIDE, QUALITY = 1024, 65  # longest side in pixels, JPEG quality: letters of a receipt can be read
+COLOURS = 64  # the most that an image has which is kept as PNG
+_PAGE = re.compile(r"(?P<world>\w+) page (?P<index>\d{1,9}) of seed (?P<seed>\d{1,18})")
+
+
+@dataclass
+class Pictures:
+    """What is shown of the images, by `key` of their records.
+
+    shown   data URI and size of the original
+    why     why an image is not there, in words
+    left    how many were left out because of the cap
+    """
+
+    shown: dict[str, tuple[str, Size]] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+    left: int = 0
+
+
+def key(record: Record) -> str:
+    """What is one image: its path, or of a page drawn in memory which page."""
+    return str(record["image"] or record["where"])
+
+
+def gather(records: Iterable[Record], most: int) -> Pictures:
+    """At most `most` of the records' images, evenly over all of them in their order, each once."""
+    asked: dict[str, list[Record]] = {}
+    for record in records:
+        asked.setdefault(key(record), []).append(record)
+    names = list(asked)
+    count = min(max(most, 0), len(names))
+    chosen = [names[i * len(names) // count] for i in range(count)]
+    found = Pictures(left=len(names) - count)
+    for name in chosen:
+        try:
+            image = find(asked[name])
+            found.shown[name] = data_uri(image), image.size
+        except UserError as error:
+            found.why[name] = str(error).partition(";")[0]
+    return found
+
+
+def find(records: Sequence[Record]) -> Image.Image:
+    """The image of these records, opened or drawn again.
+
+    Raises:
+        UserError: neither a file nor a page of a world; a page on which the question is not found any more; another
+            size than the records say.
+    """
+    first = records[0]
+    image = load_item_image(first["image"]) if first["image"] else _drawn(records)
+    size = next((tuple(record["size"]) for record in records if record.get("size")), image.size)
+    if image.size != size:
+        raise UserError(f"{key(first)} is {image.width} x {image.height} pixels now, and was {size[0]} x {size[1]}")
+    return image
+
+
+def _drawn(records: Sequence[Record]) -> Image.Image:
+    where = str(records[0]["where"])
+    match = _PAGE.fullmatch(where)
+    if match is None or match["world"] not in WORLDS:
+        raise UserError("the image was in memory only")
+    page = make_world(match["world"], int(match["seed"])).sample(int(match["index"]))
+    asked = {(qa.question, qa.answer) for qa in page.qas}
+    for record in records:
+        if (record["question"], record["accepted"][0]) not in asked:
+            raise UserError(f"{where} is drawn differently now: its question is not on it")
+    return page.image
+
+
+def data_uri(image: Image.Image) -> str:
+    """The image, small, as a data URI: PNG where it has few colours (drawn pages), else JPEG."""
+    small = image if image.mode == "RGB" else image.convert("RGB")
+    if max(small.size) > SIDE:
+        small = small.copy()
+        small.thumbnail((SIDE, SIDE))
+    out = io.BytesIO()
+    if small.getcolors(COLOURS):
+        form = "png"
+        small.save(out, "PNG", optimize=True)
+    else:
+        form = "jpeg"
+        small.save(out, "JPEG", quality=QUALITY, optimize=True)
+    return f"data:image/{form};base64,{base64.b64encode(out.getvalue()).decode('ascii')}"
