@@ -27,6 +27,7 @@ MEASURES: dict[str, Callable[[Record], float | None]] = {
     "malformed": lambda record: float(any(look["problem"] is not None for look in record["looks"])),
     "lm_positions": lambda record: record["usage"]["lm_positions"],
     "vision_patches": lambda record: record["usage"]["vision_patches"],
+    "generated_tokens": lambda record: record["usage"].get("generated_tokens"),
     "seconds": lambda record: record["seconds"],
 }
 
