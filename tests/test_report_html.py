@@ -213,6 +213,12 @@ def test_a_cap_on_pictures_leaves_out_evenly_and_says_so(tmp_path):
     assert none.data["pictures"] == [] and none.data["questions"][0]["size"] == [200, 100]
 
 
+def test_images_that_most_answers_are_about_come_first(tmp_path):
+    records = answers(tmp_path / "images") + [each | {"index": 9} for each in answers(tmp_path / "images")[4:6]]
+    found = page(tmp_path / "one", records, images=1)
+    assert [question["index"] for question in found.data["questions"] if "picture" in question] == [2, 9]
+
+
 def test_large_images_are_made_small_and_keep_the_frame_of_the_original(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (300, 2400, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "0.png")

@@ -8,7 +8,8 @@
     journal  records as they come, taken up after a kill           published  the paper's table, to print beside
     judge    a model that scores answers -> judging  a folder put before it
     folders  records read again, and kept in a small form
-    rows     which records are compared -> compare  pooled over seeds, intervals, differences -> writers, figures
+    rows     which records are compared -> compare  pooled over seeds, intervals, differences -> tables,
+    figures  -> writers  them as files -> page  all of it and every record as one HTML file
 
 Importing this loads neither torch nor a model, nor matplotlib.
 """

@@ -48,14 +48,12 @@ def key(record: Record) -> str:
 
 
 def gather(records: Iterable[Record], most: int) -> Pictures:
-    """At most `most` of the records' images, evenly over all of them in their order, each once."""
+    """At most `most` of the records' images, each once: those that most records are about, evenly among equals."""
     asked: dict[str, list[Record]] = {}
     for record in records:
         asked.setdefault(key(record), []).append(record)
-    names = list(asked)
-    count = min(max(most, 0), len(names))
-    chosen = [names[i * len(names) // count] for i in range(count)]
-    found = Pictures(left=len(names) - count)
+    chosen = _chosen({name: len(each) for name, each in asked.items()}, max(most, 0))
+    found = Pictures(left=len(asked) - len(chosen))
     for name in chosen:
         try:
             image = find(asked[name])
@@ -63,6 +61,21 @@ def gather(records: Iterable[Record], most: int) -> Pictures:
         except UserError as error:
             found.why[name] = str(error).partition(";")[0]
     return found
+
+
+def _chosen(counts: Mapping[str, int], most: int) -> list[str]:
+    """The names to show, in their order.
+
+    >>> _chosen({"a": 1, "b": 4, "c": 1, "d": 1, "e": 1}, 3)
+    ['a', 'b', 'd']
+    """
+    chosen: list[str] = []
+    for count in sorted(set(counts.values()), reverse=True):
+        names = [name for name, each in counts.items() if each == count]
+        room = min(most - len(chosen), len(names))
+        chosen += [names[i * len(names) // room] for i in range(room)]
+    kept = set(chosen)
+    return [name for name in counts if name in kept]
 
 
 def find(records: Sequence[Record]) -> Image.Image:

@@ -245,7 +245,7 @@
     if (!size) return h("p", { class: "without" }, `No picture: ${question.why}. ${boxes(answer, question)}`);
     const marks = (answer.looks || []).flatMap((look) => [
       look.named ? rectangle(look.named, "named") : null, look.box && !look.problem ? rectangle(look.box, "seen") : null]);
-    const drawing = sheet({ class: "page", "aria-label": `the image, with ${boxes(answer, question)}` }, [0, 0, ...size], 76,
+    const drawing = sheet({ class: "page", "aria-label": `The image. ${boxes(answer, question)}` }, [0, 0, ...size], 76,
       picture ? s("image", { href: picture.src, width: size[0], height: size[1] }) : null,
       ...marks, ...(question.boxes || []).map((box) => rectangle(box, "truth")));
     const told = [question.boxes ? [h("i", { class: "key truth" }), "annotated"] : [],
@@ -257,7 +257,7 @@
   function boxes(answer, question) {
     const told = (question.boxes || []).map((box) => `annotated ${box.join(",")}`);
     for (const look of answer.looks || []) if (look.box) told.push(`seen ${look.box.join(",")}`);
-    return told.length ? `boxes ${told.join("; ")}` : "no boxes";
+    return told.length ? `Boxes: ${told.join("; ")}` : "No boxes";
   }
 
   // What one look saw: the crop, cut from the picture, or the image under its map.
