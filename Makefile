@@ -38,6 +38,11 @@ $(VENV)/.dev: $(VENV)/.core
 	$(PIP) -e ".[dev,serve]"
 	@touch $@
 
+$(VENV)/.slow: $(VENV)/.dev
+	@echo "installing what the long tests need besides"
+	$(PIP) -e ".[dev,serve,ray]"
+	@touch $@
+
 setup: $(VENV)/.dev  ## a virtual environment with everything, in .venv
 
 demo: $(VENV)/.core  ## ask the shipped models about the pages in examples/; pictures go to out/
@@ -56,7 +61,7 @@ $(VENV)/.browser: $(VENV)/.dev
 	$(PIP) -e ".[browser]"
 	@touch $@
 
-test-slow: $(VENV)/.browser  ## the long tests (pytest exits 5 while there are none)
+test-slow: $(VENV)/.browser $(VENV)/.slow  ## the long tests (pytest exits 5 while there are none)
 	@$(BIN)/pytest -m slow || { test $$? -eq 5 && echo "no test is marked slow yet"; }
 
 bench: $(VENV)/.dev  ## what a look costs, as ratios within one run

@@ -1,7 +1,7 @@
-"""As a script (`killed_evaluation.py FOLDER N`): an evaluation that kills itself with SIGKILL at its N-th event.
+"""As a script (`killed_evaluation.py FOLDER N [RANK]`): an evaluation that kills itself with SIGKILL at its N-th event.
 
 Events are a batch that is asked, a write, a sync and a rename; with N = 0 nothing happens. Prints how many batches were
-asked, and how many events there were.
+asked, and how many events there were. Under torchrun the process of that rank kills itself.
 """
 
 import json
@@ -61,8 +61,11 @@ def write_questions(folder: Path) -> Path:
 
 def main() -> None:
     global LAST
-    folder, LAST = Path(sys.argv[1]), int(sys.argv[2])
-    path = write_questions(folder)
+    folder = Path(sys.argv[1])
+    LAST = int(sys.argv[2]) if sys.argv[3:] in ([], [os.environ.get("RANK")]) else 0
+    path = folder / "own.jsonl"
+    if not path.exists():
+        write_questions(folder)
     before(os, "fsync")
     before(os, "replace")
     add = Journal.add

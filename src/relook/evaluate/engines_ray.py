@@ -123,6 +123,7 @@ class Ray:
         import ray.data
 
         ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         rows = ray.data.from_items([{"batch": number} for number in todo], override_num_blocks=len(todo))
         ask: Any = Replica  # a class: Ray makes an actor of it
         answers = rows.map(
