@@ -28,6 +28,7 @@ from .configuration import VPTQwen2VLConfig
 from .encoders import ENCODERS, build_encoder
 from .generation import LooksInGenerate
 from .keys import register_keys
+from .lockstep import held, most
 from .packed import Packed
 from .projector import ConditionedProjector, init_projector_layer
 from .splice import Block, CallSite, find_blocks, find_calls, paragraph_mask, put, same_images
@@ -54,6 +55,7 @@ class LooksAgain(LooksInGenerate, nn.Module):
     lm_head: Any
     device: Any
     loss_function: Any
+    lockstep: bool = False  # set where processes hold a part of each weight, see the module of that name
     get_input_embeddings: Any
     encoders: Any
     projectors: Any
@@ -223,28 +225,38 @@ class LooksAgain(LooksInGenerate, nn.Module):
             video_grid_thw=video_grid_thw,
             mm_encoder_outputs=mm_encoder_outputs,
         )
+        least = 0
         if input_ids is None:
             if looks:
                 raise UserError("images for a look came without input_ids: their places are found by token id")
             calls, blocks, features = [], [], {}
         else:
+            zero = held(self._used_by_some()) if self.lockstep and self.training else torch.zeros(())
             features = self._encode_looks(looks, base)
             inputs_embeds, calls, blocks = self._embed(
                 input_ids, inputs_embeds, features, previous_state, base, conversation_ids
             )
             base = {}
+            if self.lockstep:
+                inputs_embeds = inputs_embeds + zero.to(inputs_embeds)
+                least = most(max((c.order + 1 for c in calls), default=0), inputs_embeds.device)
 
         run = dict(past_key_values=past_key_values, use_cache=use_cache if packed is None else False, **kwargs)
-        if not calls or input_ids is None or inputs_embeds is None or position_ids is None:
+        if not (calls or least) or input_ids is None or inputs_embeds is None or position_ids is None:
             where = dict(attention_mask=attention_mask, position_ids=position_ids)
             if packed is not None and inputs_embeds is not None and position_ids is not None:
                 where = packed.whole(position_ids[-3:], inputs_embeds.dtype)
             outputs = self.model(inputs_embeds=inputs_embeds, **where, **base, **run)
         else:
             mask = attention_mask if packed is None else (packed.numbers >= 0).long()
-            job = Job(inputs_embeds, mask, position_ids[-3:], calls, blocks, features, packed)
+            job = Job(inputs_embeds, mask, position_ids[-3:], calls, blocks, features, packed, least)
             outputs = self._run_with_calls(job, self._masked_columns(input_ids, job, para_mask_modes), run)
         return self._head(outputs, labels, logits_to_keep, kwargs)
+
+    def _used_by_some(self) -> list[nn.Parameter]:
+        """All that batches may do without: encoders, the vision tower, projectors."""
+        decoder = {id(p) for part in (self.model.language_model, self.lm_head) for p in part.parameters()}
+        return [p for p in self.parameters() if id(p) not in decoder]
 
     def _packed(self, conversation_ids: Tensor | None, past: int) -> Packed | None:
         if conversation_ids is None:

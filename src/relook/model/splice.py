@@ -111,18 +111,21 @@ def find_blocks(
     return blocks
 
 
-def cut_into_waves(mask: Tensor, calls: Sequence[CallSite], conversations: Tensor | None = None) -> list[Wave]:
+def cut_into_waves(
+    mask: Tensor, calls: Sequence[CallSite], conversations: Tensor | None = None, depth: int | None = None
+) -> list[Wave]:
     """Cut every row right before the action token of each call; wave w holds stretch w of all rows, right-padded.
 
     The hidden state that conditions call w of a row is then in wave w, and everything that depends on it (the action
     token's embedding, the second look) lies in later waves. The last stretch of every row is in the last wave, so rows
     without a call only run there. Padding columns of the batch are in no wave. The conversations of a packed row are
-    cut each by itself; wave w holds stretch w of all of them.
+    cut each by itself; wave w holds stretch w of all of them. There are `depth` + 1 waves: as many as the calls need,
+    unless told; then those before the last hold nothing in excess of that.
 
     Example: mask of ones (2, 10); a call starting at column 3 of row 0 gives waves
     [row 0: 0..3, row 1: nothing], [row 0: 4..9, row 1: 0..9].
     """
-    depth = max((c.order + 1 for c in calls), default=0)
+    depth = max((c.order + 1 for c in calls), default=0) if depth is None else depth
     rows: list[list[list[int]]] = []
     for row, pieces in enumerate(_pieces(mask, conversations)):
         stretches: list[list[int]] = [[] for _ in range(depth + 1)]

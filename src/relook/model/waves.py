@@ -32,11 +32,12 @@ class Job:
     blocks: Sequence[Block]
     features: dict[str, list[Tensor]]
     packed: Packed | None = None
+    least: int = 0  # see `depth`
 
     @property
     def depth(self) -> int:
-        """Largest number of calls in one conversation."""
-        return max(c.order for c in self.calls) + 1
+        """Largest number of calls in one conversation; `least`, where other processes have more (`lockstep`)."""
+        return max(self.least, *(c.order + 1 for c in self.calls), 0)
 
     @property
     def numbers(self) -> Tensor | None:
@@ -71,7 +72,7 @@ class Waves:
         self.mask = mask[:, self.past :]
         self.seen = [mask[:, : self.past].bool()]
         self.columns = [torch.zeros(rows, self.past, dtype=torch.long, device=mask.device)]
-        self.waves = cut_into_waves(self.mask, job.calls, job.numbers)
+        self.waves = cut_into_waves(self.mask, job.calls, job.numbers, job.depth)
 
     def _run(self, wave: Wave, embeds: Tensor) -> Any:
         self.columns.append(wave.columns)
@@ -97,10 +98,12 @@ class Waves:
         return {"attention_mask": mask.long(), "position_ids": positions}
 
     def _look(self, order: int, wave: Wave, states: Tensor, embeds: Tensor) -> Tensor:
-        for call in self.job.calls:
-            if call.order == order:
-                at = (wave.real[call.row] & (wave.columns[call.row] == call.start)).nonzero()
-                embeds = self.model.spend(self.job, embeds, call, states[call.row, int(at)])
+        calls = [call for call in self.job.calls if call.order == order]
+        for call in calls:
+            at = (wave.real[call.row] & (wave.columns[call.row] == call.start)).nonzero()
+            embeds = self.model.spend(self.job, embeds, call, states[call.row, int(at)])
+        if not calls and order < self.job.depth:  # a stretch that other processes need: backward runs it, too
+            embeds = embeds + 0 * states.sum()
         return embeds
 
     def conditions(self) -> Tensor:
