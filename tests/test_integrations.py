@@ -223,7 +223,7 @@ def test_lmms_eval_for_real(pages, tmp_path):
     assert json.loads(results.read_text())["results"]["own_cards"]["exact,none"] == 1.0
     (samples,) = tmp_path.glob("out/*/*samples_own_cards.jsonl")
     told = [json.loads(line) for line in samples.read_text().splitlines()]
-    assert [sample["filtered_resps"] for sample in told] == [[page.answer] for page in pages]
+    assert [sample["filtered_resps"] for sample in told] == [page.answer for page in pages]
 
 
 @pytest.mark.slow

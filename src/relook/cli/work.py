@@ -147,7 +147,8 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     quiet = not sys.stderr.isatty()
-    shown = Progress(*columns, TextColumn("left"), console=Console(stderr=True), transient=True, disable=quiet)
+    shown = Progress(*columns, TextColumn("left"), console=Console(stderr=True), transient=True, disable=quiet,
+                     speed_estimate_period=3600)  # fmt: skip
     known: dict[str, Any] = {}
 
     def note(name: str, done: int, total: int) -> None:

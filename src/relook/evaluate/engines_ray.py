@@ -2,7 +2,7 @@
 
 What travels is small: which batch of which task, and the records of its answers. A replica finds a batch's questions
 itself, so the model, the files of questions and the images must lie under the same paths on all nodes (a shared disk).
-A replica that dies is started again by Ray and asked again. The journal is kept here, where the run was started.
+The journal is kept here, where the run was started.
 """
 
 from __future__ import annotations
