@@ -192,17 +192,21 @@ class Checkpoints:
         return "there is no checkpoint yet (see save_every)"
 
 
-def write_weights(objective: Any, folder: str | Path) -> None:
-    """The model as a model folder, with its processor; and the objective's own heads beside it."""
+def write_weights(objective: Any, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """The model as a model folder, with its processor; and the objective's own heads beside it.
+
+    `state` is the objective's, where its own weights are not whole (`sharding`).
+    """
     from safetensors.torch import save_file
 
     with _quiet():
         if lora.adapted(objective.model):
             lora.save(objective.model, folder)
         else:
-            objective.model.save_pretrained(folder)
+            whole = state and {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+            objective.model.save_pretrained(folder, state_dict=whole)
     objective.processor.save_pretrained(folder)
-    heads = {k: v.contiguous() for k, v in objective.state_dict().items() if not k.startswith("model.")}
+    heads = {k: v.contiguous() for k, v in (state or objective.state_dict()).items() if not k.startswith("model.")}
     save_file(heads, str(Path(folder) / HEADS))
 
 

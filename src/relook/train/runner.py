@@ -21,7 +21,7 @@ from transformers.trainer_callback import ProgressCallback
 from relook.data.records import replacing
 from relook.data.worlds import make_world
 from relook.errors import UserError
-from relook.train import lora, ranks, watch
+from relook.train import lora, ranks, sharding, watch
 from relook.train.checkpoints import Checkpoints, Record, digest, finished, keep_stage, restore_stage
 from relook.train.faults import GO_ON, Signals, Stopped, writing
 from relook.train.feeding import feed
@@ -72,6 +72,7 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), out: str | P
 def _begun(recipe: Recipe, folder: Path) -> tuple[Any, Any]:
     """The run's folder, made; the model and processor it begins with."""
     watch.check_reporters(recipe.report_to)
+    sharding.check(recipe)
     for stage in recipe.stages:
         ranks.divided(stage.batch, stage.accumulate, ranks.count())
     if ranks.main():
@@ -206,6 +207,8 @@ def _put_back(model: Any, processor: Any, stage: Stage, checkpoints: Checkpoints
         lora.merge(model)
     if stage.checkpointing:
         model.activation_checkpointing_disable()
+    if model.lockstep:
+        sharding.end(model)
     let_learn(model)
 
 
@@ -244,7 +247,6 @@ def _trainer(
         bf16=stage.precision == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
     )
-    optimiser = build_optimiser(objective.named_parameters(remove_duplicate=False), stage)
     validator = Validator(objective, recipe.validation, checkpoints.place / "pictures", checkpoints.say_last)
     trainer = StageTrainer(
         checkpoints=checkpoints,
@@ -256,10 +258,12 @@ def _trainer(
         args=arguments,
         train_dataset=Examples(objective, steps * stage.batch * stage.accumulate),
         data_collator=objective.collate,
-        optimizers=(optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, schedule(stage, steps))),
+        optimiser=lambda model: build_optimiser(model.named_parameters(remove_duplicate=False), stage),
+        factor=schedule(stage, steps),
     )
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
+    sharding.begin(objective.model, trainer)
     return trainer
 
 

@@ -51,6 +51,7 @@ class StageTrainer(Trainer):
         tally: counts what is learnt.
         max_grad: the recipe's.
         parts: how many processes share a batch.
+        optimiser: makes that of the objective's parameters; factor: on its learning rates, by step.
         validate: figures (`eval_*`) of the model as it is; called by `evaluate`.
         kwargs: the Trainer's own.
     """
@@ -62,14 +63,30 @@ class StageTrainer(Trainer):
         tally: Tally,
         max_grad: float | None,
         parts: int,
+        optimiser: Callable[[Any], torch.optim.Optimizer],
+        factor: Callable[[int], float],
         validate: Validate,
         **kwargs: Any,
     ) -> None:
+        self.make_optimiser, self.factor = optimiser, factor
         super().__init__(**kwargs)
         self.checkpoints, self.tally, self.max_grad, self.validate = checkpoints, tally, max_grad, validate
         self.parts = parts
 
     # -- learning
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = self.make_optimiser(self.model if model is None else model)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            found: Any = self.optimizer if optimizer is None else optimizer
+            bare = found if self.is_deepspeed_enabled else getattr(found, "optimizer", found)  # not accelerate's
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(bare, self.factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -106,10 +123,13 @@ class StageTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None
         if self.args.should_save:
-            write_weights(self.model, output_dir)
+            write_weights(self.model, output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        read_weights(self.model, resume_from_checkpoint)
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            read_weights(self.model, resume_from_checkpoint)
 
     # -- watching
 

@@ -57,7 +57,8 @@ class Validator:
         """
         self.objective.eval()
         figures = self._losses(prepare)
-        if isinstance(self.objective, Conversations) and self.plan.questions:
+        # where weights are sharded, processes would have to answer in step: they do not
+        if isinstance(self.objective, Conversations) and self.plan.questions and not self.objective.model.lockstep:
             figures |= self._asked(step)
         self.objective.train()
         return {f"eval_{name}": value for name, value in figures.items()}
