@@ -40,7 +40,7 @@ $(VENV)/.dev: $(VENV)/.core
 
 $(VENV)/.slow: $(VENV)/.dev
 	@echo "installing what the long tests need besides"
-	$(PIP) -e ".[dev,serve,ray]"
+	$(PIP) -e ".[dev,serve,ray,deepspeed,qlora]"
 	@touch $@
 
 setup: $(VENV)/.dev  ## a virtual environment with everything, in .venv
