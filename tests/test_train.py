@@ -256,7 +256,7 @@ def test_frozen_parts_do_not_move(built, tmp_path: Path) -> None:
 def test_plain_instruction_tuning_on_a_file_of_items(tmp_path: Path, monkeypatch) -> None:
     """A recipe with one stage and data.source=json: published items, weights to start from, a freeze list."""
     monkeypatch.chdir(tmp_path)
-    model, processor = tiny.build("cards-tiny", seed=0)
+    model, processor = tiny.build("cards-tiny", seed=0, provenance={"recipe": "before", "samples": 7})
     model.save_pretrained("start")
     processor.save_pretrained("start")
     page = make_world("cards", 1).sample(0)
@@ -280,6 +280,8 @@ def test_plain_instruction_tuning_on_a_file_of_items(tmp_path: Path, monkeypatch
     Path("own.yaml").write_text(yaml.safe_dump(plan))
     final = relook.train.run("own.yaml", ["out=tuned"])
     assert final == Path("tuned/final") and (final / "model.safetensors").is_file()
+    told = json.loads((final / "config.json").read_text())["provenance"]
+    assert told["samples"] == 4 and told["start"] == {"from": "start", "recipe": "before", "samples": 7}
 
 
 def test_parts_that_are_not_there(tmp_path: Path) -> None:

@@ -273,7 +273,10 @@ def save_final(model: Any, processor: Any, recipe: Recipe, history: list[dict[st
 
     from relook import __version__
 
+    started = recipe.model.start
+    before = {"start": {"from": Path(started).name, **(model.config.provenance or {})}} if started else {}
     model.config.provenance = {
+        **before,
         "recipe": recipe.name,
         "seed": recipe.seed,
         "samples": sum(h["samples"] for h in history),
