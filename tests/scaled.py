@@ -16,6 +16,8 @@ import torch
 from tiny import conversation, stack, tiny_config, tiny_model
 from torch import distributed as dist
 
+from relook.train import sharding
+
 LOOKS = ("clip", "detection")
 # For each step the looks of process 0's two conversations, and of process 1's: as unlike as can be.
 ROWS = [
@@ -54,14 +56,16 @@ def alone(**kind: Any) -> dict[str, Any]:
         optimiser.step()
         optimiser.zero_grad()
         losses.append(float(loss.detach()))
-    return {"losses": losses, "gradients": gradients}
+    weights = {n: p.detach() for n, p in made.named_parameters()}
+    return {"losses": losses, "gradients": gradients, "weights": weights}
 
 
-def report(losses: list[torch.Tensor], gradients: dict[str, torch.Tensor], out: str) -> None:
+def report(losses: list[torch.Tensor], gradients: dict, weights: dict, out: str) -> None:
     told = torch.stack([loss.detach() for loss in losses])
     dist.all_reduce(told)
     if dist.get_rank() == 0:
-        torch.save({"losses": (told / dist.get_world_size()).tolist(), "gradients": gradients}, out)
+        losses = (told / dist.get_world_size()).tolist()
+        torch.save({"losses": losses, "gradients": gradients, "weights": weights}, out)
 
 
 def ddp(out: str, **kind: Any) -> None:
@@ -109,7 +113,7 @@ def zero(out: str, settings: str, **kind: Any) -> None:
         gradients = gradients or {n: g.clone() for n, g in found.items() if g is not None}
         engine.step()
         losses.append(loss)
-    report(losses, gradients, out)
+    report(losses, gradients, {n: p.detach().clone() for n, p in made.named_parameters()}, out)
 
 
 def train(made: torch.nn.Module, optimiser: torch.optim.Optimizer, out: str) -> None:
@@ -121,7 +125,9 @@ def train(made: torch.nn.Module, optimiser: torch.optim.Optimizer, out: str) -> 
         optimiser.step()
         optimiser.zero_grad()
         losses.append(loss)
-    report(losses, gradients, out)
+    bare = getattr(made, "module", made)
+    sharding.end(bare)
+    report(losses, gradients, {n: p.detach().clone() for n, p in bare.named_parameters()}, out)
 
 
 def whole(made: torch.nn.Module) -> dict[str, torch.Tensor]:

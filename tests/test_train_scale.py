@@ -133,6 +133,9 @@ def test_losses_and_gradients_are_those_of_one_process(case: str, told: Path) ->
         expected = alone["gradients"].get(name, torch.zeros_like(gradient))
         torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     assert set(found["gradients"]) >= set(alone["gradients"])
+    assert set(found["weights"]) == set(alone["weights"])  # whole again, and tied ones are one
+    for name, weight in found["weights"].items():
+        torch.testing.assert_close(weight, alone["weights"][name], atol=1e-5, rtol=0)
 
 
 def log(folder: Path) -> list[dict]:
