@@ -173,9 +173,8 @@ def split(right: int, false: int, missed: int, rejected: int) -> list[dict]:
     return [record(said, true, yes_no=yes_no(said, [true])) for n, said, true in counts for _ in range(n)]
 
 
-# POPE's own table, from memory and not looked up (Li et al., arXiv 2305.10355, table 3, COCO, random):
-# accuracy, precision, recall, F1, yes in
-# percent, of 3000 questions half of which have a yes; the counts follow from recall and yes.
+# POPE's own table (Li et al., arXiv 2305.10355, table 3, COCO, random), looked up: accuracy, precision, recall, F1, yes
+# in percent, of 3000 questions half of which have a yes; the counts follow from recall and yes.
 POPE_TABLE = {
     "LLaVA": ((1497, 1364), (54.43, 52.32, 99.80, 68.65, 95.37)),
     "mPLUG-Owl": ((1493, 1394), (53.30, 51.71, 99.53, 68.06, 96.23)),
