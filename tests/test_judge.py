@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
-import time
-from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+from court import court_at
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -19,75 +17,11 @@ from relook.evaluate import evaluate
 from relook.evaluate.judge import Judge, Plea, parse_score
 from relook.trace import Answer, Usage
 
-# what the server does with an answer, told by the answer itself
-GOOD, HALF = "right", "half"
-
-
-class Court(BaseHTTPRequestHandler):
-    """Judges by the word after "Model's answer: "."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        word = body["messages"][-1]["content"].rsplit("answer: ", 1)[1].split()[0]
-        with self.server.lock:
-            self.server.seen[word] += 1
-            self.server.bodies.append(body)
-            self.server.now += 1
-            self.server.most = max(self.server.most, self.server.now)
-            tries = self.server.seen[word]
-        try:
-            self.reply(word, tries)
-        except BrokenPipeError:
-            pass  # the client did not wait
-        finally:
-            with self.server.lock:
-                self.server.now -= 1
-
-    def reply(self, word, tries):
-        time.sleep(0.02)
-        if word == "refused":
-            return self.send(401, {"error": {"message": "no such key"}})
-        if word == "flaky" and tries < 3:
-            return self.send(500, {"error": {"message": "out of order"}})
-        if word == "busy" and tries < 2:
-            return self.send(429, {"error": {"message": "slow down"}})
-        if word == "dead":
-            return self.send(503, {"error": {"message": "gone"}})
-        if word == "stalls":
-            time.sleep(3)
-        if word == "html":
-            return self.send_bytes(200, b"<html>hello</html>", "text/html")
-        if word == "hollow":
-            return self.send(200, {"choices": []})
-        texts = {"half": "score: 0.5", "babbles": "I like turtles.", "boasts": "score: 7"}
-        message = {"role": "assistant", "content": texts.get(word, "Score: 1.0")}
-        usage = {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105}
-        choice = {"index": 0, "finish_reason": "stop", "message": message}
-        whole = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge-2026", "choices": [choice]}
-        return self.send(200, whole | {"usage": usage})
-
-    def send(self, status, value):
-        self.send_bytes(status, json.dumps(value).encode(), "application/json")
-
-    def send_bytes(self, status, data, kind):
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture
 def court(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Court)
-    server.lock, server.seen, server.bodies, server.now, server.most = threading.Lock(), Counter(), [], 0, 0
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    server = court_at(0)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server

@@ -35,8 +35,8 @@ def test_mcnemar_is_a_fair_coins_two_tails(first, second, p):
 
 
 def test_fishers_sign_flips():
-    """Darwin's maize, in eighths of an inch (R's HistData::ZeaMays; Fisher 1935, The Design of Experiments, section 21): of
-    the 2^15 arrangements 863 give a sum of at least the 314 observed (Ernst 2004), as many one of at most -314."""
+    """Darwin's maize, in eighths of an inch (R's HistData::ZeaMays; Fisher 1935, Design of Experiments, section 21):
+    of the 2^15 arrangements 863 give a sum of at least the 314 observed (Ernst 2004), as many one of at most -314."""
     darwin = np.array([49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48], dtype=float)
     assert sign_flips(darwin, draws=2**15) == pytest.approx(1726 / 2**15) == pytest.approx(0.0527, abs=1e-4)
     assert sign_flips(darwin, seed=1) == pytest.approx(0.0527, abs=0.01)  # 10,000 draws in place of all
