@@ -87,10 +87,10 @@ def by_word(message: str) -> tuple[str, str]:
 
 
 def by_letters(message: str) -> tuple[str, str]:
-    """A score of 1 for the same letters, 0.5 where one holds the other, else 0; trouble by a hash of the message."""
+    """A score of 1 for the same letters, 0.5 where one of three or more holds the other, else 0; trouble by a hash."""
     standard, answer = (message.rsplit(f"{name} answer: ", 1)[1].splitlines()[0].lower() for name in NAMES)
     accepted = standard.split(" / ")
-    inside = any(answer in one or one in answer for one in accepted)
+    inside = any(answer in one or one in answer for one in accepted) and len(answer) > 2
     score = 1.0 if answer in accepted else 0.5 * inside
     draw = int(hashlib.sha256(message.encode()).hexdigest(), 16) % 50
     return {0: "babbles", 1: "dozes"}.get(draw, "flaky" if draw < 7 else "fair"), f"score: {score}"
