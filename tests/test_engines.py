@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 from killed_evaluation import Echo, write_questions
 
@@ -192,3 +194,38 @@ def test_two_actors_of_ray_give_the_records_of_one_process(cards, tmp_path):
     assert plain(tmp_path) == plain(alone)
     run = json.loads((tmp_path / "results.json").read_text())["run"]
     assert run["replicas"] == 2 and run["engine"] == "ray"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'")
+@pytest.mark.parametrize("victim", ["the run", "a replica"])
+def test_a_run_with_ray_bears_a_kill(cards, tmp_path, victim):
+    """Killed itself, it goes on when given again; of a replica that dies it asks the batch once more."""
+    arguments, alone = cards
+    command = [sys.executable, "-m", "relook", *arguments, str(tmp_path), "--engine", "ray", "--replicas", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    journal = tmp_path / "records.jsonl.part"
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=HERE, env=env, **pipes) as run:
+        try:
+            wait_until(lambda: run.poll() is not None or (journal.exists() and journal.read_bytes().count(b"\n") >= 3))
+            assert run.poll() is None, run.stderr.read()
+            if victim == "a replica":
+                below = psutil.Process(run.pid).children(recursive=True)
+                next(p for p in below if "ray::Map" in " ".join(p.cmdline())).kill()
+                _, problems = run.communicate(timeout=300)
+                assert run.returncode == 0, problems
+        finally:
+            run.kill()
+    if victim == "the run":
+        assert not (tmp_path / "records.jsonl").exists()
+        again = start(*command)
+        assert again.returncode == 0, again.stderr
+    assert plain(tmp_path) == plain(alone)
+
+
+def wait_until(true, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
