@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from relook.evaluate.asking import _look
 from relook.evaluate.paired import mcnemar, paired_test, sign_flips
 from relook.evaluate.perception import comparisons, table
 from relook.evaluate.report import Evaluation
+from relook.trace import Look
 
 # ---- paired tests
 
@@ -104,3 +107,10 @@ def test_the_table_says_it_in_points():
 def test_tasks_are_kept_apart():
     mixed = [*arm("auto", "11"), *arm("none", "00"), record("auto", 0, 1.0, task="u"), record("none", 0, 1.0, task="u")]
     assert [(c.task, c.n, c.gain.mean) for c in comparisons(mixed)] == [("t", 2, 1.0), ("u", 1, 0.0)]
+
+
+def test_a_map_that_is_no_numbers_is_not_written_into_records():
+    """What stands in a file of records is JSON, which has no NaN; a map of numbers is kept."""
+    sound, broken = (_look(Look("clip", attention=np.full((2, 2), value))) for value in (0.123, np.nan))
+    assert sound["attention"] == [[0.12, 0.12]] * 2 and "attention" not in broken
+    json.dumps([sound, broken], allow_nan=False)

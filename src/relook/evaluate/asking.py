@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import isfinite
 from typing import Any
 
 from relook.data.questions import Question, image_size
@@ -256,8 +257,11 @@ def _fill(record: Record, case: Case, answer: Answer, scores: Sequence[str]) -> 
 
 
 def _look(look: Look) -> dict[str, Any]:
-    """What a record keeps of a look; the map of a re-encoding one to two digits, enough for a report to draw it."""
+    """What a record keeps of a look; the map of a re-encoding one to two digits, enough for a report to draw it.
+
+    A map that is not numbers throughout (a model that has diverged) is left out: JSON has no word for it.
+    """
     kept: dict[str, Any] = {"kind": look.kind, "cells": look.cells, "box": look.box, "problem": look.problem}
-    if look.attention is not None:
+    if look.attention is not None and isfinite(look.attention.sum()):
         kept["attention"] = [[float(f"{value:.2g}") for value in row] for row in look.attention.tolist()]
     return kept
