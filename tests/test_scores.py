@@ -236,6 +236,7 @@ def test_rouge_l_by_the_papers_example():
     assert rouge_l("", reference) == 0 and rouge_l("Police killed the gunman!", ["x", *reference]) == 1
 
 
+@pytest.mark.slow  # make test-slow installs the library
 def test_cider_is_the_librarys():
     scorer = pytest.importorskip("pycocoevalcap.cider.cider", reason="pycocoevalcap is not installed (extra: captions)")
     said = {"1": "a dog runs on the grass", "2": "two men ride a red bus", "3": "a cat"}
