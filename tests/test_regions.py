@@ -147,7 +147,8 @@ def test_widening_grows_by_whole_cells_and_stays_on_the_grid(region: tuple, marg
     assert 0 <= wide[0] <= cells[0] and cells[2] <= wide[2] < grid and wide[1] >= 0 and wide[3] < grid
     for before, after, border in zip(cells, wide, (0, 0, grid - 1, grid - 1), strict=True):
         assert abs(after - before) == min(margin, abs(border - before))
-    assert inside(cells_to_box(cells, size, grid), cells_to_box(wide, size, grid))
+    if min(size) >= grid:  # where a cell is less than a pixel, its box is moved to hold one
+        assert inside(cells_to_box(cells, size, grid), cells_to_box(wide, size, grid))
 
 
 @pytest.mark.parametrize("grid", [*range(1, 17), 49, 103])  # 1 / 49 * 49 is a hair under 1
