@@ -23,20 +23,21 @@ SAID = {"half": "score: 0.5", "babbles": "I like turtles.", "boasts": "score: 7"
 
 
 class Court(BaseHTTPRequestHandler):
-    """`server.rule(message)` says what becomes of a request (below), and the text that is sent where nothing does."""
+    """`server.rule(message)` says by what name such requests are counted, what becomes of one (below), and the text
+    that is sent where nothing does."""
 
     protocol_version = "HTTP/1.1"
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         message = body["messages"][-1]["content"]
-        word, text = self.server.rule(message)
+        name, word, text = self.server.rule(message)
         with self.server.lock:
-            self.server.seen[word if self.server.by_word else message] += 1
+            self.server.seen[name] += 1
             self.server.bodies.append(body)
             self.server.now += 1
             self.server.most = max(self.server.most, self.server.now)
-            tries = self.server.seen[word if self.server.by_word else message]
+            tries = self.server.seen[name]
         try:
             self.reply(word, text, tries)
         except (BrokenPipeError, ConnectionResetError):
@@ -81,28 +82,28 @@ class Court(BaseHTTPRequestHandler):
         pass
 
 
-def by_word(message: str) -> tuple[str, str]:
+def by_word(message: str) -> tuple[str, str, str]:
     """What the answer's first word asks for; a score of 1 otherwise."""
-    return message.rsplit("answer: ", 1)[1].split()[0], "Score: 1.0"
+    word = message.rsplit("answer: ", 1)[1].split()[0]
+    return word, word, "Score: 1.0"
 
 
-def by_letters(message: str) -> tuple[str, str]:
+def by_letters(message: str) -> tuple[str, str, str]:
     """A score of 1 for the same letters, 0.5 where one of three or more holds the other, else 0; trouble by a hash."""
-    standard, answer = (message.rsplit(f"{name} answer: ", 1)[1].splitlines()[0].lower() for name in NAMES)
+    standard, answer = (
+        message.rsplit(f"{whose} answer: ", 1)[1].splitlines()[0].lower() for whose in ("Standard", "Model's")
+    )
     accepted = standard.split(" / ")
     inside = any(answer in one or one in answer for one in accepted) and len(answer) > 2
     score = 1.0 if answer in accepted else 0.5 * inside
     draw = int(hashlib.sha256(message.encode()).hexdigest(), 16) % 50
-    return {0: "babbles", 1: "dozes"}.get(draw, "flaky" if draw < 7 else "fair"), f"score: {score}"
+    return message, {0: "babbles", 1: "dozes"}.get(draw, "flaky" if draw < 7 else "fair"), f"score: {score}"
 
 
-NAMES = ("Standard", "Model's")
-
-
-def court_at(port: int, rule: Callable[[str], tuple[str, str]] = by_word) -> ThreadingHTTPServer:
+def court_at(port: int, rule: Callable[[str], tuple[str, str, str]] = by_word) -> ThreadingHTTPServer:
     """The server, not yet serving; port 0 takes a free one."""
     server = ThreadingHTTPServer(("127.0.0.1", port), Court)
-    server.rule, server.by_word = rule, rule is by_word
+    server.rule = rule
     server.lock, server.seen, server.bodies, server.now, server.most = threading.Lock(), Counter(), [], 0, 0
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     return server
