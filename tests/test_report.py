@@ -323,9 +323,28 @@ def test_wrong_sources_are_said_plainly(plan, tmp_path):
         collect([tmp_path / "other/arms.yaml"])
 
 
+def test_what_regions_cover_is_told_by_field_for_rows_that_have_any(tmp_path):
+    """Even questions are about a date: covered in full and by half; odd ones about a total: never."""
+    covered = {0: 1.0, 1: 0.0, 2: 0.5, 3: 0.0}
+    save(tmp_path / "looked", [record(i, 1, look="region", recall=r, iou=r / 10) for i, r in covered.items()])
+    save(tmp_path / "plain", [record(i, 1) for i in covered])
+    text = table_md(collect(sorted(tmp_path.iterdir())))
+    below = text.split("own, region recall % by field:")[1].split("own, IoU % by field:")
+    for shares, cells in zip(
+        below, ("75.0 (50.0-100.0) | 0.0 (0.0-0.0)", "7.5 (5.0-10.0) | 0.0 (0.0-0.0)"), strict=True
+    ):
+        (line,) = (line for line in shares.splitlines() if line.startswith(("| looked", "| plain")))
+        assert cells in line
+
+
 def test_the_experiment_in_the_repository_is_well_formed():
     plan = read_plan(ROOT / "docs/receipts/arms.yaml")
     assert {"a", "b", "b2", "c", "d", "e"} <= {row.name for row in plan.rows}
+
+
+def test_the_experiments_table_is_what_its_records_give():
+    folder = ROOT / "docs/receipts"
+    assert table_md(collect([folder / "arms.yaml"])) == (folder / "table.md").read_text(encoding="utf-8")
 
 
 # ---- files

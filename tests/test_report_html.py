@@ -92,7 +92,7 @@ def test_the_page_holds_tables_figures_and_every_answer(tmp_path):
     found = page(tmp_path / "one", answers(tmp_path / "images"), model="cards-tiny")
     assert not found.open  # every element is closed where it should be
     assert {"Records", "Notes", "Where it looked"} <= set(found.texts["h2"] + found.texts["h3"])
-    assert len(found.all("table")) == 3  # the scores of all rows, and two scores by field
+    assert len(found.all("table")) == 5  # the scores of all rows, and by field two scores, recall and IoU
     figures = found.all("figure")
     assert [figure["class"].split() for figure in figures] == [["chart"]] * 3 + [["chart", "heat"]] * 2
     assert all(figure["role"] == "img" and figure["aria-label"] for figure in figures)

@@ -68,6 +68,9 @@ class Difference:
     p: float | None = None
 
 
+BY_FIELD = ("recall", "iou")  # measures told by field beside the scores: what a region covers depends on what is asked
+
+
 @dataclass(frozen=True)
 class Summary:
     """One row on one task.
@@ -76,7 +79,7 @@ class Summary:
     answered, failed, skipped   records of all folders together
     measures  estimate by name: the scores that any record has, `MEASURES`, and what only a split has (over all
               answers, drawn one by one)
-    fields    estimates of the scores by the question's field
+    fields    estimates of the scores and of `BY_FIELD` by the question's field
     seeds     by folder: the plain means of the scores
     errors    the first few failures in words
     uneven    whether the folders asked different questions
@@ -121,7 +124,7 @@ def summarise(records: Mapping[str, Sequence[Record]], seed: int = 0) -> Summary
         fields={
             name: {
                 score: estimate([each for each in asked if each.field == name], measure_of(score), seed)
-                for score in scores
+                for score in (*scores, *BY_FIELD)
             }
             for name in fields
         },

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from relook.evaluate.compare import Difference
+from relook.evaluate.compare import BY_FIELD, Difference
 from relook.evaluate.metrics import Estimate
 from relook.evaluate.report import COLUMNS as PRINTED
 from relook.evaluate.rows import Report, Row
@@ -59,9 +59,10 @@ def heading(report: Report, task: str) -> str:
 
 
 def tables(report: Report, task: str) -> list[Table]:
-    """All tables of a task: the rows, their paired differences, and every score by field."""
+    """All tables of a task: the rows, their paired differences, and every score and `BY_FIELD` by field."""
     found = [_main(report, task), _differences(report, task)]
-    found += [_by_field(report, task, score) for score in report.scores(task) if score not in SPLIT_SCORES]
+    by_field = [score for score in report.scores(task) if score not in SPLIT_SCORES]
+    found += [_by_field(report, task, measure) for measure in (*by_field, *BY_FIELD)]
     return [table for table in found if table.lines]
 
 
@@ -110,16 +111,20 @@ def _difference(found: Difference | None) -> str:
     return f"{cell(found.estimate, 100, 1, True, signed=True)}, {p}"
 
 
-def _by_field(report: Report, task: str, score: str) -> Table:
-    results = [(row, row.results[task]) for row in report.rows if task in row.results]
-    counts = field_counts(report, task, score)
-    caption = f"{task}, {score_name(score)} % by field:"
+def _by_field(report: Report, task: str, measure: str) -> Table:
+    """The rows that have the measure at all, by field."""
+    counts = field_counts(report, task, measure)
+    named = {name: heading for heading, (name, *_) in COLUMNS.items()}
+    caption = f"{task}, {named.get(measure, score_name(measure) + ' %')} by field:"
     if len(counts) < 2:
         return Table(caption, (), ())
-    lines = [
-        (row.name, row.title, *(cell(result.fields.get(name, {}).get(score), 100, 1, True) for name in counts))
-        for row, result in results
-    ]
+    lines = []
+    for row in report.rows:
+        found = (
+            {name: each.get(measure) for name, each in row.results[task].fields.items()} if task in row.results else {}
+        )
+        if any(estimate is not None and estimate.n for estimate in found.values()):
+            lines.append((row.name, row.title, *(cell(found.get(name), 100, 1, True) for name in counts)))
     return Table(caption, ("row", "what", *(f"{name} (n = {n})" for name, n in counts.items())), tuple(lines))
 
 
