@@ -99,12 +99,18 @@ def test_sigterm_saves_and_exits(straight, tmp_path: Path, monkeypatch) -> None:
     same_end(tmp_path, straight[0])
 
 
-def test_a_second_signal_is_obeyed() -> None:
-    with Signals() as signals:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert signals.seen == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_second_signal_is_obeyed(before) -> None:
+    """Also where a script has started the run by `command &`, whose SIGINT the shell has ignored."""
+    outside = signal.signal(signal.SIGINT, before)
+    try:
+        with Signals() as signals:
             os.kill(os.getpid(), signal.SIGINT)
+            assert signals.seen == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, outside)
 
 
 def test_a_loss_that_is_no_number_stops(tmp_path: Path, monkeypatch) -> None:

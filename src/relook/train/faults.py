@@ -70,6 +70,8 @@ class Signals:
             return
         if self._noted:
             self.__exit__()
+            if signal.getsignal(number) is signal.SIG_IGN:  # a script's `command &` has SIGINT ignored: not twice
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.kill(self._process, number)
             return
         self._noted, self.seen = True, number
