@@ -104,7 +104,12 @@ def zero(out: str, settings: str, **kind: Any) -> None:
         "gradient_clipping": 0.0,  # it would be 1.0
         "zero_optimization": {k: v for k, v in shipped["zero_optimization"].items() if v != "auto"},
     }
-    engine, *_ = deepspeed.initialize(model=made, optimizer=torch.optim.SGD(made.parameters(), lr=LR), config=config)
+    if config["zero_optimization"]["stage"] == 3:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else nothing of so small a model is shared
+    with sharding.gathering_by_layer(made):
+        engine, *_ = deepspeed.initialize(
+            model=made, optimizer=torch.optim.SGD(made.parameters(), lr=LR), config=config
+        )
     losses, gradients = [], {}
     for step in range(len(ROWS)):
         loss = engine(**batch(step, dist.get_rank()), use_cache=False).loss
@@ -113,6 +118,7 @@ def zero(out: str, settings: str, **kind: Any) -> None:
         gradients = gradients or {n: g.clone() for n, g in found.items() if g is not None}
         engine.step()
         losses.append(loss)
+    sharding.end(made)
     report(losses, gradients, {n: p.detach().clone() for n, p in made.named_parameters()}, out)
 
 
@@ -143,6 +149,9 @@ CASES = {
     "fsdp-checkpointing": (fsdp, {"checkpointing": True}),
     "zero2": (zero, {"settings": "zero2.json"}),
     "zero2-masked": (zero, {"settings": "zero2.json", "masked": 1}),
+    "zero3": (zero, {"settings": "zero3.json"}),
+    "zero3-masked": (zero, {"settings": "zero3.json", "masked": 1}),
+    "zero3-checkpointing": (zero, {"settings": "zero3.json", "checkpointing": True}),
 }
 
 if __name__ == "__main__":

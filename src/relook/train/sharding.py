@@ -9,6 +9,8 @@ Knows models and accelerate's environment; not how either shards.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,28 +53,77 @@ def begin(model: Any, trainer: Any) -> None:
     """Have a model run in step with those of the other processes, where they are sharded.
 
     Raises:
-        UserError: the stage has heads beside the model; ZeRO 3.
+        UserError: the stage has heads beside the model.
     """
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return
     if model.__dict__.get("_throwaway"):
         raise UserError(f"{asked()} does not go with throwaway heads; train it with recipes/launch/ddp.yaml")
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        raise UserError(
-            "ZeRO 3 lets go of a layer's weights after its first run and cannot run it in stretches, as looks need; "
-            "use recipes/launch/fsdp2.yaml, which saves the same memory, or zero2.yaml"
-        )
+        prepare = trainer.accelerator.prepare
+
+        def prepared(*what: Any, **how: Any) -> Any:
+            with gathering_by_layer(model):
+                return prepare(*what, **how)
+
+        trainer.accelerator.prepare = prepared
     model.lockstep = True
 
 
+@contextmanager
+def gathering_by_layer(model: Any) -> Iterator[None]:
+    """While DeepSpeed sets up ZeRO 3 for a model: layers gather their weights when they run, all others once a pass.
+
+    DeepSpeed gathers weights module by module, and insists that all processes run the same modules in the same order.
+    The decoder's layers do (`relook.model.lockstep`); which encoders and projectors run depends on the examples. So
+    DeepSpeed is shown no other modules than the layers (it hooks what `children()` gives), and the weights of the
+    rest as the model's own ("external parameters"), which are there from the beginning of a pass to its end.
+    """
+    from deepspeed import zero
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+    layers = model.model.language_model.layers
+    hook, by_layer = DeepSpeedZeRoOffload.setup_zero_stage3_hooks, {id(p) for p in layers.parameters()}
+
+    def hook_layers(self: Any) -> None:
+        for parameter in model.parameters():
+            if id(parameter) not in by_layer:
+                zero.register_external_parameter(model, parameter)
+        model.children = lambda: iter(layers)
+        try:
+            hook(self)
+        finally:
+            del model.children
+
+    DeepSpeedZeRoOffload.setup_zero_stage3_hooks = hook_layers
+    try:
+        yield
+    finally:
+        DeepSpeedZeRoOffload.setup_zero_stage3_hooks = hook
+
+
 def end(model: Any) -> None:
-    """The model whole again, on the CPU of every process; all of them must take part."""
+    """The model whole again, on the CPU of every process; all of them must take part.
+
+    All weights become new ones: ZeRO leaves those that it does not share out as views into one buffer.
+    """
     model.lockstep = False
     made: dict[int, nn.Parameter] = {}  # tied weights stay one
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
-            if parameter is not None and hasattr(parameter, "full_tensor"):
+            if parameter is not None:
                 if id(parameter) not in made:
-                    with torch.no_grad():
-                        made[id(parameter)] = nn.Parameter(parameter.full_tensor().cpu(), parameter.requires_grad)
+                    made[id(parameter)] = nn.Parameter(_whole(parameter), parameter.requires_grad)
                 module._parameters[name] = made[id(parameter)]
+
+
+def _whole(parameter: Any) -> torch.Tensor:
+    with torch.no_grad():
+        if hasattr(parameter, "full_tensor"):  # FSDP's
+            return parameter.full_tensor().cpu()
+        if hasattr(parameter, "ds_id"):  # ZeRO 3's
+            from deepspeed import zero
+
+            with zero.GatheredParameters([parameter]):
+                return parameter.detach().cpu().clone()
+        return parameter.detach().cpu().clone()
