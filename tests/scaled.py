@@ -105,7 +105,7 @@ def zero(out: str, settings: str, **kind: Any) -> None:
         "zero_optimization": {k: v for k, v in shipped["zero_optimization"].items() if v != "auto"},
     }
     if config["zero_optimization"]["stage"] == 3:
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else nothing of so small a model is shared
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else so small a model is not shared
     with sharding.gathering_by_layer(made):
         engine, *_ = deepspeed.initialize(
             model=made, optimizer=torch.optim.SGD(made.parameters(), lr=LR), config=config

@@ -1,11 +1,13 @@
 """A short run with looks, as `torchrun ... scaled_run.py FOLDER [FAULT]` trains it: two steps of four batches of two.
 
-FAULT happens in the last process alone, in the first batch of the second step: a signal, a loss that is no number.
+FAULT happens in one process alone, in the first batch of the second step: to the last a signal or a loss that is no
+number, to the first, which writes, a full disk.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -37,30 +39,40 @@ def spoil(trainer: StageTrainer) -> None:
     trainer.model.model.lm_head.weight.data.fill_(torch.nan)
 
 
-FAULTS = {"signal": stop, "nan": spoil}
+def fill(_: StageTrainer) -> None:
+    """No file may grow past 100 kB: the kernel refuses the rest, in the middle of a write."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+FAULTS = {"signal": (1, stop), "nan": (1, spoil), "disk": (0, fill)}  # in which of two processes
 
 
 def failing(fault: str) -> None:
     inner, fired = StageTrainer.training_step, []
 
     def training_step(self, *args, **kwargs):
-        if self.state.global_step == 1 and not fired and ranks.number() == ranks.count() - 1:
+        number, happen = FAULTS[fault]
+        if self.state.global_step == 1 and not fired and ranks.number() == number:
             fired.append(fault)
-            FAULTS[fault](self)
+            happen(self)
         return inner(self, *args, **kwargs)
 
     StageTrainer.training_step = training_step
 
 
-if __name__ == "__main__":
+def attempt(made: Recipe, folder: str, fault: str | None = None) -> None:
+    """Train; how it ended is left in a file for each process."""
     from relook.errors import RelookError
 
-    folder, *fault = sys.argv[1:]
-    items = os.environ.get("ITEMS")
-    if fault:
-        failing(fault[0])
+    if fault is not None:
+        failing(fault)
     try:
-        run(recipe(items, **({"stage": {"batch": 8, "accumulate": 1}} if os.environ.get("SPLIT") else {})), out=folder)
+        run(made, out=folder)
     except RelookError as error:
         Path(folder, f"process-{os.environ['RANK']}.txt").write_text(f"{error.exit_code} {error.quiet} {error}")
         sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    changes = {"stage": {"batch": 8, "accumulate": 1}} if os.environ.get("SPLIT") else {}
+    attempt(recipe(os.environ.get("ITEMS"), **changes), *sys.argv[1:])

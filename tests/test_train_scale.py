@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import launched_run
 import pytest
 import scaled
 import torch
@@ -138,16 +140,16 @@ def test_losses_and_gradients_are_those_of_one_process(case: str, told: Path) ->
         torch.testing.assert_close(weight, alone["weights"][name], atol=1e-5, rtol=0)
 
 
-def log(folder: Path) -> list[dict]:
-    of_a_clock = ("seconds", "samples_per_s", "tokens_per_s", "memory_mb")
+def log(folder: Path, without: tuple[str, ...] = ()) -> list[dict]:
+    without += ("seconds", "samples_per_s", "tokens_per_s", "memory_mb")  # of a clock
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in entry.items() if k not in of_a_clock} for entry in entries]
+    return [{k: v for k, v in entry.items() if k not in without} for entry in entries]
 
 
-def same_run(ours: Path, theirs: Path) -> None:
+def same_run(ours: Path, theirs: Path, without: tuple[str, ...] = ()) -> None:
     """The same log and weights, but for the order in which numbers were added up."""
     assert len(log(ours)) == len(log(theirs))
-    for mine, other in zip(log(ours), log(theirs), strict=True):
+    for mine, other in zip(log(ours, without), log(theirs, without), strict=True):
         assert mine.pop("stage") == other.pop("stage")
         assert mine == pytest.approx(other, rel=2e-3, abs=1e-6)
     for name in ("final/model.safetensors", "stages/00-talk/weights.safetensors"):
@@ -195,6 +197,15 @@ def test_a_loss_that_is_no_number_in_one_process_stops_all(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_a_full_disk_stops_all(tmp_path: Path) -> None:
+    torchrun("scaled_run.py", tmp_path, "disk")
+    words = [(tmp_path / f"process-{n}.txt").read_text() for n in (0, 1)]
+    assert words[0].startswith("1 False") and words[1].startswith("1 True")
+    assert all("checkpoints could not be written" in said and "step-1" in said for said in words)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.slow
 def test_a_batch_is_split(tmp_path: Path) -> None:
     """Items with answers of unlike length, and a broken one: the loss is that of the whole batch, the account one."""
     answers = ("a cat", "two dogs and a very long story about them", "no")
@@ -208,3 +219,65 @@ def test_a_batch_is_split(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     names = [(tmp_path / name / "stages/00-talk/left_out.jsonl").read_text() for name in ("one", "two")]
     assert names[0] == names[1] and "items-3.png" in names[0]
+
+
+# -- as launched: the shipped configurations, through accelerate and the Trainer
+
+SHIPPED = ["fsdp2", "zero2", "zero3"]
+
+
+def launch(config: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+    """`launched_run.py` in two processes, as a configuration in recipes/launch says."""
+    if config != "fsdp2" and find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed: pip install 'relook[deepspeed]'")
+    here = Path(__file__).parent
+    command = [Path(sys.executable).with_name("accelerate"), "launch", "--config_file", LAUNCH / f"{config}.yaml"]
+    command += ["--num_processes", "2", "--mixed_precision", "no", here / "launched_run.py", *arguments]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    whole = [str(part) for part in command]
+    return subprocess.run(
+        whole, env=settings, cwd=here.parent, capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory) -> str:
+    """A file of items with looks; its path is relative to where configurations are launched."""
+    path = write_items_of(tmp_path_factory.mktemp("items") / "items.json", ["clip", "region"], 24, ("a cat", "no"))
+    return os.path.relpath(path, Path(__file__).parent.parent)
+
+
+@pytest.fixture(scope="module")
+def unsharded(items: str, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("unsharded")
+    with contextlib.chdir(Path(__file__).parent.parent):
+        run(launched_run.sharded(items), out=folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", SHIPPED)
+def test_a_sharded_run_is_cut_and_goes_on_as_one_process_would(config, items, unsharded, tmp_path) -> None:
+    """A signal to one process stops both; one process alone cannot read what they left; both go on with it."""
+    launch(config, tmp_path, items, "signal")
+    words = [(tmp_path / f"process-{n}.txt").read_text() for n in (0, 1)]
+    assert words[0].startswith("143 False stopped at step 2 of 3") and words[1].startswith("143 True")
+    with (
+        contextlib.chdir(Path(__file__).parent.parent),
+        pytest.raises(UserError, match=r"step-2 was written under (FSDP|ZeRO \d over 2 processes) and cannot go on"),
+    ):
+        run(launched_run.sharded(items), out=tmp_path)
+    done = launch(config, tmp_path, items)
+    assert done.returncode == 0, done.stderr[-3000:]
+    same_run(tmp_path, unsharded, without=("eval_failed", "eval_look_rate"))  # of questions, which are not asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", SHIPPED)
+def test_a_full_disk_ends_a_sharded_run(config: str, items: str, tmp_path: Path) -> None:
+    """...for both, in half a minute, and what was whole goes on."""
+    done = launch(config, tmp_path, items, "disk")
+    assert done.returncode
+    said = (tmp_path / "process-0.txt").read_text()
+    assert "could not be written" in said and "step-1" in said
+    assert (tmp_path / "stages/00-talk/checkpoints/step-1/checkpoint.json").is_file()

@@ -141,7 +141,10 @@ def run_stage(
     batch, accumulate = ranks.divided(stage.batch, stage.accumulate, ranks.count())
     tally = watch.Tally(batch * ranks.count(), record)
     trainer = _trainer(objective, recipe, stage, seed, steps, checkpoints, tally, (batch, accumulate))
-    trainer.add_callback(Keeper(checkpoints, recipe, stage, tally, signals, objective.account))
+    if record is not None:
+        sharding.check_form(record, checkpoints.path(record), trainer)
+    keeper = Keeper(checkpoints, recipe, stage, tally, signals, objective.account, sharding.form(trainer))
+    trainer.add_callback(keeper)
     with watch.watched(trainer, folder, checkpoints.place.name, stage, tally, record["step"] if record else 0):
         _train(trainer, checkpoints, signals, str(checkpoints.path(record)) if record else None)
     if told := objective.account.say():

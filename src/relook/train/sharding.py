@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from relook.errors import UserError
+from relook.train import ranks
 from relook.train.recipe import Recipe
 
 ASKED = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
@@ -47,6 +49,30 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"{way} does not go with {what}; train it with recipes/launch/ddp.yaml")
     if way == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("FSDP 1 is not supported; say fsdp_version: 2, as recipes/launch/fsdp2.yaml does")
+
+
+def form(trainer: Any) -> str | None:
+    """In what form a checkpoint keeps the optimiser; None for the form that any number of processes can read."""
+    if trainer.is_fsdp_enabled:
+        return "FSDP"
+    if trainer.is_deepspeed_enabled:
+        stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
+        return f"ZeRO {stage} over {ranks.count()} processes"
+    return None
+
+
+def check_form(record: dict[str, Any], place: Path, trainer: Any) -> None:
+    """Refuse to go on from a checkpoint whose optimiser this launch cannot read.
+
+    Raises:
+        UserError: names both.
+    """
+    if record.get("form") != form(trainer):
+        wrote, now = (name or "no sharding" for name in (record.get("form"), form(trainer)))
+        raise UserError(
+            f"{place} was written under {wrote} and cannot go on under {now}: its optimiser has another form. Launch "
+            "it as before, or remove the stage's checkpoints to begin the stage again"
+        )
 
 
 def begin(model: Any, trainer: Any) -> None:
@@ -103,13 +129,17 @@ def gathering_by_layer(model: Any) -> Iterator[None]:
 
 
 def end(model: Any) -> None:
-    """The model whole again, on the CPU of every process; all of them must take part.
+    """The model whole again, on the CPU of every process, to be saved (the hooks of what sharded it are still there).
 
-    All weights become new ones: ZeRO leaves those that it does not share out as views into one buffer.
+    All processes must take part. All weights become new ones: ZeRO 2 leaves them as views into one buffer.
     """
+    from torch.distributed.fsdp import FSDPModule
+
     model.lockstep = False
     made: dict[int, nn.Parameter] = {}  # tied weights stay one
     for module in model.modules():
+        if isinstance(module, FSDPModule):  # a class made of that mixin and the module's own
+            module.__class__ = type(module).__bases__[1]
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
                 if id(parameter) not in made:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
 
-from relook.train import ranks
+from relook.train import ranks, sharding
 from relook.train.account import Account
 from relook.train.checkpoints import Checkpoints, Record, read_weights, write_weights
 from relook.train.faults import Signals, check_gradient, check_loss, writing
@@ -117,7 +118,8 @@ class StageTrainer(Trainer):
     # -- saving
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with ranks.together(), self.checkpoints.written():
+        # Sharded processes exchange weights as they write: who fails cannot tell the others, its launcher ends them.
+        with nullcontext() if sharding.form(self) else ranks.together(), self.checkpoints.written():
             super()._save_checkpoint(model, trial)  # `Keeper.on_save` comes next
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -162,10 +164,17 @@ class Keeper(TrainerCallback):
     """When to save, evaluate and stop; and the records of what was saved."""
 
     def __init__(
-        self, checkpoints: Checkpoints, recipe: Recipe, stage: Stage, tally: Tally, signals: Signals, account: Account
+        self,
+        checkpoints: Checkpoints,
+        recipe: Recipe,
+        stage: Stage,
+        tally: Tally,
+        signals: Signals,
+        account: Account,
+        form: str | None,
     ) -> None:
         self.checkpoints, self.recipe, self.stage, self.tally, self.signals = checkpoints, recipe, stage, tally, signals
-        self.account = account
+        self.account, self.form = account, form
         best = checkpoints.best()
         self.best = math.inf if best is None else float(best["eval_loss"])
         self.evaluated: tuple[int, float | None] = (0, None)  # step, validation loss
@@ -201,6 +210,8 @@ class Keeper(TrainerCallback):
         record: Record = {"stage": self.stage.name, "step": step, **self.tally.total()}
         if at == step:
             record["eval_loss"] = loss
+        if self.form is not None:
+            record["form"] = self.form
         with ranks.together(), self.checkpoints.written():
             if ranks.main():
                 self.checkpoints.publish(record)
