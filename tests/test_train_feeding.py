@@ -124,8 +124,9 @@ def test_what_is_held_out_is_never_taught(tmp_path, streaming) -> None:
     held = {said(item) for item in source.held}
     assert len(held) == 7 and not held & set(told(source, range(60)))
     assert sorted(told(source, range(23)) + sorted(held)) == sorted(f"a{n}" for n in range(30))
-    with pytest.raises(UserError, match=r"validation.items is 30, but .* holds 30"):
-        feed(plan, 1, held=30)
+    with pytest.raises(UserError, match=r"validation.items is 16 and would hold out most of the 30.*items=3"):
+        feed(plan, 1, held=16)
+    assert len(feed(plan, 1, held=15).held) == 15
 
 
 def test_a_stream_opens_no_image_and_makes_no_item_it_passes_over(tmp_path, monkeypatch) -> None:

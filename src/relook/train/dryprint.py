@@ -16,7 +16,7 @@ def table(found: DryRun) -> str:
 
 
 def _stage(stage: StageDry) -> list[str]:
-    lines = [f"stage {stage.name} ({stage.objective}): {stage.steps:,} steps, {stage.samples:,} samples"]
+    lines = [f"stage {stage.name} ({stage.objective}): {_counted(stage.steps, 'step')}, {stage.samples:,} samples"]
     rows = [*stage.learns.items(), ("all", tuple(map(sum, zip(*stage.learns.values(), strict=True))))]
     width = max(len(part) for part, _ in rows)
     lines.append(f"  {'learns':{width}}  {'parameters':>15}  {'of':>15}")
@@ -39,13 +39,18 @@ def _stage(stage: StageDry) -> list[str]:
 
 
 def _items(found: Items) -> list[str]:
-    lines = [f"  items    {found.items:,}, {found.images:,} image files"]
+    kept = f" ({found.items - found.held:,} to learn from, {found.held:,} held out)" if found.held else ""
+    lines = [f"  items    {found.items:,}{kept}, {_counted(found.images, 'image file')}"]
     if not found.problems:
         lines[0] += "; every image is there, every token is known"
     for kind, count in found.problems.most_common():
         lines.append(f"           {count:,} x {kind}")
         lines += [f"             {where}" for where in found.told[kind]]
     return lines
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _short(reason: str) -> str:

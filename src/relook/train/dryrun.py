@@ -72,9 +72,10 @@ class Lengths:
 
 @dataclass
 class Items:
-    """What was found in the items of a stage: how many, files of images, lengths, and problems by kind."""
+    """What was found in the items of a stage: how many (and held out), files of images, lengths, problems by kind."""
 
     items: int = 0
+    held: int = 0
     images: int = 0
     lengths: list[int] = field(default_factory=list)
     problems: Counter[str] = field(default_factory=Counter)
@@ -203,7 +204,7 @@ def _drawn(objective: Any) -> list[int]:
 
 def look_through(fed: Feed, plan: Blueprint, note: Callable[[str], None] = lambda text: None) -> Items:
     """Every item of a feed's sources; lengths of `SAMPLE` of them, chosen at random, where the tokenizer is here."""
-    found, files, draw = Items(), dict[str, bool](), random.Random(fed.seed)
+    found, files, draw = Items(held=len(fed.held)), dict[str, bool](), random.Random(fed.seed)
     sample: list[tuple[str, Item]] = []
     vocabulary = plan.processor.tokenizer.get_vocab() if plan.processor is not None else None
     for source, records in enumerate(fed.records):

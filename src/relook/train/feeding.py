@@ -105,9 +105,8 @@ class Feed:
         if unread:
             first = f"{unread[0].where}: {unread[0].why}"
             check_share(len(unread), sum(lengths) + len(unread), "records", self.data.max_broken, first)
-        if held >= sum(lengths):
-            names = ", ".join(source.path for source in self.sources)
-            raise UserError(f"validation.items is {held}, but {names} holds {sum(lengths)}; hold out fewer")
+        if 2 * held > sum(lengths):
+            raise self._too_few(held, sum(lengths))
         starts = np.cumsum([0, *lengths])
         kept = np.sort(np.random.default_rng([self.seed, 1]).permutation(starts[-1])[:held])  # counted over all sources
         self._taught = [np.setdiff1d(np.arange(begin, end), kept) - begin for begin, end in pairwise(starts)]
@@ -115,6 +114,13 @@ class Feed:
         self._order: tuple[int, Any, Any] = (-1, None, None)
         sources = np.searchsorted(starts, kept, side="right") - 1
         return [(int(source), int(number - starts[source])) for source, number in zip(sources, kept, strict=True)]
+
+    def _too_few(self, held: int, found: int) -> UserError:
+        names, few = ", ".join(source.path for source in self.sources), max(1, found // 10)
+        return UserError(
+            f"validation.items is {held} and would hold out most of the {found} items in {names}; "
+            f"say fewer: validation.items={few}"
+        )
 
     def __len__(self) -> int:
         """Items of the first epoch."""
@@ -252,14 +258,12 @@ class StreamedFeed(Feed):
         self._next = 0
         self._last: tuple[int, Row | Unread] | None = None
         self._window_rows: dict[int, tuple[int, Row | Unread]] = {}
-        first = list(islice(self._pass(0), held + 1))
-        if len(first) <= held:
+        first = list(islice(self._pass(0), 2 * held or 1))
+        if not first:
             names = ", ".join(source.path for source in self.sources)
-            raise UserError(
-                f"validation.items is {held}, but {names} holds {len(first)}; hold out fewer"
-                if held
-                else f"{names}: holds no items; build some with `relook data build`"
-            )
+            raise UserError(f"{names}: holds no items; build some with `relook data build`")
+        if len(first) < 2 * held:
+            raise self._too_few(held, len(first))
         self._kept = dict(first[:held])
         self._out = frozenset(self._kept)
         return list(self._kept)
