@@ -136,7 +136,7 @@ def test_epochs_bound_what_is_seen(made, tmp_path: Path) -> None:
         ("stages.instruct.lora={r: 8}", ["leave out freeze"]),
         ("stages.instruct.samples=7", ["steps says", "give one of them"]),
         ("stages.instruct.pases=2", ["unknown key", "'passes'"]),
-        ("stages.instruct.mask=3", ["stages.0.mask", "seen: 3"]),
+        ("stages.instruct.mask=3", ["stages.instruct.mask", "seen: 3"]),
         ("model.looks=[region, seg]", ["not 'seg'"]),
     ],
 )

@@ -304,7 +304,7 @@ def validate(schema: type[BaseModel], raw: Mapping[str, Any], where: str) -> Any
         return schema.model_validate(raw)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
+        key = ".".join(_names(raw, problem["loc"]))
         if problem["type"] == "extra_forbidden":
             valid = list(_siblings(schema, problem["loc"]))
             near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.4)
@@ -312,6 +312,14 @@ def validate(schema: type[BaseModel], raw: Mapping[str, Any], where: str) -> Any
             raise UserError(f"{where}: unknown key {key!r}; {hint}") from error
         message = problem["msg"].removeprefix("Value error, ")
         raise UserError(f"{where}: {key or 'recipe'}: {message} (seen: {_short(problem.get('input'))})") from error
+
+
+def _names(raw: Any, loc: Sequence[int | str]) -> Iterator[str]:
+    """The way to `loc` as an override would say it: an entry of a list by its name, where it has one."""
+    for part in loc:
+        inside = (isinstance(raw, Mapping) and part in raw) or (isinstance(raw, Sequence) and isinstance(part, int))
+        raw = raw[part] if inside else None
+        yield str(raw["name"] if isinstance(part, int) and isinstance(raw, Mapping) and "name" in raw else part)
 
 
 def _siblings(schema: type[BaseModel], loc: Sequence[int | str]) -> Iterator[str]:
