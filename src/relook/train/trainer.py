@@ -120,7 +120,8 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Sharded processes exchange weights as they write: who fails cannot tell the others, its launcher ends them.
         with nullcontext() if sharding.form(self) else ranks.together(), self.checkpoints.written():
-            super()._save_checkpoint(model, trial)  # `Keeper.on_save` comes next
+            super()._save_checkpoint(model, trial)
+        ranks.wait()  # all have written their part: `Keeper.on_save` comes next
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None
