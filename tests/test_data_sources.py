@@ -1,120 +1,43 @@
-"""Sources, image paths and builds from them: small files of every form, and the real Visual-CoT benchmark."""
+"""Sources: small files of every form, and the real Visual-CoT benchmark."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
-from itertools import islice
-from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from typer.testing import CliRunner
+from sourced import (
+    BENCHMARK,
+    BOXED,
+    COCO,
+    ITEM,
+    LLAVA,
+    LONG,
+    POPE,
+    RECORDS,
+    VG,
+    VG_QA,
+    VISCOT,
+    call,
+    needs_benchmark,
+    picture,
+    refused,
+    write,
+)
 
-from relook.cli import app
-from relook.data import BuildOptions, Item, Question, build, build_item, read_items
-from relook.data import images as images_module
+from relook.data import BuildOptions, Item, Question, build_item, read_items
 from relook.data import records as records_module
 from relook.data.boxed import place_of
-from relook.data.builder import build_items, merged
-from relook.data.images import IMAGE_SETS, Archive, ImageFinder, ImageSet, check_copy, dataset_of
+from relook.data.images import IMAGE_SETS
 from relook.data.members import read_members
-from relook.data.options import draw
-from relook.data.remap import remap
 from relook.data.sources import FORMATS, SOURCES, read, recognise
 from relook.data.splits import EVAL_SPLITS, build_splits
-from relook.data.variants import variant
 from relook.data.viscot import padded_size
 from relook.errors import UserError
 from relook.looks import LOOKS, parse_calls
-from relook.regions import box_to_cells, iou, split_crop_suffix
-
-ROOT = Path(__file__).parents[1]
-BENCHMARK = ROOT / "../shared/data/viscot_benchmark"
-needs_benchmark = pytest.mark.skipif(not BENCHMARK.is_dir(), reason="../shared/data/viscot_benchmark is not there")
-
-QUESTION = {"image": "cot/gqa/7.jpg", "width": 640, "height": 400, "question": "Who?", "answer": "ACME"}
-BOXED = QUESTION | {"bboxs": [[100, 120, 300, 240]]}
-ASKS = " Please provide the bounding box coordinate of the region that can help you answer the question better."
-VISCOT = {
-    "dataset": "gqa",
-    "image": ["cot/gqa/7.jpg", "cot/gqa/7.jpg###[217, 343, 242, 393]"],
-    "conversations": [
-        {"from": "human", "value": f"<image>\nWhat is it?{ASKS}"},
-        {"from": "gpt", "value": "[0.542, 0.686, 0.592, 0.786]"},
-        {"from": "human", "value": "<image>"},
-        {"from": "gpt", "value": "window"},
-    ],
-}
-LLAVA = {
-    "id": "1",
-    "image": "coco/train2017/1.jpg",
-    "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}],
-}
-LONG = LLAVA | {
-    "conversations": [*LLAVA["conversations"], {"from": "human", "value": "Where?"}, {"from": "gpt", "value": "Here."}]
-}
-COCO = {
-    "info": {"year": 2017, "list": [1, [2]]},
-    "images": [
-        {"id": 1, "file_name": "1.jpg", "width": 100, "height": 80},
-        {"id": 2, "file_name": "2.jpg", "width": 50, "height": 50},
-    ],
-    "licenses": [],
-    "annotations": [
-        {"image_id": 2, "category_id": 5, "bbox": [0, 0, 10, 10], "iscrowd": 0},
-        {"image_id": 1, "category_id": 5, "bbox": [10.5, 20, 30, 40], "iscrowd": 0},
-        {"image_id": 2, "category_id": 9, "bbox": [5, 5, 10, 10], "iscrowd": 1},
-        {"image_id": 1, "category_id": 5, "bbox": [60, 0, 20, 20], "iscrowd": 0},
-        {"image_id": 2, "question": "What colour?", "answer": "red", "bbox": [1, 2, 3, 4]},
-    ],
-    "categories": [{"id": 5, "name": "dog"}, {"id": 9, "name": "person"}],
-}
-VG = {"id": 3, "regions": [{"image_id": 3, "phrase": "a red bus", "x": 0, "y": 60, "width": 30, "height": 30}]}
-VG_QA = {
-    "id": 3,
-    "qas": [
-        {"image_id": 3, "question": "What?", "answer": "A bus.", "a_objects": [{"x": 1, "y": 2, "w": 3, "h": 4}]},
-        {"image_id": 3, "question": "Why?", "answer": "So.", "a_objects": [], "q_objects": []},
-    ],
-}
-POPE = {"question_id": 1, "image": "COCO_val2014_000000000042.jpg", "text": "Is there a dog?", "label": "yes"}
-ITEM = build_item(Question.from_dict(BOXED)).to_dict()
-
-RECORDS = {"items": ITEM, "viscot": VISCOT, "llava": LLAVA, "vg": VG_QA, "pope": POPE, "questions": BOXED}
-
-
-def write(path: Path, *rows: dict, indent: int | None = None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    else:
-        path.write_text(json.dumps(list(rows), indent=indent), encoding="utf-8")
-    return path
-
-
-def picture(path: Path, size: tuple[int, int] = (640, 400)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, "grey").save(path)
-    return path
-
-
-def call(*argv: object, code: int = 0):
-    result = CliRunner().invoke(app, [str(arg) for arg in argv])
-    assert result.exit_code == code, (result.exit_code, result.stdout, result.stderr, result.exception)
-    return result
-
-
-def refused(*argv: object) -> str:
-    lines = call(*argv, code=2).stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("relook: ")
-    return lines[0]
-
-
-# ---- forms of file
+from relook.regions import box_to_cells, split_crop_suffix
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
@@ -357,270 +280,6 @@ def test_the_true_size_is_within_what_padded_size_allows(data, width, height):
     assert found is not None
     for true, estimate, off in zip((width, height), *found, strict=True):
         assert abs(true - estimate) <= off + 1
-
-
-# ---- images
-
-
-def test_the_deepest_telling_folder_names_the_set():
-    for path, name in [
-        ("/root/autodl/COCO2017/train2017/0001.jpg", "coco"),
-        ("cot/gqa/1.jpg", "gqa"),
-        ("/data/coco/vsr/1.jpg", "vsr"),
-        ("D:\\vg\\VG_100K_2\\1.jpg", "vg"),
-        ("/somewhere/1.jpg", None),
-    ]:
-        assert dataset_of(path) == name
-
-
-def test_files_are_found_by_name_and_longest_agreeing_folders(tmp_path):
-    for path in (
-        "VG_100K/1.jpg",
-        "VG_100K_2/1.jpg",
-        "VG_100K_2/2.jpg",
-        "a/3.jpg",
-        "b/3.jpg",
-        "covers/9.jpg",
-        "000042.jpg",
-    ):
-        picture(tmp_path / path, (8, 8))
-    finder = ImageFinder({name: tmp_path for name in ("vg", "ocrvqa", "coco")})
-    assert finder.find("/x/vg/VG_100K_2/1.jpg") == str(tmp_path / "VG_100K_2/1.jpg")
-    assert finder.find("/x/vg/images/2.jpg") == str(tmp_path / "VG_100K_2/2.jpg")
-    assert finder.find("/x/vg/3.jpg") is None  # two of that name, neither more like it
-    assert finder.find("/x/ocr_vqa/9.gif") == str(tmp_path / "covers/9.jpg")
-    assert finder.find("/x/coco/val2014/COCO_val2014_000042.jpg") == str(tmp_path / "000042.jpg")
-    assert finder.find("/x/gqa/1.jpg") is None and finder.find("/x/vg/none.jpg") is None
-
-
-@pytest.fixture
-def published(tmp_path) -> Path:
-    """Four items with somebody else's paths: two of GQA (one missing), one of COCO, one of no known set."""
-    picture(tmp_path / "my/gqa/images/7.jpg")
-    picture(tmp_path / "my/coco/train2017/1.jpg")
-    rows = []
-    for path in (
-        "/root/x/gqa/images/7.jpg",
-        "/root/x/gqa/images/8.jpg",
-        "/root/x/COCO2017/train2017/1.jpg",
-        "/root/y/1.jpg",
-    ):
-        rows.append(build_item(Question.from_dict(BOXED | {"image": path})).to_dict())
-    return write(tmp_path / "published.json", *rows)
-
-
-def test_remap_refuses_above_the_share_and_lists_what_is_missing(tmp_path, published):
-    out, missing = tmp_path / "out/items.json", tmp_path / "missing.txt"
-    folders = [f"gqa={tmp_path}/my/gqa", f"coco={tmp_path}/my/coco"]
-    line = refused("data", "remap", published, out, "--images", *folders, "--missing", missing)
-    assert "2 of 4 items" in line and "gqa 1 of 2" in line and not out.exists()
-    assert missing.read_text() == "(no known set)\t/root/y/1.jpg\ngqa\t/root/x/gqa/images/8.jpg\n"
-    assert not list(tmp_path.glob("out/*"))
-
-    result = call("data", "remap", published, out, "--images", *folders, "--max-missing", 0.5)
-    assert "4 items, 2 left out" in result.stdout
-    items = list(read_items(out))
-    assert len(items) == 2
-    for item, name in zip(items, ("gqa/images/7.jpg", "coco/train2017/1.jpg"), strict=True):
-        whole, crop = item.images["images"]
-        assert (out.parent / whole).samefile(tmp_path / "my" / name)
-        assert split_crop_suffix(crop) == (whole, (80, 100, 320, 250))
-    assert [item.messages for item in items] == [item.messages for item in islice(read_items(published), 0, 4, 2)]
-
-
-def test_remap_says_which_folders_were_not_given(tmp_path, published):
-    assert "coco 1 of 1 (no folder given)" in refused(
-        "data", "remap", published, tmp_path / "o.json", "--images", f"gqa={tmp_path}/my/gqa"
-    )
-    assert "is not a folder" in refused("data", "remap", published, tmp_path / "o.json", "--images", "gqa=/none")
-    assert "expected NAME=FOLDER" in refused("data", "remap", published, tmp_path / "o.json", "--images", str(tmp_path))
-    with pytest.raises(UserError, match="the source itself"):
-        remap(published, published, {})
-
-
-def test_a_copy_is_held_against_the_manifest(tmp_path, monkeypatch):
-    good, bad = hashlib.md5(b"good").hexdigest(), "0" * 32
-    archives = (
-        Archive("a.zip", bytes=4, checksum=f"md5:{good}"),
-        Archive("b.zip", checksum=f"md5:{bad}"),
-        Archive("c.zip"),
-    )
-    row = ImageSet("tiny", "Tiny", "https://example.org", archives, ("tiny",), images=2)
-    monkeypatch.setitem(images_module.IMAGE_SETS, "tiny", row)
-    assert "no a.zip" in " ".join(check_copy("tiny", tmp_path).faults)
-    for name in "abc":
-        (tmp_path / f"{name}.zip").write_bytes(b"good")
-    picture(tmp_path / "x/1.jpg", (8, 8))
-    found = check_copy("tiny", tmp_path)
-    assert (found.images, found.archives) == (1, 3) and found.unknown == ("c.zip: no checksum is published",)
-    assert (
-        len(found.faults) == 2 and "b.zip sums to md5:" in found.faults[0] and found.faults[1] == "1 image files of 2"
-    )
-    assert "1 image files of 2" in call("data", "images", f"tiny={tmp_path}", code=1).stdout
-    (tmp_path / "a.zip").write_bytes(b"good?")
-    assert "a.zip has 5 bytes, 4 are published" in check_copy("tiny", tmp_path).faults[0]
-    assert "none of the image sets" in refused("data", "images", f"mine={tmp_path}")
-
-
-def test_the_manifest_says_what_is_not_published():
-    rows = json.loads(call("data", "images", "--json").stdout)
-    assert {row["name"] for row in rows} == set(IMAGE_SETS)
-    for row in rows:
-        for archive in row["archives"]:
-            assert archive["by"] or archive["size"] is archive["bytes"] is archive["checksum"] is None
-    assert "checksum not published" in call("data", "images").stdout
-
-
-# ---- builds
-
-
-def test_estimated_sizes_give_way_to_real_images_and_are_marked_where_there_are_none(tmp_path):
-    source = write(tmp_path / "viscot.json", VISCOT)
-    report = build(source, tmp_path / "blind.json")
-    (item,) = read_items(tmp_path / "blind.json")
-    picture(tmp_path / "any/7.jpg", (9, 9))
-    write(tmp_path / "theirs.json", item.to_dict() | {"images": ["/x/gqa/7.jpg"]})
-    assert remap(tmp_path / "theirs.json", tmp_path / "mine.json", {"gqa": tmp_path / "any"}).estimated == 1
-    assert item.extra == {"estimated_size": [392, 500], "off_by": [3, 2]}
-    assert any("worked out from boxes" in what for what in report.counts)
-
-    picture(tmp_path / "my/7.jpg", (391, 500))
-    call("data", "build", source, tmp_path / "seen.json", "--images", f"gqa={tmp_path}/my")
-    (item,) = read_items(tmp_path / "seen.json")
-    assert item.extra == {} and item.images["images"][0] == "my/7.jpg"
-    assert split_crop_suffix(item.images["images"][1])[1] == (195, 312, 244, 437)
-
-    picture(tmp_path / "my/7.jpg", (500, 391))
-    assert "another size than their boxes" in refused(
-        "data", "build", source, tmp_path / "wrong.json", "--images", f"gqa={tmp_path}/my"
-    )
-
-
-def test_boxes_are_merged_clamped_and_answered_directly_when_whole():
-    overlapping = BOXED | {"bboxs": [[0, 0, 100, 100], [600, 350, 640, 400], [90, 90, 200, 200], [195, 0, 250, 250]]}
-    item = build_item(Question.from_dict(overlapping), BuildOptions(boxes="merge"))
-    calls = parse_calls(item.messages[1].content)
-    assert [call.cells for call in calls] == [(7, 7, 7, 7), (0, 0, 3, 4)]
-
-    away = Question.from_dict(BOXED | {"bboxs": [[700, 500, 800, 600]]})
-    assert build_item(away) is None
-    (call_,) = parse_calls(build_item(away, BuildOptions(outside="clamp")).messages[1].content)
-    assert call_.cells == (7, 7, 7, 7)
-    assert len(build_item(away, BuildOptions(no_box="seg")).images["seg_images"]) == 1
-
-    whole = Question.from_dict(BOXED | {"bboxs": [[10, 0, 640, 400]]})
-    assert len(build_item(whole, BuildOptions(whole=0.9)).messages) == 2
-    assert len(build_item(whole, BuildOptions(whole=0.99)).messages) == 4
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(*[st.integers(0, 30)] * 2, *[st.integers(1, 15)] * 2), max_size=8))
-def test_merged_boxes_cover_all_and_overlap_no_more(quads):
-    boxes = [(x, y, x + width, y + height) for x, y, width, height in quads]
-    out = merged(boxes)
-    assert all(any(o[0] <= b[0] and o[1] <= b[1] and o[2] >= b[2] and o[3] >= b[3] for o in out) for b in boxes)
-    assert all(iou(a, b) == 0 for i, a in enumerate(out) for b in out[:i])
-
-
-def test_shares_of_looks_are_drawn_by_content_not_by_order(tmp_path):
-    questions = [Question.from_dict(BOXED | {"question": f"Number {i}?"}) for i in range(400)]
-    options = BuildOptions(look="region=0.5,clip=0.3,none=0.2")
-
-    def looks(items):
-        names = {0: "none", 1: "clip"}
-        kinds = {}
-        for item in items:
-            kind = "region" if len(item.images["images"]) == 2 else names[len(item.images["clip_images"])]
-            kinds[item.messages[0].content.split(" Identify")[0].split(" Require")[0]] = kind
-        return kinds
-
-    one, other = looks(build_items(questions, options)), looks(build_items(reversed(questions), options))
-    assert one == other
-    counts = [list(one.values()).count(name) for name in ("region", "clip", "none")]
-    assert all(abs(count - share) < 40 for count, share in zip(counts, (200, 120, 80), strict=True))
-    assert one != looks(build_items(questions, BuildOptions(look=options.look, seed=1)))
-    for wrong in ("region=0.5", "region=x,none=0.5", "zoom=1"):
-        assert "look" in refused(
-            "data", "build", write(tmp_path / "q.jsonl", BOXED), tmp_path / "o.json", "--look", wrong
-        )
-
-
-def test_alignment_pairs_are_the_published_ones():
-    question = Question("tall.png", "Render a clear and concise summary of the photo.", ("a dog in the park",))
-    item = build_item(question, BuildOptions(look="detection", align=True)).to_dict()
-    assert item["messages"] == [
-        {"role": "user", "content": "<detection_image>\nRender a clear and concise summary of the photo."},
-        {"role": "assistant", "content": "a dog in the park"},
-    ]
-    assert item["detection_images"] == ["tall.png"] and item["images"] == []
-    with pytest.raises(UserError, match="a look that re-encodes"):
-        BuildOptions(align=True)
-
-
-def test_validation_and_training_share_no_image(tmp_path):
-    rows = [BOXED | {"image": f"{i % 40}.jpg", "question": f"Number {i}?"} for i in range(200)]
-    result = call("data", "build", write(tmp_path / "q.jsonl", *rows), tmp_path / "items.json", "--val", 0.2)
-    train, val = (list(read_items(tmp_path / name)) for name in ("items.json", "items.val.json"))
-    assert len(train) + len(val) == 200 and f"{len(val)} to validate" in result.stdout
-    first = [{item.images["images"][0] for item in part} for part in (train, val)]
-    assert not first[0] & first[1] and 3 <= len(first[1]) <= 15
-    call("data", "build", tmp_path / "q.jsonl", tmp_path / "far/away.json", "--val", 0.2, "--look", "clip=0.5,none=0.5")
-    call("data", "build", tmp_path / "q.jsonl", tmp_path / "near.json", "--val", 0.2, "--look", "clip=0.5,none=0.5")
-    for part in ("", ".val"):  # what is drawn does not depend on where the items go
-        far, near = (list(read_items(tmp_path / f"{name}{part}.json")) for name in ("far/away", "near"))
-        assert [item.messages for item in far] == [item.messages for item in near]
-    assert "give another share" in refused("data", "build", tmp_path / "q.jsonl", tmp_path / "o.json", "--val", 0.0001)
-    assert not (tmp_path / "o.json").exists() and not (tmp_path / "o.val.json").exists()
-    assert 0 <= draw("") < 1
-
-
-def test_items_of_several_images_are_in_one_part_only_if_all_their_images_are(tmp_path):
-    turns = [{"from": "human", "value": "<image><image>Same?"}, {"from": "gpt", "value": "No."}]
-    pairs = [(f"{i % 30}.jpg", f"./{(i * 7 + 1) % 30}.jpg") for i in range(60)]
-    rows = [{"images": list(pair), "conversations": turns} for pair in pairs]
-    source = write(tmp_path / "q.jsonl", *rows)
-    call("data", "build", source, tmp_path / "out/o.jsonl", "--val", 0.4, "--image-root", tmp_path)
-    train, val = (list(read_items(tmp_path / "out" / name)) for name in ("o.jsonl", "o.val.jsonl"))
-    images = [{ref.removeprefix("./") for item in part for ref in item.images["images"]} for part in (train, val)]
-    assert not images[0] & images[1] and train and val
-    report = build(source, tmp_path / "p.jsonl", val=0.4)
-    (what,) = report.counts
-    assert what == "items with images of both parts, left out"
-    assert report.items + report.counts[what] == 60 and report.items > report.val > 0
-
-
-def test_items_may_not_leave_the_given_root(tmp_path):
-    bad = ITEM | {"images": ["../../etc/a b.jpg", "../../etc/a b.jpg_80,100,320,250"]}
-    source = write(tmp_path / "items.jsonl", ITEM, bad)
-    line = refused("data", "build", source, tmp_path / "o.json", "--image-root", tmp_path)
-    assert f"{source}:2: image path '../../etc/a b.jpg" in line and "leaves the image root" in line
-    assert list(tmp_path.iterdir()) == [source]
-    picture(tmp_path / "mine/gqa/7.jpg")  # found by its name: nothing of the written path is followed
-    found = ITEM | {"images": ["/root/gqa/7.jpg", "/root/gqa/7.jpg_80,100,320,250"]}
-    call("data", "build", write(source, found), tmp_path / "o.json", "--image-root", tmp_path,
-         "--images", f"gqa={tmp_path}/mine")  # fmt: skip
-
-
-def test_published_items_take_another_encoder_lose_triggers_or_looks(tmp_path):
-    question = Question.from_dict(BOXED)
-    made = {look: build_item(question, BuildOptions(look=look)) for look in ("region", "clip", "detection", "none")}
-    assert variant(made["clip"], "detection") == made["detection"]
-    assert variant(made["clip"]) == made["clip"] and variant(made["region"], "seg") == made["region"]
-    for look, item in made.items():
-        assert variant(item, "none") == made["none"]
-        assert variant(item, free_choice=True) == build_item(question, BuildOptions(look=look, free_choice=True))
-
-    path = write(tmp_path / "items.json", made["clip"].to_dict(), made["region"].to_dict())
-    call("data", "build", path, tmp_path / "o.jsonl", "--look", "seg", "--free-choice")
-    seg, region = read_items(tmp_path / "o.jsonl")
-    assert seg.images["seg_images"] == ("cot/gqa/7.jpg",) and len(parse_calls(region.messages[1].content)) == 1
-    assert "feature" not in seg.messages[0].content
-
-
-def test_the_question_may_come_first(tmp_path):
-    call("data", "build", write(tmp_path / "q.jsonl", BOXED), tmp_path / "o.json", "--question-first", "--free-choice")
-    (item,) = read_items(tmp_path / "o.json")
-    assert item.messages[0].content == "Who?\n<image>"
 
 
 # ---- the real benchmark
