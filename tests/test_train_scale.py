@@ -279,7 +279,7 @@ def test_a_sharded_run_is_cut_and_goes_on_as_one_process_would(config, items, un
 @pytest.mark.slow
 @pytest.mark.parametrize("config", SHIPPED)
 def test_a_full_disk_ends_a_sharded_run(config: str, items: str, tmp_path: Path) -> None:
-    """...for both, in half a minute, and what was whole goes on."""
+    """...for both, and what was whole stays."""
     done = launch(config, tmp_path, items, "disk")
     assert done.returncode
     said = (tmp_path / "process-0.txt").read_text()

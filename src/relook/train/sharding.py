@@ -1,9 +1,9 @@
 """Runs in which every process holds a part of the weights or of the optimiser: FSDP2 and DeepSpeed's ZeRO.
 
 Which of them is accelerate's business (`accelerate launch --config_file`, see recipes/launch); here is what a stage
-must be like for it, and how its weights come together again.
+must be like for it, what ZeRO 3 is shown of a model, and how the weights come together again.
 
-Knows models and accelerate's environment; not how either shards.
+Knows models, accelerate's environment, and where DeepSpeed sets its hooks; not how either shards.
 """
 
 from __future__ import annotations
