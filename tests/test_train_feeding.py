@@ -15,43 +15,19 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from fed import LOOKS, data, numbered, relative, said
 from own_items import conversation, picture, write_items_of
 from PIL import Image
 
-from relook.data import access
-from relook.data.access import Unread, records
+from relook.data.access import records
 from relook.data.convert import convert
 from relook.data.items import Item, split_ref
-from relook.errors import RelookError, UserError
-from relook.train import account, tiny
-from relook.train.account import Account, LeftOut, pack_up
-from relook.train.feeding import Feed, StreamedFeed, feed, interleaved
+from relook.errors import UserError
+from relook.train import tiny
+from relook.train.feeding import Feed, feed, interleaved
 from relook.train.lengths import alike, item_length
-from relook.train.recipe import Data, Recipe, Stage
+from relook.train.recipe import Data, Recipe
 from relook.train.runner import run
-from relook.train.stages import make_objective
-
-LOOKS = ["region", "clip", "none"]
-
-
-def said(item: Item) -> str:
-    return item.messages[-1].content
-
-
-def numbered(folder: Path, name: str, count: int) -> Path:
-    """Items whose answers are their names: "a0", "a1", ... (no pictures)."""
-    path = folder / f"{name}.jsonl"
-    turns = lambda n: [{"role": "user", "content": "What?"}, {"role": "assistant", "content": f"{name}{n}"}]  # noqa: E731
-    path.write_text("".join(json.dumps({"messages": turns(n)}) + "\n" for n in range(count)))
-    return path
-
-
-def data(**values) -> Data:
-    return Data.model_validate(values)
-
-
-def relative(path: Path) -> str:
-    return os.path.relpath(path)
 
 
 def told(source: Feed, positions) -> list[str]:
@@ -221,104 +197,12 @@ def test_recipes_of_data_are_checked_at_the_door(tmp_path) -> None:
         len(feed(data(path=relative(numbered(tmp_path, "a", 3)), streaming=True), 1))
 
 
-# -- what cannot be taught
+# -- lengths
 
 
 @pytest.fixture(scope="module")
 def built():
     return tiny.build("cards-tiny", seed=0)
-
-
-def faulty_set(folder: Path) -> Path:
-    """Ten items: the fourth's image is cut short, the sixth is a page too long, the eighth is no JSON."""
-    path = write_items_of(folder / "items.json", LOOKS[:2], 10)
-    items = json.loads(path.read_text())
-    bad = folder / items[3]["images"][0]
-    bad.write_bytes(bad.read_bytes()[:200])
-    items[5]["messages"][-1]["content"] = "7" * 500
-    lines = [json.dumps(item) for item in items]
-    lines[7] = lines[7][:40]
-    target = folder / "items.jsonl"
-    target.write_text("\n".join(lines) + "\n")
-    return target
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["by number", "streamed"])
-def test_broken_and_long_items_are_left_out_named_and_never_cut(tmp_path, built, streaming) -> None:
-    plan = data(path=relative(faulty_set(tmp_path)), streaming=streaming, buffer=1)
-    source = feed(plan, 1)
-    count = 10 if streaming else 9  # a line that is no JSON has no number
-    examples = [source.example(i, built[1], cutoff=400) for i in range(count)]
-    left = [one for one in examples if isinstance(one, LeftOut)]
-    names = {(one.reason, Path(one.where).name) for one in left}
-    expected = {("broken", "items.jsonl:4"), ("too long", "items.jsonl:6")}
-    assert names == (expected | {("broken", "items.jsonl:8")} if streaming else expected)
-    if not streaming:
-        assert [Path(one.where).name for one in source.records[0].unread] == ["items.jsonl:8"]
-    whole = [one for one in examples if not isinstance(one, LeftOut)]
-    for row in whole:  # as many pads as the pictures make: nothing was cut
-        pads = row["input_ids"].count(built[0].config.image_token_id)
-        assert pads == int(row["image_grid_thw"].prod(-1).sum()) // 4
-
-
-def test_a_batch_of_what_is_left_learns_as_without_the_rest_and_an_empty_one_learns_nothing(tmp_path, built) -> None:
-    source = Feed(data(path=relative(faulty_set(tmp_path)), max_broken=1), 1)
-    stage = Stage(name="s", objective="instruct", samples=8, batch=3, options={"max_length": 400})
-    learner = make_objective(*built, None, stage, 1, source)
-    examples = [learner.example(i) for i in range(9)]
-    good = [one for one in examples if not isinstance(one, LeftOut)]
-    bad = [one for one in examples if isinstance(one, LeftOut)]
-    loss = learner(**learner.collate([good[0], bad[0], good[1]]))["loss"]
-    assert torch.equal(loss, learner(**learner.collate(good[:2]))["loss"])
-    assert learner.account.taught == 4 and sum(learner.account.left_out.values()) == 1
-    empty = learner(**learner.collate(bad))["loss"]
-    learner.model.zero_grad()
-    empty.backward()
-    assert empty == 0 and all(not p.grad.any() for p in learner.model.parameters() if p.grad is not None)
-
-
-def test_more_than_a_set_share_of_broken_examples_stops_the_run(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(account, "EARLY", 20)
-    broken = pack_up([LeftOut(0, "broken", "items.json:4", "cats.jpg: the file is empty")])
-    long = pack_up([LeftOut(0, "too long", "items.json:5", "3000 tokens, over the cutoff of 2048")])
-    books = Account(most_broken=0.1)
-    books.open(tmp_path / "left_out.jsonl", 0)
-    for _ in range(4):
-        books.add(3, long)  # too long is nobody's fault
-    books.add(3, broken)
-    books.add(3, broken)
-    with pytest.raises(RelookError, match=r"3 of 25 .*max_broken allows \(0.1\); the first: items.json:4: cats.jpg"):
-        books.add(0, broken)
-    assert len((tmp_path / "left_out.jsonl").read_text().splitlines()) == 7
-    with pytest.raises(RelookError, match=r"1 of 1 examples could not be read"):
-        Account(most_broken=0.9).add(0, broken)
-
-
-def test_a_run_with_a_broken_image_names_it_and_one_with_too_many_stops(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    faulty_set(tmp_path)
-    monkeypatch.setattr(account, "EARLY", 4)
-    stage = {"name": "tune", "objective": "instruct", "samples": 18, "batch": 3, "options": {"max_length": 400}}
-    base = {"name": "own", "model": {"size": "cards-tiny"}, "stages": [stage]}
-    run(Recipe.model_validate(base | {"data": {"path": "items.jsonl", "max_broken": 0.5}}), out="loose")
-    named = [json.loads(line) for line in Path("loose/stages/00-tune/left_out.jsonl").read_text().splitlines()]
-    assert sorted((one["reason"], one["where"]) for one in named) == [
-        ("broken", "items.jsonl:4"), ("broken", "items.jsonl:4"),
-        ("too long", "items.jsonl:6"), ("too long", "items.jsonl:6"), ("unread", "items.jsonl:8"),
-    ]  # fmt: skip
-    with pytest.raises(RelookError, match=r"1 of 10 records could not be read.*first: items.jsonl:8: "):
-        run(Recipe.model_validate(base | {"data": {"path": "items.jsonl"}}), out="refused")
-    strict: dict = {"path": "items.jsonl", "streaming": True, "buffer": 1}
-    told = capsys.readouterr().err
-    assert "4 of 18 examples were left out (2 broken, 2 too long); 1 record could not be read; named in" in told
-    with pytest.raises(RelookError, match=r"of .* examples could not be read"):
-        run(Recipe.model_validate(base | {"data": strict, "save_every": 1}), out="strict")
-    # allowed more, the same command goes on from the checkpoint
-    run(Recipe.model_validate(base | {"data": strict | {"max_broken": 0.5}, "save_every": 1}), out="strict")
-    assert "tune: goes on from step" in capsys.readouterr().err
-
-
-# -- lengths
 
 
 @pytest.mark.parametrize("looks", [[], ["region"], ["clip"], ["region", "clip"]], ids=str)
@@ -442,11 +326,3 @@ def test_workers_draw_the_same_examples(straight, tmp_path, monkeypatch) -> None
     monkeypatch.chdir(straight)
     run(own_recipe(workers=2), out=tmp_path / "run")
     same_run(tmp_path / "run", straight / "run")
-
-
-def test_unread_records_have_their_place_in_a_stream(tmp_path) -> None:
-    path = tmp_path / "items.jsonl"
-    path.write_text('{"messages": []}\nnot json\n{"messages": []}\n{"messages": [')
-    kinds = [type(row).__name__ for row in access.records(path)]
-    assert kinds == ["Row", "Unread", "Row", "Unread"]
-    assert isinstance(StreamedFeed(data(path=relative(path), streaming=True, buffer=1), 1).row(1)[1], Unread)

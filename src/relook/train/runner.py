@@ -18,6 +18,7 @@ import torch
 from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from relook.data.access import records
 from relook.data.records import replacing
 from relook.data.worlds import make_world
 from relook.errors import UserError
@@ -54,7 +55,7 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), out: str | P
             if not isinstance(recipe, Recipe):
                 recipe = load_recipe(recipe, given)
             folder = Path(out) if out is not None else Path("runs") / recipe.name
-            model, processor = _begun(recipe, folder)
+            model, processor = _begun(recipe)
         with Signals() as signals:
             try:
                 history = run_stages(model, processor, recipe, folder, signals)
@@ -69,15 +70,15 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), out: str | P
     return folder / "final"
 
 
-def _begun(recipe: Recipe, folder: Path) -> tuple[Any, Any]:
-    """The run's folder, made; the model and processor it begins with."""
+def _begun(recipe: Recipe) -> tuple[Any, Any]:
+    """The model and processor a run begins with, once all that can be known of it now is right."""
     watch.check_reporters(recipe.report_to)
     sharding.check(recipe)
     for stage in recipe.stages:
         ranks.divided(stage.batch, stage.accumulate, ranks.count())
-    if ranks.main():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_recipe(recipe, folder)
+    for stage in recipe.stages[1:]:  # the first stage finds out by itself, before it trains
+        for source in stage.data.all_sources() if stage.data and stage.data.source == "json" else ():
+            records(source.path, source.split)
     torch.set_num_threads(recipe.threads)
     model, processor = start_model_of(recipe)
     check_parts(model, recipe.stages)
@@ -128,6 +129,9 @@ def run_stage(
     seed = recipe.seed if stage.seed is None else stage.seed
     with ranks.together():
         objective, taught = _made_ready(model, processor, recipe, stage, seed)
+    with ranks.together():
+        if ranks.main():
+            _write_recipe(recipe, folder)  # not before: a run that is refused leaves no folder
     steps = steps_of(stage, taught)
     stage = stage.model_copy(update={"samples": steps * stage.batch * stage.accumulate})
     if ranks.main():
@@ -366,5 +370,6 @@ def _write_recipe(recipe: Recipe, folder: Path) -> None:
     import yaml
 
     text = yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False)
+    folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "recipe.yaml") as file:
         file.write(text)
