@@ -1,107 +1,45 @@
-"""`relook data check`, `preview`, `stats`, as commands: each fault is found alone and mended; pages and numbers."""
+"""`relook data check` as a command: each fault is found alone and mended."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from checked import (
+    SIDEWAYS,
+    WIDE,
+    Page,
+    as_stored,
+    call,
+    changed,
+    item,
+    picture,
+    pictures_in,
+    refused,
+    with_images,
+    write,
+    x8,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
-from typer.testing import CliRunner
+from PIL import Image
 
-from relook.cli import app
-from relook.data import BuildOptions, Item, Question, build_item, write_items
 from relook.data.check import check
 from relook.data.faults import RULES
 from relook.data.imagefacts import near, read_facts, turned_cells
 from relook.data.seen import Seen
-from relook.data.stats import stats
-from relook.errors import UserError
-from relook.looks import parse_calls, write_call
+from relook.looks import parse_calls
 from relook.views import load_item_image
 
-WIDE, SIDEWAYS = (640, 400), (400, 640)
 RECEIPTS = Path(__file__).parents[1] / "../shared/data/receipts"
 needs_receipts = pytest.mark.skipif(not RECEIPTS.is_dir(), reason="../shared/data/receipts is not there")
 
 
-def call(*argv: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(arg) for arg in argv])
-    assert result.exit_code == code, result.output
-    return result.stdout
-
-
-def refused(*argv: object) -> str:
-    result = CliRunner().invoke(app, [str(arg) for arg in argv])
-    assert result.exit_code == 2, result.output
-    assert len(result.stderr.splitlines()) == 1
-    return result.stderr
-
-
-def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """A picture that looks like no other seed's: eight rectangles."""
-    image = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(image)
-    for i in range(8):
-        x, y = (seed * 97 + i * 131) % size[0], (seed * 61 + i * 173) % size[1]
-        draw.rectangle((x, y, x + 60 + 9 * i, y + 40 + 7 * seed % 50), fill=(30 * i % 256, 40 + 20 * seed % 200, 90))
-    return image
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """wide.png (640 x 400), and turned.jpg: stored 640 x 400, upright 400 x 640, its left top quarter (stored) red."""
-    picture(WIDE).save(tmp_path / "wide.png")
-    stored = Image.new("RGB", WIDE, "blue")
-    stored.paste("red", (0, 0, 320, 200))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    stored.save(tmp_path / "turned.jpg", exif=exif)
-    return tmp_path
-
-
-def item(image: str = "wide.png", size: tuple[int, int] = WIDE, answer: str = "ACME corp.", **options) -> dict:
-    line = {"image": image, "width": size[0], "height": size[1], "question": "Who?", "answer": answer}
-    question = Question.from_dict(line | {"bboxs": [[100, 120, 300, 240]]})
-    return build_item(question, BuildOptions(**options)).to_dict()
-
-
-def write(path: Path, *items: dict) -> Path:
-    path.write_text("".join(json.dumps(each) + "\n" for each in items), encoding="utf-8")
-    return path
-
-
-def x8(good: dict) -> dict:
-    """What the published builder made of a box that ends on the right border: the label, and a crop beyond it."""
-    good["messages"][1]["content"] = write_call("region", (5, 2, 7, 4)).replace("x_7", "x_8")
-    good["images"][1] = "wide.png_400,100,720,250"
-    return good
-
-
-def as_stored(good: dict) -> dict:
-    """Cells and crop of the red quarter, counted in the picture before its turn."""
-    good["messages"][1]["content"] = write_call("region", (0, 0, 3, 3))
-    good["images"] = ["turned.jpg", "turned.jpg_0,0,320,200"]
-    return good
-
-
-def changed(**turns: str):
-    def change(good: dict) -> dict:
-        for key, text in turns.items():
-            good["messages"][int(key[1:])]["content"] = text
-        return good
-
-    return change
-
-
-def with_images(*refs: str):
-    return lambda good: good | {"images": list(refs)}
+    return pictures_in(tmp_path)
 
 
 def one_more_turn(good: dict) -> dict:
@@ -346,113 +284,3 @@ def test_receipts_the_whole_way_from_somebody_elses_paths(tmp_path):
     assert json.loads(call("data", "check", tmp_path / "parquet", "--json"))["items"] == len(rows)
     names = {"theirs.jsonl", "published.json", "mine.json", "page.html", "parquet"}
     assert {path.name for path in tmp_path.iterdir()} == names
-
-
-# ---- preview
-
-
-class Page(HTMLParser):
-    """Checks that tags are closed in order; keeps elements and text."""
-
-    VOID = ("meta", "img", "rect", "path", "br")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict]] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-    def all(self, tag, kind=None):
-        return [attrs for name, attrs in self.elements if name == tag and kind in (None, attrs.get("class"))]
-
-
-def test_the_page_shows_items_and_fetches_nothing(folder):
-    attack = "<script>alert(1)</script> & \udcff"
-    good, bad, gone = item(margin=1), changed(t3=attack)(item()), with_images("gone.png")(item(look="none"))
-    call("data", "preview", write(folder / "items.jsonl", good, bad, gone, {"messages": 3}), folder / "page.html")
-    text = (folder / "page.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "a"}
-    assert not [value for _, attrs in page.elements for key, value in attrs.items() if "http" in (value or "")[:4]]
-    assert "url(" not in text and "<script>alert(1)</script> & ?" in page.text
-    images = [base64.b64decode(img["src"].removeprefix("data:image/jpeg;base64,")) for img in page.all("img")]
-    sizes = [Image.open(io.BytesIO(data)).size for data in images]
-    assert sizes[:2] == [WIDE, (300, 188)]  # the crop is widened by a cell: 400 x 250 in the page's own scale
-    crop, cells = page.all("rect", "crop")[0], page.all("rect", "cells")[0]
-    assert [crop[k] for k in ("x", "y", "width", "height")] == ["0", "50", "400", "250"]
-    assert [cells[k] for k in ("x", "y", "width", "height")] == ["80", "100", "240", "150"]
-    assert len(page.all("path", "grid")) == 2 and "ACME corp." in page.text and "x_1" in page.text
-    assert "missing-image" in page.text and "no such file" in page.text and "'messages' is a int" in page.text
-    assert page.text.count("item 1") == page.text.count("item 4") == 1
-
-
-def test_a_sample_depends_on_its_seed_alone_and_is_spread_over_the_set(folder):
-    items = write(folder / "items.jsonl", *(item(look="none", answer=f"answer-{n}.") for n in range(60)))
-
-    def shown(seed):
-        call("data", "preview", items, folder / "page.html", "--n", 10, "--seed", seed)
-        text = (folder / "page.html").read_text()
-        return [n for n in range(60) if f"answer-{n}." in text]
-
-    first = shown(1)
-    assert len(first) == 10 and first == shown(1) != shown(2) and max(first) > 30 > min(first)
-    assert "holds no items" in refused("data", "preview", write(folder / "no.jsonl"), folder / "page2.html")
-    assert "is the set itself" in refused("data", "preview", items, items)
-    assert not (folder / "page2.html").exists()
-
-
-# ---- stats
-
-
-def test_stats_count_what_is_there(folder):
-    many = [item(), item(answer="x" * 50), item(look="clip"), item(look="none"), x8(item())]
-    items = write(folder / "items.jsonl", *many)
-    told = json.loads(call("data", "stats", items, "--json"))
-    assert told["looks"] == {"region": 3, "clip": 1, "none": 1}
-    assert told["region_sizes"] == [[3, 3, 2]] and told["regions_not_on_the_grid"] == 1
-    assert told["regions_per_item"] == {"0": 3, "1": 2}
-    cells = [[2 if 1 <= x <= 3 and 2 <= y <= 4 else 0 for x in range(8)] for y in range(8)]
-    assert told["cells"] == cells
-    assert told["lengths"]["answer"] == {"least": 10, "median": 10, "p95": 50, "most": 50}
-    assert told["lengths"]["turns"] == {"least": 2, "median": 4, "p95": 4, "most": 4}
-    text = call("data", "stats", items)
-    heat = text.splitlines()[-8:]
-    assert [line.count("100") for line in heat] == [0, 0, 3, 3, 3, 0, 0, 0]
-
-
-@given(st.lists(st.tuples(*[st.integers(0, 7)] * 4), min_size=1, max_size=30))
-@settings(max_examples=30, deadline=None)
-def test_cells_add_up_to_the_areas_of_regions(tmp_path_factory, corners):
-    path = tmp_path_factory.mktemp("stats") / "items.jsonl"
-    cells = [(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in corners]
-    turns = [{"role": "assistant", "content": write_call("region", each)} for each in cells]
-    write_items(path, [Item.from_dict({"messages": [{"role": "user", "content": "?"}, turn]}) for turn in turns])
-    found = stats(path)
-    assert sum(map(sum, found.cells)) == sum((x1 - x0 + 1) * (y1 - y0 + 1) for x0, y0, x1, y1 in cells)
-    assert sum(found.areas().values()) == len(cells)
-
-
-def test_the_plot_is_a_picture_and_a_wrong_name_is_refused(folder):
-    items = write(folder / "items.jsonl", item(), item(look="none"))
-    call("data", "stats", items, "--plot", folder / "stats.png")
-    assert Image.open(folder / "stats.png").size[0] > 1000
-    assert "is no picture" in refused("data", "stats", items, "--plot", folder / "stats.docx")
-    with pytest.raises(UserError, match="2: messages"):
-        stats(write(folder / "bad.jsonl", item(), {"messages": [3]}))
