@@ -50,13 +50,18 @@ def main() -> None:
     if not scans:
         raise UserError(f"{options.scans} holds no receipts to read; give --scans FOLDER.")
     print(f"{options.model}: {options.lines} lines of {len(scans)} receipts, seed {options.seed}")
-    for name, values in {**lines_read(reader, scans, options.lines, options.seed), **fields_found(reader, scans)}.items():
+    figures = {**lines_read(reader, scans, options.lines, options.seed), **fields_found(reader, scans)}
+    for name, values in figures.items():
         mean = bootstrap(values)
         print(f"{name:44} {100 * mean.mean:5.1f} % ({100 * mean.low:.1f}-{100 * mean.high:.1f})  n = {len(values)}")
 
 
 def read_by(folder: Path, heads: Path) -> Lines:
     """The objective that taught the tower, around the tower and its heads."""
+    if not (heads / "throwaway.safetensors").is_file():
+        raise UserError(
+            f"{heads} holds no throwaway.safetensors; give --heads, the folder of the stage that taught it."
+        )
     model = load_model(folder, dtype=torch.float32).eval()
     kept: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in load_file(heads / "throwaway.safetensors").items():
