@@ -120,15 +120,13 @@ def test_a_run_with_a_broken_image_names_it_and_one_with_too_many_stops(tmp_path
 def test_a_run_whose_data_is_refused_trains_nothing_and_leaves_no_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     there = write_items_of(tmp_path / "items.json", LOOKS[:1], 4).name
-    stages = [{"name": name, "objective": "instruct", "samples": 2, "batch": 2} for name in ("one", "two")]
-    for paths in ((there, "nothing.json"), ("nothing.json", there)):
-        raw = {
-            "name": "refused",
-            "model": {"size": "cards-tiny"},
-            "data": {"path": paths[0]},
-            "stages": [stages[0], {**stages[1], "data": {"path": paths[1]}}],
-            "workers": 0,
-        }
+    gone = "nothing.json"
+    for shared, first, second in ((there, None, gone), (gone, None, there), (gone, there, None)):
+        raw: dict = {"name": "refused", "model": {"size": "cards-tiny"}, "data": {"path": shared}, "workers": 0}
+        raw["stages"] = [
+            {"name": name, "objective": "instruct", "samples": 2, "batch": 2} | ({"data": {"path": own}} if own else {})
+            for name, own in (("one", first), ("two", second))
+        ]
         (tmp_path / "recipe.yaml").write_text(json.dumps(raw))
         done = CliRunner().invoke(app, ["train", "recipe.yaml"])
         assert done.exit_code == 2 and "nothing.json: no such file or folder" in done.output

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from relook.data.scans import Scan, read_scans
@@ -29,6 +28,7 @@ from relook.errors import UserError
 from relook.evaluate.metrics import bootstrap
 from relook.model.loading import load_model
 from relook.processing.processor import VPTQwen2VLProcessor
+from relook.train.checkpoints import restore_heads
 from relook.train.lines import Lines, error_rate, pool_rows, spell
 from relook.train.pieces import Sheet, clamp, lines_in, seen_at
 from relook.train.recipe import Stage
@@ -63,11 +63,7 @@ def read_by(folder: Path, heads: Path) -> Lines:
             f"{heads} holds no throwaway.safetensors; give --heads, the folder of the stage that taught it."
         )
     model = load_model(folder, dtype=torch.float32).eval()
-    kept: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(heads / "throwaway.safetensors").items():
-        name, _, inner = key.partition("/")
-        kept.setdefault(name, {})[inner] = value
-    model.__dict__["_throwaway"] = kept
+    restore_heads(model, heads)
     stage = Stage(name="read", objective="lines", samples=1)
     return Lines(model, VPTQwen2VLProcessor.from_pretrained(folder), make_world("receipts", 0), stage, 0)
 

@@ -80,9 +80,16 @@ def keep_stage(model: nn.Module, place: Path, record: Record) -> None:
 
 def restore_stage(model: nn.Module, place: Path) -> None:
     """Put the weights and throwaway heads of a finished stage into the model."""
-    from safetensors.torch import load_file, load_model
+    from safetensors.torch import load_model
 
     load_model(model, str(place / "weights.safetensors"))
+    restore_heads(model, place)
+
+
+def restore_heads(model: nn.Module, place: Path) -> None:
+    """Give the model the throwaway heads of a finished stage, for the next objective that asks for them."""
+    from safetensors.torch import load_file
+
     heads: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in load_file(place / "throwaway.safetensors").items():
         name, _, inner = key.partition("/")

@@ -76,9 +76,6 @@ def _begun(recipe: Recipe) -> tuple[Any, Any]:
     sharding.check(recipe)
     for stage in recipe.stages:
         ranks.divided(stage.batch, stage.accumulate, ranks.count())
-    for stage in recipe.stages[1:]:  # the first stage finds out by itself, before it trains
-        for source in stage.data.all_sources() if stage.data and stage.data.source == "json" else ():
-            records(source.path, source.split)
     torch.set_num_threads(recipe.threads)
     model, processor = start_model_of(recipe)
     check_parts(model, recipe.stages)
@@ -95,6 +92,8 @@ def run_stages(model: Any, processor: Any, recipe: Recipe, folder: Path, signals
         checkpoints = Checkpoints(folder / "stages" / f"{number:02d}-{stage.name}", name, recipe.keep_last)
         record = ranks.from_main(finished(checkpoints.place, name))
         if record is None:
+            with ranks.together():
+                _find_data(recipe, recipe.stages[number:])
             record = run_stage(model, processor, recipe, stage, folder, checkpoints, signals)
             with ranks.together(), writing(checkpoints.place, checkpoints.say_last):
                 if ranks.main():
@@ -165,6 +164,18 @@ def run_stage(
         "loss": round(tally.loss_sum / steps, 4),
     }
     return done if best is None else {**done, "best": {k: best[k] for k in ("step", "eval_loss")}}
+
+
+def _find_data(recipe: Recipe, stages: Sequence[Stage]) -> None:
+    """Open the sets of all stages that are still to come: one that is missing is told before hours of training.
+
+    Raises:
+        UserError: a set that is not there, or nothing that can be read.
+    """
+    used = [stage.data or recipe.data for stage in stages]
+    sources = [source for data in used if data.source == "json" for source in data.all_sources()]
+    for path, split in dict.fromkeys((source.path, source.split) for source in sources):
+        records(path, split)
 
 
 def _stop(why: str, signum: int) -> NoReturn:
