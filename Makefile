@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench docs examples clean cards-tiny receipts-tiny receipts-arms
+.PHONY: help setup demo test test-slow lint bench docs examples clean cards-tiny receipts-tower receipts-tiny receipts-arms
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -76,8 +76,10 @@ examples: $(VENV)/.dev  ## draw the pages in examples/ again
 cards-tiny: $(VENV)/.dev  ## train the shipped cards-tiny again
 	$(BIN)/relook train recipes/cards-tiny.yaml
 
-receipts-tiny: $(VENV)/.dev  ## train the shipped receipts-tiny again: its vision tower, then the model
+receipts-tower: $(VENV)/.dev  ## train the vision tower in recipes/receipts-tower again
 	$(BIN)/relook train recipes/receipts-tower.yaml
+
+receipts-tiny: $(VENV)/.dev  ## train the shipped receipts-tiny again, from the tower in recipes/receipts-tower
 	$(BIN)/relook train recipes/receipts-tiny.yaml
 
 receipts-arms: $(VENV)/.dev  ## train and ask all arms of docs/receipts.md, and write its table and figures again

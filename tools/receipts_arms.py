@@ -5,7 +5,7 @@
 
 What is finished is skipped (a stage of training, an evaluation), so the command can be stopped and given again; with
 `--minutes` it starts nothing new after that time. Arms, looks and tasks are tools/receipts_arms.yaml's; further
-KEY=VALUE go to the recipe of every arm. The tower is trained first where it is not there yet.
+KEY=VALUE go to the recipe of every arm. A scale without a `tower:` of its own trains one first.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class Arms:
 
     def __init__(self, plan: dict[str, Any], scale: str, overrides: list[str]) -> None:
         self.plan, self.sizes, self.overrides = plan, plan["scales"][scale], overrides
-        self.tower = Path("runs/receipts-tower" if scale == "tiny" else f"runs/receipts-tower-{scale}")
+        self.tower = Path(self.sizes.get("tower", f"runs/receipts-tower-{scale}/final"))
         self.runs = Path(f"runs/receipts-arms-{scale}")
         self.records = DOCS / "records" if scale == "tiny" else self.runs / "records"
 
     def train_tower(self) -> None:
-        if not (ROOT / self.tower / "final/model.safetensors").is_file():
-            relook("train", self.plan["tower"], f"model.size={self.sizes['small']}", f"out={self.tower}")
+        if not (ROOT / self.tower / "model.safetensors").is_file():
+            relook("train", self.plan["tower"], f"model.size={self.sizes['small']}", f"out={self.tower.parent}")
 
     def train(self, name: str, seed: int) -> None:
         arm = self.plan["arms"][name]
@@ -71,7 +71,7 @@ class Arms:
             **arm["set"],
             **{f"stages.{stage}.seed": seed for stage in self.plan["seeded"]},
             "model.size": self.sizes[arm.get("size", "small")],
-            "model.visual": str(self.tower / "final"),
+            "model.visual": str(self.tower),
         }
         written = [f"{key}={yaml.safe_dump(value, default_flow_style=True).strip()}" for key, value in changes.items()]
         written = [text.removesuffix("\n...") for text in written]  # YAML's end of a bare value
