@@ -62,7 +62,7 @@ class Arms:
         self.records = DOCS / "records" if scale == "tiny" else self.runs / "records"
 
     def train_tower(self) -> None:
-        if not (ROOT / self.tower / "model.safetensors").is_file():
+        if "tower" not in self.sizes and not (ROOT / self.tower / "model.safetensors").is_file():
             relook("train", self.plan["tower"], f"model.size={self.sizes['small']}", f"out={self.tower.parent}")
 
     def train(self, name: str, seed: int) -> None:
