@@ -2,7 +2,7 @@
 
 transformers renames keys while it loads and back while it saves, by tables registered per class name. Those two
 functions are not stable API (transformers 5.23): this is the one file that touches them, and
-`tests/test_loading.py` fails when they change.
+`tests/model/test_loading.py` fails when they change.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 What is counted: weights, gradients and optimiser states of whatever learns, and what the language model keeps of a
 forward pass for the backward one, by the layers of Qwen2 as torch runs them (fused attention). Not counted: what the
 vision towers keep where they learn (`towers` says so), buffers of communication, fragments. On tiny models the
-activations come within a third of what torch really saves (tests/test_train_dryrun.py).
+activations come within a third of what torch really saves (tests/train/test_dry_run.py).
 
 Knows configs and parameters; not data.
 """

@@ -1,0 +1,100 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from relook.looks import LOOKS
+from support import qwen_vocab
+from support.tiny_model import PATCH, tiny_model
+
+
+@cache
+def _tokenizer():
+    from relook.train.tiny import SIZES, build_tokenizer
+
+    size = SIZES["cards-tiny"]
+    return build_tokenizer(type(size)(**{**vars(size), "looks": tuple(LOOKS)}))
+
+
+@cache
+def _tiny_vlm(looks: tuple[str, ...], seed: int, settings: tuple):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from relook.model import VPTQwen2VLProcessor
+    from relook.perceive import VLM
+    from relook.processing import View
+
+    tokenizer = _tokenizer()
+    ids = tokenizer.convert_tokens_to_ids
+    reencoding = tuple(look for look in looks if LOOKS[look].reencodes)
+    token_ids = {}
+    for look in reencoding:
+        spec = LOOKS[look]
+        token_ids |= {
+            f"{look}_image_token_id": ids(spec.pad),
+            f"{look}_action_start_id": ids(spec.start),
+            f"{look}_action_id": ids(spec.action),
+        }
+    # not through tiny_config's own token ids, which belong to a vocabulary without text
+    model = tiny_model(
+        seed,
+        looks=reencoding,
+        region="region" in looks,
+        vocab_size=len(tokenizer) + 5,  # models pad their vocabulary
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+        para_start_id=ids("<|im_start|>"),
+        para_end_id=ids("<|im_end|>"),
+        eos_token_id=ids("<|im_end|>"),
+        pad_token_id=ids("<|endoftext|>"),
+        bos_token_id=None,
+        **token_ids,
+    )
+    images = Qwen2VLImageProcessorPil(
+        patch_size=PATCH, merge_size=2, size={"shortest_edge": (2 * PATCH) ** 2, "longest_edge": 512 * 512}
+    )
+    defaults = {"first_look": View(64), "second_look": View(48)}
+    processor = VPTQwen2VLProcessor(images, tokenizer, looks=looks, **{**defaults, **dict(settings)})
+    return VLM(model, processor, "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm():
+    """Makes a random VLM of a few thousand parameters: `tiny_vlm(looks=("region", "clip"), seed=0, **settings)`.
+
+    `settings` are the processor's (`free_choice=True`, `reencode_look=View(96)`).
+    Made once per set of arguments; VLMs keep no state, so tests may share them.
+    """
+
+    def make(looks=tuple(LOOKS), seed=0, **settings):
+        return _tiny_vlm(tuple(looks), seed, tuple(sorted(settings.items())))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(request, tmp_path_factory):
+    """A plain Qwen2-VL folder as on the hub: tokenizer, preprocessor_config.json, no processor_config.json."""
+    if qwen_vocab.ranks_file() is None:
+        pytest.fail("dashscope is not installed, which carries the Qwen vocabulary: pip install -e '.[dev]'")
+    kept = getattr(request.config, "cache", None)  # building takes seconds: done once where pytest keeps things
+    folder = Path(kept.mkdir("qwen-vocab-1") if kept else tmp_path_factory.mktemp("qwen"))
+    if not (folder / "done").exists():
+        qwen_vocab.write_folder(folder)
+        preprocessing = {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2VLProcessor",
+            **{"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2},
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+        (folder / "done").touch()
+    return folder

@@ -1,0 +1,88 @@
+"""As a script (`interrupted_evaluation.py FOLDER N [RANK]`): an evaluation that kills itself at its N-th event.
+
+Events are a batch that is asked, a write, a sync and a rename; with N = 0 nothing happens. Prints how many batches were
+asked, and how many events there were. Under torchrun the process of that rank kills itself.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from PIL import Image
+
+from relook.evaluate import evaluate
+from relook.evaluate.journal import Journal
+from relook.trace import Answer, Usage
+
+
+class Echo:
+    """Answers with the last word of the question, and says how many were asked beside it."""
+
+    name, looks, processor = "echo", ["region"], SimpleNamespace(grid_size=8)
+    asked = 0
+
+    def ask_many(self, requests, **_):
+        event()
+        self.asked += 1
+        told = [(r["question"].split()[-1], len(requests)) for r in requests]
+        return [Answer(f"{word} of {count}", [], Usage(), question=word) for word, count in told]
+
+
+EVENTS, LAST = 0, 0
+
+
+def event() -> None:
+    global EVENTS
+    EVENTS += 1
+    if EVENTS == LAST:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner, name) -> None:
+    inner = getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        event()
+        return inner(*args, **kwargs)
+
+    setattr(owner, name, watched)
+
+
+def write_questions(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    rows = [{"image": "a.png", "question": f"say {i}", "answer": str(i), "bboxs": [[0, 0, 4, 4]]} for i in range(11)]
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "own.jsonl"
+
+
+def main() -> None:
+    global LAST
+    folder = Path(sys.argv[1])
+    LAST = int(sys.argv[2]) if sys.argv[3:] in ([], [os.environ.get("RANK")]) else 0
+    path = folder / "own.jsonl"
+    if not path.exists():
+        write_questions(folder)
+    before(os, "fsync")
+    before(os, "replace")
+    add = Journal.add
+
+    def torn(self, records):
+        """The write itself, as a kill in its midst leaves it."""
+        if LAST == EVENTS + 1:
+            self.file.write(json.dumps(records[0]).encode() + b"\n" + json.dumps(records[-1]).encode()[:20])
+            self.file.flush()
+        event()
+        return add(self, records)
+
+    Journal.add = torn
+    model = Echo()
+    evaluate(model, [str(path)], ["none", "oracle"], out=folder / "run", batch=4)
+    print(json.dumps({"asked": model.asked, "events": EVENTS}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""A short run that its tests cut: two stages, the second with random numbers, several optimisers and throwaway heads.
+
+As a script (`interrupted_run.py FOLDER N`) it kills itself at its N-th event: a batch, a write or a rename.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from relook.train import checkpoints
+from relook.train.conversation import Read
+from relook.train.recipe import Recipe
+from relook.train.runner import run
+from relook.train.stages import OBJECTIVES
+from relook.train.trainer import StageTrainer
+
+
+class Noisy(Read):
+    """Reading with torch's own random numbers in the loss: a run goes on exactly only if their state is kept."""
+
+    def forward(self, **batch):
+        loss = super().forward(**batch)["loss"]
+        bias = self.model.model.language_model.norm.weight
+        return {"loss": loss + (torch.randn(bias.shape) * bias).mean()}
+
+
+OBJECTIVES["noisy"] = ("support.interrupted_run", "Noisy")
+
+
+def recipe(**changes) -> Recipe:
+    stages = [
+        {"name": "see", "objective": "dense", "samples": 1, "batch": 1, "options": {"window": [64, 64]}},
+        {"name": "noisy", "objective": "noisy", "samples": 12, "batch": 1, "accumulate": 2, "optimiser": "muon",
+         "lr": 1e-3, "lr_scale": {"visual": 0.5}, "options": {"place": 1.0}},
+    ]  # fmt: skip
+    base = {"name": "r", "model": {"size": "cards-tiny"}, "data": {"world": "cards"}, "stages": stages}
+    return Recipe.model_validate(base | {"save_every": 2, "log_every": 1, "save_dtype": "float32"} | changes)
+
+
+def count_events(patch, at) -> None:
+    """Call `at(n)` before the n-th batch, write of the Trainer, sync or rename of a run; `patch` is a setattr."""
+    seen = 0
+
+    def watched(owner, name):
+        inner = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            nonlocal seen
+            seen += 1
+            at(seen)
+            return inner(*args, **kwargs)
+
+        patch(owner, name, counted)
+
+    for owner, name in ((StageTrainer, "training_step"), (torch, "save"), (checkpoints, "_sync"), (os, "replace")):
+        watched(owner, name)
+
+
+if __name__ == "__main__":
+    sys.modules["support.interrupted_run"] = sys.modules["__main__"]
+    fatal = int(sys.argv[2])
+    count_events(setattr, lambda n: os.kill(os.getpid(), signal.SIGKILL) if n == fatal else None)
+    run(recipe(), out=Path(sys.argv[1]))

@@ -1,0 +1,47 @@
+"""`distributed_run.py` as a shipped configuration launches it.
+
+    accelerate launch --config_file recipes/launch/... launched_run.py FOLDER ITEMS PRECISION [FAULT]
+
+accelerate shards on GPUs only. Here it is told that two CPU processes are two GPUs, over gloo; all else is as shipped.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import accelerate
+import torch
+import transformers.training_args
+from accelerate.utils import DistributedType
+
+from relook.train import runner
+from support.distributed_run import attempt, recipe
+
+VALIDATION = {"items": 4, "examples": 2, "questions": 0}
+
+
+def pretend_gpus() -> None:
+    state, arguments = accelerate.PartialState, runner.TrainingArguments
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    state._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    accelerate.PartialState = lambda cpu: state(cpu=False)
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+    runner.TrainingArguments = lambda **given: arguments(**{**given, "use_cpu": False})
+
+
+def sharded(items: str, precision: str) -> Any:
+    stage = {"precision": precision, "checkpointing": precision == "bfloat16"}  # as in the published models' recipes
+    return recipe(items, evaluate_every=2, validation=VALIDATION, stage=stage)
+
+
+if __name__ == "__main__":
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for minutes; gloo will do
+    torch.set_num_threads(1)
+    pretend_gpus()
+    folder, items, precision, *fault = sys.argv[1:]
+    attempt(sharded(items, precision), folder, *fault)

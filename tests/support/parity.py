@@ -1,0 +1,76 @@
+"""The published implementation's recorded outputs, and how to feed them to our model. Used by several test files.
+
+`tests/fixtures/parity` holds `clip` whole and part of `dino` (12 MB is the limit for a clone); where `../shared/parity`
+is at hand all four models are covered.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from relook.model.loading import load_published
+from support import SHARED, TESTS
+
+ROOTS = [p for p in (SHARED / "parity", TESTS / "fixtures" / "parity") if p.is_dir()]
+
+
+def folder(model: str) -> Path:
+    """The fullest folder of a fixture model."""
+    return next(root / model for root in ROOTS if (root / model).is_dir())
+
+
+MODELS = sorted({p.parent.name for root in ROOTS for p in root.glob("*/model.safetensors")})
+
+
+def recorded(pattern: str) -> list[Path]:
+    """All recorded files, e.g. "out_*", over all models at hand."""
+    return [p for model in MODELS for p in sorted(folder(model).glob(f"{pattern}.safetensors"))]
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """One recorded file; the 64-pixel SAM images are blown up to the 1024 they stand for."""
+    values = load_file(path)
+    for key in [k for k in values if k.endswith("seg_images_64")]:
+        small = values.pop(key)
+        values[key.removesuffix("_64")] = small.repeat_interleave(16, -1).repeat_interleave(16, -2)
+    return values
+
+
+@cache
+def encoder_configs(model: str) -> dict[str, Any]:
+    return json.loads((folder(model) / "encoder_config.json").read_text())
+
+
+def fresh(model: str) -> Any:
+    """The fixture model as the published code ran it: embeddings and vision under no_grad."""
+    loaded = load_published(folder(model), encoder_config=encoder_configs(model))
+    loaded.config.input_grads = "published"
+    return loaded
+
+
+def set_mode(model: Any, runs: int = 2, mask: int = 0, positions: str = "mrope") -> Any:
+    """The switches of one recorded run; masks were always applied (ratio 1), and only training mode masks."""
+    config = model.config
+    config.num_inner_forward_run, config.para_mask_id, config.para_mask_ratio = runs, mask, 1
+    config.position_mode = positions
+    return model
+
+
+PREFIXES = {  # published parameter name -> ours
+    "model.": "model.language_model.",
+    "clip_projector.": "projectors.clip.",
+    "detection_projector.": "projectors.detection.",
+    "seg_projector.": "projectors.seg.",
+    "lm_head.": "lm_head.",
+}
+
+
+def our_name(published: str) -> str:
+    prefix = next(p for p in PREFIXES if published.startswith(p))
+    return PREFIXES[prefix] + published.removeprefix(prefix)

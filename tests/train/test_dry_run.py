@@ -1,0 +1,191 @@
+"""--dry-run: what it says of data, parameters, tokens, steps and memory is so, and it leaves nothing behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support import ROOT
+from support.own_items import conversation, write_items_of
+from support.start_folders import parts, start
+from support.tiny_model import tiny_config
+from typer.testing import CliRunner
+
+from relook.cli.app import app
+from relook.data.collator import Collator
+from relook.model.loading import load_model, load_processor
+from relook.model.modeling import VPTQwen2VLForConditionalGeneration
+from relook.train import memory
+from relook.train.dryrun import dry_run
+from relook.train.learnable import by_part, let_learn
+from relook.train.recipe import Stage, load_recipe
+
+RECIPES = ROOT / "recipes"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("starts")
+    found = parts(folder)
+    return found | {"with clip": start(folder / "clip", found, ("region", "clip"))}
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> Path:
+    return write_items_of(tmp_path / "items.json", ["clip", "region"], count=7)
+
+
+def small(items: Path, *more: str) -> list[str]:
+    return [f"data.path={items}", "validation.items=2", "threads=1", *more]
+
+
+def invoke(name: str, *given: str):
+    return CliRunner().invoke(app, ["train", str(RECIPES / f"{name}.yaml"), *given, "--dry-run"])
+
+
+def test_what_it_says_is_so(made, items, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    given = small(items, f"model.start={made['with clip']}", "stages.tune.batch=2", "stages.tune.accumulate=1")
+    found = dry_run(RECIPES / "own-data.yaml", given)
+    assert sorted(tmp_path.rglob("*")) == before
+    (stage,) = found.stages
+    model, processor = load_model(made["with clip"], device="cpu"), load_processor(made["with clip"])
+    let_learn(model, ["visual"])
+    assert stage.learns == by_part(model)
+    assert sum(n for n, _ in stage.learns.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert stage.steps == 3 * (7 - 2) // 2
+    assert stage.items is not None and (stage.items.items, stage.items.images) == (7, 7)
+    lengths = [
+        len(processor.encode_item(item, image_root=tmp_path)["input_ids"]) for item in json.loads(items.read_text())
+    ]
+    assert stage.lengths is not None and stage.lengths.mean == pytest.approx(sum(lengths) / 7)
+    assert (stage.lengths.p99, stage.lengths.cutoff, stage.lengths.cut) == (max(lengths), 2048, 0)
+    assert stage.seconds_a_step is not None and stage.seconds_a_step > 0
+    text = str(found)
+    assert "every image is there, every token is known" in text and "s a step" in text
+
+
+def test_the_share_over_the_cutoff(made, items) -> None:
+    given = small(items, f"model.start={made['with clip']}", "stages.tune.batch=2", "stages.tune.accumulate=1")
+    lengths = sorted(dry_run(RECIPES / "own-data.yaml", given).stages[0].items.lengths)
+    assert lengths[0] < lengths[-1]
+    found = dry_run(RECIPES / "own-data.yaml", [*given, f"stages.tune.options={{max_length: {lengths[0]}}}"])
+    assert found.stages[0].lengths.cut == pytest.approx(sum(n > lengths[0] for n in lengths) / 7)
+    assert f"over the cutoff of {lengths[0]}" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("mend", "words"),
+    [
+        (lambda item: item["images"].__setitem__(0, "gone.png"), ["missing image", "gone.png"]),
+        (
+            lambda item: item["clip_images"].append(item["images"][0]),
+            ["placeholders and images differ", "<clip_image>"],
+        ),
+        (
+            lambda item: item["messages"][1].__setitem__("content", "<|region_token_start|><|x_9|>"),
+            ["a token that the model lacks", "<|x_9|>"],
+        ),
+        (
+            lambda item: (
+                item["messages"][0].__setitem__("content", "<image>\n<seg_image>")
+                or item["seg_images"].append(item["images"][0])
+            ),
+            ["a look that the model lacks", "seg; it has region, clip"],
+        ),
+        (lambda item: item.pop("messages"), ["not an item"]),
+    ],
+)
+def test_what_is_wrong_with_the_data_is_told(made, items, mend, words) -> None:
+    held = json.loads(items.read_text())
+    mend(held[4])
+    items.write_text(json.dumps(held))
+    result = invoke("own-data", *small(items, f"model.start={made['with clip']}"))
+    assert result.exit_code == 2, result.output
+    assert all(word in result.stdout for word in words), result.stdout
+    assert "the data will not do" in result.stderr and "not measured" in result.stdout
+
+
+def test_published_starts_are_known_without_weights(items, monkeypatch) -> None:
+    """No hub here: the shapes are those of the published models, and it says what it could not do."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("relook.train.blueprint.resolve", _no_hub)
+    lora = dry_run(RECIPES / "7b-clip-lora.yaml", small(items, f"data.image_root={items.parent}")).stages[0]
+    width, kv, inner, layers, vocabulary, r = 3584, 512, 18944, 28, 152064, 512
+    attention = 2 * (width + width) + 2 * (width + kv)
+    assert lora.learns["LoRA"][0] == r * layers * (attention + 3 * (width + inner))
+    assert lora.learns["embed_tokens"][0] == lora.learns["lm_head"][0] == width * vocabulary
+    assert lora.learns["visual"][0] == lora.learns["language_model"][0] == 0
+    assert lora.seconds_a_step is None and "weights are not here" in lora.unmeasured
+    align = dry_run(RECIPES / "det-alignment.yaml", small(items)).stages[0]
+    learning = {part: n for part, (n, _) in align.learns.items() if n}
+    assert list(learning) == ["detection_projector"]
+    total = sum(n for _, n in align.learns.values()) + 1536 * 151936  # a tied head, stored apart
+    assert total / 1e9 == pytest.approx(2.75, abs=0.005)  # as published: spec.md, section 7
+
+
+def _no_hub(name):
+    from relook.errors import UserError
+
+    raise UserError(f"{name}: no hub")
+
+
+def test_a_world_is_drawn_and_measured() -> None:
+    names = [stage.name for stage in load_recipe(RECIPES / "cards-tiny.yaml").stages]
+    more = [f"stages.{name}.{key}" for name in names for key in ("samples=16", "batch=2")]
+    result = CliRunner().invoke(app, ["train", str(RECIPES / "cards-tiny.yaml"), *more, "--dry-run", "--json"])
+    assert result.exit_code == 0, result.output
+    stages = {stage["name"]: stage for stage in json.loads(result.stdout)["stages"]}
+    assert stages["dense"]["lengths"] is None and stages["instruct"]["lengths"]["mean"] > 50
+    assert all(stage["seconds_a_step"] > 0 for stage in stages.values())
+    assert stages["locate"]["learns"]["visual"][0] == stages["locate"]["learns"]["embed_tokens"][0] == 0
+
+
+@pytest.mark.parametrize("rests", [[], ["language_model"]])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_activations_against_what_torch_saves(precision: str, rests: list[str]) -> None:
+    """The bytes of distinct tensors that autograd keeps of a real pass, weights apart."""
+    torch.manual_seed(0)
+    config = tiny_config(
+        hidden_size=64, intermediate_size=176, num_hidden_layers=4, vocab_size=512, num_attention_heads=8
+    )
+    config.vision_config.hidden_size = 64
+    model = VPTQwen2VLForConditionalGeneration(config).train()
+    let_learn(model, rests)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    ids = torch.randint(0, 100, (2, 256))
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
+    ):
+        seen = model.get_input_embeddings()(ids).detach().requires_grad_()  # as features of an image would
+        model(inputs_embeds=seen, labels=ids, use_cache=False, position_ids=torch.arange(256).expand(3, 2, -1))
+    real = sum(storage.nbytes() for storage in kept.values())
+    stage = Stage(name="s", objective="instruct", samples=2, precision=precision)
+    assert memory.activations(config, stage, ids.numel(), not rests) == pytest.approx(real, rel=1 / 3)
+
+
+def test_standing_memory_is_what_training_holds(made) -> None:
+    """Weights, gradients and AdamW's states after a real step."""
+    model = load_model(made["with clip"], device="cpu")
+    let_learn(model, train=["clip_projector", "lm_head"])
+    stage = Stage(name="s", objective="instruct", samples=2, weight_decay=0.0)
+    said = memory.standing(model, stage)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    batch = Collator(load_processor(made["with clip"]))([conversation(["clip"])])
+    model(**batch).loss.backward()
+    optimiser.step()
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    assert said["weights"] == size(model.parameters())
+    assert said["gradients"] == size(p.grad for p in model.parameters() if p.grad is not None)
+    states = size(t for state in optimiser.state.values() for t in state.values() if t.ndim)
+    assert said["optimiser"] == states

@@ -1,0 +1,89 @@
+"""Recipes: every one in the repository loads, and every mistake is named with the nearest valid key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from support import ROOT
+
+from relook.errors import UserError
+from relook.train.recipe import load_recipe
+from relook.train.stages import OBJECTIVES
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+MINIMAL = {
+    "name": "r",
+    "model": {"size": "cards-tiny"},
+    "data": {"world": "cards"},
+    "stages": [{"name": "first", "objective": "dense", "samples": 16}],
+}
+
+
+def written(tmp_path: Path, **changes) -> Path:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL | changes))
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_load_and_open_with_their_command(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert path.read_text().splitlines()[0].startswith(f"# relook train recipes/{path.name}")
+    assert all(stage.objective in OBJECTIVES for stage in recipe.stages)
+    assert str(Path.home()) not in path.read_text() and "/work/" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sede": 3}, ["sede", "did you mean 'seed'"]),
+        ({"model": {"sise": "cards-tiny"}}, ["model.sise", "'size'"]),
+        ({"stages": [{**MINIMAL["stages"][0], "batchsize": 4}]}, ["stages.first.batchsize", "'batch'"]),
+        ({"data": {"world": "cards", "image_rot": "x"}}, ["data.image_rot", "'image_root'"]),
+        ({"data": {"source": "json", "path": "/somewhere/items.json"}}, ["absolute path", "/somewhere/items.json"]),
+        ({"data": {"source": "json"}}, ["exactly one of path"]),
+        ({"model": {"size": "cards-tiny", "start": "cards-tiny"}}, ["exactly one"]),
+        ({"stages": [{"name": "a", "objective": "dense", "samples": 0}]}, ["stages.a.samples", "seen: 0"]),
+        ({"stages": MINIMAL["stages"] * 2}, ["first", "differ"]),
+        ({"stages": []}, ["stages"]),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, changes: dict, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(written(tmp_path, **changes))
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no recipe at"):
+        load_recipe(tmp_path / "missing.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    with pytest.raises(UserError, match="holds list"):
+        load_recipe(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1,\nb: {")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_recipe(tmp_path / "broken.yaml")
+
+
+def test_overrides_reach_stages_by_name(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path), ["seed=7", "stages.first.lr=2.0e-4", "stages.first.freeze=[visual]"])
+    assert recipe.seed == 7
+    assert recipe.stages[0].lr == 2e-4
+    assert recipe.stages[0].freeze == ["visual"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed", "key=value"),
+        ("sede=1", "'seed'"),
+        ("stages.second.lr=1", "no stage called 'second'"),
+        ("stages=3", "stages"),
+        ("seed.x=1", "does not name a single value"),
+    ],
+)
+def test_wrong_overrides(tmp_path: Path, override: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_recipe(written(tmp_path, seed=1), [override])

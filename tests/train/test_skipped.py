@@ -1,0 +1,141 @@
+"""What cannot be taught is left out, counted and named; a run that cannot begin leaves nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.item_sets import LOOKS, data, relative
+from support.own_items import write_items_of
+from typer.testing import CliRunner
+
+from relook.cli.app import app
+from relook.data import access
+from relook.data.access import Unread
+from relook.errors import RelookError
+from relook.train import account, tiny
+from relook.train.account import Account, LeftOut, pack_up
+from relook.train.feeding import Feed, StreamedFeed, feed
+from relook.train.recipe import Recipe, Stage
+from relook.train.runner import run
+from relook.train.stages import make_objective
+
+
+@pytest.fixture(scope="module")
+def built():
+    return tiny.build("cards-tiny", seed=0)
+
+
+def faulty_set(folder: Path) -> Path:
+    """Ten items: the fourth's image is cut short, the sixth is a page too long, the eighth is no JSON."""
+    path = write_items_of(folder / "items.json", LOOKS[:2], 10)
+    items = json.loads(path.read_text())
+    bad = folder / items[3]["images"][0]
+    bad.write_bytes(bad.read_bytes()[:200])
+    items[5]["messages"][-1]["content"] = "7" * 500
+    lines = [json.dumps(item) for item in items]
+    lines[7] = lines[7][:40]
+    target = folder / "items.jsonl"
+    target.write_text("\n".join(lines) + "\n")
+    return target
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["by number", "streamed"])
+def test_broken_and_long_items_are_left_out_named_and_never_cut(tmp_path, built, streaming) -> None:
+    plan = data(path=relative(faulty_set(tmp_path)), streaming=streaming, buffer=1)
+    source = feed(plan, 1)
+    count = 10 if streaming else 9  # a line that is no JSON has no number
+    examples = [source.example(i, built[1], cutoff=400) for i in range(count)]
+    left = [one for one in examples if isinstance(one, LeftOut)]
+    names = {(one.reason, Path(one.where).name) for one in left}
+    expected = {("broken", "items.jsonl:4"), ("too long", "items.jsonl:6")}
+    assert names == (expected | {("broken", "items.jsonl:8")} if streaming else expected)
+    if not streaming:
+        assert [Path(one.where).name for one in source.records[0].unread] == ["items.jsonl:8"]
+    whole = [one for one in examples if not isinstance(one, LeftOut)]
+    for row in whole:  # as many pads as the pictures make: nothing was cut
+        pads = row["input_ids"].count(built[0].config.image_token_id)
+        assert pads == int(row["image_grid_thw"].prod(-1).sum()) // 4
+
+
+def test_a_batch_of_what_is_left_learns_as_without_the_rest_and_an_empty_one_learns_nothing(tmp_path, built) -> None:
+    source = Feed(data(path=relative(faulty_set(tmp_path)), max_broken=1), 1)
+    stage = Stage(name="s", objective="instruct", samples=8, batch=3, options={"max_length": 400})
+    learner = make_objective(*built, None, stage, 1, source)
+    examples = [learner.example(i) for i in range(9)]
+    good = [one for one in examples if not isinstance(one, LeftOut)]
+    bad = [one for one in examples if isinstance(one, LeftOut)]
+    loss = learner(**learner.collate([good[0], bad[0], good[1]]))["loss"]
+    assert torch.equal(loss, learner(**learner.collate(good[:2]))["loss"])
+    assert learner.account.taught == 4 and sum(learner.account.left_out.values()) == 1
+    empty = learner(**learner.collate(bad))["loss"]
+    learner.model.zero_grad()
+    empty.backward()
+    assert empty == 0 and all(not p.grad.any() for p in learner.model.parameters() if p.grad is not None)
+
+
+def test_more_than_a_set_share_of_broken_examples_stops_the_run(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(account, "EARLY", 20)
+    broken = pack_up([LeftOut(0, "broken", "items.json:4", "cats.jpg: the file is empty")])
+    long = pack_up([LeftOut(0, "too long", "items.json:5", "3000 tokens, over the cutoff of 2048")])
+    books = Account(most_broken=0.1)
+    books.open(tmp_path / "left_out.jsonl", 0)
+    for _ in range(4):
+        books.add(3, long)  # too long is nobody's fault
+    books.add(3, broken)
+    books.add(3, broken)
+    with pytest.raises(RelookError, match=r"3 of 25 .*max_broken allows \(0.1\); the first: items.json:4: cats.jpg"):
+        books.add(0, broken)
+    assert len((tmp_path / "left_out.jsonl").read_text().splitlines()) == 7
+    with pytest.raises(RelookError, match=r"1 of 1 examples could not be read"):
+        Account(most_broken=0.9).add(0, broken)
+
+
+def test_a_run_with_a_broken_image_names_it_and_one_with_too_many_stops(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    faulty_set(tmp_path)
+    monkeypatch.setattr(account, "EARLY", 4)
+    stage = {"name": "tune", "objective": "instruct", "samples": 18, "batch": 3, "options": {"max_length": 400}}
+    base = {"name": "own", "model": {"size": "cards-tiny"}, "stages": [stage]}
+    run(Recipe.model_validate(base | {"data": {"path": "items.jsonl", "max_broken": 0.5}}), out="loose")
+    named = [json.loads(line) for line in Path("loose/stages/00-tune/left_out.jsonl").read_text().splitlines()]
+    assert sorted((one["reason"], one["where"]) for one in named) == [
+        ("broken", "items.jsonl:4"), ("broken", "items.jsonl:4"),
+        ("too long", "items.jsonl:6"), ("too long", "items.jsonl:6"), ("unread", "items.jsonl:8"),
+    ]  # fmt: skip
+    with pytest.raises(RelookError, match=r"1 of 10 records could not be read.*first: items.jsonl:8: "):
+        run(Recipe.model_validate(base | {"data": {"path": "items.jsonl"}}), out="refused")
+    strict: dict = {"path": "items.jsonl", "streaming": True, "buffer": 1}
+    told = capsys.readouterr().err
+    assert "4 of 18 examples were left out (2 broken, 2 too long); 1 record could not be read; named in" in told
+    with pytest.raises(RelookError, match=r"of .* examples could not be read"):
+        run(Recipe.model_validate(base | {"data": strict, "save_every": 1}), out="strict")
+    # allowed more, the same command goes on from the checkpoint
+    run(Recipe.model_validate(base | {"data": strict | {"max_broken": 0.5}, "save_every": 1}), out="strict")
+    assert "tune: goes on from step" in capsys.readouterr().err
+
+
+def test_a_run_whose_data_is_refused_trains_nothing_and_leaves_no_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    there = write_items_of(tmp_path / "items.json", LOOKS[:1], 4).name
+    gone = "nothing.json"
+    for shared, first, second in ((there, None, gone), (gone, None, there), (gone, there, None)):
+        raw: dict = {"name": "refused", "model": {"size": "cards-tiny"}, "data": {"path": shared}, "workers": 0}
+        raw["stages"] = [
+            {"name": name, "objective": "instruct", "samples": 2, "batch": 2} | ({"data": {"path": own}} if own else {})
+            for name, own in (("one", first), ("two", second))
+        ]
+        (tmp_path / "recipe.yaml").write_text(json.dumps(raw))
+        done = CliRunner().invoke(app, ["train", "recipe.yaml"])
+        assert done.exit_code == 2 and "nothing.json: no such file or folder" in done.output
+        assert not (tmp_path / "runs").exists()
+
+
+def test_unread_records_have_their_place_in_a_stream(tmp_path) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_text('{"messages": []}\nnot json\n{"messages": []}\n{"messages": [')
+    kinds = [type(row).__name__ for row in access.records(path)]
+    assert kinds == ["Row", "Unread", "Row", "Unread"]
+    assert isinstance(StreamedFeed(data(path=relative(path), streaming=True, buffer=1), 1).row(1)[1], Unread)
