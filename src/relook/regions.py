@@ -145,6 +145,11 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
     return shared / union if union else 0.0
 
 
+def union(boxes: Sequence[tuple[int, int, int, int]]) -> Box:
+    """The least box around all: `union([(0, 0, 1, 1), (4, 2, 5, 3)])` is (0, 0, 5, 3)."""
+    return min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes)
+
+
 def crop(image: "Image.Image", cells: Cells, *, grid: int = GRID, margin: int = 0) -> tuple["Image.Image", Box]:
     """The part of `image` under `cells`, widened by `margin` cells, cut from the original pixels; and its box.
 

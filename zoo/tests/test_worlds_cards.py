@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from relook.data.worlds import make_world
-from relook.data.worlds.base import rng
 from relook.data.worlds.cards import COLOURS, SIDE, UNIT, Cards
 from relook.errors import UserError
+from relook.io import rng
 
 PAGES = [Cards(3).sample(i) for i in range(12)]
 

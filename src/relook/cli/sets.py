@@ -41,8 +41,8 @@ def check(
     With --fix, faults are mended in a copy, or their items left out of it; exit 1 where some are still in the copy.
     """
     from relook.data.check import check as check_file
-    from relook.data.records import replacing
     from relook.errors import UserError
+    from relook.io import replacing
 
     if out is not None and not fix:
         raise UserError(f"--out {out} without --fix: nothing would be written there; add --fix")

@@ -42,6 +42,7 @@ from relook.regions import (
     covered,
     iou,
     join_crop_suffix,
+    union,
     widen,
 )
 
@@ -263,12 +264,6 @@ def merged(boxes: Sequence[Box]) -> list[Box]:
 
 def _almost_whole(boxes: Sequence[Box], size: tuple[int, int], share: float) -> bool:
     return any(covered(box, (0, 0, *size)) >= share for box in boxes)
-
-
-def union(boxes: Sequence[Box]) -> Box:
-    """The smallest box around all boxes."""
-    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
-    return min(lefts), min(tops), max(rights), max(bottoms)
 
 
 def crop_ref(image: ImageRef, cells: Cells, size: tuple[int, int], *, grid: int = GRID, margin: int = 0) -> ImageRef:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relook.data.items import IMAGE_KEYS, Item
-from relook.data.records import as_json, open_input, replacing
+from relook.data.records import as_json, open_input
 from relook.data.stream import EXTRA, NO_PYARROW, Row, mover, read_rows
 from relook.errors import RelookError, UserError
+from relook.io import replacing
 
 if TYPE_CHECKING:
     import pyarrow

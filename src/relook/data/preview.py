@@ -19,9 +19,9 @@ from relook.data.faults import RULES, Around
 from relook.data.imagefacts import facts_below
 from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item, place_image, split_ref
 from relook.data.preview_style import STYLE
-from relook.data.records import replacing
 from relook.data.stream import Row, folder_of, read_rows, sampled
 from relook.errors import UserError
+from relook.io import replacing
 from relook.regions import GRID, Box, cells_to_box
 from relook.views import load_item_image
 

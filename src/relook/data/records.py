@@ -10,20 +10,18 @@ byte span, which `ItemsDataset` keeps to read it again, and a broken byte has a 
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from relook.errors import RelookError, UserError
+from relook.errors import UserError
+from relook.io import replacing
 
 CHUNK = 1 << 20  # bytes read at a time from an array
 LARGEST_RECORD = 64 << 20  # bytes; a longer one means a missing brace, and is reported instead of read to the end
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what writing to a full disk, or beyond a quota or limit, raises
 _TAIL = 16  # characters: an error this near the end of what was read may only mean that more must be read
 _SPACE = " \t\r\n"
 
@@ -107,44 +105,6 @@ def open_input(path: Path) -> IO[bytes]:
         raise UserError(f"{path}: is a folder; give the path of a JSON or JSON-lines file in it") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[IO[str]]:
-    """A text file written aside (`NAME.part` in the same folder) and renamed when the block ends without an error."""
-    with replacing_file(path) as aside, aside.open("w", encoding="utf-8", newline="\n") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def replacing_file(path: str | Path) -> Iterator[Path]:
-    """The place aside of a file of any kind; it is renamed when the block ends without an error, else removed.
-
-    Raises:
-        UserError: there can be no file of that name.
-        RelookError: the disk is full; what stood there before still does.
-    """
-    path = Path(path)
-    aside = path.with_name(path.name + ".part")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.open("wb").close()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    try:
-        yield aside
-        os.replace(aside, path)
-    except BaseException as error:
-        aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _FULL:
-            raise RelookError(
-                f"{path}: could not be written ({error.strerror}); make room and run the command again"
-            ) from error
-        raise
 
 
 def write_records(path: str | Path, records: Iterable[dict[str, Any]]) -> int:

@@ -15,8 +15,8 @@ from typing import Any
 
 from relook.data.images import ImageFinder, dataset_of
 from relook.data.items import Item, read_items, split_ref, write_items
-from relook.data.records import replacing
 from relook.errors import UserError
+from relook.io import replacing
 from relook.regions import join_crop_suffix
 
 UNKNOWN = "(no known set)"

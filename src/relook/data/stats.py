@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from relook.data.crops import region_calls
 from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item
-from relook.data.records import replacing_file
 from relook.data.stream import read_rows
 from relook.errors import UserError
+from relook.io import replacing_file
 from relook.looks import ANSWER_PREFIX, LOOKS, parse_calls, strip_calls
 from relook.regions import GRID
 

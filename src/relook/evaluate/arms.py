@@ -14,11 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from relook.data.builder import union
 from relook.data.questions import Question
 from relook.errors import UserError
 from relook.looks import LOOKS
-from relook.regions import Cells, box_to_cells
+from relook.regions import Cells, box_to_cells, union
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,6 @@ from math import isfinite
 from typing import Any
 
 from relook.data.questions import Question, image_size
-from relook.data.worlds import rng
 from relook.errors import RelookError, UserError
 from relook.evaluate.arms import Arm, Case, find_arms, request
 from relook.evaluate.benchmarks import Places
@@ -23,6 +22,7 @@ from relook.evaluate.metrics import region_overlap
 from relook.evaluate.protocols import find_protocol
 from relook.evaluate.scores import SCORERS
 from relook.evaluate.tasks import Task, find_tasks
+from relook.io import rng
 from relook.looks import ANSWER_PREFIX
 from relook.regions import cells_to_box
 from relook.trace import Answer, Look

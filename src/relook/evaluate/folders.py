@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relook.data.records import replacing
 from relook.errors import UserError
+from relook.io import replacing
 
 Record = Mapping[str, Any]
 

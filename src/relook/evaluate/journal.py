@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from relook.data.records import replacing
 from relook.errors import UserError
 from relook.evaluate.folders import RECORDS
+from relook.io import replacing
 
 Record = dict[str, Any]
 HEAD, PART = "run.json", RECORDS + ".part"

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from relook.data.records import replacing
 from relook.errors import RelookError, UserError
 from relook.evaluate.arms import ARMS
 from relook.evaluate.asking import Plan, Record, in_order
@@ -27,6 +26,7 @@ from relook.evaluate.journal import Journal, begun, questions_hash
 from relook.evaluate.perception import comparisons
 from relook.evaluate.protocols import find_protocol
 from relook.evaluate.report import Evaluation, sum_up
+from relook.io import replacing
 
 AUTO = "auto"  # a batch size that is measured
 

@@ -12,9 +12,10 @@ from itertools import count, islice
 from pathlib import Path
 
 from relook.data.questions import Question, from_page, read_questions
-from relook.data.worlds import make_world, rng
+from relook.data.worlds import make_world
 from relook.errors import UserError
 from relook.evaluate.benchmarks import BENCHMARKS, Places, benchmark
+from relook.io import rng
 
 # Worlds of training recipes take small seeds; pages for evaluation come from seeds beyond this one, so none was seen.
 UNSEEN = 1_000_000_007

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from relook.data.access import Unread
-from relook.data.records import replacing
 from relook.errors import RelookError
+from relook.io import replacing
 from relook.train import ranks
 
 EARLY = 200  # examples: a share is not judged on fewer

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from relook.data.collator import IGNORED, join_rows
 from relook.data.worlds import QA, Box, Page
 from relook.looks import LOOKS, look_turn, parse_calls, write_call, x_token, y_token
-from relook.regions import Cells, box_to_cells, cells_to_box, widen
+from relook.regions import Cells, box_to_cells, cells_to_box, union, widen
 from relook.train.account import LeftOut, pack_up
 from relook.train.feeding import Feed
 from relook.train.packing import join_packed
@@ -47,11 +47,6 @@ def turns(
         if i + 1 < len(replies):
             messages.append({"role": "user", "content": user})
     return {"messages": messages, "images": list(images), **looks}
-
-
-def union(boxes: Sequence[Box]) -> Box:
-    """The least box around all: `union([(0, 0, 1, 1), (4, 2, 5, 3)])` is (0, 0, 5, 3)."""
-    return min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes)
 
 
 def shaken(cells: Cells, random: np.random.Generator, chance: float, grid: int) -> Cells:
@@ -202,7 +197,7 @@ class Conversations(Objective):
 
     def kind(self, index: int) -> str:
         """The kind of the batch that example `index` falls into."""
-        from relook.data.worlds import rng
+        from relook.io import rng
 
         kinds, shares = list(self.options.mix), np.array(list(self.options.mix.values()))
         random = rng(self.seed, self.stage.name, "kind", index // self.stage.batch)

@@ -25,10 +25,11 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
 
 from relook.data.collator import IGNORED
 from relook.data.scans import Scan, read_scans
-from relook.data.worlds import QA, Area, Box, Page, rng
+from relook.data.worlds import QA, Area, Box, Page
 from relook.data.worlds.receipts import Line
-from relook.regions import Cells, box_to_cells
-from relook.train.conversation import KINDS, Conversation, Conversations, Teller, union
+from relook.io import rng
+from relook.regions import Cells, box_to_cells, union
+from relook.train.conversation import KINDS, Conversation, Conversations, Teller
 from relook.train.lines import PAGES_AT_HAND
 from relook.train.pieces import beside, clamp, cut, shade
 from relook.train.stages import coverage, merge_order

@@ -9,15 +9,15 @@ Knows the schema only: not how a stage learns (stages), not how a run goes (run)
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from relook.errors import UserError
+from relook.io import _short, validate
 
 MOST = 2**23 - 1  # samples of a stage
 PATHS = ("path", "image_root")  # keys whose values are relative paths
@@ -294,55 +294,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return validate(Recipe, raw, str(path))
 
 
-def validate(schema: type[BaseModel], raw: Mapping[str, Any], where: str) -> Any:
-    """`schema(**raw)` with errors for people: one line, the first problem, the nearest valid key.
-
-    Raises:
-        UserError: `raw` does not fit.
-    """
-    try:
-        return schema.model_validate(raw)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(_names(raw, problem["loc"]))
-        if problem["type"] == "extra_forbidden":
-            valid = list(_siblings(schema, problem["loc"]))
-            near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(valid)}."
-            raise UserError(f"{where}: unknown key {key!r}; {hint}") from error
-        message = problem["msg"].removeprefix("Value error, ")
-        raise UserError(f"{where}: {key or 'recipe'}: {message} (seen: {_short(problem.get('input'))})") from error
-
-
-def _names(raw: Any, loc: Sequence[int | str]) -> Iterator[str]:
-    """The way to `loc` as an override would say it: an entry of a list by its name, where it has one."""
-    for part in loc:
-        inside = (isinstance(raw, Mapping) and part in raw) or (isinstance(raw, Sequence) and isinstance(part, int))
-        raw = raw[part] if inside else None
-        yield str(raw["name"] if isinstance(part, int) and isinstance(raw, Mapping) and "name" in raw else part)
-
-
-def _siblings(schema: type[BaseModel], loc: Sequence[int | str]) -> Iterator[str]:
-    """The keys that would have been valid where `loc` points."""
-    for part in loc[:-1]:
-        if isinstance(part, int):
-            continue
-        inner = [a for a in _models_in(schema.model_fields[str(part)].annotation)]
-        if not inner:
-            return
-        schema = inner[0]
-    yield from schema.model_fields
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    from typing import get_args
-
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _models_in(part)
-
-
 def _apply(raw: dict[str, Any], override: str) -> None:
     """Set one `a.b.c=value` in place; a list of stages is entered by stage name."""
     import yaml
@@ -368,8 +319,3 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if last in PATHS and isinstance(value, str) and Path(value).is_absolute():
         value = os.path.relpath(value)  # where the command is given, a path may be of any kind
     node[last] = value
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

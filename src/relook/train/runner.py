@@ -19,9 +19,9 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from relook.data.access import records
-from relook.data.records import replacing
 from relook.data.worlds import make_world
 from relook.errors import UserError
+from relook.io import replacing
 from relook.train import lora, ranks, sharding, watch
 from relook.train.checkpoints import Checkpoints, Record, digest, finished, keep_stage, restore_stage
 from relook.train.faults import GO_ON, Signals, Stopped, writing

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relook.data.worlds import Box, Page, World, rng
+from relook.data.worlds import Box, Page, World
 from relook.errors import UserError
+from relook.io import rng, validate
 from relook.train.account import Account
 from relook.train.feeding import Feed
-from relook.train.recipe import Stage, Strict, validate
+from relook.train.recipe import Stage, Strict
 
 
 class Objective(nn.Module, ABC):

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from relook.data.questions import Question, from_page, read_questions
-from relook.data.worlds import rng
 from relook.errors import RelookError, UserError
+from relook.io import rng
 from relook.looks import parse_calls
-from relook.regions import Box, cells_to_box, iou, upright
+from relook.regions import Box, cells_to_box, iou, union, upright
 from relook.trace import Answer
 from relook.train import ranks
-from relook.train.conversation import Conversations, union
+from relook.train.conversation import Conversations
 from relook.train.faults import writing
 from relook.train.recipe import Validation
 from relook.train.stages import first_held_out, page_offset

@@ -23,8 +23,8 @@ from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback
 
-from relook.data.records import replacing
 from relook.errors import UserError
+from relook.io import replacing
 from relook.train import ranks
 from relook.train.recipe import Stage
 

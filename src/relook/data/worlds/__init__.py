@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 
-from relook.data.worlds.base import QA, Area, Box, Glyph, Page, World, rng
+from relook.data.worlds.base import QA, Area, Box, Glyph, Page, World
 from relook.errors import UserError
 
 WORLDS: dict[str, tuple[str, str]] = {
@@ -33,4 +33,4 @@ def make_world(name: str, seed: int) -> World:
     return world_class(name)(seed)
 
 
-__all__ = ["QA", "WORLDS", "Area", "Box", "Glyph", "Page", "World", "make_world", "rng", "world_class"]
+__all__ = ["QA", "WORLDS", "Area", "Box", "Glyph", "Page", "World", "make_world", "world_class"]

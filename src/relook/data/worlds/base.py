@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL import Image
 
 Box = tuple[int, int, int, int]
@@ -70,19 +69,3 @@ class World(Protocol):
     def phrases(cls) -> tuple[str, ...]:
         """Sentences in which the world asks: what a small tokenizer should know by whole words."""
         ...
-
-
-def rng(*key: int | str) -> np.random.Generator:
-    """A generator that depends on the key alone, not on call order, process or platform.
-
-    Keys of one use should be of one length: numpy takes (1, 2) and (1, 2, 0) for the same seed.
-
-    >>> rng(1, "cards", 7).integers(1000) == rng(1, "cards", 7).integers(1000)
-    True
-    """
-    import zlib
-
-    import numpy as np
-
-    words = [zlib.crc32(part.encode()) if isinstance(part, str) else int(part) for part in key]
-    return np.random.default_rng(np.random.SeedSequence(words))

@@ -12,7 +12,8 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from relook.data.worlds.base import QA, Area, Box, Glyph, Page, rng
+from relook.data.worlds.base import QA, Area, Box, Glyph, Page
+from relook.io import rng
 
 if TYPE_CHECKING:
     import numpy as np

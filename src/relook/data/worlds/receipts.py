@@ -17,9 +17,10 @@ from relook.data.worlds import receipts_asked as asked
 from relook.data.worlds import receipts_print as printing
 from relook.data.worlds import receipts_text as text
 from relook.data.worlds import receipts_wear as wear
-from relook.data.worlds.base import QA, Area, Box, Glyph, Page, rng
-from relook.data.worlds.receipts_print import union
+from relook.data.worlds.base import QA, Area, Box, Glyph, Page
 from relook.data.worlds.receipts_text import Part
+from relook.io import rng
+from relook.regions import union
 
 if TYPE_CHECKING:
     import numpy as np

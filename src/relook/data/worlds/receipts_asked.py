@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from relook.data.worlds.base import QA, Box
-from relook.data.worlds.receipts_print import union
 from relook.data.worlds.receipts_text import Part, Script
+from relook.regions import union
 
 if TYPE_CHECKING:
     import numpy as np

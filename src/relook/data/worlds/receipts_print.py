@@ -9,11 +9,12 @@ Frames: pixels of the ink plane, origin top left, y down, boxes (x1, y1, x2, y2)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from typing import TYPE_CHECKING
+
+from relook.regions import union
 
 if TYPE_CHECKING:
     import numpy as np
@@ -145,8 +146,3 @@ def print_line(ink: np.ndarray, x: float, y: float, text: str, style: Style) -> 
     if not real:
         return None
     return PrintedLine("".join(kept), union(real), tuple(boxes))
-
-
-def union(boxes: Sequence[Box]) -> Box:
-    """The smallest box that covers all of these."""
-    return (min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes))

@@ -1,0 +1,188 @@
+"""Files written whole or not at all, YAML checked against a schema, and seeded random generators.
+
+Everything that writes a file or a folder goes through `replacing*`: written aside (`NAME.part` in the same folder) and
+renamed at the end, so that a reader never sees half of it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from relook.errors import RelookError, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from pydantic import BaseModel
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what writing to a full disk, or beyond a quota or limit, raises
+
+# -- writing
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[IO[str]]:
+    """A text file written aside (`NAME.part` in the same folder) and renamed when the block ends without an error."""
+    with replacing_file(path) as aside, aside.open("w", encoding="utf-8", newline="\n") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """The place aside of a file of any kind; it is renamed when the block ends without an error, else removed.
+
+    Raises:
+        UserError: there can be no file of that name.
+        RelookError: the disk is full; what stood there before still does.
+    """
+    path = Path(path)
+    aside = path.with_name(path.name + ".part")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.open("wb").close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    try:
+        yield aside
+        os.replace(aside, path)
+    except BaseException as error:
+        aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise RelookError(
+                f"{path}: could not be written ({error.strerror}); make room and run the command again"
+            ) from error
+        raise
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder written aside (`NAME.part`), in the place of `path` when the block ends without an error.
+
+    A folder that stood at `path` is removed only then. Leftovers of a run that was killed are removed first.
+    """
+    path = Path(path)
+    aside = path.with_name(path.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield aside
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(aside, path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+# -- YAML and names
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        UserError: it cannot be read, or is not YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
+    """A hint for an unknown name: the nearest known one, or all of them.
+
+    >>> nearest("lr_sched", ["lr", "lr_schedule"])
+    "did you mean 'lr_schedule'?"
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"did you mean {near[0]!r}?" if near else f"expected some of {', '.join(known)}"
+
+
+def validate(schema: type[BaseModel], raw: Mapping[str, Any], where: str) -> Any:
+    """`schema(**raw)` with errors for people: one line, the first problem, the nearest valid key.
+
+    Raises:
+        UserError: `raw` does not fit.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(_names(raw, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            valid = list(_siblings(schema, problem["loc"]))
+            near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(valid)}."
+            raise UserError(f"{where}: unknown key {key!r}; {hint}") from error
+        message = problem["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: {key or 'recipe'}: {message} (seen: {_short(problem.get('input'))})") from error
+
+
+def _names(raw: Any, loc: Sequence[int | str]) -> Iterator[str]:
+    """The way to `loc` as an override would say it: an entry of a list by its name, where it has one."""
+    for part in loc:
+        inside = (isinstance(raw, Mapping) and part in raw) or (isinstance(raw, Sequence) and isinstance(part, int))
+        raw = raw[part] if inside else None
+        yield str(raw["name"] if isinstance(part, int) and isinstance(raw, Mapping) and "name" in raw else part)
+
+
+def _siblings(schema: type[BaseModel], loc: Sequence[int | str]) -> Iterator[str]:
+    """The keys that would have been valid where `loc` points."""
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        inner = [a for a in _models_in(schema.model_fields[str(part)].annotation)]
+        if not inner:
+            return
+        schema = inner[0]
+    yield from schema.model_fields
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    from typing import get_args
+
+    from pydantic import BaseModel
+
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# -- random numbers
+
+
+def rng(*key: int | str) -> np.random.Generator:
+    """A generator that depends on the key alone, not on call order, process or platform.
+
+    Keys of one use should be of one length: numpy takes (1, 2) and (1, 2, 0) for the same seed.
+
+    >>> rng(1, "cards", 7).integers(1000) == rng(1, "cards", 7).integers(1000)
+    True
+    """
+    import zlib
+
+    import numpy as np
+
+    words = [zlib.crc32(part.encode()) if isinstance(part, str) else int(part) for part in key]
+    return np.random.default_rng(np.random.SeedSequence(words))

@@ -1,0 +1,59 @@
+"""Rows of relook's tables that live elsewhere: named by dotted path, or by entry point of an installed package.
+
+A user's own objective, task, data source or model size is never an edit of relook. It is named where relook's own are:
+
+    objective: mypackage.losses:Contrastive        # a dotted path: module, colon, attribute
+    objective: contrastive                         # an entry point of an installed package's pyproject.toml:
+
+    [project.entry-points."relook.objectives"]
+    contrastive = "mypackage.losses:Contrastive"
+
+Groups: `relook.objectives`, `relook.tasks`, `relook.sources` (synthetic datasets), `relook.sizes` (docs/extending.md).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from relook.errors import UserError
+from relook.io import nearest
+
+# What makes the shipped tiny models is in the checkout's zoo/, not in the wheel: its names are explained where unknown.
+ZOO = {"cards", "receipts", "receipts-real", "cards-tiny", "receipts-tiny"}
+
+
+def find(kind: str, name: str, table: Mapping[str, Any], where: str = "") -> Any:
+    """The row called `name`: of relook's own table, of an installed package, or at a dotted path.
+
+    Args:
+        kind: singular of the group: "objective", "task", "source", "size".
+        name: a key of `table`, the name of an entry point in the group `relook.<kind>s`, or `module:attribute`.
+        table: relook's own rows.
+        where: what asked for it ("stage dense: objective"), for the message.
+
+    Raises:
+        UserError: no such row; a module or attribute that cannot be imported.
+    """
+    if name in table:
+        return table[name]
+    installed = {entry.name: entry.value for entry in entry_points(group=f"relook.{kind}s")}
+    path = name if ":" in name else installed.get(name)
+    before = f"{where}: " if where else ""
+    if path is None:
+        hint = nearest(name, [*table, *installed])
+        if name in ZOO:
+            hint = f"it is made by the zoo of a checkout of relook (make setup installs it); {hint}"
+        raise UserError(f"{before}there is no {kind} called {name!r}; {hint}, or write module:attribute")
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{before}{kind} {name!r} cannot be imported ({error}); expected module:attribute") from error
+
+
+def names(kind: str, table: Mapping[str, Any]) -> list[str]:
+    """All names that `find` takes besides dotted paths, relook's own first."""
+    return [*table, *sorted({entry.name for entry in entry_points(group=f"relook.{kind}s")} - set(table))]
