@@ -23,10 +23,10 @@ from transformers import (
 import relook
 from relook.errors import CheckpointError, UserError
 from relook.model import VPTQwen2VLConfig
-from relook.model.building import new_model
-from relook.model.checkpoints import convert, count_parameters, inspect
+from relook.model.inspect import convert, count_parameters, inspect
 from relook.model.loading import load_model, load_published, resolve
 from relook.model.published import PUBLISHED, published_config
+from relook.model.start import new_model
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,4 +1,4 @@
-"""What an answer costs: tokens through the language model, patches through the towers."""
+"""What an answer costs: tokens through the language model, patches through the encoders."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_forced_region_is_read_in_one_prefill(tiny_vlm):
 
 
 def patches_through_towers(vlm, call):
-    """(ViT patches, DINOv2 patches, SAM patches) that the towers were really given during `call()`."""
+    """(ViT patches, DINOv2 patches, SAM patches) that the encoders were really given during `call()`."""
     counts = {"vit": 0, "detection": 0, "seg": 0}
     model = vlm.model
     handles = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from support.tiny_model import tiny_model
 
-from relook.perceive.cache import KVRows
+from relook.perceive.kv_cache import KVRows
 
 
 def blocks(model, lengths, seed=0):
@@ -20,7 +20,7 @@ def blocks(model, lengths, seed=0):
 @torch.no_grad()
 def push(model, kv, embeds, real, starts):
     positions = (torch.arange(embeds.shape[1]) + torch.tensor(starts)[:, None]).expand(3, -1, -1)
-    return kv.push(model, embeds, positions, real)
+    return kv.forward(model, embeds, positions, real)
 
 
 def test_rows_that_join_and_part_equal_rows_alone():
@@ -34,13 +34,13 @@ def test_rows_that_join_and_part_equal_rows_alone():
         alone.append(kv)
     # row 1 leaves, rows 2 and 0 go on (in another order), row 1 comes back beside row 0
     step, ones = blocks(model, [1, 1], seed=1)
-    left = together.take(1)
-    together = together.select([2, 0])
+    left = together.extract(1)
+    together = together.select_rows([2, 0])
     state = push(model, together, step, ones, [5, 3])
     for place, row in enumerate([2, 0]):
         expected = push(model, alone[row], step[place : place + 1], ones[:1], [[5, 3][place]])
         torch.testing.assert_close(state[place], expected[0], atol=1e-5, rtol=1e-5)
-    back = KVRows.join([left, together.take(1)])
+    back = KVRows.merge([left, together.extract(1)])
     more, real = blocks(model, [2, 4], seed=2)
     state = push(model, back, more, real, [7, 4])
     for place, (row, length, start) in enumerate([(1, 2, 7), (0, 4, 4)]):
@@ -55,10 +55,10 @@ def test_take_drops_padding_and_join_puts_it_after():
     push(model, kv, *blocks(model, [2, 4]), [0, 0])
     push(model, kv, *blocks(model, [3, 1]), [2, 4])
     assert kv.mask.int().tolist() == [[1, 1, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]]
-    single = kv.take(0)
+    single = kv.extract(0)
     assert single.mask.shape == (1, 5) and single.mask.all()
     assert all(k.shape[2] == v.shape[2] == 5 for k, v in single.layers)
-    joined = KVRows.join([single, KVRows.empty(), kv.take(1)])
+    joined = KVRows.merge([single, KVRows.empty(), kv.extract(1)])
     assert joined.mask.int().tolist() == [[1] * 5, [0] * 5, [1] * 5]
     for (k, v), (whole_k, whole_v) in zip(single.layers, joined.layers, strict=True):
         assert torch.equal(k[0], whole_k[0]) and torch.equal(v[0], whole_v[0])
@@ -79,4 +79,4 @@ def test_a_single_row_is_not_copied():
     model = tiny_model()
     kv = KVRows.empty()
     push(model, kv, *blocks(model, [4]), [0])
-    assert kv.take(0) is kv and KVRows.join([kv]) is kv and kv.select([0]) is kv
+    assert kv.extract(0) is kv and KVRows.merge([kv]) is kv and kv.select_rows([0]) is kv

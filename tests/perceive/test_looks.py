@@ -22,7 +22,7 @@ def test_the_attention_map_is_the_projectors(tiny_vlm, look):
     encoded = vlm.processor.encode_images([seen.image], "image" if look == "clip" else look)
     with torch.no_grad():
         features = vlm.model.encode(look, **encoded)[0]
-        start = conversation.ids.index(vlm._machine.vocabulary[LOOKS[look].start])
+        start = conversation.ids.index(vlm._context.vocabulary[LOOKS[look].start])
         inputs = vlm.processor.encode_item(
             {"messages": [{"role": "user", "content": answer.transcript[1].text}], "images": [picture()]}, labels=False
         )
@@ -87,9 +87,9 @@ def test_none_and_spent_looks_cannot_be_called(tiny_vlm):
 
 
 def by_hand(vlm, ids, first, again):
-    """Logits (L, V) of a conversation with one clip look and c = 0, from the decoder and the vision tower alone.
+    """Logits (L, V) of a conversation with one clip look and c = 0, from the decoder and the vision encoder alone.
 
-    y = F + <F, 0> 0 = F: the tower's features of `again` stand where its pads are, nothing added; the control token
+    y = F + <F, 0> 0 = F: the encoder's features of `again` stand where its pads are, nothing added; the control token
     is the hidden state at the token before it, which one run over the prefix gives.
     """
     inner, word = vlm.model.model, vlm.processor.tokenizer.convert_tokens_to_ids
@@ -117,7 +117,7 @@ def test_without_its_condition_a_look_enters_as_it_is(tiny_vlm):
     assert [look.kind for look in off.looks] == ["clip"] and off.looks[0].attention is None
     first = vlm.processor.view(picture(), "first", "image")
     full = by_hand(vlm, conversation.ids, first, off.looks[0].image)
-    last = conversation.ids.index(vlm._machine.vocabulary["<|clip_action_start|>"])
+    last = conversation.ids.index(vlm._context.vocabulary["<|clip_action_start|>"])
     assert max(logits) == len(full) - 1 and len(logits) > 5
     assert max(float((full[i] - values).abs().max()) for i, values in logits.items()) < 1e-4
 

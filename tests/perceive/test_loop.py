@@ -172,7 +172,7 @@ def test_greedy_text_equals_transformers_generate(tiny_vlm):
     encoded = vlm.processor.encode_item(item, labels=False)
     ids = torch.tensor([encoded["prompt_ids"]])
     assert conversation.ids[:start] == ids[0].tolist()
-    banned = vlm._machine.vocabulary.banned([], may_look=False, constrain=True).nonzero().flatten().tolist()
+    banned = vlm._context.vocabulary.banned([], may_look=False, constrain=True).nonzero().flatten().tolist()
     out = vlm.model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -181,9 +181,9 @@ def test_greedy_text_equals_transformers_generate(tiny_vlm):
         max_new_tokens=8,
         do_sample=False,
         suppress_tokens=banned,
-        eos_token_id=sorted(vlm._machine.vocabulary.ends),
+        eos_token_id=sorted(vlm._context.vocabulary.ends),
     )
     theirs = out[0, ids.shape[1] :].tolist()
-    if theirs[-1] in vlm._machine.vocabulary.ends:  # <|endoftext|> ends a turn too; a conversation writes <|im_end|>
-        theirs[-1] = vlm._machine.vocabulary.im_end
+    if theirs[-1] in vlm._context.vocabulary.ends:  # <|endoftext|> ends a turn too; a conversation writes <|im_end|>
+        theirs[-1] = vlm._context.vocabulary.im_end
     assert len(theirs) > 3 and conversation.ids[start:][: len(theirs)] == theirs

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from relook.looks import IM_END, LOOKS
-from relook.perceive.session import run
+from relook.perceive.loop import run
 from relook.trace import Finished
 
 QUESTION = "What is the code in the RED box ?"
@@ -48,7 +48,7 @@ def recorded(vlm, requests):
     rows = [vlm._row(vlm._begin(), image, question, options) for image, question, options in requests]
     logits = [{} for _ in rows]
     answers = {}
-    for row, event in run(vlm._machine, rows, lambda row, index, values: logits[row].__setitem__(index, values)):
+    for row, event in run(vlm._context, rows, lambda row, index, values: logits[row].__setitem__(index, values)):
         if isinstance(event, Finished):
             answers[row] = event.answer
     return [answers[i] for i in range(len(rows))], [row.conversation for row in rows], logits

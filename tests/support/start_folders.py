@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import Dinov2Config, Dinov2Model, SamConfig, SamModel
 
-from relook.model.building import new_model
+from relook.model.start import new_model
 from support.qwen2vl_folder import plain_qwen2_vl
 from support.tiny_model import DINO, SAM
 

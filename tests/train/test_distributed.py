@@ -45,7 +45,7 @@ def test_stretches_for_others_change_nothing(step: int, kind: dict, monkeypatch)
     for lockstep in (False, True):
         model = distributed_cases.model(**kind)
         model.lockstep = lockstep
-        monkeypatch.setattr("relook.model.modeling.most", lambda depth, device: 3)
+        monkeypatch.setattr("relook.model.modeling.max_over_ranks", lambda depth, device: 3)
         runs, inner = [], model.model.language_model.layers[0].forward
         model.model.language_model.layers[0].forward = lambda *a, inner=inner, runs=runs, **k: (
             runs.append(1),

@@ -12,9 +12,8 @@ from typer.testing import CliRunner
 
 from relook.cli.app import app
 from relook.errors import UserError
-from relook.model.adapters import load_adapted
-from relook.model.building import new_model
 from relook.model.loading import load_model, load_processor
+from relook.model.start import load_adapted, new_model, open_model
 from relook.train import lora
 from relook.train.recipe import Lora, Recipe
 from relook.train.runner import run
@@ -82,7 +81,7 @@ def test_merge_gives_the_logits_of_peft_itself(plain, trained, tmp_path) -> None
     torch.testing.assert_close(
         load_model(trained / "final", device="cpu")(**batch).logits, theirs, atol=1e-5, rtol=1e-4
     )
-    torch.testing.assert_close(load_model(adapter, device="cpu")(**batch).logits, theirs, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(open_model(adapter, device="cpu")[0](**batch).logits, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_only_updates_and_named_parts_move(plain, trained) -> None:

@@ -89,7 +89,7 @@ def test_two_steps_of_each_recipe(name: str, made, tmp_path: Path) -> None:
     source = given[0].removeprefix("model.start=")
     before, after = load_model(source, device="cpu") if not recipe.model.looks else None, model.state_dict()
     if before is None:
-        from relook.model.building import start_model
+        from relook.model.start import start_model
 
         start = {"start": source, "looks": recipe.model.looks, "detection": made["detection"], "seg": made["seg"]}
         before, _ = start_model(**start, seed=recipe.seed)

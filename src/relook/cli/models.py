@@ -15,7 +15,7 @@ app = typer.Typer(help="Models: what ships, what is inside, conversion.")
 @app.command("list")
 def list_models(as_json: Annotated[bool, Option("--json", help="Print as JSON.")] = False) -> None:
     """List the models that ship with relook."""
-    from relook.model.checkpoints import inspect
+    from relook.model.inspect import inspect
     from relook.model.loading import shipped_models
 
     found = [inspect(name) for name in shipped_models()]
@@ -35,7 +35,7 @@ def inspect_model(
     as_json: Annotated[bool, Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Show a model's parts, parameters, dtype, looks and token ids, without loading its weights."""
-    from relook.model.checkpoints import inspect
+    from relook.model.inspect import inspect
 
     found = inspect(model)
     print(json.dumps(found, indent=2) if as_json else describe(found))
@@ -51,7 +51,7 @@ def convert_model(
     ] = None,
 ) -> None:
     """Write a checkpoint in the other layout: relook's own (safetensors, complete) or the published one."""
-    from relook.model.checkpoints import convert
+    from relook.model.inspect import convert
 
     encoders = read_json(encoder_config) if encoder_config is not None else None
     print(f"written: {convert(source, target, to=to, encoder_config=encoders)}")
@@ -69,7 +69,7 @@ def merge_adapter(
     ] = "float32",
 ) -> None:
     """Merge a LoRA adapter into its base: a checkpoint like any other, whose logits are the adapter's."""
-    from relook.model.adapters import merge
+    from relook.model.start import merge
 
     print(f"written: {merge(adapter, out, base=base, dtype=dtype)}")
 

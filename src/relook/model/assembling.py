@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,13 @@ from torch import nn
 
 from relook.errors import CheckpointError, UserError
 
-from .building import new_token_rows
 from .configuration import VPTQwen2VLConfig
 from .loading import _quiet as quiet
-from .loading import encoder_name, resolve
+from .loading import check_free, encoder_name, resolve, save_new
 from .modeling import VPTQwen2VLForConditionalGeneration
+from .start import new_token_rows
+
+__all__ = ["assemble", "check_free", "load_text", "save_new"]
 
 FAMILIES = ("llama", "qwen2")  # model types whose layers are Qwen2-VL's, but for biases
 TAKEN_OVER = (  # fields of the text model's config that Qwen2-VL's has as well
@@ -78,32 +79,6 @@ def assemble(
     new.generation_config.eos_token_id = tokenizer.eos_token_id
     new.generation_config.pad_token_id = tokenizer.pad_token_id
     return new.eval(), fitted
-
-
-def save_new(model: Any, processor: Any, target: str | Path) -> Path:
-    """Write a model with its processor into a new or empty folder, which appears whole or not at all.
-
-    Raises:
-        UserError: there is something at `target`.
-    """
-    target = Path(target)
-    check_free(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        out = Path(scratch) / target.name
-        with quiet():
-            model.save_pretrained(out)
-        processor.save_pretrained(out)
-        if target.exists():
-            target.rmdir()
-        out.rename(target)
-    return target
-
-
-def check_free(target: Path) -> None:
-    """Raises UserError where `target` is a file or a folder with something in it."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target}: already there; give a new or empty folder")
 
 
 # -- the text model ---------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class ForceAction(LogitsProcessor):
         return scores
 
 
-class LooksInGenerate:
+class LookGenerationMixin:
     """Overrides of GenerationMixin; each calls up for everything that is not about looks."""
 
     config: Any

@@ -19,13 +19,14 @@ from safetensors import safe_open
 from transformers.utils import logging
 
 from relook.errors import CheckpointError, UserError
+from relook.io import replacing_folder
 
-from .adapters import is_adapter, load_adapted
 from .configuration import VPTQwen2VLConfig
 from .encoders import ENCODERS, encoder_config
 from .modeling import VPTQwen2VLForConditionalGeneration
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"
+ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -57,6 +58,11 @@ def resolve(name_or_path: str | Path) -> Path:
     raise UserError(
         f"unknown model {name!r}; expected a shipped model ({known}), a folder, or a hub id like owner/name"
     )
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds low-rank updates of a model (peft's format)."""
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
 def _from_hub(name: str) -> Path:
@@ -111,8 +117,8 @@ def load_model(
     """Load a model, whole or not at all, in eval mode; `model.load_report` says what was renamed.
 
     Args:
-        name_or_path: a shipped model, a folder in relook's or the published layout, a hub id, or an adapter's folder
-            (it is merged into its base).
+        name_or_path: a shipped model, a folder in relook's or the published layout or a hub id (adapters:
+            `start.open_start`).
         dtype: default float32 on CPU, bfloat16 on a GPU that has it.
         device: default "cuda" where there is one, else "cpu".
         encoder_config: only for published folders with unusual encoders: `{"dino": {...}, "sam_vision": {...}}`.
@@ -122,10 +128,9 @@ def load_model(
     """
     folder = resolve(name_or_path)
     device = torch_device(device)
-    if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    dtype = default_dtype(device) if dtype is None else dtype
     if is_adapter(folder):
-        return load_adapted(folder, dtype=dtype)[0].to(device)
+        raise UserError(f"{folder}: this is an adapter, not a model; open it with relook.load, or merge it first")
     model, report = load_with_report(
         folder, read_config(folder, encoder_config), torch_dtype(dtype), attn_implementation
     )
@@ -161,7 +166,7 @@ def read_config(folder: str | Path, encoder_configs: dict[str, Any] | None = Non
     if kind != VPTQwen2VLConfig.model_type:
         raise CheckpointError(
             f"{path}: model_type is {kind!r}; expected 'qwen2_vl_vpt'. To start from a plain Qwen2-VL use "
-            "relook.model.loading.new_model"
+            "relook.model.start.new_model"
         )
     if "position_mode" not in values:  # the published layout
         values["num_inner_forward_run"] = 1 if values.get("alignment") else 2
@@ -212,6 +217,11 @@ def torch_device(device: torch.device | str | None) -> torch.device:
             f"device {str(device)!r} cannot be used ({reason}); use cpu, or cuda where there is a GPU"
         ) from None
     return found
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that has it, else float32."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def torch_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
@@ -319,3 +329,27 @@ def load_processor(name_or_path: str | Path) -> Any:
         return VPTQwen2VLProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: no usable processor here ({str(error).strip().splitlines()[0]})") from error
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def check_free(target: str | Path) -> None:
+    """Raises UserError where `target` is a file or a folder with something in it."""
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: already there; give a new or empty folder")
+
+
+def save_new(model: Any, processor: Any, target: str | Path) -> Path:
+    """Write a model with its processor into a new or empty folder, which appears whole or not at all.
+
+    Raises:
+        UserError: there is something at `target`.
+    """
+    check_free(target)
+    with replacing_folder(target) as out:
+        with _quiet():
+            model.save_pretrained(out)
+        processor.save_pretrained(out)
+    return Path(target)

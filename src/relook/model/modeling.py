@@ -3,9 +3,9 @@
 The decoder is untouched. What changes is what goes into it: pads of re-encoded images are filled with projected
 features, conditioned on a hidden state that the same decoder computed further left, and the control token's embedding
 is that hidden state. By causality one pass is enough: run every row up to its control token, look, continue from the
-keys and values (`waves`). With mask modelling (training only) the prefix runs once more.
+keys and values (`segments`). With mask modelling (training only) the prefix runs once more.
 
-`LooksAgain` is the mechanism and knows only `get_input_embeddings`, `get_image_features`, `get_rope_index` and
+`LookAgainMixin` is the mechanism and knows only `get_input_embeddings`, `get_image_features`, `get_rope_index` and
 `language_model`, which Qwen2.5-VL and Qwen3-VL also have; `VPTQwen2VLForConditionalGeneration` gives it to Qwen2-VL.
 This module refuses to know images, text and files.
 """
@@ -26,13 +26,23 @@ from relook.errors import UserError
 
 from .configuration import VPTQwen2VLConfig
 from .encoders import ENCODERS, build_encoder
-from .generation import LooksInGenerate
-from .keys import register_keys
-from .lockstep import held, most
+from .generation import LookGenerationMixin
 from .packed import Packed
 from .projector import ConditionedProjector, init_projector_layer
-from .splice import Block, CallSite, find_blocks, find_calls, paragraph_mask, put, same_images
-from .waves import Job, Waves
+from .published import register_keys
+from .segments import (
+    CallSite,
+    ImageSpan,
+    SegmentedBatch,
+    SegmentedForward,
+    find_calls,
+    find_image_spans,
+    max_over_ranks,
+    paragraph_mask,
+    put_columns,
+    same_images,
+    zero_of,
+)
 
 
 @dataclass
@@ -46,7 +56,7 @@ class LookAgainOutput(CausalLMOutputWithPast):
     last_state: Tensor | None = None
 
 
-class LooksAgain(LooksInGenerate, nn.Module):
+class LookAgainMixin(LookGenerationMixin, nn.Module):
     """Gives a transformers vision-language model its looks. Mix in left of the model class."""
 
     # What the mechanism uses of the class it is mixed into (transformers' own annotations are wider than that).
@@ -89,7 +99,7 @@ class LooksAgain(LooksInGenerate, nn.Module):
         Returns:
             one tensor per image: (n, d) merged ViT tokens, (256, c) DINOv2 tokens or a (c, 64, 64) SAM map.
         """
-        with self._frozen_inputs():
+        with self._input_grad_context():
             if look in ENCODERS:
                 spec, encoder = ENCODERS[look], self._branch(self.encoders, look)
                 images = tensors[spec.input].to(device=self.device, dtype=encoder.dtype)
@@ -125,11 +135,11 @@ class LooksAgain(LooksInGenerate, nn.Module):
         ).last_hidden_state
 
     def rope_positions(self, input_ids: Tensor, image_grid_thw: Tensor | None = None, start: int = 0):
-        """Positions of one block of a conversation: (3, L) and the position after it.
+        """Positions of one span of a conversation: (3, L) and the position after it.
 
-        `input_ids` (L,), `image_grid_thw` (k, 3) the grids of the block's own `<|image_pad|>` images, `start` the
+        `input_ids` (L,), `image_grid_thw` (k, 3) the grids of the span's own `<|image_pad|>` images, `start` the
         position after everything before. Example: 2 text tokens, a 4x4-patch image (2x2 tokens), 1 text token from
-        start 5 take t = 5 6 7 7 7 7 9, h = 5 6 7 7 8 8 9, w = 5 6 7 8 7 8 9; the next block starts at 10.
+        start 5 take t = 5 6 7 7 7 7 9, h = 5 6 7 7 8 8 9, w = 5 6 7 8 7 8 9; the next span starts at 10.
         """
         positions = self._positions(input_ids[None], None, image_grid_thw, None)[:, 0]
         return positions + start, start + int(positions.max()) + 1
@@ -156,7 +166,7 @@ class LooksAgain(LooksInGenerate, nn.Module):
             raise UserError(f"this model has no {look!r} look; it has {', '.join(self.config.looks) or 'none'}")
         return branches[look]
 
-    def _frozen_inputs(self):
+    def _input_grad_context(self):
         """The published code cut gradients into embeddings and vision towers; relook only when asked to."""
         return torch.no_grad() if self.config.input_grads == "published" else nullcontext()
 
@@ -214,7 +224,7 @@ class LooksAgain(LooksInGenerate, nn.Module):
             if past:
                 raise UserError(
                     "a cache is continued without position_ids, and positions after an image cannot be told from the "
-                    "new tokens alone. Pass position_ids=model.rope_positions(block, grids, start)[0][:, None]"
+                    "new tokens alone. Pass position_ids=model.rope_positions(span, grids, start)[0][:, None]"
                 )
             position_ids = self._positions(input_ids, attention_mask, image_grid_thw, video_grid_thw, packed)
 
@@ -225,32 +235,32 @@ class LooksAgain(LooksInGenerate, nn.Module):
             video_grid_thw=video_grid_thw,
             mm_encoder_outputs=mm_encoder_outputs,
         )
-        least = 0
+        min_depth = 0
         if input_ids is None:
             if looks:
                 raise UserError("images for a look came without input_ids: their places are found by token id")
-            calls, blocks, features = [], [], {}
+            calls, spans, features = [], [], {}
         else:
-            zero = held(self._used_by_some()) if self.lockstep and self.training else torch.zeros(())
+            zero = zero_of(self._used_by_some()) if self.lockstep and self.training else torch.zeros(())
             features = self._encode_looks(looks, base)
-            inputs_embeds, calls, blocks = self._embed(
+            inputs_embeds, calls, spans = self._embed(
                 input_ids, inputs_embeds, features, previous_state, base, conversation_ids
             )
             base = {}
             if self.lockstep:
                 inputs_embeds = inputs_embeds + zero.to(inputs_embeds)
-                least = most(max((c.order + 1 for c in calls), default=0), inputs_embeds.device)
+                min_depth = max_over_ranks(max((c.order + 1 for c in calls), default=0), inputs_embeds.device)
 
         run = dict(past_key_values=past_key_values, use_cache=use_cache if packed is None else False, **kwargs)
-        if not (calls or least) or input_ids is None or inputs_embeds is None or position_ids is None:
+        if not (calls or min_depth) or input_ids is None or inputs_embeds is None or position_ids is None:
             where = dict(attention_mask=attention_mask, position_ids=position_ids)
             if packed is not None and inputs_embeds is not None and position_ids is not None:
                 where = packed.whole(position_ids[-3:], inputs_embeds.dtype)
             outputs = self.model(inputs_embeds=inputs_embeds, **where, **base, **run)
         else:
             mask = attention_mask if packed is None else (packed.numbers >= 0).long()
-            job = Job(inputs_embeds, mask, position_ids[-3:], calls, blocks, features, packed, least)
-            outputs = self._run_with_calls(job, self._masked_columns(input_ids, job, para_mask_modes), run)
+            batch = SegmentedBatch(inputs_embeds, mask, position_ids[-3:], calls, spans, features, packed, min_depth)
+            outputs = self._run_with_calls(batch, self._masked_columns(input_ids, batch, para_mask_modes), run)
         return self._head(outputs, labels, logits_to_keep, kwargs)
 
     def _used_by_some(self) -> list[nn.Parameter]:
@@ -272,7 +282,7 @@ class LooksAgain(LooksInGenerate, nn.Module):
             return {name: self.encode(name, **tensors) for name, tensors in looks.items()}
         pixels, grids = clip["pixel_values"], clip["image_grid_thw"]
         seen = same_images(pixels, grids, images, base["image_grid_thw"])
-        with self._frozen_inputs():
+        with self._input_grad_context():
             first = self.model.get_image_features(images, base["image_grid_thw"], return_dict=True)
         base["mm_encoder_outputs"] = {**(base["mm_encoder_outputs"] or {}), "image": first}
         fresh = [i for i, at in enumerate(seen) if at is None]
@@ -286,10 +296,10 @@ class LooksAgain(LooksInGenerate, nn.Module):
 
     def _embed(self, input_ids, inputs_embeds, features, previous_state, base, conversation_ids=None):
         """Fill in everything known before the language model runs; find what has to wait for a condition."""
-        with self._frozen_inputs():
+        with self._input_grad_context():
             if inputs_embeds is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
-            inputs_embeds = self._splice_base_images(input_ids, inputs_embeds, **base)
+            inputs_embeds = self._merge_base_images(input_ids, inputs_embeds, **base)
         conditioned = self.config.num_inner_forward_run == 2
         ids = {n: i for n in self.config.reencodings if (i := self.config.reencode_ids(n)) is not None}
         calls = find_calls(input_ids, ids, conversation_ids) if conditioned and ids else []
@@ -298,18 +308,18 @@ class LooksAgain(LooksInGenerate, nn.Module):
                 is_action = input_ids[:, :1, None] == token.action
                 first = torch.where(is_action, previous_state[:, None].to(inputs_embeds.dtype), inputs_embeds[:, :1])
                 inputs_embeds = torch.cat([first, inputs_embeds[:, 1:]], dim=1)
-        blocks: list[Block] = []
+        spans: list[ImageSpan] = []
         for look, images in features.items():
             counts = [self._token_count(look, x) for x in images]
-            found = find_blocks(input_ids, look, ids[look].pad, counts, calls, conversation_ids)
-            for block in found:
-                if block.call is None:
-                    tokens, _ = self.project(look, images[block.image])
-                    inputs_embeds = put(inputs_embeds, block.row, block.columns, tokens)
-            blocks += found
-        return inputs_embeds, calls, blocks
+            found = find_image_spans(input_ids, look, ids[look].pad, counts, calls, conversation_ids)
+            for span in found:
+                if span.call is None:
+                    tokens, _ = self.project(look, images[span.image])
+                    inputs_embeds = put_columns(inputs_embeds, span.row, span.columns, tokens)
+            spans += found
+        return inputs_embeds, calls, spans
 
-    def _splice_base_images(
+    def _merge_base_images(
         self,
         input_ids,
         inputs_embeds,
@@ -335,36 +345,36 @@ class LooksAgain(LooksInGenerate, nn.Module):
     def _token_count(self, look: str, features: Tensor) -> int:
         return features.shape[0] if features.ndim == 2 else (features.shape[1] // 4) * (features.shape[2] // 4)
 
-    def _run_with_calls(self, job: Job, masked: Tensor | None, run: dict[str, Any]) -> Any:
-        """Run a batch with calls: in waves over one cache, or the prefix first where a mask hides it afterwards."""
+    def _run_with_calls(self, batch: SegmentedBatch, masked: Tensor | None, run: dict[str, Any]) -> Any:
+        """Run a batch with calls: in segments over one cache, or the prefix first where a mask hides it afterwards."""
         # Checkpointed decoder layers drop the cache (transformers 5.23), and flash attention's kernels for packed
         # conversations take none: there the prefix is run again, not continued.
         again = self.training and self.model.language_model.gradient_checkpointing
-        again = again or (job.packed is not None and job.packed.varlen)
+        again = again or (batch.packed is not None and batch.packed.varlen)
         if masked is None and not again:
-            return Waves(self, job, run).run()
-        waves = Waves(self, job, {})
-        embeds = waves.conditions_apart() if again else waves.conditions()
+            return SegmentedForward(self, batch, run).run()
+        segments = SegmentedForward(self, batch, {})
+        embeds = segments.run_prefixes() if again else segments.run_up_to_last()
         if masked is not None:
             embeds = embeds.masked_fill(masked.unsqueeze(-1), 0)
-        return self.model.language_model(inputs_embeds=embeds, **job.whole(), **run)
+        return self.model.language_model(inputs_embeds=embeds, **batch.whole(), **run)
 
-    def spend(self, job: Job, embeds: Tensor, call: CallSite, state: Tensor) -> Tensor:
-        """Spend one condition: it is the control token's embedding and conditions the blocks that answer the call."""
-        embeds = put(embeds, call.row, torch.tensor([call.start + 1], device=embeds.device), state[None])
-        for block in job.blocks:
-            if block.call == call:
-                tokens, _ = self.project(block.look, job.features[block.look][block.image], state)
-                embeds = put(embeds, block.row, block.columns, tokens)
+    def inject_condition(self, batch: SegmentedBatch, embeds: Tensor, call: CallSite, state: Tensor) -> Tensor:
+        """Spend one condition: it is the control token's embedding and conditions the spans that answer the call."""
+        embeds = put_columns(embeds, call.row, torch.tensor([call.start + 1], device=embeds.device), state[None])
+        for span in batch.spans:
+            if span.call == call:
+                tokens, _ = self.project(span.look, batch.features[span.look][span.image], state)
+                embeds = put_columns(embeds, span.row, span.columns, tokens)
         return embeds
 
-    def _masked_columns(self, input_ids: Tensor, job: Job, modes: Tensor | None) -> Tensor | None:
+    def _masked_columns(self, input_ids: Tensor, batch: SegmentedBatch, modes: Tensor | None) -> Tensor | None:
         """Mask modelling: which embeddings (B, L) pass 2 does not see; None for none.
 
         `modes` (n,) is that of each conversation, row-major; without it the config's is drawn, once for the batch (as
         published) or for each conversation.
         """
-        config, packed = self.config, job.packed
+        config, packed = self.config, batch.packed
         if not self.training or (modes is None and config.para_mask_id == 0):
             return None
         ids = input_ids if packed is None else packed.apart(input_ids, -1)
@@ -372,7 +382,7 @@ class LooksAgain(LooksInGenerate, nn.Module):
             draws = torch.rand(len(ids) if config.para_mask_draw == "sample" else 1)
             modes = torch.where(draws < config.para_mask_ratio, config.para_mask_id, 0).expand(len(ids))
         called = torch.zeros(len(ids), dtype=torch.bool)
-        called[[c.row if packed is None else packed.index(c.row, c.conversation) for c in job.calls]] = True
+        called[[c.row if packed is None else packed.index(c.row, c.conversation) for c in batch.calls]] = True
         modes = torch.where(called, modes.cpu(), 0).to(ids.device)[:, None]
         if not modes.any():
             return None
@@ -399,7 +409,7 @@ class LooksAgain(LooksInGenerate, nn.Module):
         )
 
 
-class VPTQwen2VLForConditionalGeneration(LooksAgain, Qwen2VLForConditionalGeneration):
+class VPTQwen2VLForConditionalGeneration(LookAgainMixin, Qwen2VLForConditionalGeneration):
     """Qwen2-VL with visual perception tokens. Without a look its logits are the base model's, bit for bit."""
 
     config_class = VPTQwen2VLConfig

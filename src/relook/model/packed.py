@@ -1,8 +1,8 @@
 """Several conversations in one row of a batch: where each one lies, what it may attend to, where its positions begin.
 
-A packed row has no padding between its conversations, and none of them knows of the others: attention is block-diagonal
+A packed row has no padding between its conversations, and none of them knows of the others: attention is span-diagonal
 and causal, positions start anew with each. Everything here works on numbers and masks; it refuses to know token ids,
-looks and models. Legend for shapes: B rows, L columns of the batch, n conversations, S columns of one stretch.
+looks and models. Legend for shapes: B rows, L columns of the batch, n conversations, S columns of one segment.
 """
 
 from __future__ import annotations

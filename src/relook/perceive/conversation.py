@@ -2,7 +2,7 @@
 
 A `Conversation` only grows. It is what a follow-up question continues; a question under way works on a copy (which
 costs nothing), so that an answer that is abandoned leaves no half turn behind.
-A `Block` is the stretch of tokens that comes next: already part of the text, not yet pushed through the language model.
+`PendingTokens` are its last tokens: already part of the text, not yet run through the language model.
 This module refuses to know who decides what is written.
 """
 
@@ -18,25 +18,25 @@ from torch import Tensor
 
 from relook.trace import Look, Turn
 
-from .cache import KVRows
-from .sights import Sight, Sights
+from .features import FeatureCache, ViewFeatures
+from .kv_cache import KVRows
 
 
 @dataclass(eq=False)
-class Shown:
+class ShownImage:
     """One image in a user turn: what was seen, as which kind of encoding, and the look that asked for it (if one did).
 
     `condition` (d,) is the hidden state of the control token, for re-encoding looks.
     """
 
     kind: str
-    sight: Sight
+    view: ViewFeatures
     look: Look | None = None
     condition: Tensor | None = None
 
 
 @dataclass(eq=False)
-class Block:
+class PendingTokens:
     """Tokens that wait to be pushed.
 
     Attributes:
@@ -46,7 +46,7 @@ class Block:
     """
 
     ids: list[int] = field(default_factory=list)
-    shown: list[tuple[int, Shown]] = field(default_factory=list)
+    shown: list[tuple[int, ShownImage]] = field(default_factory=list)
     states: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class Block:
 
     def grids(self) -> list[tuple[int, int, int]]:
         """Patch grids of the images that have two-dimensional positions: first looks and crops, in order."""
-        return [s.sight.grid for _, s in self.shown if s.kind == "image" and s.sight.grid is not None]
+        return [s.view.grid for _, s in self.shown if s.kind == "image" and s.view.grid is not None]
 
 
 @dataclass(eq=False)
@@ -63,7 +63,7 @@ class Conversation:
 
     Attributes:
         ids, sampled: every token pushed or waiting, and whether the model chose it.
-        block: the tokens at the end of `ids` that are not pushed yet.
+        pending: the tokens at the end of `ids` that are not pushed yet.
         kv: keys and values of the pushed tokens, one row.
         position: the next token's position (M-RoPE: larger than the largest so far).
         images: the user's images, upright, original pixels.
@@ -71,11 +71,11 @@ class Conversation:
         target: number of the image that looks go to.
     """
 
-    sights: Sights
+    features: FeatureCache
     kv: KVRows
     ids: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
-    block: Block = field(default_factory=Block)
+    pending: PendingTokens = field(default_factory=PendingTokens)
     position: int = 0
     images: list[Image.Image] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
@@ -84,16 +84,16 @@ class Conversation:
     @classmethod
     def begin(cls, processor: Any, device: torch.device | str) -> Conversation:
         """A conversation in which nothing has been said."""
-        return cls(Sights(processor), KVRows.empty(device=device))
+        return cls(FeatureCache(processor), KVRows.empty(device=device))
 
     def copy(self) -> Conversation:
         """The same conversation, to continue apart from this one."""
         return Conversation(
-            self.sights.copy(),
+            self.features.copy(),
             self.kv.copy(),
             list(self.ids),
             list(self.sampled),
-            Block(list(self.block.ids), list(self.block.shown), list(self.block.states)),
+            PendingTokens(list(self.pending.ids), list(self.pending.shown), list(self.pending.states)),
             self.position,
             list(self.images),
             list(self.turns),
@@ -104,50 +104,50 @@ class Conversation:
         """Tokens at the end."""
         self.ids += ids
         self.sampled += [sampled] * len(ids)
-        self.block.ids += ids
+        self.pending.ids += ids
 
-    def take_block(self, model: Any) -> tuple[Block, Tensor]:
+    def take_pending(self, model: Any) -> tuple[PendingTokens, Tensor]:
         """The waiting tokens, from now on the caller's to push, and their positions (3, L)."""
-        block, self.block = self.block, Block()
+        pending, self.pending = self.pending, PendingTokens()
         device = model.device
-        if len(block) == 1 and not block.shown:
+        if len(pending) == 1 and not pending.shown:
             positions = torch.full((3, 1), self.position, device=device)
             self.position += 1
         else:
-            grids = block.grids()
+            grids = pending.grids()
             positions, self.position = model.rope_positions(
-                torch.tensor(block.ids, device=device),
+                torch.tensor(pending.ids, device=device),
                 torch.tensor(grids, device=device) if grids else None,
                 start=self.position,
             )
-        return block, positions
+        return pending, positions
 
 
-def push(model: Any, kv: KVRows, conversations: Sequence[Conversation]) -> Tensor:
-    """One forward over the waiting blocks of several conversations, whose caches are the rows of `kv`.
+def forward_pending(model: Any, kv: KVRows, conversations: Sequence[Conversation]) -> Tensor:
+    """One forward over the pending tokens of several conversations, whose caches are the rows of `kv`.
 
     Image features must have been encoded. Attention maps are written to the looks that asked for the images.
 
     Returns:
         (B, d): the final hidden state of each conversation's last token.
     """
-    taken = [conversation.take_block(model) for conversation in conversations]
-    width = max(len(block) for block, _ in taken)
-    ids = torch.tensor([block.ids + [0] * (width - len(block)) for block, _ in taken], device=model.device)
-    lengths = torch.tensor([len(block) for block, _ in taken], device=model.device)
+    taken = [conversation.take_pending(model) for conversation in conversations]
+    width = max(len(pending) for pending, _ in taken)
+    ids = torch.tensor([pending.ids + [0] * (width - len(pending)) for pending, _ in taken], device=model.device)
+    lengths = torch.tensor([len(pending) for pending, _ in taken], device=model.device)
     embeds = model.get_input_embeddings()(ids)  # (B, L, d), a fresh tensor
     positions = embeds.new_zeros(3, *ids.shape, dtype=torch.long)
-    for row, (block, places) in enumerate(taken):
-        positions[:, row, : len(block)] = places
-        for offset, state in block.states:
+    for row, (pending, places) in enumerate(taken):
+        positions[:, row, : len(pending)] = places
+        for offset, state in pending.states:
             embeds[row, offset] = state.to(embeds.dtype)
-        for offset, shown in block.shown:
-            tokens, attention = model.project(shown.kind, shown.sight.features, shown.condition)
+        for offset, shown in pending.shown:
+            tokens, attention = model.project(shown.kind, shown.view.features, shown.condition)
             embeds[row, offset : offset + len(tokens)] = tokens.to(embeds.dtype)
             if shown.look is not None and attention is not None:
-                merge = conversations[row].sights.processor.image_processor.merge_size
-                grid = shown.sight.token_grid(len(attention), merge)
+                merge = conversations[row].features.processor.image_processor.merge_size
+                grid = shown.view.token_grid(len(attention), merge)
                 shown.look.attention = attention.float().reshape(grid).cpu().numpy()
     real = torch.arange(width, device=model.device) < lengths[:, None]
-    hidden = kv.push(model, embeds, positions, real)
+    hidden = kv.forward(model, embeds, positions, real)
     return hidden[torch.arange(len(taken), device=model.device), lengths - 1]

@@ -1,6 +1,6 @@
 """One question under way: what is written next, by whom, and what it leads to.
 
-A `Row` is a state machine; the loop that moves a group of rows is `session.py`. It is always in one of four states:
+A `Row` is a state machine; the loop that moves a group of rows is `loop.py`. It is always in one of four states:
 
     wants a token     everything written so far is pushed; its logits decide the next token
     has one token     written, sampled or forced: pushed together with the other rows' tokens in the next step
@@ -28,9 +28,9 @@ from relook.looks import IM_END, LOOKS, VISION_START, Call, look_turn, parse_tok
 from relook.regions import Cells, cells_to_box, widen
 from relook.trace import Answer, Finished, Look, LookTaken, TextDelta, Turn, Usage
 
-from .conversation import Conversation, Shown
-from .prose import Prose
+from .conversation import Conversation, ShownImage
 from .sampling import Sampling, Vocabulary
+from .text import TextStreamer
 
 Event = TextDelta | LookTaken | Finished
 
@@ -57,7 +57,7 @@ class Request:
 
 
 @dataclass(frozen=True, eq=False)
-class Machine:
+class LoopContext:
     """What all rows share, and none changes."""
 
     model: Any
@@ -85,60 +85,60 @@ class Machine:
 class Row:
     """One question under way."""
 
-    def __init__(self, machine: Machine, conversation: Conversation, request: Request):
-        self.machine, self.request = machine, request
+    def __init__(self, context: LoopContext, conversation: Conversation, request: Request):
+        self.context, self.request = context, request
         self.conversation = conversation.copy()
         self.generator = request.sampling.generator()
         self.looks: list[Look] = []
-        self.news: deque[Event] = deque()  # events not yet given out
+        self.events: deque[Event] = deque()  # events not yet given out
         self.finished = False
         self.started = False
         self.seconds = dict.fromkeys(("vision", "prefill", "decode", "look"), 0.0)
         self._pushed_before = len(conversation.ids)
-        self._patches_before = sum(s.patches for s in conversation.sights.seen.values())
+        self._patches_before = sum(s.patches for s in conversation.features.entries.values())
         self._looks_left = 0 if request.look == "none" else request.max_looks
         self._forced: deque[int] = deque()
         self._open: str | None = None  # re-encoding look whose start was written and whose condition is awaited
         self._written = 0
         self._begin_turn()
-        self._ask()
+        self._begin_question()
 
     # -- what the loop sees ------------------------------------------------------------------------------------------
 
     @property
-    def wants_token(self) -> bool:
-        return not self.finished and not self.conversation.block.ids
+    def needs_token(self) -> bool:
+        return not self.finished and not self.conversation.pending.ids
 
     @property
-    def waits(self) -> bool:
-        return len(self.conversation.block) > 1 or bool(self.conversation.block.shown)
+    def waiting(self) -> bool:
+        return len(self.conversation.pending) > 1 or bool(self.conversation.pending.shown)
 
     @property
     def stage(self) -> str:
         """Which of `seconds` the next push belongs to."""
         if not self.started:
             return "prefill"
-        return "look" if self.waits and not self._closing else "decode"
+        return "look" if self.waiting and not self._closing else "decode"
 
     def banned(self) -> Tensor:
         """(V,) bool: what may not be chosen now."""
         may_look = self._looks_left > 0
-        return self.machine.vocabulary.banned(self._turn, may_look, self.request.constrain)
+        return self.context.vocabulary.banned(self._turn, may_look, self.request.constrain)
 
-    def pushed(self, state: Tensor) -> None:
+    def after_forward(self, state: Tensor) -> None:
         """The block went through the language model; `state` (d,) is the hidden state of its last token."""
         self.started = True
         if self._closing:
             self.finished = True
-            self.news.append(Finished(self._answer()))
+            self.events.append(Finished(self._answer()))
             return
         if self._open is not None:
-            self._spend(state)
+            self._condition_look(state)
         self._write_forced()
 
-    def choose(self, token: int) -> None:
+    def accept(self, token: int) -> None:
         """Take the token that was drawn for this row."""
-        vocabulary = self.machine.vocabulary
+        vocabulary = self.context.vocabulary
         self._write(vocabulary.im_end if token in vocabulary.ends else token, sampled=True)
         self._write_forced()
 
@@ -151,7 +151,7 @@ class Row:
         self._chosen = 0
         self._closing = False
         self._conditions: dict[str, Tensor | None] = {}
-        self._prose = Prose(self.machine.processor.tokenizer, self.machine.vocabulary.unspoken)
+        self._streamer = TextStreamer(self.context.processor.tokenizer, self.context.vocabulary.hidden_ids)
 
     def _write_forced(self) -> None:
         while self._forced and self._open is None and not self._closing:
@@ -159,9 +159,9 @@ class Row:
 
     def _write(self, token: int, sampled: bool, state: Tensor | None = None) -> None:
         """One more token of the assistant's turn; `state` (d,) takes the place of its input embedding."""
-        conversation, text = self.conversation, self.machine.vocabulary.text_of(token)
+        conversation, text = self.conversation, self.context.vocabulary.text_of(token)
         if state is not None:
-            conversation.block.states.append((len(conversation.block), state))
+            conversation.pending.states.append((len(conversation.pending), state))
         conversation.add([token], sampled)
         self._turn.append(text)
         self._turn_ids.append(token)
@@ -171,29 +171,29 @@ class Row:
         if text == IM_END:
             self._end_turn()
             return
-        if piece := self._prose.add(token):
-            self.news.append(TextDelta(piece))
-        starts = [n for n in self.machine.model.config.reencodings if LOOKS[n].start == text]
+        if piece := self._streamer.add(token):
+            self.events.append(TextDelta(piece))
+        starts = [n for n in self.context.model.config.reencodings if LOOKS[n].start == text]
         if starts and self._looks_left > 0:
             self._open = starts[0]
         elif self._chosen >= self.request.max_new_tokens and not self._forced and self._may_end():
-            self._forced.append(self.machine.vocabulary.im_end)
+            self._forced.append(self.context.vocabulary.im_end)
 
     def _may_end(self) -> bool:
         """Whether the turn can be cut here: not in the middle of a call, unless calls may be malformed."""
         if not self.request.constrain or self._looks_left <= 0:
             return True
-        allowed = self.machine.vocabulary.allowed(self._turn)
+        allowed = self.context.vocabulary.allowed(self._turn)
         return allowed is None or IM_END in allowed
 
-    def _spend(self, state: Tensor) -> None:
+    def _condition_look(self, state: Tensor) -> None:
         """The state at `*_action_start`: it conditions the look and is the input of the `*_action` that must follow.
 
         Without `request.condition` only the first of the two is left out, so that the second look's features are all
         that changes (and the embedding of `*_action`, which conditioned training never touches, stays out of it).
         """
-        spec, vocabulary = LOOKS[self._open or ""], self.machine.vocabulary
-        conditioned = self.machine.model.config.num_inner_forward_run == 2  # 1: alignment stage, no condition
+        spec, vocabulary = LOOKS[self._open or ""], self.context.vocabulary
+        conditioned = self.context.model.config.num_inner_forward_run == 2  # 1: alignment stage, no condition
         self._open = None
         self._conditions[spec.name] = state if conditioned and self.request.condition else None
         self._write(vocabulary[spec.action or ""], sampled=False, state=state if conditioned else None)
@@ -202,20 +202,20 @@ class Row:
 
     # -- turns -------------------------------------------------------------------------------------------------------
 
-    def _ask(self) -> None:
+    def _begin_question(self) -> None:
         """The user's turn with the question, and the tokens of a look that is asked for."""
         request, conversation = self.request, self.conversation
         first = len(conversation.images)
         conversation.images += request.images
         with self._timed("vision"):
-            sights = [
-                conversation.sights.sight("image", first + i, image, "first")[0]
+            views = [
+                conversation.features.lookup("image", first + i, image, "first")[0]
                 for i, image in enumerate(request.images)
             ]
-        content = self.machine.processor.first_turn(self._sentence(), len(sights))
-        self._user_turn(content, [Shown("image", sight) for sight in sights])
+        content = self.context.processor.first_turn(self._sentence(), len(views))
+        self._user_turn(content, [ShownImage("image", view) for view in views])
         if request.region is not None:
-            self._force_text(write_call("region", request.region, self.machine.vocabulary.grid) + IM_END)
+            self._force_text(write_call("region", request.region, self.context.vocabulary.grid) + IM_END)
         elif request.look in LOOKS:
             self._force_text(LOOKS[request.look].start)
         self._write_forced()
@@ -228,12 +228,12 @@ class Row:
         of the sentences (published ones do) keeps it then, and loses it where another or none belongs.
         """
         question, look = self._plain, "region" if self.request.region else self.request.look
-        if self.machine.processor.free_choice or self._looks_left <= 0:
+        if self.context.processor.free_choice or self._looks_left <= 0:
             return question
         if look == "auto":
-            if self.machine.looks and question != self.request.question:
+            if self.context.looks and question != self.request.question:
                 return self.request.question
-            look = next(iter(self.machine.looks), "none")
+            look = next(iter(self.context.looks), "none")
         return f"{question} {LOOKS[look].trigger}" if look in LOOKS else question
 
     @property
@@ -242,41 +242,41 @@ class Row:
         return without_triggers(self.request.question).strip() or self.request.question
 
     def _force_text(self, text: str) -> None:
-        self._forced.extend(self.machine.processor.tokenizer.encode(text, add_special_tokens=False))
+        self._forced.extend(self.context.processor.tokenizer.encode(text, add_special_tokens=False))
 
-    def _user_turn(self, content: str, images: Sequence[Shown]) -> None:
+    def _user_turn(self, content: str, images: Sequence[ShownImage]) -> None:
         """A user turn with its images in the order of its placeholders, and the header of the answer to it."""
-        conversation, processor = self.conversation, self.machine.processor
+        conversation, processor = self.conversation, self.context.processor
         counts: dict[str, list[int]] = {}
         for shown in images:
-            counts.setdefault(shown.kind, []).append(processor.pad_count(shown.kind, shown.sight.grid))
+            counts.setdefault(shown.kind, []).append(processor.pad_count(shown.kind, shown.view.grid))
         expanded = processor.expand(content, counts)
         if not conversation.turns and processor.system:
             conversation.turns.append(Turn("system", processor.system))
         opening = not conversation.ids
         ids = processor.opening_ids(expanded) if opening else processor.next_turn_ids(expanded, closed=True)
-        base, start = len(conversation.block), self.machine.vocabulary[VISION_START]
+        base, start = len(conversation.pending), self.context.vocabulary[VISION_START]
         places = [base + i + 1 for i, token in enumerate(ids) if token == start]
-        conversation.block.shown += zip(places, images, strict=True)
+        conversation.pending.shown += zip(places, images, strict=True)
         conversation.add(ids)
         conversation.turns.append(Turn("user", content))
 
     def _end_turn(self) -> None:
         """The assistant's turn is over: look, ask again, or be done."""
-        if piece := self._prose.finish():
-            self.news.append(TextDelta(piece))
-        written = self.machine.processor.tokenizer.decode(
+        if piece := self._streamer.finish():
+            self.events.append(TextDelta(piece))
+        written = self.context.processor.tokenizer.decode(
             self._turn_ids[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         self.conversation.turns.append(Turn("assistant", written, sampled=self._turn_sampled))
-        calls = parse_tokens(self._turn[:-1], self.machine.vocabulary.grid) if self._looks_left > 0 else []
-        calls = [self._judge(call) for call in calls]
+        calls = parse_tokens(self._turn[:-1], self.context.vocabulary.grid) if self._looks_left > 0 else []
+        calls = [self._check_call(call) for call in calls]
         if not calls:
             self._closing = True
             return
         for call in calls:
             if call.problem:
-                self._note(Look(call.look, cells=call.cells, problem=call.problem))
+                self._record_look(Look(call.look, cells=call.cells, problem=call.problem))
         good = [call for call in calls if call.problem is None]
         if good:
             self._looks_left -= 1
@@ -288,50 +288,50 @@ class Row:
             self._user_turn(self._plain, [])
         self._begin_turn()
 
-    def _judge(self, call: Call) -> Call:
+    def _check_call(self, call: Call) -> Call:
         """A well-formed call that still cannot be followed gets its problem here."""
-        if call.problem is None and call.look not in self.machine.looks:
-            has = ", ".join(self.machine.looks) or "none"
+        if call.problem is None and call.look not in self.context.looks:
+            has = ", ".join(self.context.looks) or "none"
             return Call(call.look, call.cells, f"the model has no {call.look} look (it has: {has})", call.span)
         return call
 
-    def _look(self, calls: Sequence[Call]) -> list[Shown]:
+    def _look(self, calls: Sequence[Call]) -> list[ShownImage]:
         """What the calls show, in the order in which `look_turn` places it: looks grouped, by their first call."""
         kinds = list(dict.fromkeys(call.look for call in calls))
         ordered = sorted(calls, key=lambda call: kinds.index(call.look))
         return [self._reencode(call) if LOOKS[call.look].reencodes else self._crop(call) for call in ordered]
 
-    def _crop(self, call: Call) -> Shown:
+    def _crop(self, call: Call) -> ShownImage:
         """A region, widened by the processor's margin, from the original pixels."""
-        processor, number = self.machine.processor, self.request.target
-        grid, whole = self.machine.vocabulary.grid, self.conversation.images[number]
+        processor, number = self.context.processor, self.request.target
+        grid, whole = self.context.vocabulary.grid, self.conversation.images[number]
         cells = widen(call.cells or (0, 0, grid - 1, grid - 1), processor.region_margin, grid)
         box = cells_to_box(cells, whole.size, grid)
-        sight, seen = self.conversation.sights.sight("region", number, whole, "crop", box, self.request.blank)
-        return Shown("image", sight, self._note(Look("region", cells=call.cells, box=box, image=seen)))
+        view, seen = self.conversation.features.lookup("region", number, whole, "crop", box, self.request.blank)
+        return ShownImage("image", view, self._record_look(Look("region", cells=call.cells, box=box, image=seen)))
 
-    def _reencode(self, call: Call) -> Shown:
-        """The whole image again, through the look's own tower."""
+    def _reencode(self, call: Call) -> ShownImage:
+        """The whole image again, through the look's own encoder."""
         number = self.request.target
         whole = self.conversation.images[number]
-        sight, seen = self.conversation.sights.sight(call.look, number, whole, "reencode")
-        look = self._note(Look(call.look, box=(0, 0, *whole.size), image=seen))
-        return Shown(call.look, sight, look, self._conditions.get(call.look))
+        view, seen = self.conversation.features.lookup(call.look, number, whole, "reencode")
+        look = self._record_look(Look(call.look, box=(0, 0, *whole.size), image=seen))
+        return ShownImage(call.look, view, look, self._conditions.get(call.look))
 
-    def _note(self, look: Look) -> Look:
+    def _record_look(self, look: Look) -> Look:
         """Record a look. One that will be shown is announced when it has been (its attention map is part of it)."""
         self.looks.append(look)
         if look.problem:
-            self.news.append(LookTaken(look))
+            self.events.append(LookTaken(look))
         return look
 
     # -- the record --------------------------------------------------------------------------------------------------
 
     def _answer(self) -> Answer:
         conversation, request = self.conversation, self.request
-        patches = sum(s.patches for s in conversation.sights.seen.values())
+        patches = sum(s.patches for s in conversation.features.entries.values())
         return Answer(
-            text=self._prose.text,
+            text=self._streamer.text,
             looks=self.looks,
             usage=Usage(
                 lm_positions=len(conversation.ids) - self._pushed_before,
@@ -343,9 +343,9 @@ class Row:
             transcript=list(conversation.turns),
             question=request.question,
             image=conversation.images[request.target] if conversation.images else None,
-            model=self.machine.name,
-            warnings=self.machine.warnings,
-            grid=self.machine.vocabulary.grid,
+            model=self.context.name,
+            warnings=self.context.warnings,
+            grid=self.context.vocabulary.grid,
         )
 
     @contextmanager

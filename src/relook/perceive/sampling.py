@@ -126,7 +126,7 @@ class Vocabulary:
         return mask
 
     @property
-    def unspoken(self) -> frozenset[int]:
+    def hidden_ids(self) -> frozenset[int]:
         """Ids that are no part of an answer's text: control tokens, structure, ends."""
         return frozenset(self._ids.values()) | self.ends
 

@@ -1,7 +1,7 @@
 """The front door: load a model, ask it about images, get a typed record back.
 
 Everything a user can get wrong is found here, before any model runs; behind this module requests are known to be sound.
-It refuses to know tokens and tensors: those are `session.py`'s and below.
+It refuses to know tokens and tensors: those are `loop.py`'s and below.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from relook.trace import Answer, Finished
 from relook.views import open_image
 
 from .conversation import Conversation
-from .row import Event, Machine, Request, Row
+from .loop import Recorder, run
+from .row import Event, LoopContext, Request, Row
 from .sampling import Sampling, Vocabulary
-from .session import Recorder, run
 
 AUTO, NONE = "auto", "none"
 ROWS_AT_ONCE = 8  # how many questions `ask_many` works on side by side
@@ -50,20 +50,20 @@ def load(name: str | Path, *, dtype: Any = None, device: Any = None, attn_implem
     """Load a model with its processor.
 
     Args:
-        name: a model that ships ("cards-tiny", "receipts-tiny"), a local folder, or a hub id.
+        name: a model that ships ("cards-tiny", "receipts-tiny"), a folder (a model or an adapter), or a hub id.
         dtype, device, attn_implementation: as `relook.model.loading.load_model` takes them.
 
     Raises:
         UserError: no such model, a folder that is not one, or a device that cannot run it. CheckpointError: weights
             that do not fit.
     """
-    from relook.model.loading import load_model, load_processor, torch_device
+    from relook.model.loading import torch_device
+    from relook.model.start import open_model
 
     if torch_device(device).type == "meta":
         raise UserError("device 'meta' holds shapes and no weights, so nothing can be asked there; use cpu or cuda")
 
-    model = load_model(name, dtype=dtype, device=device, attn_implementation=attn_implementation)
-    return VLM(model, load_processor(name), str(name))
+    return VLM(*open_model(name, dtype=dtype, device=device, attn_implementation=attn_implementation), str(name))
 
 
 class VLM:
@@ -82,17 +82,17 @@ class VLM:
         vocabulary = Vocabulary(
             processor.tokenizer, model.lm_head.weight.shape[0], model.config.looks, processor.grid_size, model.device
         )
-        self._machine = Machine(model, processor, vocabulary, name)
+        self._context = LoopContext(model, processor, vocabulary, name)
 
     @property
     def looks(self) -> list[str]:
         """Names of the looks this model can take."""
-        return self._machine.looks
+        return self._context.looks
 
     @property
     def domain(self) -> str | None:
         """What a small model was trained on ("receipts", "cards"); None for a general one."""
-        return self._machine.domain
+        return self._context.domain
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ class VLM:
             islice(rest, batch_size)
         ):  # opened batch by batch: thousands of images need not fit in memory
             rows = [self._numbered_row(number, pair, options) for number, pair in batch]
-            done = {i: event.answer for i, event in run(self._machine, rows) if isinstance(event, Finished)}
+            done = {i: event.answer for i, event in run(self._context, rows) if isinstance(event, Finished)}
             answers += [done[i] for i in range(len(rows))]
         return answers
 
@@ -174,7 +174,7 @@ class VLM:
         images = _images(image)
         if not images and not conversation.images:
             raise UserError("no image was given; give a path, a PIL image, an array, bytes, or a list of these")
-        return Row(self._machine, conversation, self._request(conversation, images, question, **options))
+        return Row(self._context, conversation, self._request(conversation, images, question, **options))
 
     def _numbered_row(self, number: int, pair: Any, options: Mapping[str, Any]) -> Row:
         try:
@@ -299,7 +299,7 @@ class Chat:
         return self._run(row)
 
     def _run(self, row: Row, record: Recorder | None = None) -> Iterator[Event]:
-        for _, event in run(self._vlm._machine, [row], record):
+        for _, event in run(self._vlm._context, [row], record):
             if isinstance(event, Finished):
                 self._conversation, self._new_images = row.conversation, []
                 self._conversation.target = row.request.target

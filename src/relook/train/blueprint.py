@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from relook.errors import CheckpointError, UserError
-from relook.model.building import is_plain, plain_config
 from relook.model.configuration import VPTQwen2VLConfig
 from relook.model.encoders import ENCODERS, encoder_config
 from relook.model.loading import encoder_name, load_processor, read_config, resolve, weight_files
 from relook.model.modeling import VPTQwen2VLForConditionalGeneration
 from relook.model.published import BASES, PUBLISHED, look_token_ids, published_config
+from relook.model.start import is_plain, plain_config
 from relook.train.recipe import ModelSource, Recipe
 
 

@@ -104,7 +104,7 @@ def adapted(model: Any) -> bool:
 
 def save(model: Any, folder: str | Path) -> None:
     """Write the adapter in place: peft's own files, the model's config, and how its base came about."""
-    from relook.model.adapters import write_start
+    from relook.model.start import write_start
 
     held = model.__dict__["_adapter"]
     held["peft"].save_pretrained(folder, save_embedding_layers=False)
@@ -137,17 +137,17 @@ def merge(model: Any) -> None:
     if held["exact"]:  # updates belong to the exact weights, not to their copies in few bits
         from peft.utils import get_peft_model_state_dict
 
-        from relook.model.adapters import join
+        from relook.model.start import merge_updates
 
         config, weights = held["peft"].peft_config["default"], get_peft_model_state_dict(held["peft"])
         held["peft"].unload()
         for name, layer in held["exact"].items():
             model.set_submodule(name, layer.to(model.device))
-        join(model, config, weights)
+        merge_updates(model, config, weights)
         return
-    from relook.model.adapters import unloaded
+    from relook.model.start import merge_and_unload
 
-    unloaded(held["peft"], model)
+    merge_and_unload(held["peft"], model)
 
 
 # -- few bits ---------------------------------------------------------------------------------------------------------

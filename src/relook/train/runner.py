@@ -324,7 +324,7 @@ def start_model_of(recipe: Recipe) -> tuple[Any, Any]:
         if recipe.model.visual is not None:
             _take_tower(model, recipe.model.visual)
         return model, processor
-    from relook.model.building import start_model
+    from relook.model.start import start_model
 
     return start_model(**start_of(recipe))
 
@@ -342,9 +342,9 @@ def _take_tower(model: Any, source: str) -> None:
     Raises:
         UserError: the towers differ in shape.
     """
-    from relook.model.loading import load_model
+    from relook.model.start import open_model
 
-    other = load_model(source, dtype=torch.float32)
+    other, _ = open_model(source, dtype=torch.float32)
     try:
         model.model.visual.load_state_dict(other.model.visual.state_dict())
     except RuntimeError as error:

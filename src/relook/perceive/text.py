@@ -16,16 +16,16 @@ from relook.looks import ANSWER_PREFIX
 UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character (yet)
 
 
-class Prose:
+class TextStreamer:
     """The text of one assistant turn.
 
     Args:
         tokenizer: decodes ids.
-        unspoken: ids that are no text (control tokens, end of turn).
+        hidden_ids: ids that are no text (control tokens, end of turn).
     """
 
-    def __init__(self, tokenizer: Any, unspoken: Collection[int]):
-        self.tokenizer, self.unspoken = tokenizer, unspoken
+    def __init__(self, tokenizer: Any, hidden_ids: Collection[int]):
+        self.tokenizer, self.hidden_ids = tokenizer, hidden_ids
         self.text = ""  # given out so far
         self._ids: list[int] = []
         self._from, self._read = (
@@ -36,7 +36,7 @@ class Prose:
 
     def add(self, token: int) -> str:
         """Take one more token; the text that is now certain ("" while there is none)."""
-        if token not in self.unspoken:
+        if token not in self.hidden_ids:
             self._ids.append(token)
         before, after = self._decode(self._from, self._read), self._decode(self._from, len(self._ids))
         if len(after) > len(before) and not after.endswith(UNFINISHED):

@@ -50,7 +50,7 @@ class KVRows:
         """Tokens of each row."""
         return self.mask.sum(1).tolist()
 
-    def push(self, model: Any, embeds: Tensor, position_ids: Tensor, real: Tensor) -> Tensor:
+    def forward(self, model: Any, embeds: Tensor, position_ids: Tensor, real: Tensor) -> Tensor:
         """Run one block of new tokens through the language model; the rows grow by it.
 
         Args:
@@ -74,7 +74,7 @@ class KVRows:
         """The same rows, to grow apart from these. Costs nothing: pushing never writes into existing tensors."""
         return KVRows(self.layers, self.mask)
 
-    def select(self, rows: Sequence[int]) -> KVRows:
+    def select_rows(self, rows: Sequence[int]) -> KVRows:
         """The given rows, columns as they are (no copy where all rows stay in place)."""
         if list(rows) == list(range(len(self))):
             return self
@@ -84,7 +84,7 @@ class KVRows:
             self.mask.index_select(0, index),
         )
 
-    def take(self, row: int) -> KVRows:
+    def extract(self, row: int) -> KVRows:
         """One row on its own, without its padding: a cache with B = 1 whose mask is all True."""
         if len(self) == 1 and bool(self.mask.all()):
             return self
@@ -96,11 +96,11 @@ class KVRows:
         )
 
     @classmethod
-    def join(cls, parts: Sequence[KVRows]) -> KVRows:
+    def merge(cls, parts: Sequence[KVRows]) -> KVRows:
         """Caches side by side in one batch, in order: padding columns dropped, shorter rows padded on the right."""
         if len(parts) == 1:
             return parts[0]
-        singles = [part.take(row) for part in parts for row in range(len(part))]
+        singles = [part.extract(row) for part in parts for row in range(len(part))]
         width = max(part.mask.shape[1] for part in singles)
         mask = torch.cat([_pad(part.mask, width, dim=1) for part in singles])
         deep = next((part.layers for part in singles if part.layers), [])

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from relook.errors import UserError
+from relook.io import replacing_folder
 
 from .configuration import VPTQwen2VLConfig
-from .loading import load_model, read_config, resolve, stored_keys, weight_files
+from .loading import check_free, load_model, read_config, resolve, stored_keys, weight_files
 from .modeling import VPTQwen2VLForConditionalGeneration
-from .published_layout import save_published
+from .published import save_published
 
 PARTS = {  # prefix of a parameter's name -> the part it belongs to
     "model.visual.": "ViT",
@@ -72,15 +72,11 @@ def convert(
     """
     if to not in ("relook", "published"):
         raise UserError(f"--to {to!r} is not a layout; use relook or published")
-    target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target}: already there; give a new or empty folder")
+    check_free(target)
     folder = resolve(source)
     config = read_config(folder, encoder_config)
     model = load_model(folder, dtype=_stored_dtype(folder), device="cpu", encoder_config=encoder_config)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        out = Path(scratch) / target.name
+    with replacing_folder(target) as out:
         out.mkdir()
         for path in folder.iterdir():  # tokenizer, processor, card: as they are
             if path.is_file() and path not in weight_files(folder) and not path.name.endswith(".index.json"):
@@ -89,10 +85,7 @@ def convert(
             model.save_pretrained(out)
         else:
             save_published(model, config, out)
-        if target.exists():
-            target.rmdir()
-        out.rename(target)
-    return target
+    return Path(target)
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

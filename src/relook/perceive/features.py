@@ -1,6 +1,6 @@
-"""What a conversation has seen: each distinct view goes through its vision tower once.
+"""What a conversation has seen: each distinct view goes through its vision encoder once.
 
-A `Sight` is one view (an image, a box of it, a size) as one tower perceives it. The table of towers says which looks
+`ViewFeatures` are those of one view (an image, a box of it, a size) under one encoder. `ENCODER_OF` says which looks
 share one: the first look, region crops and `clip` looks all use the model's own ViT, so a `clip` look at the view of
 the first look costs no vision at all. Encoding is put off until the loop has collected what all its rows want to see,
 so that one call serves them.
@@ -19,30 +19,30 @@ from torch import Tensor
 
 from relook.regions import Box
 
-# look -> the tower that perceives it (and the look name under which the processor and the model encode for that tower)
-TOWERS = {"image": "image", "region": "image", "clip": "image", "detection": "detection", "seg": "seg"}
-ENCODE_AT_ONCE = 16  # images per call of a tower: bounds memory (a SAM image is 1024 x 1024)
+# look -> its encoder, by the name under which the processor and the model encode for it
+ENCODER_OF = {"image": "image", "region": "image", "clip": "image", "detection": "detection", "seg": "seg"}
+ENCODER_BATCH = 16  # images per call of an encoder: bounds memory (a SAM image is 1024 x 1024)
 
 
 @dataclass(eq=False)
-class Sight:
-    """One view through one tower.
+class ViewFeatures:
+    """One view through one encoder.
 
     Attributes:
-        tower: "image" (the model's own ViT), "detection" or "seg".
+        encoder: "image" (the model's own ViT), "detection" or "seg".
         tensors: what `model.encode` takes, for this one image.
-        grid: (t, h, w) patches of the ViT, None for the other towers.
+        grid: (t, h, w) patches of the ViT, None for the other encoders.
         features: raw features, None until encoded: (n, d) merged tokens of the ViT, (256, c) DINOv2, (c, 64, 64) SAM.
     """
 
-    tower: str
+    encoder: str
     tensors: dict[str, Tensor]
     grid: tuple[int, int, int] | None
     features: Tensor | None = None
 
     @property
     def patches(self) -> int:
-        """Patches that went through the tower: t*h*w of the ViT, 256 of DINOv2 (16 x 16), 4096 of SAM (64 x 64)."""
+        """Patches that went through the encoder: t*h*w of the ViT, 256 of DINOv2 (16 x 16), 4096 of SAM (64 x 64)."""
         if self.grid is not None:
             return self.grid[0] * self.grid[1] * self.grid[2]
         if self.features is None:
@@ -50,7 +50,7 @@ class Sight:
         return self.features.shape[0] if self.features.ndim == 2 else self.features.shape[-2] * self.features.shape[-1]
 
     def token_grid(self, tokens: int, merge: int) -> tuple[int, int]:
-        """(height, width) in which `tokens` image tokens of this sight lie: the ViT's merged grid, else a square.
+        """(height, width) in which `tokens` image tokens of this view lie: the ViT's merged grid, else a square.
 
         Example: a ViT grid of (1, 22, 36) merged 2 x 2 lies in (11, 18); 256 tokens of DINOv2 in (16, 16).
         """
@@ -62,20 +62,20 @@ class Sight:
 
 
 @dataclass
-class Sights:
-    """The sights of one conversation, by view."""
+class FeatureCache:
+    """The views of one conversation, by view."""
 
     processor: Any
-    seen: dict[Hashable, Sight] = field(default_factory=dict)
+    entries: dict[Hashable, ViewFeatures] = field(default_factory=dict)
 
-    def copy(self) -> Sights:
-        """The same sights, to grow apart from these."""
-        return Sights(self.processor, dict(self.seen))
+    def copy(self) -> FeatureCache:
+        """The same views, to grow apart from these."""
+        return FeatureCache(self.processor, dict(self.entries))
 
-    def sight(
+    def lookup(
         self, look: str, number: int, whole: Image.Image, stage: str, box: Box | None = None, blank: bool = False
-    ) -> tuple[Sight, Image.Image]:
-        """The sight of a view, new or seen before, and the view itself as an image.
+    ) -> tuple[ViewFeatures, Image.Image]:
+        """The view of a view, new or seen before, and the view itself as an image.
 
         Args:
             look: "image" for a first look or a look of the table.
@@ -90,14 +90,14 @@ class Sights:
         part = whole if box is None else whole.crop(box)
         if blank:
             part = Image.new("RGB", part.size, self._mean())
-        tower = TOWERS[look]
-        seen_as = self.processor.view(part, stage, tower)
-        key = (tower, number, box, blank, self._view(stage))
-        if key not in self.seen:
-            tensors = self.processor.encode_images([seen_as], tower)
+        encoder = ENCODER_OF[look]
+        seen_as = self.processor.view(part, stage, encoder)
+        key = (encoder, number, box, blank, self._view(stage))
+        if key not in self.entries:
+            tensors = self.processor.encode_images([seen_as], encoder)
             grids = tensors.get("image_grid_thw")
-            self.seen[key] = Sight(tower, tensors, None if grids is None else tuple(grids[0].tolist()))
-        return self.seen[key], seen_as
+            self.entries[key] = ViewFeatures(encoder, tensors, None if grids is None else tuple(grids[0].tolist()))
+        return self.entries[key], seen_as
 
     def _mean(self) -> tuple[int, int, int]:
         """The colour that is nearest to zero once normalised."""
@@ -110,19 +110,19 @@ class Sights:
         return views.get(stage) or self.processor.reencode_look or self.processor.first_look
 
 
-def encode(model: Any, sights: Sequence[Sight]) -> None:
-    """Fill in the features of the sights that have none yet, one call per tower and at most ENCODE_AT_ONCE images."""
-    wanted: dict[str, dict[int, Sight]] = {}
-    for sight in sights:
-        if sight.features is None:
-            wanted.setdefault(sight.tower, {})[id(sight)] = sight
-    for tower, by_id in wanted.items():
+def encode(model: Any, views: Sequence[ViewFeatures]) -> None:
+    """Fill in the features of the views that have none yet, one call per encoder and at most ENCODER_BATCH images."""
+    wanted: dict[str, dict[int, ViewFeatures]] = {}
+    for view in views:
+        if view.features is None:
+            wanted.setdefault(view.encoder, {})[id(view)] = view
+    for encoder, by_id in wanted.items():
         todo = list(by_id.values())
-        for begin in range(0, len(todo), ENCODE_AT_ONCE):
-            batch = todo[begin : begin + ENCODE_AT_ONCE]
+        for begin in range(0, len(todo), ENCODER_BATCH):
+            batch = todo[begin : begin + ENCODER_BATCH]
             tensors = {name: _to(torch.cat([s.tensors[name] for s in batch]), model) for name in batch[0].tensors}
-            for sight, features in zip(batch, model.encode(tower, **tensors), strict=True):
-                sight.features = features
+            for view, features in zip(batch, model.encode(encoder, **tensors), strict=True):
+                view.features = features
 
 
 def _to(x: Tensor, model: Any) -> Tensor:

@@ -1,0 +1,386 @@
+"""The one-pass forward over a batch with re-encoding calls: segment by segment over one growing cache.
+
+By causality the hidden state of a control token depends only on what stands before it. So every row is cut right before
+each of its action tokens; segment by segment the rows run through the language model, the state at the end of a segment
+conditions the look it asks for (`LookAgainMixin.inject_condition`), and the rest continues from the same keys and
+values: no position runs twice.
+
+Legend for shapes: B rows, L columns of the batch, S columns of one segment, N tokens of one image.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from transformers import DynamicCache
+
+from relook.errors import UserError
+
+from .configuration import ReencodeIds
+from .packed import Packed
+
+
+@dataclass(frozen=True)
+class CallSite:
+    """A written re-encoding call: `*_action_start` at (row, start), `*_action` at (row, start + 1).
+
+    `order` counts the calls of its conversation from the left, over all looks; `conversation` is its number in the row
+    (0 unless the row is packed, see `packed`).
+    """
+
+    look: str
+    row: int
+    start: int
+    order: int
+    conversation: int = 0
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """The image tokens of one re-encoded image: columns (N,) of `row`, conditioned by `call` (None: by nothing)."""
+
+    look: str
+    image: int
+    row: int
+    columns: Tensor
+    call: CallSite | None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One segment of every row that can run through the language model at once.
+
+    columns (B, S): column of the batch that each place takes (padding repeats column 0); real (B, S): which are tokens.
+    """
+
+    columns: Tensor
+    real: Tensor
+
+
+def find_calls(
+    input_ids: Tensor, ids: Mapping[str, ReencodeIds], conversations: Tensor | None = None
+) -> list[CallSite]:
+    """All complete calls (start followed by its action token), left to right in each row.
+
+    `conversations` (B, L) numbers the conversations of packed rows; None where each row holds one.
+
+    Example: a row `... <|clip_action_start|> <|clip_action|> <|clip_action_end|> ...` with start at column 28 gives
+    CallSite("clip", row, 28, 0).
+    """
+    found: list[tuple[int, int, str]] = []
+    for look, token in ids.items():
+        at = (input_ids[:, :-1] == token.start) & (input_ids[:, 1:] == token.action)
+        found += [(row, column, look) for row, column in at.nonzero().tolist()]
+    calls: list[CallSite] = []
+    seen: Counter[tuple[int, int]] = Counter()
+    for row, column, look in sorted(found):
+        number = 0 if conversations is None else int(conversations[row, column])
+        calls.append(CallSite(look, row, column, seen[row, number], number))
+        seen[row, number] += 1
+    return calls
+
+
+def find_image_spans(
+    input_ids: Tensor,
+    look: str,
+    pad: int,
+    lengths: Sequence[int],
+    calls: Sequence[CallSite],
+    conversations: Tensor | None = None,
+) -> list[ImageSpan]:
+    """Cut the pads of one look into images, row-major, and give each the call it answers.
+
+    A span is conditioned by the latest call of its kind to its left in its conversation, if there is one.
+
+    Raises:
+        UserError: tokens and features disagree in number, or an image would straddle two rows.
+    """
+    places = (input_ids == pad).nonzero()  # (total, 2) row-major
+    if len(places) != sum(lengths):
+        raise UserError(
+            f"{look}: the text holds {len(places)} image tokens but the images make {sum(lengths)} features "
+            f"({len(lengths)} images); give each placeholder exactly one image"
+        )
+    spans = []
+    for image, part in enumerate(places.split(list(lengths))):
+        row = int(part[0, 0])
+        if int(part[-1, 0]) != row:
+            raise UserError(f"{look}: image {image} would straddle rows {row} and {int(part[-1, 0])} of the batch")
+        column = int(part[0, 1])
+        number = 0 if conversations is None else int(conversations[row, column])
+        before = [c for c in calls if (c.look, c.row, c.conversation) == (look, row, number) and c.start < column]
+        spans.append(ImageSpan(look, image, row, part[:, 1], before[-1] if before else None))
+    return spans
+
+
+def cut_segments(
+    mask: Tensor, calls: Sequence[CallSite], conversations: Tensor | None = None, depth: int | None = None
+) -> list[Segment]:
+    """Cut every row right before the action token of each call; segment k holds part k of all rows, right-padded.
+
+    The hidden state that conditions call k of a row is then in segment k, and everything that depends on it (the action
+    token's embedding, the second look) lies in later segments. The last part of every row is in the last segment, so
+    rows without a call only run there. Padding columns of the batch are in no segment. The conversations of a packed
+    row are cut separately; segment k holds the k-th part of all of them. There are `depth` + 1 segments, by default as
+    many as the calls need.
+
+    Example: mask of ones (2, 10); a call starting at column 3 of row 0 gives segments
+    [row 0: 0..3, row 1: nothing], [row 0: 4..9, row 1: 0..9].
+    """
+    depth = max((c.order + 1 for c in calls), default=0) if depth is None else depth
+    rows: list[list[list[int]]] = []
+    for row, pieces in enumerate(_conversation_columns(mask, conversations)):
+        parts: list[list[int]] = [[] for _ in range(depth + 1)]
+        for number, columns in pieces.items():
+            begin = 0
+            for order, cut in enumerate(c.start + 1 for c in calls if (c.row, c.conversation) == (row, number)):
+                end = next((i for i, c in enumerate(columns) if c >= cut), len(columns))
+                parts[order] += columns[begin:end]
+                begin = end
+            parts[depth] += columns[begin:]
+        rows.append(parts)
+    return [_segment([parts[k] for parts in rows], mask.device) for k in range(depth + 1)]
+
+
+def prefix_segment(mask: Tensor, calls: Sequence[CallSite], order: int, conversations: Tensor | None = None) -> Segment:
+    """All that stands before the conditions of the calls numbered `order`: their conversations, up to the call's start.
+
+    Example: as above, `order` 0 gives [row 0: 0..3, row 1: nothing].
+    """
+    ends = {(c.row, c.conversation): c.start for c in calls if c.order == order}
+    rows = [
+        [c for number, columns in pieces.items() for c in columns if c <= ends.get((row, number), -1)]
+        for row, pieces in enumerate(_conversation_columns(mask, conversations))
+    ]
+    return _segment(rows, mask.device)
+
+
+def _conversation_columns(mask: Tensor, conversations: Tensor | None) -> list[dict[int, list[int]]]:
+    """For each row: the number of each conversation and its columns (padding apart), from the left."""
+    numbers = torch.zeros_like(mask, dtype=torch.long) if conversations is None else conversations
+    rows: list[dict[int, list[int]]] = []
+    for real, row in zip(mask.bool().tolist(), numbers.tolist(), strict=True):
+        pieces: dict[int, list[int]] = {}
+        for column, (is_real, number) in enumerate(zip(real, row, strict=True)):
+            if is_real:
+                pieces.setdefault(number, []).append(column)
+        rows.append(pieces)
+    return rows
+
+
+def _segment(rows: list[list[int]], device: torch.device) -> Segment:
+    width = max(1, max(map(len, rows)))
+    columns = torch.tensor([columns + [0] * (width - len(columns)) for columns in rows], device=device)
+    lengths = torch.tensor([len(columns) for columns in rows], device=device)
+    return Segment(columns, torch.arange(width, device=device) < lengths[:, None])
+
+
+def gather_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """x (B, L, d) at columns (B, S) -> (B, S, d)."""
+    return x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def put_columns(x: Tensor, row: int, columns: Tensor, values: Tensor) -> Tensor:
+    """x (B, L, d) with x[row, columns] replaced by values (N, d); a new tensor, so gradients reach both."""
+    rows = torch.full_like(columns, row)
+    return x.index_put((rows, columns), values.to(x.dtype))
+
+
+def same_images(pixels: Tensor, grids: Tensor, others: Tensor, other_grids: Tensor) -> list[int | None]:
+    """For each image, the first of the others with the same pixels, None where there is none.
+
+    Args:
+        pixels, others: (patches, p), image after image; grids, other_grids: (k, 3) their patches as t, h, w.
+    """
+    ours, theirs = (
+        list(zip(x.split(g.prod(-1).tolist()), g.tolist(), strict=True))
+        for x, g in ((pixels, grids), (others, other_grids))
+    )
+    return [
+        next((i for i, (other, size) in enumerate(theirs) if size == grid and torch.equal(image, other)), None)
+        for image, grid in ours
+    ]
+
+
+def paragraph_mask(input_ids: Tensor, start_id: int, end_id: int, paragraphs: Sequence[int]) -> Tensor:
+    """(B, L) bool: columns strictly between the `<|im_start|>` and `<|im_end|>` of the numbered turns (system = 0)."""
+    mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row in range(input_ids.shape[0]):
+        starts = (input_ids[row] == start_id).nonzero().flatten().tolist()
+        ends = (input_ids[row] == end_id).nonzero().flatten().tolist()
+        for number in paragraphs:
+            if number < min(len(starts), len(ends)):
+                mask[row, starts[number] + 1 : ends[number]] = True
+    return mask
+
+
+@dataclass
+class SegmentedBatch:
+    """One batch with calls, between embedding and language model."""
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor
+    calls: Sequence[CallSite]
+    spans: Sequence[ImageSpan]
+    features: dict[str, list[Tensor]]
+    packed: Packed | None = None
+    min_depth: int = 0  # see `depth`
+
+    @property
+    def depth(self) -> int:
+        """Largest number of calls in one conversation; `min_depth` where other ranks have more."""
+        return max(self.min_depth, *(c.order + 1 for c in self.calls), 0)
+
+    @property
+    def numbers(self) -> Tensor | None:
+        """(B, L) the conversation of each column, None where each row holds one."""
+        return None if self.packed is None else self.packed.numbers
+
+    def whole(self) -> dict[str, Any]:
+        """attention_mask and position_ids for all columns in one pass."""
+        if self.packed is not None:
+            return self.packed.whole(self.position_ids, self.inputs_embeds.dtype)
+        return {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
+
+
+class SegmentedForward:
+    """Runs a batch segment by segment over one growing cache (`cut_segments`)."""
+
+    def __init__(self, model: Any, batch: SegmentedBatch, run: dict[str, Any]):
+        self.model, self.batch = model, batch
+        self.extra = {k: v for k, v in run.items() if k not in ("past_key_values", "use_cache")}
+        given = run.get("past_key_values")
+        if given is not None and not isinstance(given, DynamicCache):
+            raise UserError(f"calls in the input need a DynamicCache to continue from, got {type(given).__name__}")
+        self.keep_cache = given is not None or bool(run.get("use_cache"))
+        self.cache = given if given is not None else DynamicCache()
+        self.past = self.cache.get_seq_length()
+        rows, length = batch.inputs_embeds.shape[:2]
+        mask = batch.attention_mask
+        if mask is None:
+            mask = torch.ones(rows, self.past + length, dtype=torch.long, device=batch.inputs_embeds.device)
+        if mask.ndim != 2 or mask.shape[1] != self.past + length:
+            raise UserError(f"attention_mask has shape {tuple(mask.shape)}; expected ({rows}, {self.past + length})")
+        self.mask = mask[:, self.past :]
+        self.seen = [mask[:, : self.past].bool()]
+        self.columns = [torch.zeros(rows, self.past, dtype=torch.long, device=mask.device)]
+        self.segments = cut_segments(self.mask, batch.calls, batch.numbers, batch.depth)
+
+    def _run(self, segment: Segment, embeds: Tensor) -> Any:
+        self.columns.append(segment.columns)
+        output = self.model.model.language_model(
+            inputs_embeds=gather_columns(embeds, segment.columns),
+            past_key_values=self.cache,
+            use_cache=True,
+            **self._arguments(segment, torch.cat(self.columns, dim=1), torch.cat([*self.seen, segment.real], dim=1)),
+            **self.extra,
+        )
+        self.seen.append(segment.real)
+        return output
+
+    def _arguments(self, segment: Segment, columns: Tensor, seen: Tensor) -> dict[str, Any]:
+        """attention_mask, position_ids of a segment that can attend to `columns` (B, T), itself last, where `seen`."""
+        positions = self.batch.position_ids.gather(2, segment.columns.expand(3, -1, -1))
+        if self.batch.packed is not None:
+            dtype = self.batch.inputs_embeds.dtype
+            return self.batch.packed.arguments(positions, dtype, segment.columns, segment.real, columns, seen)
+        # A row without tokens in this segment would have nothing to attend to: here its padding attends to itself.
+        here = segment.real | ~segment.real.any(dim=1, keepdim=True)
+        mask = torch.cat([seen[:, : seen.shape[1] - here.shape[1]], here], dim=1)
+        return {"attention_mask": mask.long(), "position_ids": positions}
+
+    def _look(self, order: int, segment: Segment, states: Tensor, embeds: Tensor) -> Tensor:
+        calls = [call for call in self.batch.calls if call.order == order]
+        for call in calls:
+            at = (segment.real[call.row] & (segment.columns[call.row] == call.start)).nonzero()
+            embeds = self.model.inject_condition(self.batch, embeds, call, states[call.row, int(at)])
+        if not calls and order < self.batch.depth:  # a segment that other processes need: backward runs it, too
+            embeds = embeds + 0 * states.sum()
+        return embeds
+
+    def run_up_to_last(self) -> Tensor:
+        """All segments but the last: the embeddings with every condition spent."""
+        embeds = self.batch.inputs_embeds
+        for order, segment in enumerate(self.segments[:-1]):
+            embeds = self._look(order, segment, self._run(segment, embeds).last_hidden_state, embeds)
+        return embeds
+
+    def run_prefixes(self) -> Tensor:
+        """The same without a cache to continue: before each call, its whole prefix runs again."""
+        embeds = self.batch.inputs_embeds
+        for order in range(self.batch.depth):
+            segment = prefix_segment(self.mask, self.batch.calls, order, self.batch.numbers)
+            states = self.model.model.language_model(
+                inputs_embeds=gather_columns(embeds, segment.columns),
+                use_cache=False,
+                **self._arguments(segment, segment.columns, segment.real),
+            ).last_hidden_state
+            embeds = self._look(order, segment, states, embeds)
+        return embeds
+
+    def run(self) -> Any:
+        """All segments; hidden states (and the cache, where it is kept) come back in the batch's own column order."""
+        embeds, outputs = self.batch.inputs_embeds, []
+        for order, segment in enumerate(self.segments):
+            outputs.append(self._run(segment, embeds))
+            embeds = self._look(order, segment, outputs[-1].last_hidden_state, embeds)
+        last = outputs[-1]
+        last.last_hidden_state = self._restore([o.last_hidden_state for o in outputs])
+        if last.hidden_states is not None:
+            last.hidden_states = tuple(
+                self._restore(layer) for layer in zip(*(o.hidden_states for o in outputs), strict=True)
+            )
+        last.attentions = None  # attention maps of different segments have different widths; there is no honest whole
+        last.past_key_values = self._restore_cache() if self.keep_cache else None
+        return last
+
+    def _order(self) -> Tensor:
+        """(B, L): for each column of the batch, its place in the concatenated segments; -1 for padding."""
+        rows, length = self.batch.inputs_embeds.shape[:2]
+        columns = torch.cat([w.columns for w in self.segments], dim=1)
+        real = torch.cat([w.real for w in self.segments], dim=1)
+        order = torch.full((rows, length), -1, device=columns.device)
+        row, place = real.nonzero(as_tuple=True)
+        order[row, columns[row, place]] = place
+        return order
+
+    def _restore(self, parts: Sequence[Tensor]) -> Tensor:
+        order = self._order()
+        return gather_columns(torch.cat(list(parts), dim=1), order.clamp(min=0)) * (order >= 0).unsqueeze(-1)
+
+    def _restore_cache(self) -> DynamicCache:
+        order = self._order().clamp(min=0) + self.past
+        before = torch.arange(self.past, device=order.device).expand(len(order), -1)
+        index = torch.cat([before, order], dim=1)[:, None, :, None]
+        layers: Any = self.cache.layers
+        for layer in layers:
+            shape = (-1, layer.keys.shape[1], -1, layer.keys.shape[3])
+            layer.keys = layer.keys.gather(2, index.expand(shape))
+            layer.values = layer.values.gather(2, index.expand(shape))
+        return self.cache
+
+
+def max_over_ranks(depth: int, device: torch.device) -> int:
+    """The largest `depth` of all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return depth
+    found = torch.tensor(depth, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def zero_of(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Zero, with every parameter that learns in its graph.
+
+    Made before anything else and added to the embeddings, it comes last in the backward pass: gradients are then done
+    in the same order everywhere, which is the order in which ZeRO puts them side by side.
+    """
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    return sum((0 * parameter.sum() for parameter in learning), torch.zeros(()))
