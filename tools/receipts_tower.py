@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from relook.data.scans import Scan, read_scans
 from relook.data.worlds import make_world
 from relook.errors import UserError
-from relook.evaluate.metrics import bootstrap
+from relook.evaluate.statistics import bootstrap
 from relook.model.loading import load_model
 from relook.processing.processor import VPTQwen2VLProcessor
 from relook.train.checkpoints import restore_heads

@@ -17,9 +17,9 @@ from support.interrupted_evaluation import Echo, write_questions
 
 from relook.errors import UserError
 from relook.evaluate import evaluate
-from relook.evaluate.asking import Plan, fastest_batch, in_order
-from relook.evaluate.engines import ENGINES, Local
-from relook.evaluate.journal import Journal, parts
+from relook.evaluate.executors import EXECUTORS, Local
+from relook.evaluate.record_writer import RecordWriter, parts
+from relook.evaluate.runner import Plan, fastest_batch, in_order
 
 HERE = TESTS / "support"
 BIN = Path(sys.executable).parent
@@ -49,7 +49,7 @@ def straight(own, tmp_path) -> list[dict]:
 
 def test_shares_of_several_processes_are_the_records_of_one(own, straight, tmp_path):
     plan = Plan((own,), ("none", "oracle"), None, 0, 4, 64, "default")
-    shares = [list(Local(Echo()).share(plan, Journal(None, {}), None, rank, 3)) for rank in range(3)]
+    shares = [list(Local(Echo()).share(plan, RecordWriter(None, {}), None, rank, 3)) for rank in range(3)]
     assert [len(share) for share in shares] == [8, 8, 6]
     together = in_order([record for share in reversed(shares) for record in share], plan)
     assert [(r["index"], r["look"], r["answer"]) for r in together] == [
@@ -64,7 +64,7 @@ def test_one_process_goes_on_with_what_two_have_left(own, straight, tmp_path):
     about = json.loads((tmp_path / "run/run.json").read_text())
     plan = Plan((own,), ("none", "oracle"), None, 0, 4, 64, "default")
     for rank in (0, 1):
-        with Journal(tmp_path / "run", about, rank) as journal:
+        with RecordWriter(tmp_path / "run", about, rank) as journal:
             share = Local(Echo()).share(plan, journal, None, rank, 2)
             for _ in range(8):
                 next(share)
@@ -105,7 +105,7 @@ def _dying(after: int) -> Echo:
 )
 def test_a_batch_grows_until_it_is_no_faster(own, tmp_path, monkeypatch, seconds, best):
     times = iter([0.0, *seconds])
-    monkeypatch.setattr("relook.evaluate.asking._time", lambda *_: next(times))
+    monkeypatch.setattr("relook.evaluate.runner._time", lambda *_: next(times))
     run = evaluate(Echo(), [own], ["none"], out=tmp_path / "run", batch="auto")
     assert run.run["batch"] == best and len(run.run["measured"]) <= 4
     assert json.loads((tmp_path / "run/run.json").read_text())["batch"] == best
@@ -114,16 +114,16 @@ def test_a_batch_grows_until_it_is_no_faster(own, tmp_path, monkeypatch, seconds
 def test_what_was_measured_before_a_cut_holds_after_it(own, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         evaluate(_dying(1), [own], ["none"], out=tmp_path / "run", batch=3)
-    monkeypatch.setattr("relook.evaluate.engines.fastest_batch", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("relook.evaluate.executors.fastest_batch", lambda *_: pytest.fail("measured again"))
     assert evaluate(Echo(), [own], ["none"], out=tmp_path / "run", batch="auto").run["taken_up"] == 3
 
 
 def test_measuring_asks_the_first_questions_alone(own):
-    from relook.evaluate.asking import Asker
+    from relook.evaluate.runner import Runner
 
     model = Echo()
     plan = Plan((own,), ("none",), 3, 0, 1, 64, "default")
-    assert set(fastest_batch(Asker(model, plan), sizes=(1, 2, 4))) <= {1, 2}
+    assert set(fastest_batch(Runner(model, plan), sizes=(1, 2, 4))) <= {1, 2}
 
 
 # ---- wrong input
@@ -138,7 +138,7 @@ def test_wrong_engines_are_said_before_any_work(own):
         evaluate(Echo(), [own], engine="ray")
     with pytest.raises(UserError, match="replicas=2 is for engine='ray'"):
         evaluate(Echo(), [own], replicas=2)
-    assert all(row.about for row in ENGINES.values())
+    assert all(row.about for row in EXECUTORS.values())
 
 
 # ---- for real

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relook.evaluate.asking import _look
 from relook.evaluate.paired import mcnemar, paired_test, sign_flips
 from relook.evaluate.perception import comparisons, table
-from relook.evaluate.report import Evaluation
+from relook.evaluate.results import Evaluation
+from relook.evaluate.runner import _look
 from relook.trace import Look
 
 # ---- paired tests

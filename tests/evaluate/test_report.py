@@ -21,10 +21,10 @@ from support.hand_made_records import call, record, save
 
 from relook.errors import UserError
 from relook.evaluate import WRITERS, bootstrap, collect, keep, read_folder, write
-from relook.evaluate.compare import MEASURED, clustered, difference, estimate, pool, summarise
-from relook.evaluate.figures import _meet, _place, fields_figure, plain_text
-from relook.evaluate.rows import read_plan
-from relook.evaluate.writers import PAGE, table_csv, table_md
+from relook.evaluate.report.figures import _meet, _place, fields_figure, plain_text
+from relook.evaluate.report.rows import read_plan
+from relook.evaluate.report.writers import PAGE, table_csv, table_md
+from relook.evaluate.summary import MEASURED, clustered, difference, estimate, pool, summarise
 
 EXACT = MEASURED["exact"]
 

@@ -18,9 +18,9 @@ from support.hand_made_records import call, record, save
 
 from relook.data.worlds import make_world
 from relook.evaluate import collect, write
-from relook.evaluate.page import page_html
-from relook.evaluate.page.pictures import SIDE, gather
-from relook.evaluate.page.places import CELLS, places
+from relook.evaluate.report import page_html
+from relook.evaluate.report.heat_maps import CELLS, places
+from relook.evaluate.report.pictures import SIDE, gather
 
 EVIL = """</script><script>alert(1)</script><img src=x onerror=alert(2)> "quotes' & $x^2$ <!-- {{ 7 * 7 }} \ud800 ]]>"""
 REGION = {"kind": "region", "cells": [1, 1, 2, 2], "box": [0, 0, 60, 60], "problem": None}

@@ -14,9 +14,9 @@ from PIL import Image
 from relook.data import Question
 from relook.data.worlds import make_world
 from relook.errors import RelookError, UserError
-from relook.evaluate import ARMS, TASKS, anls, bootstrap, evaluate, exact_match, find_task, region_overlap
-from relook.evaluate.arms import Case, annotated_cells, random_cells
-from relook.evaluate.facts import model_facts
+from relook.evaluate import SETTINGS, TASKS, anls, bootstrap, evaluate, exact_match, find_task, region_overlap
+from relook.evaluate.environment import model_facts
+from relook.evaluate.settings import Case, annotated_cells, random_cells
 from relook.evaluate.tasks import UNSEEN
 from relook.regions import cells_to_box, crop
 from relook.trace import Answer, Look, Turn, Usage
@@ -296,7 +296,7 @@ def test_missing_real_receipts_are_said_plainly(monkeypatch, tmp_path):
 
 
 def test_every_arm_and_task_says_what_it_is():
-    assert all(arm.about for arm in ARMS.values()) and all(task.about for task in TASKS.values())
+    assert all(arm.about for arm in SETTINGS.values()) and all(task.about for task in TASKS.values())
     assert find_task("cards").usual == 1000
 
 

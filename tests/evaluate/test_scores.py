@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from relook.errors import UserError
 from relook.evaluate import SCORERS, SPLIT_SCORES
-from relook.evaluate.metrics import bootstrap, resampled
-from relook.evaluate.report import sum_up
-from relook.evaluate.scores import amount, choice, read_amount, read_letter, relaxed, rouge_l, yes_no
-from relook.evaluate.splits import split_scores
+from relook.evaluate.metrics import amount, choice, read_amount, read_letter, relaxed, rouge_l, yes_no
+from relook.evaluate.results import sum_up
+from relook.evaluate.split_metrics import split_scores
+from relook.evaluate.statistics import bootstrap, resampled
 from relook.evaluate.vqa import vqa_accuracy, vqa_exact, vqa_normalise
 
 # ---- the VQA challenge
@@ -248,7 +248,7 @@ def test_cider_is_the_librarys():
 
 def test_cider_without_its_library_says_what_to_install(monkeypatch):
     row = SPLIT_SCORES["cider"]
-    monkeypatch.setattr("relook.evaluate.splits.find_spec", lambda name: None)
+    monkeypatch.setattr("relook.evaluate.split_metrics.find_spec", lambda name: None)
     assert "cider" not in split_scores([record("a", "a", rouge_l=1.0)])
     with pytest.raises(UserError, match=r"pycocoevalcap.*relook\[captions\]"):
         row.require()

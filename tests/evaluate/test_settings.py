@@ -11,8 +11,8 @@ import pytest
 from relook.data import Question
 from relook.data.worlds import make_world
 from relook.errors import UserError
-from relook.evaluate import ARMS, evaluate
-from relook.evaluate.arms import Case, find_arms, request
+from relook.evaluate import SETTINGS, evaluate
+from relook.evaluate.settings import Case, find_settings, request
 from relook.looks import LOOKS
 
 
@@ -25,7 +25,7 @@ def asked(tiny_vlm):
 
     def ask(name: str):
         case = Case(question, page.image.size, vlm.processor.grid_size, np.random.default_rng(0))
-        return vlm.ask_many([request(question, ARMS[name].options(case))], max_new_tokens=3)[0]
+        return vlm.ask_many([request(question, SETTINGS[name].options(case))], max_new_tokens=3)[0]
 
     return ask
 
@@ -39,7 +39,7 @@ def test_an_unconditioned_look_sees_and_costs_the_same(asked, look):
 
 
 def test_regions_have_no_condition_to_leave_out():
-    assert [name for name in ARMS if "unconditioned" in name] == [
+    assert [name for name in SETTINGS if "unconditioned" in name] == [
         "clip-unconditioned",
         "detection-unconditioned",
         "seg-unconditioned",
@@ -54,10 +54,13 @@ def test_blank_asks_for_the_same_region_and_shows_nothing(asked):
 
 
 def test_arms_with_a_part_left_out_need_the_look_itself(tiny_vlm):
-    assert [arm.name for arm in find_arms(["blank", "seg-unconditioned"], tiny_vlm())] == ["blank", "seg-unconditioned"]
+    assert [arm.name for arm in find_settings(["blank", "seg-unconditioned"], tiny_vlm())] == [
+        "blank",
+        "seg-unconditioned",
+    ]
     for name, has, lacks in (("seg-unconditioned", ("region", "clip"), "seg"), ("blank", ("clip",), "region")):
         with pytest.raises(UserError, match=f"{name!r} needs a {lacks} look"):
-            find_arms([name], tiny_vlm(has))
+            find_settings([name], tiny_vlm(has))
 
 
 def test_a_run_goes_through_them(tiny_vlm):

@@ -18,8 +18,8 @@ from PIL import Image
 
 from relook.errors import UserError
 from relook.evaluate import BENCHMARKS, TASKS, Places, evaluate
+from relook.evaluate.metrics import SCORERS
 from relook.evaluate.published import AS, COLUMNS
-from relook.evaluate.scores import SCORERS
 from relook.evaluate.tasks import find_task, find_tasks
 from relook.looks import LOOKS
 from relook.trace import Answer, Usage

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from PIL import Image
 
 from relook.evaluate import evaluate
-from relook.evaluate.journal import Journal
+from relook.evaluate.record_writer import RecordWriter
 from relook.trace import Answer, Usage
 
 
@@ -68,7 +68,7 @@ def main() -> None:
         write_questions(folder)
     before(os, "fsync")
     before(os, "replace")
-    add = Journal.add
+    add = RecordWriter.add
 
     def torn(self, records):
         """The write itself, as a kill in its midst leaves it."""
@@ -78,7 +78,7 @@ def main() -> None:
         event()
         return add(self, records)
 
-    Journal.add = torn
+    RecordWriter.add = torn
     model = Echo()
     evaluate(model, [str(path)], ["none", "oracle"], out=folder / "run", batch=4)
     print(json.dumps({"asked": model.asked, "events": EVENTS}))

@@ -120,7 +120,7 @@ def evaluate(
     from relook.data.images import parse_folders
     from relook.evaluate import Places
     from relook.evaluate import evaluate as run
-    from relook.evaluate.engines import speaks
+    from relook.evaluate.executors import speaks
 
     places = Places(data, parse_folders(images or []))
     with bars() as note:
@@ -177,9 +177,9 @@ def report(
     no_page: Annotated[bool, Option("--no-page", help="No report.html.")] = False,
 ) -> None:
     """Compare evaluations: tables, figures, a page to browse the records; without --out, only print the tables."""
-    from relook.evaluate.folders import keep_all
-    from relook.evaluate.rows import collect
-    from relook.evaluate.writers import table_md, write
+    from relook.evaluate.records import keep_all
+    from relook.evaluate.report.rows import collect
+    from relook.evaluate.report.writers import table_md, write
 
     found = collect(sources)
     written = write(found, out, None if no_page else 0 if no_images else images) if out else []

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from relook.data.questions import Question
 from relook.errors import UserError
-from relook.evaluate import layouts
+from relook.evaluate import benchmark_readers as readers
 
 Reader = Callable[[Path], Iterator[Question]]
 
@@ -51,20 +51,25 @@ class Benchmark:
 TEXT = ("exact", "vqa_exact", "anls")
 
 
-def _paper(name: str, about: str, split: str, file: str, reader: Reader = layouts.viscot) -> Benchmark:
+def _paper(name: str, about: str, split: str, file: str, reader: Reader = readers.viscot) -> Benchmark:
     """A row of the paper's table: the published split, or else what it was made of."""
-    files = ((f"{split}*.json", layouts.published), (file, reader))
+    files = ((f"{split}*.json", readers.published), (file, reader))
     return Benchmark(name, about, files, f"{VPT} ({split}.json) or {VISCOT} ({file})", TEXT)
 
 
 def _viscot(name: str, about: str, *scores: str) -> Benchmark:
-    return Benchmark(name, about, ((f"{name}.json", layouts.viscot),), VISCOT, (*TEXT, *scores))
+    return Benchmark(name, about, ((f"{name}.json", readers.viscot),), VISCOT, (*TEXT, *scores))
 
 
 def _llava(kind: str, about: str) -> Benchmark:
     split = f"LLaVA_COCO_{kind}_action_test"
     return Benchmark(
-        f"llava-{kind}", about, ((f"{split}*.json", layouts.published),), f"{VPT} ({split}.json)", ("rouge_l",), 512
+        f"llava-{kind}",
+        about,
+        ((f"{split}*.json", readers.published),),
+        f"{VPT} ({split}.json)",
+        ("rouge_l",),
+        512,
     )
 
 
@@ -73,7 +78,7 @@ def _pope(name: str, about: str, *files: tuple[str, Reader]) -> Benchmark:
 
 
 def _hr_bench(size: str) -> Benchmark:
-    files = tuple((f"hr_bench_{size}.{kind}", layouts.hr_bench) for kind in ("parquet", "tsv"))
+    files = tuple((f"hr_bench_{size}.{kind}", readers.hr_bench) for kind in ("parquet", "tsv"))
     about = f"small things in images of {size.upper()} pixels, multiple choice"
     return Benchmark(f"hr-bench-{size}", about, files, "DreamMr/HR-Bench on the Hugging Face hub", ("choice",))
 
@@ -87,25 +92,25 @@ BENCHMARKS: dict[str, Benchmark] = {
         _llava("free", "questions about photos, answered at length"),
         _llava("single", "questions about photos, answered shortly"),
         _paper("flickr30k", "photos, asked for what they show", "Flickr30k_action_test", "flickr30k.json",
-               layouts.viscot_again),
-        _paper("cub", "birds: attributes of a part", "CUB_Birds_action_test", "cub.json", layouts.viscot_again),
+               readers.viscot_again),
+        _paper("cub", "birds: attributes of a part", "CUB_Birds_action_test", "cub.json", readers.viscot_again),
         _paper("docvqa", "scanned documents", "DocVQA_region_test", "docvqa.json"),
         _paper("textvqa", "text in photos", "TextVQA_region_test", "textvqa.json"),
         _paper("textcaps", "text in photos, from captions", "TextCap_region_test", "textcap.json"),
         _paper("dude", "pages of documents", "DUDE_region_test", "dude.json"),
-        _pope("pope", "is something there that is not", ("POPE_action_test*.json", layouts.published),
-              ("coco_pope_*.json", layouts.pope)),
+        _pope("pope", "is something there that is not", ("POPE_action_test*.json", readers.published),
+              ("coco_pope_*.json", readers.pope)),
         *(
-            _pope(f"pope-{kind}", f"the same, {kind} things", (f"coco_pope_{kind}.json", layouts.pope))
+            _pope(f"pope-{kind}", f"the same, {kind} things", (f"coco_pope_{kind}.json", readers.pope))
             for kind in ("random", "popular", "adversarial")
         ),
         Benchmark("vstar", "V*Bench: small things in large photos, multiple choice",
-                  (("test_questions.jsonl", layouts.vstar),), "craigwu/vstar_bench on the Hugging Face hub",
+                  (("test_questions.jsonl", readers.vstar),), "craigwu/vstar_bench on the Hugging Face hub",
                   ("choice",)),
         _hr_bench("4k"),
         _hr_bench("8k"),
         Benchmark("cv-bench", "counting, relations, depth and distance, multiple choice",
-                  (("test_[23]d.jsonl", layouts.cv_bench), ("test_[23]d.parquet", layouts.cv_bench)),
+                  (("test_[23]d.jsonl", readers.cv_bench), ("test_[23]d.parquet", readers.cv_bench)),
                   "nyu-visionx/CV-Bench on the Hugging Face hub", ("choice",)),
         _viscot("sroie", "receipts", "amount"),
         _viscot("infographicsvqa", "infographics"),

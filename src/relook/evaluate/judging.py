@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from relook.errors import RelookError, UserError
-from relook.evaluate.folders import RECORDS, RESULTS, read_folder, write_bytes
 from relook.evaluate.judge import Judge, Judgement, Plea
 from relook.evaluate.perception import comparisons
-from relook.evaluate.report import Evaluation, sum_up
+from relook.evaluate.records import RECORDS, RESULTS, read_folder, write_bytes
+from relook.evaluate.results import Evaluation, sum_up
 
 SCORE = "judge"
 

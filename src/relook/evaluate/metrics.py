@@ -1,89 +1,232 @@
-"""Numbers over items: how regions overlap, means and other figures with their intervals. Numbers in, numbers out.
+"""What one answer is worth: a row of `SCORERS` takes an answer and all accepted ones and says how right it is, 0 to 1.
 
-Boxes are x1, y1, x2, y2 in pixels of the upright original, x2 and y2 exclusive.
+Two answers are compared after a normalisation, and which one is what tells most of these apart: `normalise` (case and
+space), `vqa.vqa_normalise` (the VQA challenge's), numbers, letters, yes and no. Scores that only a whole split has (F1)
+are `splits`' business. Text in, numbers out: no model, no file.
 """
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 
-import numpy as np
+from relook.errors import UserError
+from relook.evaluate.vqa import vqa_accuracy, vqa_exact, vqa_normalise
 
-from relook.regions import Box
+Scorer = Callable[[str, Sequence[str]], float]
 
-_RESAMPLES_AT_ONCE = 256  # bounds the bootstrap's memory: 256 x n indices at a time
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over `n` items with its bootstrap interval [low, high]; all None where there was nothing to average."""
-
-    mean: float | None
-    low: float | None
-    high: float | None
-    n: int
+# ---- the same text
 
 
-def region_overlap(looked: Sequence[Box], annotated: Sequence[Box]) -> tuple[float, float] | None:
-    """(recall, IoU) of the area of `looked` against the area of `annotated`, overlaps counted once.
+def normalise(text: str) -> str:
+    """Lower case, white space runs as one space, none at the ends: the only differences that exact match forgives.
 
-    Recall is the share of the annotated area that was looked at. None where either side has no area.
-
-    >>> region_overlap([(0, 0, 10, 10)], [(5, 0, 15, 10)])    # 50 of 100 covered; 50 shared of 150
-    (0.5, 0.3333333333333333)
+    >>> normalise(" Sin  Thye\\n& Co ")
+    'sin thye & co'
     """
-    corners = [*looked, *annotated]
-    if not corners:
+    return re.sub(r"\s+", " ", text).strip().casefold()
+
+
+def exact_match(answer: str, accepted: Sequence[str]) -> float:
+    """1.0 where the normalised answer is one of the normalised accepted ones, else 0.0."""
+    return float(normalise(answer) in {normalise(each) for each in accepted})
+
+
+def anls(answer: str, accepted: Sequence[str], threshold: float = 0.5) -> float:
+    """Average Normalised Levenshtein Similarity of one item: best over the accepted answers.
+
+    With NL = edit distance / length of the longer, after `normalise`: 1 - NL where NL < threshold, else 0
+    (Biten et al., "Scene Text Visual Question Answering", arXiv 1905.13648, section 4).
+
+    >>> anls("9,30", ["9.30"])    # one edit in four characters
+    0.75
+    """
+    distance = _rapidfuzz("ANLS").Levenshtein.normalized_distance
+    best = min(distance(normalise(answer), normalise(each)) for each in accepted)
+    return 1.0 - best if best < threshold else 0.0
+
+
+def rouge_l(answer: str, accepted: Sequence[str]) -> float:
+    """ROUGE-L of a caption: the F-measure of the longest common subsequence of words, best over the references.
+
+    Precision and recall weigh the same (Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004, section 3
+    with beta 1); words are `caption_words`.
+
+    >>> rouge_l("police killed the gunman", ["police kill the gunman"])
+    0.75
+    """
+    common = _rapidfuzz("ROUGE-L").LCSseq.similarity
+    said = caption_words(answer)
+    lengths = ((common(said, words), len(said) + len(words)) for words in map(caption_words, accepted))
+    return max(2 * shared / both if both else 0.0 for shared, both in lengths)
+
+
+def caption_words(text: str) -> list[str]:
+    """Lower-case words without punctuation, for scores of captions."""
+    return re.findall(r"[\w']+", text.lower())
+
+
+def _rapidfuzz(score: str):
+    try:
+        from rapidfuzz import distance
+    except ImportError:
+        raise UserError(f"{score} needs rapidfuzz, which is not installed; pip install 'relook[eval]'") from None
+    return distance
+
+
+# ---- numbers
+
+
+def relaxed(answer: str, accepted: Sequence[str], tolerance: float = 0.05) -> float:
+    """ChartQA's relaxed accuracy: a number within 5 % of an accepted one, of which "12%" is 0.12; else exact match.
+
+    (Masry et al., arXiv 2203.10244, section 5.1. An accepted 0 must be met exactly.)
+    """
+    return float(any(_near(answer, each, tolerance) for each in accepted) or exact_match(answer, accepted))
+
+
+def _near(answer: str, accepted: str, tolerance: float) -> bool:
+    said, wanted = _plain_number(answer), _plain_number(accepted)
+    return said is not None and wanted is not None and abs(said - wanted) <= tolerance * abs(wanted)
+
+
+def _plain_number(text: str) -> float | None:
+    text = text.strip()
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
         return None
-    xs = np.unique([edge for box in corners for edge in (box[0], box[2])])
-    ys = np.unique([edge for box in corners for edge in (box[1], box[3])])
-    areas = np.outer(np.diff(ys), np.diff(xs))  # the pieces into which all edges cut the plane
-    seen, wanted = _pieces(looked, xs, ys), _pieces(annotated, xs, ys)
-    shared, target = float(areas[seen & wanted].sum()), float(areas[wanted].sum())
-    if not target or not seen.any():
+
+
+_CURRENCIES = frozenset(
+    ("rm", "myr", "usd", "us", "sgd", "s", "eur", "gbp", "jpy", "cny", "rmb", "inr", "rs", "aud", "a", "cad", "chf")
+    + ("idr", "rp", "thb", "php", "hkd", "hk", "nzd", "krw", "vnd", "twd", "nt")
+)
+_NUMBER = re.compile(r"-?\d[\d.,' ]*\d|-?\d")
+
+
+def amount(answer: str, accepted: Sequence[str]) -> float:
+    """1.0 where the answer is an accepted amount of money, however it is written; else exact match.
+
+    "RM 9.00", "9.00", "$9" and "9,00" are the same amount as "9.00"; "1,234.50" and "1.234,50" are one too. Two
+    amounts in two named currencies differ, and so do texts with more than a number and a currency in them.
+
+    >>> amount("RM 9.00", ["9.00"]), amount("$9.00", ["RM 9.00"]), amount("9.10", ["9.00"])
+    (1.0, 0.0, 0.0)
+    """
+    said = read_amount(answer)
+    wanted = [known for each in accepted if (known := read_amount(each)) is not None]
+    if said is None or not wanted:
+        return exact_match(answer, accepted)
+    return float(any(said[0] == value and (not said[1] or not unit or said[1] == unit) for value, unit in wanted))
+
+
+def read_amount(text: str) -> tuple[Decimal, str] | None:
+    """(number, currency as written or "") of a text that is nothing but these; None for any other."""
+    numbers = _NUMBER.findall(text)
+    if len(numbers) != 1:
         return None
-    return shared / target, shared / float(areas[seen | wanted].sum())
+    rest = text.replace(numbers[0], " ", 1).lower().replace(".", " ")
+    letters = re.findall(r"[^\W\d_]+", rest)
+    signs = [c for c in rest if unicodedata.category(c) == "Sc"]
+    others = [c for c in rest if not c.isalpha() and not c.isspace() and unicodedata.category(c) != "Sc"]
+    if others or not set(letters) <= _CURRENCIES:
+        return None
+    try:
+        return Decimal(_decimal(numbers[0])), "".join([*letters, *signs])
+    except InvalidOperation:
+        return None
 
 
-def _pieces(boxes: Sequence[Box], xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
-    """Which pieces between the edges xs and ys lie in one of the boxes: bool (len(ys) - 1, len(xs) - 1)."""
-    inside = np.zeros((len(ys) - 1, len(xs) - 1), dtype=bool)
-    for x1, y1, x2, y2 in boxes:
-        inside |= np.outer((ys[:-1] >= y1) & (ys[1:] <= y2), (xs[:-1] >= x1) & (xs[1:] <= x2))
-    return inside
+def _decimal(number: str) -> str:
+    """A written number with a point before its decimals and no other mark.
 
-
-def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = 2000, level: float = 0.95) -> Estimate:
-    """The mean and its percentile bootstrap interval, items drawn with replacement.
-
-    The same values and seed give the same interval. One item gives an interval without width: read `n` beside it.
+    The last point or comma stands before decimals if it is the only one of its kind and two digits or one follow, or if
+    both kinds occur; else it separates thousands.
     """
-    parts = np.asarray(values, dtype=float)[:, None]
-    return resampled(parts, lambda sums: sums[..., 0] / len(parts), seed=seed, resamples=resamples, level=level)
+    number = re.sub(r"[' ]", "", number)
+    last = max(number.rfind("."), number.rfind(","))
+    if last < 0:
+        return number
+    mark, decimals = number[last], len(number) - last - 1
+    both = "." in number and "," in number
+    is_point = number.count(mark) == 1 and (both or decimals <= 2 or mark == ".")
+    whole = re.sub(r"[.,]", "", number[:last])
+    return f"{whole}.{number[last + 1 :]}" if is_point else whole + number[last + 1 :]
 
 
-def resampled(
-    parts: np.ndarray,
-    value: Callable[[np.ndarray], np.ndarray],
-    *,
-    seed: int = 0,
-    resamples: int = 2000,
-    level: float = 0.95,
-) -> Estimate:
-    """A figure made of sums over items, and its percentile bootstrap interval, items drawn with replacement.
+# ---- one of a few
 
-    Args:
-        parts: (n, k), what each item adds.
-        value: sums (..., k) to figures (...); NaN where a figure is not defined. Resamples without one are left out.
+
+def read_yes_no(answer: str) -> str | None:
+    """ "yes" or "no" as POPE reads an answer: the first sentence, "no" where it holds no or not. None: neither.
+
+    POPE's own script (https://github.com/RUCAIBox/POPE, evaluate.py) takes whatever is not a no for a yes; here an
+    answer that says neither is neither, and wrong.
+
+    >>> read_yes_no("Yes, there is."), read_yes_no("There is not."), read_yes_no("A dog.")
+    ('yes', 'no', None)
     """
-    n = len(parts)
-    whole = float(value(parts.sum(axis=0))) if n else float("nan")
-    if np.isnan(whole):
-        return Estimate(None, None, None, n)
-    rng = np.random.default_rng(seed)
-    blocks = range(0, resamples, _RESAMPLES_AT_ONCE)
-    sizes = [min(_RESAMPLES_AT_ONCE, resamples - start) for start in blocks]
-    figures = np.concatenate([value(parts[rng.integers(0, n, (size, n))].sum(axis=1)) for size in sizes])
-    low, high = np.nanquantile(figures, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(whole, float(low), float(high), n)
+    words = re.findall(r"[a-z']+", answer.lower().split(".")[0])
+    if "no" in words or "not" in words or any(word.endswith("n't") for word in words):
+        return "no"
+    return "yes" if "yes" in words else None
+
+
+def yes_no(answer: str, accepted: Sequence[str]) -> float:
+    """1.0 where the answer says yes or no as the accepted one does."""
+    said = read_yes_no(answer)
+    return float(said is not None and said in {read_yes_no(each) for each in accepted})
+
+
+_LETTER = (
+    re.compile(r"^\W*([A-Z])\W*$"),  # "B", "(B)", "B."
+    re.compile(r"^\(?([A-Z])[).:]"),  # "B) rubber", "B. rubber"
+    re.compile(r"\b(?:answer|option|choice)(?: is)?:? *\(?([A-Z])\b(?! [a-z])", re.IGNORECASE),  # "The answer is B."
+    re.compile(r"\(([A-Z])\)"),  # "... (B)"
+)
+
+
+def read_letter(answer: str) -> str | None:
+    """The option's letter that an answer names; None where it names none, or several.
+
+    A letter that may be a word is none: "A red one" is not option A.
+
+    >>> read_letter("(B) rubber"), read_letter("The answer is C."), read_letter("A red one"), read_letter("(A) or (B)")
+    ('B', 'C', None, None)
+    """
+    text = answer.strip()
+    for number, pattern in enumerate(_LETTER):
+        found = set(pattern.findall(text.upper() if number == 0 else text))
+        named = {letter.upper() for letter in found}
+        if named:
+            several = named | set(_LETTER[-1].findall(text))
+            return named.pop() if len(several) == 1 else None
+    return None
+
+
+def choice(answer: str, accepted: Sequence[str]) -> float:
+    """Multiple choice: 1.0 where the answer names the accepted letter, or else says the accepted option's words.
+
+    `accepted` is the letter, then (where known) the option's text: ("B", "rubber").
+    """
+    letter, *texts = accepted
+    named = read_letter(answer)
+    if named is not None:
+        return float(named == letter.strip(" ().").upper())
+    return float(vqa_normalise(answer) in {vqa_normalise(each) for each in texts})
+
+
+SCORERS: dict[str, Scorer] = {
+    "exact": exact_match,
+    "anls": anls,
+    "vqa_exact": vqa_exact,
+    "vqa": vqa_accuracy,
+    "relaxed": relaxed,
+    "amount": amount,
+    "yes_no": yes_no,
+    "choice": choice,
+    "rouge_l": rouge_l,
+}

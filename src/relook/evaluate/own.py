@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from relook.data.questions import read_questions
 from relook.errors import UserError
-from relook.evaluate.scores import SCORERS
-from relook.evaluate.splits import SPLIT_SCORES
+from relook.evaluate.metrics import SCORERS
+from relook.evaluate.split_metrics import SPLIT_SCORES
 from relook.evaluate.tasks import Task
 
 SUFFIXES = (".yaml", ".yml")

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from relook.evaluate.metrics import Estimate, bootstrap
 from relook.evaluate.paired import paired_test
+from relook.evaluate.statistics import Estimate, bootstrap
 
 Record = Mapping[str, Any]
 

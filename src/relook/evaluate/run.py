@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from relook.errors import RelookError, UserError
-from relook.evaluate.arms import ARMS
-from relook.evaluate.asking import Plan, Record, in_order
 from relook.evaluate.benchmarks import Places
-from relook.evaluate.engines import ENGINES, Engine, Progress, find_engine
-from relook.evaluate.facts import versions
-from relook.evaluate.folders import RESULTS
-from relook.evaluate.journal import Journal, begun, questions_hash
+from relook.evaluate.environment import versions
+from relook.evaluate.executors import EXECUTORS, Executor, Progress, find_executor
 from relook.evaluate.perception import comparisons
 from relook.evaluate.protocols import find_protocol
-from relook.evaluate.report import Evaluation, sum_up
+from relook.evaluate.record_writer import RecordWriter, begun, questions_hash
+from relook.evaluate.records import RESULTS
+from relook.evaluate.results import Evaluation, sum_up
+from relook.evaluate.runner import Plan, Record, in_order
+from relook.evaluate.settings import SETTINGS
 from relook.io import replacing
 
 AUTO = "auto"  # a batch size that is measured
@@ -52,7 +52,7 @@ def evaluate(
     Args:
         model: a name, folder or hub id for `relook.load`, or a loaded `VLM`.
         tasks: names of `TASKS`, or paths of question files.
-        looks: names of `ARMS`.
+        looks: names of `SETTINGS`.
         n: questions of each task (None: as many as the protocol says, or as is usual for the task).
         out: folder for results.json and records.jsonl (one record a question and look); both appear when the run ends,
             until then records grow in records.jsonl.part. A run that was cut goes on there when it is given again.
@@ -63,7 +63,7 @@ def evaluate(
         protocol: a row of `PROTOCOLS`.
         places: where the files of the paper's benchmarks lie.
         dtype: of the weights, as `relook.load` takes it; for a model that is given by name.
-        engine: a row of `ENGINES`; None: this process, with those that torchrun started beside it.
+        engine: a row of `EXECUTORS`; None: this process, with those that torchrun started beside it.
         replicas: of the model, for engine="ray"; None: one for each GPU, or else each CPU, of the cluster.
 
     Raises:
@@ -72,12 +72,12 @@ def evaluate(
         RelookError: not one question was answered.
     """
     plan = _plan(tasks, looks, n, seed, batch, max_new_tokens, protocol, places)
-    with ENGINES[find_engine(engine)].make(model, dtype, replicas) as crew:
+    with EXECUTORS[find_executor(engine)].make(model, dtype, replicas) as crew:
         run: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions()}
         run |= crew.about(plan, hashed=out is not None)
         if batch == AUTO:
             plan, run["measured"] = _with_fastest_batch(plan, crew, out)
-        run |= _settings(plan) | {"engine": find_engine(engine)}
+        run |= _settings(plan) | {"engine": find_executor(engine)}
         with crew.journal(out, _decisive(run)) as journal:
             records = in_order(crew.records(plan, journal, progress), plan)
             run["taken_up"] = journal.taken_up
@@ -106,7 +106,7 @@ def _plan(
     if not tasks:
         raise UserError("no task was named; see relook.evaluate.TASKS, or give the path of a file of questions")
     if not looks:
-        raise UserError(f"no look was named; expected some of {', '.join(ARMS)}")
+        raise UserError(f"no look was named; expected some of {', '.join(SETTINGS)}")
     if batch == AUTO:
         batch = 1
     elif not isinstance(batch, int) or batch < 1 or (n is not None and n < 1):
@@ -119,7 +119,7 @@ def _plan(
     return plan
 
 
-def _with_fastest_batch(plan: Plan, crew: Engine, out: str | Path | None) -> tuple[Plan, dict[str, float]]:
+def _with_fastest_batch(plan: Plan, crew: Executor, out: str | Path | None) -> tuple[Plan, dict[str, float]]:
     """The plan with a batch size that was measured, or that an unfinished run in the folder has; and the measures."""
     before = (begun(out) or {}).get("batch")
     if isinstance(before, int):
@@ -161,7 +161,7 @@ def _summed(run: dict[str, Any], plan: Plan, records: Sequence[Record]) -> Evalu
     return Evaluation(run, results, comparisons(records, plan.seed))
 
 
-def _write(evaluation: Evaluation, records: Sequence[Record], out: str | Path | None, journal: Journal) -> None:
+def _write(evaluation: Evaluation, records: Sequence[Record], out: str | Path | None, journal: RecordWriter) -> None:
     """Results, then records: until these have their name the run goes on. A run without an answer leaves nothing."""
     if not _answered(evaluation):
         journal.discard()

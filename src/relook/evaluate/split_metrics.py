@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from relook.errors import UserError
-from relook.evaluate.metrics import Estimate, resampled
-from relook.evaluate.scores import caption_words, read_yes_no
+from relook.evaluate.metrics import caption_words, read_yes_no
+from relook.evaluate.statistics import Estimate, resampled
 
 Record = Mapping[str, Any]
 Parts = Callable[[Sequence[Record]], np.ndarray]  # records -> (n, k)

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from relook.evaluate.metrics import Estimate
+from relook.evaluate.metrics import SCORERS
 from relook.evaluate.paired import paired_test
-from relook.evaluate.report import MEASURES
-from relook.evaluate.scores import SCORERS
-from relook.evaluate.splits import split_scores
+from relook.evaluate.results import MEASURES
+from relook.evaluate.split_metrics import split_scores
+from relook.evaluate.statistics import Estimate
 
 Record = Mapping[str, Any]
 Measure = Callable[[Record], float | None]

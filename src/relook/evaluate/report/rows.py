@@ -22,11 +22,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from relook.errors import UserError
-from relook.evaluate.arms import ARMS
-from relook.evaluate.compare import Difference, Summary, chance, difference, measure_of, summarise
-from relook.evaluate.folders import Folder, holds_records, read_folder
-from relook.evaluate.report import MEASURES
-from relook.evaluate.splits import SPLIT_SCORES
+from relook.evaluate.records import Folder, holds_records, read_folder
+from relook.evaluate.results import MEASURES
+from relook.evaluate.settings import SETTINGS
+from relook.evaluate.split_metrics import SPLIT_SCORES
+from relook.evaluate.summary import Difference, Summary, chance, difference, measure_of, summarise
 from relook.evaluate.tasks import TASKS
 
 # What a row's model is, from results.json (`facts`), or from the row where an old results.json lacks it.
@@ -189,7 +189,7 @@ def read_plan(path: Path) -> Plan:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
-        raise UserError(f"{path}: {key + ': ' if key else ''}{message}; see relook.evaluate.rows") from error
+        raise UserError(f"{path}: {key + ': ' if key else ''}{message}; see relook.evaluate.report.rows") from error
 
 
 def _from_plan(plan: Plan, base: Path) -> Report:
@@ -210,9 +210,9 @@ def _from_folders(folders: Sequence[Folder]) -> Report:
     rows = []
     for label, folder in zip(labels, folders, strict=True):
         looks = {record["look"] for record in folder.records}
-        for look in _ordered(looks, ARMS):
+        for look in _ordered(looks, SETTINGS):
             name = f"{label} {look}" if len(folders) > 1 else look
-            title = ARMS[look].about if look in ARMS else look
+            title = SETTINGS[look].about if look in SETTINGS else look
             rows.append(_row(RowPlan(name=name, title=title, records=[], look=look), [folder], []))
     if not rows:
         raise UserError(f"{', '.join(labels)}: no records in it; evaluate again")

@@ -1,7 +1,7 @@
 """Asking: the plan of a run, its batches, and a model that answers one batch under one arm with records.
 
-A plan is plain data and says what is asked of any model; an `Asker` is a loaded model that follows it. Wherever an
-asker lives (this process, one of several, an actor of Ray), the same batch under the same arm gives the same records.
+A plan is plain data and says what is asked of any model; an `Runner` is a loaded model that follows it. Wherever an
+runner lives (this process, one of several, an actor of Ray), the same batch under the same arm gives the same records.
 What an item's failure was is in its record; it is never a score. Knows no files and no engines.
 """
 
@@ -16,11 +16,11 @@ from typing import Any
 
 from relook.data.questions import Question, image_size
 from relook.errors import RelookError, UserError
-from relook.evaluate.arms import Arm, Case, find_arms, request
 from relook.evaluate.benchmarks import Places
-from relook.evaluate.metrics import region_overlap
+from relook.evaluate.metrics import SCORERS
 from relook.evaluate.protocols import find_protocol
-from relook.evaluate.scores import SCORERS
+from relook.evaluate.settings import Case, Setting, find_settings, request
+from relook.evaluate.statistics import region_overlap
 from relook.evaluate.tasks import Task, find_tasks
 from relook.io import rng
 from relook.looks import ANSWER_PREFIX
@@ -103,7 +103,7 @@ def same_questions(batch: Batch, records: Sequence[Record]) -> None:
             )
 
 
-class Asker:
+class Runner:
     """A loaded model that follows a plan.
 
     Raises:
@@ -112,12 +112,12 @@ class Asker:
 
     def __init__(self, vlm: Any, plan: Plan) -> None:
         self.vlm, self.plan, self.way = vlm, plan, find_protocol(plan.protocol)
-        self.arms = find_arms(plan.looks, vlm)
+        self.arms = find_settings(plan.looks, vlm)
         self.options: dict[str, Any] = dict(self.way.options)
         if self.options.get("do_sample"):
             self.options["seed"] = plan.seed
 
-    def ask(self, batch: Batch, arm: Arm) -> list[Record]:
+    def ask(self, batch: Batch, arm: Setting) -> list[Record]:
         """Records of one batch under one arm, in the order of the questions.
 
         The same question keeps its number, and so its random region, in whatever batch it is.
@@ -183,36 +183,36 @@ def in_order(records: Iterable[Record], plan: Plan) -> list[Record]:
     return sorted(records, key=place)
 
 
-def fastest_batch(asker: Asker, sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)) -> dict[int, float]:
+def fastest_batch(runner: Runner, sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)) -> dict[int, float]:
     """Seconds per question (under all arms) by batch size, measured on the first questions, until more is no faster.
 
     A batch that does not fit into memory is asked one by one after it has failed, and so is slower than a batch of one.
     What was answered is thrown away.
     """
-    task = asker.plan.rows()[0]
-    questions = asker.plan.questions(task)
+    task = runner.plan.rows()[0]
+    questions = runner.plan.questions(task)
     pool = list(islice(questions, 1))
     if pool:
-        _time(asker, task, pool)  # the first answer of a process is slow
+        _time(runner, task, pool)  # the first answer of a process is slow
     found: dict[int, float] = {}
     for size in sizes:
         pool += islice(questions, size - len(pool))
         if len(pool) < size:
             break
-        found[size] = _time(asker, task, pool) / size
+        found[size] = _time(runner, task, pool) / size
         if found[size] > min(found.values()):
             break
     return found
 
 
-def _time(asker: Asker, task: Task, questions: Sequence[Question]) -> float:
+def _time(runner: Runner, task: Task, questions: Sequence[Question]) -> float:
     begun = time.perf_counter()
-    for arm in asker.arms:
-        asker.ask(Batch(task, 0, 0, questions), arm)
+    for arm in runner.arms:
+        runner.ask(Batch(task, 0, 0, questions), arm)
     return time.perf_counter() - begun
 
 
-def _blank(task: Task, arm: Arm, number: int, question: Question) -> Record:
+def _blank(task: Task, arm: Setting, number: int, question: Question) -> Record:
     return {
         "task": task.name,
         "look": arm.name,

@@ -14,8 +14,8 @@ import numpy as np
 
 from relook.data.questions import file_size
 from relook.errors import UserError
-from relook.evaluate.page.pictures import Pictures, key
-from relook.evaluate.rows import Report
+from relook.evaluate.report.pictures import Pictures, key
+from relook.evaluate.report.rows import Report
 
 Record = Mapping[str, Any]
 CELLS = 64

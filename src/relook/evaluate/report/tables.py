@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from relook.evaluate.compare import BY_FIELD, Difference
-from relook.evaluate.metrics import Estimate
-from relook.evaluate.report import COLUMNS as PRINTED
-from relook.evaluate.rows import Report, Row
-from relook.evaluate.splits import SPLIT_SCORES
+from relook.evaluate.report.rows import Report, Row
+from relook.evaluate.results import COLUMNS as PRINTED
+from relook.evaluate.split_metrics import SPLIT_SCORES
+from relook.evaluate.statistics import Estimate
+from relook.evaluate.summary import BY_FIELD, Difference
 from relook.evaluate.tasks import TASKS
 
 SCORE_NAMES = {score: name.removesuffix(" %") for name, (score, *_) in PRINTED.items()} | {"exact": "exact match"}

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from relook.errors import UserError
-from relook.evaluate.page import charts
-from relook.evaluate.page.browse import browse
-from relook.evaluate.page.charts import Chart
-from relook.evaluate.page.pictures import SIDE, Pictures
-from relook.evaluate.page.places import places
-from relook.evaluate.rows import Report
-from relook.evaluate.tables import CAPTION, NOT_RUN, WORDS, Table, heading, notes, tables
+from relook.evaluate.report import charts
+from relook.evaluate.report.browser import browse
+from relook.evaluate.report.charts import Chart
+from relook.evaluate.report.heat_maps import places
+from relook.evaluate.report.pictures import SIDE, Pictures
+from relook.evaluate.report.rows import Report
+from relook.evaluate.report.tables import CAPTION, NOT_RUN, WORDS, Table, heading, notes, tables
 
 HERE = Path(__file__).parent
 IMAGES = 100  # pictures on a page where nobody says: some five megabytes

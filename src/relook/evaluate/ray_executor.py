@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from relook.errors import RelookError, UserError
-from relook.evaluate.asking import Asker, Batch, Plan, Record, batches, same_questions
-from relook.evaluate.engines import Local, Progress
-from relook.evaluate.journal import Journal
+from relook.evaluate.executors import Local, Progress
+from relook.evaluate.record_writer import RecordWriter
+from relook.evaluate.runner import Batch, Plan, Record, Runner, batches, same_questions
 
 
 class Replica:
@@ -39,8 +39,8 @@ class Replica:
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row of the dataset: the number of a batch -> its records under all arms, as JSON."""
-        batch, asker = self._batch(int(row["batch"])), Asker(self.local.vlm, self.plan)
-        return {"records": json.dumps([asker.ask(batch, arm) for arm in asker.arms])}
+        batch, runner = self._batch(int(row["batch"])), Runner(self.local.vlm, self.plan)
+        return {"records": json.dumps([runner.ask(batch, arm) for arm in runner.arms])}
 
     def _batch(self, number: int) -> Batch:
         if number < self.at:
@@ -89,10 +89,10 @@ class Ray:
     def measure(self, plan: Plan) -> dict[int, float]:
         return self._told(plan, "measure")
 
-    def journal(self, out: str | Path | None, about: Mapping[str, Any]) -> Journal:
-        return Journal(out, about)
+    def journal(self, out: str | Path | None, about: Mapping[str, Any]) -> RecordWriter:
+        return RecordWriter(out, about)
 
-    def records(self, plan: Plan, journal: Journal, progress: Progress | None) -> list[Record]:
+    def records(self, plan: Plan, journal: RecordWriter, progress: Progress | None) -> list[Record]:
         found: list[Record] = []
         done: Counter[str] = Counter()
         totals = {task.name: plan.total(task) for task in plan.rows()}
@@ -154,7 +154,9 @@ class Ray:
         return cause if isinstance(cause, RelookError) else RelookError(f"a replica failed: {error}")
 
 
-def _left(plan: Plan, journal: Journal, totals: Mapping[str, int]) -> Iterator[tuple[int, list[list[Record]] | None]]:
+def _left(
+    plan: Plan, journal: RecordWriter, totals: Mapping[str, int]
+) -> Iterator[tuple[int, list[list[Record]] | None]]:
     """The number of each batch, with its records by arm if the journal has them all.
 
     Where it has none, no page is drawn to find out.

@@ -16,9 +16,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from relook.evaluate.arms import ARMS
-from relook.evaluate.page.pictures import Pictures, gather, key
-from relook.evaluate.rows import Report
+from relook.evaluate.report.pictures import Pictures, gather, key
+from relook.evaluate.report.rows import Report
+from relook.evaluate.settings import SETTINGS
 from relook.looks import LOOKS
 from relook.regions import cells_to_box, token_area
 from relook.render import HEAT
@@ -137,7 +137,7 @@ def _scores(report: Report) -> list[str]:
 
 
 def _about(look: str) -> str:
-    return ARMS[look].about if look in ARMS else ""
+    return SETTINGS[look].about if look in SETTINGS else ""
 
 
 def _size(record: Record) -> list[int] | None:

@@ -15,11 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from relook.evaluate import figures
-from relook.evaluate.figures import COLOURS, MARKERS, colour, cost_panel, label, plain_text, scaled, short, whiskers
-from relook.evaluate.page.places import Places
-from relook.evaluate.rows import Report
-from relook.evaluate.tables import field_counts, score_name
+from relook.evaluate.report import figures
+from relook.evaluate.report.figures import (
+    COLOURS,
+    MARKERS,
+    colour,
+    cost_panel,
+    label,
+    plain_text,
+    scaled,
+    short,
+    whiskers,
+)
+from relook.evaluate.report.heat_maps import Places
+from relook.evaluate.report.rows import Report
+from relook.evaluate.report.tables import field_counts, score_name
 
 INK, SOFT, CARD = "#010203", "#666666", "#ffffff"  # stand-ins: SOFT and CARD are what `figures` draws with
 THEME = {INK: "var(--ink)", SOFT: "var(--soft)", CARD: "var(--card)", figures.INK: "var(--ink)"}

@@ -1,4 +1,4 @@
-"""Engines: where the batches of a run are asked. An engine is a row of `ENGINES`.
+"""Engines: where the batches of a run are asked. An engine is a row of `EXECUTORS`.
 
 `local` asks in this process. `processes` is what `torchrun` and `accelerate launch` start: each process has the model,
 takes its share of the batches and keeps a journal of its own; the first one writes the results of all. `ray` sends
@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from relook.errors import UserError
-from relook.evaluate.asking import Asker, Plan, Record, batches, fastest_batch, same_questions
-from relook.evaluate.facts import machine, model_facts
-from relook.evaluate.journal import Journal, processor_hash, weights_hash
+from relook.evaluate.environment import machine, model_facts
+from relook.evaluate.record_writer import RecordWriter, processor_hash, weights_hash
+from relook.evaluate.runner import Plan, Record, Runner, batches, fastest_batch, same_questions
 
 Progress = Callable[[str, int, int], None]  # a task's name, its questions done, and all of its questions
 PATIENCE = timedelta(days=30)  # of a process that waits for the others' shares
 
 
-class Engine(Protocol):
+class Executor(Protocol):
     """A context manager; `first` says whether this process is the one that writes and speaks."""
 
     first: bool
 
-    def __enter__(self) -> Engine: ...
+    def __enter__(self) -> Executor: ...
 
     def __exit__(self, *_: object) -> None: ...
 
@@ -42,10 +42,10 @@ class Engine(Protocol):
     def measure(self, plan: Plan) -> dict[int, float]:
         """Seconds per question by batch size, the same in all processes."""
 
-    def journal(self, out: str | Path | None, about: Mapping[str, Any]) -> Journal:
+    def journal(self, out: str | Path | None, about: Mapping[str, Any]) -> RecordWriter:
         """This process's journal."""
 
-    def records(self, plan: Plan, journal: Journal, progress: Progress | None) -> list[Record]:
+    def records(self, plan: Plan, journal: RecordWriter, progress: Progress | None) -> list[Record]:
         """All records of the run, in any order."""
 
 
@@ -67,7 +67,7 @@ class Local:
         pass
 
     def about(self, plan: Plan, hashed: bool) -> dict[str, Any]:
-        Asker(self.vlm, plan)
+        Runner(self.vlm, plan)
         told: dict[str, Any] = {"model": self.model, "facts": model_facts(self.vlm), "machine": machine()}
         if hashed:
             told["weights"] = weights_hash(getattr(self.vlm, "model", None))
@@ -75,26 +75,26 @@ class Local:
         return told
 
     def measure(self, plan: Plan) -> dict[int, float]:
-        return fastest_batch(Asker(self.vlm, plan))
+        return fastest_batch(Runner(self.vlm, plan))
 
-    def journal(self, out: str | Path | None, about: Mapping[str, Any]) -> Journal:
-        return Journal(out, about)
+    def journal(self, out: str | Path | None, about: Mapping[str, Any]) -> RecordWriter:
+        return RecordWriter(out, about)
 
-    def records(self, plan: Plan, journal: Journal, progress: Progress | None) -> list[Record]:
+    def records(self, plan: Plan, journal: RecordWriter, progress: Progress | None) -> list[Record]:
         return list(self.share(plan, journal, progress))
 
     def share(
-        self, plan: Plan, journal: Journal, progress: Progress | None, rank: int = 0, count: int = 1
+        self, plan: Plan, journal: RecordWriter, progress: Progress | None, rank: int = 0, count: int = 1
     ) -> Iterator[Record]:
         """Records of every `count`-th batch from `rank` on. What the journal has is not asked again."""
-        asker = Asker(self.vlm, plan)
+        runner = Runner(self.vlm, plan)
         totals = {task.name: plan.total(task) for task in plan.rows()} if progress is not None else {}
         for batch in batches(plan):
             if batch.number % count == rank:
-                for arm in asker.arms:
+                for arm in runner.arms:
                     records = journal.known(batch.task.name, arm.name, batch.numbers)
                     if records is None:
-                        yield from journal.add(asker.ask(batch, arm))
+                        yield from journal.add(runner.ask(batch, arm))
                     else:
                         same_questions(batch, records)
                         yield from records
@@ -130,19 +130,19 @@ class Processes(Local):
 
         return broadcast_object_list([super().measure(plan) if self.first else None])[0]
 
-    def journal(self, out: str | Path | None, about: Mapping[str, Any]) -> Journal:
+    def journal(self, out: str | Path | None, about: Mapping[str, Any]) -> RecordWriter:
         with self.state.main_process_first():  # the first one says what the run is about before anybody writes records
-            return Journal(out, about, self.state.process_index)
+            return RecordWriter(out, about, self.state.process_index)
 
-    def records(self, plan: Plan, journal: Journal, progress: Progress | None) -> list[Record]:
+    def records(self, plan: Plan, journal: RecordWriter, progress: Progress | None) -> list[Record]:
         from accelerate.utils import gather_object
 
         rank, count = self.state.process_index, self.state.num_processes
         return gather_object(list(self.share(plan, journal, progress if self.first else None, rank, count)))
 
 
-def _ray(model: Any, dtype: str | None, replicas: int | None) -> Engine:
-    from relook.evaluate.engines_ray import Ray
+def _ray(model: Any, dtype: str | None, replicas: int | None) -> Executor:
+    from relook.evaluate.ray_executor import Ray
 
     return Ray(model, dtype, replicas)
 
@@ -152,17 +152,17 @@ class Row:
     """What an engine is, and how it is made of a model, a dtype and the number of replicas."""
 
     about: str
-    make: Callable[[Any, str | None, int | None], Engine]
+    make: Callable[[Any, str | None, int | None], Executor]
 
 
-ENGINES: dict[str, Row] = {
+EXECUTORS: dict[str, Row] = {
     "local": Row("in this process", Local),
     "processes": Row("in each process of torchrun or accelerate launch, a share", Processes),
     "ray": Row("in replicas of the model on a Ray cluster", _ray),
 }
 
 
-def find_engine(name: str | None) -> str:
+def find_executor(name: str | None) -> str:
     """The row of that name; None: `processes` where several were started together, else `local`.
 
     Raises:
@@ -170,8 +170,8 @@ def find_engine(name: str | None) -> str:
     """
     if name is None:
         return "processes" if started_together() > 1 else "local"
-    if name not in ENGINES:
-        raise UserError(f"engine {name!r} is unknown; expected one of {', '.join(ENGINES)}")
+    if name not in EXECUTORS:
+        raise UserError(f"engine {name!r} is unknown; expected one of {', '.join(EXECUTORS)}")
     return name
 
 

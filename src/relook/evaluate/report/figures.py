@@ -12,9 +12,9 @@ from itertools import islice, product
 from typing import Any
 
 from relook.errors import UserError
-from relook.evaluate.metrics import Estimate
-from relook.evaluate.rows import Report, Row
-from relook.evaluate.tables import field_counts, score_name
+from relook.evaluate.report.rows import Report, Row
+from relook.evaluate.report.tables import field_counts, score_name
+from relook.evaluate.statistics import Estimate
 
 # Six of Okabe and Ito's colours, told apart with any colour vision, and four more for long reports; markers differ too.
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#7A5195", "#999999", "#444444", "#B8A000")

@@ -3,7 +3,7 @@
     table.md   for people: a table per task, differences, tables by field, notes
     table.csv  every number in long form, one a line
     cost.png   accuracy against cost          fields.png   accuracy by field
-    report.html   all of it as a page, with a browser of the records (`relook.evaluate.page`)
+    report.html   all of it as a page, with a browser of the records (`relook.evaluate.report`)
 
 Formats what `rows` collected; computes nothing.
 """
@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from relook.evaluate.figures import cost_png, fields_png
-from relook.evaluate.folders import write_bytes
-from relook.evaluate.metrics import Estimate
-from relook.evaluate.page import IMAGES, page_html
-from relook.evaluate.rows import FACTS, Report, Row
-from relook.evaluate.tables import CAPTION, NOT_RUN, WORDS, Table, heading, notes, tables
+from relook.evaluate.records import write_bytes
+from relook.evaluate.report import IMAGES, page_html
+from relook.evaluate.report.figures import cost_png, fields_png
+from relook.evaluate.report.rows import FACTS, Report, Row
+from relook.evaluate.report.tables import CAPTION, NOT_RUN, WORDS, Table, heading, notes, tables
+from relook.evaluate.statistics import Estimate
 
 
 def table_md(report: Report) -> str:

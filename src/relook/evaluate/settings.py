@@ -1,4 +1,4 @@
-"""Arms: the ways to look under which the same questions are asked. An arm is a row of `ARMS`.
+"""Arms: the ways to look under which the same questions are asked. An arm is a row of `SETTINGS`.
 
 `auto`, `none` and the looks' names are the model's own ways; `oracle` shows the annotated region and `random` one
 of the same size elsewhere, so that the three together say what choosing the region is worth. A look's name with
@@ -34,7 +34,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Arm:
+class Setting:
     """One row: what it is, the look a model must have for it, and the options of `ask` (None: does not apply)."""
 
     name: str
@@ -70,14 +70,14 @@ def _look(name: str, **options: Any) -> Callable[[Case], dict[str, Any]]:
     return lambda case: {"look": name, **options}
 
 
-ARMS: dict[str, Arm] = {
+SETTINGS: dict[str, Setting] = {
     arm.name: arm
     for arm in (
-        Arm("auto", "the model decides", None, _look("auto")),
-        Arm("none", "no second look", None, _look("none")),
-        *(Arm(look, f"a {look} look, in the model's own way", look, _look(look)) for look in LOOKS),
+        Setting("auto", "the model decides", None, _look("auto")),
+        Setting("none", "no second look", None, _look("none")),
+        *(Setting(look, f"a {look} look, in the model's own way", look, _look(look)) for look in LOOKS),
         *(
-            Arm(
+            Setting(
                 f"{look}-unconditioned",
                 f"a {look} look whose features enter as they are (c = 0)",
                 look,
@@ -86,37 +86,37 @@ ARMS: dict[str, Arm] = {
             for look, spec in LOOKS.items()
             if spec.reencodes
         ),
-        Arm(
+        Setting(
             "blank",
             "a region look, in the model's own way, that shows a blank crop",
             "region",
             _look("region", blank=True),
         ),
-        Arm("oracle", "the annotated region", "region", _oracle),
-        Arm(
+        Setting("oracle", "the annotated region", "region", _oracle),
+        Setting(
             "random", "a region of the annotated one's size, anywhere", "region", lambda c: {"region": random_cells(c)}
         ),
     )
 }
 
 
-def find_arms(names: Sequence[str], vlm: Any) -> list[Arm]:
+def find_settings(names: Sequence[str], vlm: Any) -> list[Setting]:
     """The arms of these names, in order, each once.
 
     Raises:
         UserError: no such arm, or one that needs a look the model lacks.
     """
     if not names:
-        raise UserError(f"no look was named; expected some of {', '.join(ARMS)}")
+        raise UserError(f"no look was named; expected some of {', '.join(SETTINGS)}")
     for name in names:
-        if name not in ARMS:
-            raise UserError(f"look {name!r} is unknown; expected some of {', '.join(ARMS)}")
-        needs = ARMS[name].needs
+        if name not in SETTINGS:
+            raise UserError(f"look {name!r} is unknown; expected some of {', '.join(SETTINGS)}")
+        needs = SETTINGS[name].needs
         if needs is not None and needs not in vlm.looks:
             raise UserError(
                 f"{name!r} needs a {needs} look, and this model has {', '.join(vlm.looks) or 'none'}; leave it out"
             )
-    return [ARMS[name] for name in dict.fromkeys(names)]
+    return [SETTINGS[name] for name in dict.fromkeys(names)]
 
 
 def request(question: Question, options: Mapping[str, Any]) -> dict[str, Any]:

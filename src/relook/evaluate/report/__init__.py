@@ -9,6 +9,6 @@ JSON that report.js puts into text nodes; the only script that may run is report
 tables and figures stand and the browser of records says what it lacks.
 """
 
-from relook.evaluate.page.page import IMAGES, page_html
+from relook.evaluate.report.page import IMAGES, page_html
 
 __all__ = ["IMAGES", "page_html"]

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from relook.errors import UserError
-from relook.evaluate.folders import RECORDS
+from relook.evaluate.records import RECORDS
 from relook.io import replacing
 
 Record = dict[str, Any]
 HEAD, PART = "run.json", RECORDS + ".part"
 
 
-class Journal:
+class RecordWriter:
     """Records of one run; a context manager. Without a folder it keeps nothing.
 
     Args:
@@ -51,7 +51,7 @@ class Journal:
             except OSError as error:
                 raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> RecordWriter:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from relook.evaluate.metrics import Estimate, bootstrap
 from relook.evaluate.perception import Comparison
 from relook.evaluate.perception import table as comparison_table
 from relook.evaluate.published import CAVEATS, beside
-from relook.evaluate.splits import split_scores
+from relook.evaluate.split_metrics import split_scores
+from relook.evaluate.statistics import Estimate, bootstrap
 
 Record = Mapping[str, Any]
 
