@@ -33,9 +33,10 @@ $(VENV)/.core: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.core
+$(VENV)/.dev: $(VENV)/.core zoo/pyproject.toml
 	@echo "installing what the tests need"
 	$(PIP) -e ".[dev,serve]"
+	$(PIP) --no-deps --no-build-isolation -e zoo
 	@touch $@
 
 $(VENV)/.slow: $(VENV)/.dev
@@ -74,16 +75,16 @@ examples: $(VENV)/.dev  ## draw the pages in examples/ again
 	$(BIN)/python examples/make_pages.py
 
 cards-tiny: $(VENV)/.dev  ## train the shipped cards-tiny again
-	$(BIN)/relook train recipes/cards-tiny.yaml
+	$(BIN)/relook train zoo/recipes/cards-tiny.yaml
 
-receipts-tower: $(VENV)/.dev  ## train the vision tower in recipes/receipts-tower again
-	$(BIN)/relook train recipes/receipts-tower.yaml
+receipts-tower: $(VENV)/.dev  ## train the vision tower in zoo/recipes/receipts-tower again
+	$(BIN)/relook train zoo/recipes/receipts-tower.yaml
 
-receipts-tiny: $(VENV)/.dev  ## train the shipped receipts-tiny again, from the tower in recipes/receipts-tower
-	$(BIN)/relook train recipes/receipts-tiny.yaml
+receipts-tiny: $(VENV)/.dev  ## train the shipped receipts-tiny again, from the tower in zoo/recipes/receipts-tower
+	$(BIN)/relook train zoo/recipes/receipts-tiny.yaml
 
-receipts-arms: $(VENV)/.dev  ## train and ask all arms of docs/receipts.md, and write its table and figures again
-	$(BIN)/python tools/receipts_arms.py
+receipts-arms: $(VENV)/.dev  ## train and ask all settings of zoo/receipts.md, and write its table and figures again
+	$(BIN)/python zoo/tools/receipts_arms.py
 
 clean:  ## remove caches, build outputs and out/ (not .venv)
 	rm -rf build dist out src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

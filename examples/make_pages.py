@@ -2,7 +2,7 @@
 
     python examples/make_pages.py [FOLDER]
 
-The receipts are written, printed, creased and scanned by code (relook.data.worlds); no real document is among them. The
+The receipts are written, printed, creased and scanned by code (zoo.worlds); no real document is among them. The
 seed is used by no recipe, so a model has seen none of these pages. Beside them goes `questions.jsonl`: every question a
 page can answer, with the boxes, as `relook data build` and `relook evaluate --tasks` read them.
 """
@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from relook.data.worlds import make_world
+from zoo.worlds import make_world
 
 SEED = 700_000_000
 PAGES = {  # file -> world, page number

@@ -277,11 +277,11 @@ def _models() -> tuple[Any, Any, Any]:
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     from relook.model import VPTQwen2VLForConditionalGeneration
-    from relook.train.tiny import Size, build_config, build_processor, build_tokenizer
+    from relook.model.new import Size, build_config, build_processor, build_tokenizer
 
     view = {"longest_side": SIDE}
     size = Size(
-        worlds=("cards",),
+        phrases=(QUESTION,),
         vit={"embed_dim": 256, "depth": 4, "num_heads": 4, "patch_size": 14},
         lm={"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2,
             "intermediate_size": 1408},

@@ -31,16 +31,16 @@ def find(kind: str, name: str, table: Mapping[str, Any], where: str = "") -> Any
     Args:
         kind: singular of the group: "objective", "task", "source", "size".
         name: a key of `table`, the name of an entry point in the group `relook.<kind>s`, or `module:attribute`.
-        table: relook's own rows.
+        table: relook's own rows; one that is text is a dotted path, imported on use.
         where: what asked for it ("stage dense: objective"), for the message.
 
     Raises:
         UserError: no such row; a module or attribute that cannot be imported.
     """
-    if name in table:
+    if not isinstance(table.get(name, ""), str):
         return table[name]
     installed = {entry.name: entry.value for entry in entry_points(group=f"relook.{kind}s")}
-    path = name if ":" in name else installed.get(name)
+    path = name if ":" in name else table.get(name) or installed.get(name)
     before = f"{where}: " if where else ""
     if path is None:
         hint = nearest(name, [*table, *installed])

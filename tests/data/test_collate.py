@@ -8,8 +8,8 @@ import pytest
 from support.published_items import PIPELINE, needs_pipeline, recorded_samples
 
 from relook.data import BuildOptions, Collator, Item, build_item, from_page
-from relook.data.worlds import make_world
 from relook.errors import RelookError, UserError
+from zoo.worlds import make_world
 
 
 @pytest.fixture(scope="module")

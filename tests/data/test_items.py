@@ -31,10 +31,10 @@ from relook.data import (
 from relook.data import records as records_module
 from relook.data.items import place_image
 from relook.data.records import read_records
-from relook.data.worlds import make_world
 from relook.errors import RelookError, UserError
 from relook.io import replacing
 from relook.looks import parse_calls
+from zoo.worlds import make_world
 
 RECEIPTS = ROOT / "../shared/data/receipts"
 needs_receipts = pytest.mark.skipif(not RECEIPTS.is_dir(), reason="../shared/data/receipts is not there")

@@ -10,7 +10,7 @@ from support import ROOT
 from typer.testing import CliRunner
 
 from relook.cli import app
-from relook.data.worlds import make_world
+from zoo.worlds import make_world
 
 PAGE = ROOT / "docs/own-data.md"
 SHORT = ["stages.tune.steps=2", "stages.tune.batch=2", "stages.tune.accumulate=1", "validation.items=3", "threads=1"]

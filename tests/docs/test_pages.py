@@ -7,8 +7,8 @@ import pytest
 from support import ROOT
 
 from relook.cli.reference import reference
+from relook.train.objective import OBJECTIVES
 from relook.train.recipe import load_recipe
-from relook.train.stages import OBJECTIVES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -15,9 +15,9 @@ from relook.cli import app
 from relook.errors import UserError
 from relook.evaluate import BENCHMARKS, PROTOCOLS, TASKS, Places, evaluate, find_task
 from relook.evaluate.published import COLUMNS, PUBLISHED, beside
+from relook.model import new as tiny
 from relook.perceive import VLM
 from relook.trace import Answer, Usage
-from relook.train import tiny
 from relook.views import View
 
 BENCHMARK = SHARED / "data/viscot_benchmark"

@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 from support.hand_made_records import call, record, save
 
-from relook.data.worlds import make_world
 from relook.evaluate import collect, write
 from relook.evaluate.report import page_html
 from relook.evaluate.report.heat_maps import CELLS, places
 from relook.evaluate.report.pictures import SIDE, gather
+from zoo.worlds import make_world
 
 EVIL = """</script><script>alert(1)</script><img src=x onerror=alert(2)> "quotes' & $x^2$ <!-- {{ 7 * 7 }} \ud800 ]]>"""
 REGION = {"kind": "region", "cells": [1, 1, 2, 2], "box": [0, 0, 60, 60], "problem": None}
@@ -232,7 +232,13 @@ def test_large_images_are_made_small_and_keep_the_frame_of_the_original(tmp_path
 def test_pages_of_worlds_are_drawn_again_unless_they_are_others_now(tmp_path):
     where = "cards page 3 of seed 1000000007"
     card = make_world("cards", 1_000_000_007).sample(3)
-    asked = {"question": card.qas[0].question, "accepted": [card.qas[0].answer], "where": where, "image": None}
+    asked = {
+        "question": card.qas[0].question,
+        "accepted": [card.qas[0].answer],
+        "where": where,
+        "image": None,
+        "task": "cards",
+    }
     shown = gather([record(3, 1, **asked) | {"image": None}], 9)
     assert list(shown.shown) == [where] and shown.shown[where][1] == card.image.size
     other = gather([record(3, 1, **{**asked, "question": "Another?"}) | {"image": None}], 9)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from relook.data import Question
-from relook.data.worlds import make_world
 from relook.errors import UserError
 from relook.evaluate import SETTINGS, evaluate
 from relook.evaluate.settings import Case, find_settings, request
 from relook.looks import LOOKS
+from zoo.worlds import make_world
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from PIL import Image
 from support.tiny_model import conversation, stack, tiny_model
 
 import relook
-from relook.train.tiny import build
+from relook.model.new import build
 
 
 @pytest.fixture(scope="module")

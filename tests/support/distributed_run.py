@@ -23,7 +23,8 @@ from relook.train.trainer import StageTrainer
 def recipe(items: str | None = None, **changes) -> Recipe:
     """Pages with a region or a clip look, whichever comes; or items of a file."""
     world = {"mix": {"region": 0.5, "clip": 0.5}, "place": 1.0}
-    stage = {"name": "talk", "objective": "instruct", "samples": 24, "batch": 2, "accumulate": 4, "lr": 1e-3,
+    stage = {"name": "talk", "objective": "instruct" if items else "pages",
+             "samples": 24, "batch": 2, "accumulate": 4, "lr": 1e-3,
              "options": world if items is None else {"max_length": 400}}  # fmt: skip
     data = {"world": "cards"} if items is None else {"path": items, "max_broken": 0.9}
     base = {"name": "r", "model": {"size": "cards-tiny"}, "data": data, "stages": [stage | changes.pop("stage", {})]}

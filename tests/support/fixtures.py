@@ -15,9 +15,10 @@ from support.tiny_model import PATCH, tiny_model
 
 @cache
 def _tokenizer():
-    from relook.train.tiny import SIZES, build_tokenizer
+    from relook.model.new import build_tokenizer
+    from zoo.sizes import CARDS_TINY
 
-    size = SIZES["cards-tiny"]
+    size = CARDS_TINY
     return build_tokenizer(type(size)(**{**vars(size), "looks": tuple(LOOKS)}))
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from relook.train import checkpoints
-from relook.train.conversation import Read
+from relook.train.objective import OBJECTIVES
 from relook.train.recipe import Recipe
 from relook.train.runner import run
-from relook.train.stages import OBJECTIVES
 from relook.train.trainer import StageTrainer
+from zoo.objectives.conversation import Read
 
 
 class Noisy(Read):
@@ -27,7 +27,7 @@ class Noisy(Read):
         return {"loss": loss + (torch.randn(bias.shape) * bias).mean()}
 
 
-OBJECTIVES["noisy"] = ("support.interrupted_run", "Noisy")
+OBJECTIVES["noisy"] = "support.interrupted_run:Noisy"
 
 
 def recipe(**changes) -> Recipe:

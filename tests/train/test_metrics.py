@@ -11,17 +11,19 @@ from PIL import Image
 from relook.data.questions import Question
 from relook.errors import UserError
 from relook.looks import LOOKS, write_call
+from relook.model import new as tiny
 from relook.trace import Answer, Look
-from relook.train import tiny, watch
+from relook.train import watch
+from relook.train.objective import make_objective
 from relook.train.recipe import Recipe, Stage, Validation
 from relook.train.runner import _items, run
-from relook.train.stages import first_held_out, make_objective
 from relook.train.token_classes import CLASSES, TokenClasses
-from relook.train.validation import ANNOTATED, Validator, from_item, picture, questions, region_iou
+from relook.train.validation import ANNOTATED, Validator, from_item, picture, region_iou
+from zoo.objectives.pages import first_held_out
 
 
 def plan(**changes) -> Recipe:
-    stage = {"name": "talk", "objective": "instruct", "samples": 2, "batch": 1, "options": {"place": 1.0}}
+    stage = {"name": "talk", "objective": "pages", "samples": 2, "batch": 1, "options": {"place": 1.0}}
     base = {"name": "r", "model": {"size": "cards-tiny"}, "data": {"world": "cards"}, "stages": [stage]}
     return Recipe.model_validate(base | {"save_dtype": "float32", "log_every": 1} | changes)
 
@@ -65,9 +67,7 @@ def test_shares_are_counted_by_class(tokens) -> None:
 
 def test_pages_for_validation_are_not_taught() -> None:
     """Not even with pages that serve several examples, and whole batches are of one kind."""
-    stage = Stage(
-        name="s", objective="instruct", samples=2**23 - 1, batch=48, options={"mix": {"region": 1, "clip": 1}}
-    )
+    stage = Stage(name="s", objective="pages", samples=2**23 - 1, batch=48, options={"mix": {"region": 1, "clip": 1}})
     first = first_held_out(stage)
     assert first >= stage.samples and first % stage.batch == 0
 
@@ -113,7 +113,7 @@ def test_items_are_held_out_of_a_file(tmp_path: Path, monkeypatch) -> None:
     stage = Stage(name="s", objective="instruct", samples=2)
     learner = make_objective(*tiny.build("cards-tiny", 0), None, stage, 1, taught, held)
     assert learner.held_out(2)["input_ids"] == learner.processor.encode_item(held[2].to_dict())["input_ids"]
-    assert len(list(questions(learner, Validation(questions=9)))) == 3
+    assert len(list(learner.questions(Validation(questions=9)))) == 3
 
 
 def test_evaluating_on_nothing_is_refused() -> None:
@@ -161,7 +161,7 @@ def test_all_that_is_logged(watched: Path) -> None:
 
 def test_trying_out_leaves_no_trace_in_the_objective() -> None:
     stage = plan().stages[0]
-    from relook.data.worlds import make_world
+    from zoo.worlds import make_world
 
     learner = make_objective(*tiny.build("cards-tiny", 0), make_world("cards", 1), stage, 1, None)
     learner.note(region=0.5)

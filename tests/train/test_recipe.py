@@ -7,8 +7,8 @@ import yaml
 from support import ROOT
 
 from relook.errors import UserError
+from relook.train.objective import OBJECTIVES
 from relook.train.recipe import load_recipe
-from relook.train.stages import OBJECTIVES
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 MINIMAL = {

@@ -23,7 +23,7 @@ from relook.data.access import records
 from relook.data.convert import convert
 from relook.data.items import Item, split_ref
 from relook.errors import UserError
-from relook.train import tiny
+from relook.model import new as tiny
 from relook.train.feeding import Feed, feed, interleaved
 from relook.train.lengths import alike, item_length
 from relook.train.recipe import Data, Recipe

@@ -15,12 +15,13 @@ from relook.cli.app import app
 from relook.data import access
 from relook.data.access import Unread
 from relook.errors import RelookError
-from relook.train import account, tiny
+from relook.model import new as tiny
+from relook.train import account
 from relook.train.account import Account, LeftOut, pack_up
 from relook.train.feeding import Feed, StreamedFeed, feed
+from relook.train.objective import make_objective
 from relook.train.recipe import Recipe, Stage
 from relook.train.runner import run
-from relook.train.stages import make_objective
 
 
 @pytest.fixture(scope="module")

@@ -11,19 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import relook.train
-from relook.data.worlds import make_world
 from relook.errors import UserError
 from relook.looks import LOOKS, parse_calls
+from relook.model import new as tiny
 from relook.regions import cells_to_box
-from relook.train import tiny
 from relook.train.checkpoints import Checkpoints
-from relook.train.conversation import KINDS, shaken
 from relook.train.faults import Signals
+from relook.train.objective import make_objective
 from relook.train.recipe import Recipe, Stage
 from relook.train.runner import run, run_stage, schedule
-from relook.train.stages import coverage, make_objective, merge_order, patch_truth
+from zoo.objectives.conversation import KINDS, shaken
+from zoo.objectives.pages import coverage, merge_order, patch_truth
+from zoo.sizes import CARDS_TINY
+from zoo.worlds import make_world
 
-SIZE = tiny.SIZES["cards-tiny"]
+SIZE = CARDS_TINY
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +120,7 @@ def test_patch_truth_spells_the_page() -> None:
 def test_conversations_are_true(built) -> None:
     """Read back from the ids alone: the call names cells that hold the box, and the crop shows it."""
     _, processor = built
-    teller = objective(built, "instruct").teller
+    teller = objective(built, "pages").teller
     page = make_world("cards", 5).sample(0)
     random = np.random.default_rng(0)
     for qa in page.qas:
@@ -173,7 +175,7 @@ def test_the_head_is_shown_the_digit_to_be_written(built) -> None:
 # -- objectives and runs
 
 
-@pytest.mark.parametrize("name", ["dense", "align", "read", "locate", "instruct"])
+@pytest.mark.parametrize("name", ["dense", "align", "read", "locate", "pages"])
 def test_examples_repeat_and_losses_are_finite(built, name: str) -> None:
     first, second = objective(built, name), objective(built, name)
     a, b = first.example(3), second.example(3)
@@ -195,7 +197,7 @@ def _tensors(tree):
 
 def test_clip_and_direct_turns_learn_too(built) -> None:
     for kind in ("clip", "direct"):
-        learner = objective(built, "instruct", mix={kind: 1.0})
+        learner = objective(built, "pages", mix={kind: 1.0})
         learner.model.zero_grad()
         learner(**learner.collate([learner.example(0), learner.example(1)]))["loss"].backward()
         condition = learner.model.projectors["clip"].linear_condition.weight.grad
@@ -203,7 +205,7 @@ def test_clip_and_direct_turns_learn_too(built) -> None:
 
 
 def test_unknown_objective_and_option(built) -> None:
-    with pytest.raises(UserError, match="dense, align"):
+    with pytest.raises(UserError, match="did you mean 'dense'"):
         objective(built, "dens")
     with pytest.raises(UserError, match="'window'"):
         objective(built, "dense", windov=[8, 8])
@@ -212,7 +214,7 @@ def test_unknown_objective_and_option(built) -> None:
 def test_a_run_resumes_and_repeats(tmp_path: Path) -> None:
     stages = [
         {"name": "a", "objective": "dense", "samples": 4, "batch": 2, "options": {"window": [64, 64]}},
-        {"name": "b", "objective": "instruct", "samples": 4, "batch": 2, "freeze": ["visual"]},
+        {"name": "b", "objective": "pages", "samples": 4, "batch": 2, "freeze": ["visual"]},
     ]
     whole = run(recipe(stages), out=tmp_path / "whole")
     run(recipe(stages[:1]), out=tmp_path / "parts")
@@ -239,7 +241,7 @@ def test_frozen_parts_do_not_move(built, tmp_path: Path) -> None:
         [
             {
                 "name": "x",
-                "objective": "instruct",
+                "objective": "pages",
                 "samples": 4,
                 "batch": 2,
                 "warmup": 0,

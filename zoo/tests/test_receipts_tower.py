@@ -1,4 +1,4 @@
-"""tools/receipts_tower.py: the tower in recipes/ reads receipts it was never taught; mistakes are sentences."""
+"""zoo/tools/receipts_tower.py: the tower in recipes/ reads receipts it was never taught; mistakes are sentences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RECEIPTS = ROOT / "../shared/data/receipts"
 
 
 def told(*options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/receipts_tower.py", "recipes/receipts-tower", *map(str, options)]
+    command = [sys.executable, "zoo/tools/receipts_tower.py", "zoo/recipes/receipts-tower", *map(str, options)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relook.data.worlds import make_world
-from relook.data.worlds.cards import COLOURS, SIDE, UNIT, Cards
 from relook.errors import UserError
 from relook.io import rng
+from zoo.worlds import make_world
+from zoo.worlds.cards import COLOURS, SIDE, UNIT, Cards
 
 PAGES = [Cards(3).sample(i) for i in range(12)]
 

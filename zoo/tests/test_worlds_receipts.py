@@ -9,10 +9,10 @@ import zlib
 import numpy as np
 import pytest
 
-from relook.data.worlds import make_world
-from relook.data.worlds.receipts_asked import WORDINGS
-from relook.data.worlds.receipts_print import MONO, PROPORTIONAL, Style, print_line, width
-from relook.data.worlds.receipts_text import MAIN, QUESTIONS, write
+from zoo.worlds import make_world
+from zoo.worlds.receipts_asked import WORDINGS
+from zoo.worlds.receipts_print import MONO, PROPORTIONAL, Style, print_line, width
+from zoo.worlds.receipts_text import MAIN, QUESTIONS, write
 
 PAGES = 24
 AMOUNT = re.compile(r"-?[\d,]+\.\d\d")

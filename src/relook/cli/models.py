@@ -8,6 +8,7 @@ import typer
 from typer import Argument, Option
 
 from relook.errors import UserError
+from relook.plugins import find
 
 app = typer.Typer(help="Models: what ships, what is inside, conversion.")
 
@@ -85,18 +86,8 @@ def assemble_model(
     seed: Annotated[int, Option(metavar="N", help="Of what is drawn afresh.")] = 0,
 ) -> None:
     """Make a start for training from a text model and a vision tower (what joins them is untrained)."""
-    from relook.model.assembling import assemble, check_free, save_new
-    from relook.model.loading import load_model, load_processor
-    from relook.train import tiny
-
-    if (vision is None) == (size is None):
-        raise UserError("give exactly one of --vision MODEL and --size SIZE")
-    check_free(target)
-    if vision is not None:
-        seeing = load_model(vision, dtype="float32", device="cpu"), load_processor(vision)
-    else:
-        seeing = tiny.build(str(size), seed)
-    print(f"written: {save_new(*assemble(text, *seeing, seed=seed), target)}")
+    find("command", "assemble", {})(text, target, vision=vision, size=size, seed=seed)
+    print(f"written: {target}")
 
 
 def describe(found: dict[str, Any]) -> str:

@@ -163,7 +163,7 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
 def report(
     sources: Annotated[
         list[Path],
-        Argument(metavar="SOURCE...", help="A YAML file of rows (docs/receipts/arms.yaml), or folders of evaluations."),
+        Argument(metavar="SOURCE...", help="A YAML file of rows (zoo/receipts/arms.yaml), or folders of evaluations."),
     ],
     out: Annotated[
         Path | None,

@@ -8,18 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from relook.data.questions import Question, from_page, read_questions
-from relook.data.worlds import make_world
+from relook import plugins
+from relook.data.questions import Question, read_questions
 from relook.errors import UserError
 from relook.evaluate.benchmarks import BENCHMARKS, Places, benchmark
-from relook.io import rng
 
-# Worlds of training recipes take small seeds; pages for evaluation come from seeds beyond this one, so none was seen.
-UNSEEN = 1_000_000_007
-REAL_RECEIPTS = Path("../shared/data/receipts/val_qa.jsonl")
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from relook.evaluate.records import Record
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Task:
     """One row: its name, what it is, its questions for a seed and places (possibly without end), and its scores.
 
     `usual` is how many questions are asked where nobody says; None for all of them. `tokens` is how long a turn may be
-    where neither the user nor the protocol says.
+    where neither the user nor the protocol says. `image` draws the image of a record
+    again, for reports, where a task's images are not files; it raises UserError where it cannot.
     """
 
     name: str
@@ -36,31 +38,11 @@ class Task:
     scores: tuple[str, ...] = ("exact", "anls")
     usual: int | None = None
     tokens: int = 64
+    image: Callable[[Record], Image.Image] | None = None
 
     def items(self, n: int | None, seed: int, places: Places | None = None) -> Iterator[Question]:
-        """The first `n` questions (None: as many as usual); world tasks draw other pages for another seed."""
+        """The first `n` questions (None: as many as usual); drawn images are others for another seed."""
         return islice(self.questions(seed, places or Places()), self.usual if n is None else n)
-
-
-def world_questions(world: str, seed: int) -> Iterator[Question]:
-    """One question about each page of a world that no training saw, which one drawn by page; without end."""
-    pages = make_world(world, UNSEEN + seed)
-    for index in count():
-        page = pages.sample(index)
-        chosen = int(rng(seed, "evaluate", world, index).integers(len(page.qas)))
-        yield from_page(page, chosen, f"{world} page {index} of seed {UNSEEN + seed}")
-
-
-def real_receipts() -> Iterator[Question]:
-    """The validation questions about real scanned receipts, where the project's shared folder is at hand."""
-    beside = Path(__file__).parents[3] / REAL_RECEIPTS  # of the checkout this file may lie in
-    path = next((path for path in (REAL_RECEIPTS, beside) if path.is_file()), None)
-    if path is None:
-        raise UserError(
-            f"task receipts-real needs the real receipts, and there is no {REAL_RECEIPTS} here or beside the checkout; "
-            "give the path of your own questions (JSON lines of image, question, answer, bboxs) as a task instead"
-        )
-    return read_questions(path)
 
 
 def _benchmark(name: str, seed: int, places: Places) -> Iterator[Question]:
@@ -70,15 +52,20 @@ def _benchmark(name: str, seed: int, places: Places) -> Iterator[Question]:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("cards", "cards with codes, pages never seen", lambda seed, _: world_questions("cards", seed), usual=1000),
-        Task("receipts", "rendered receipts never seen", lambda seed, _: world_questions("receipts", seed), usual=500),
-        Task("receipts-real", "60 real scanned receipts (SROIE), 234 questions", lambda *_: real_receipts()),
         *(
             Task(row.name, row.about, partial(_benchmark, row.name), row.scores, tokens=row.tokens or 64)
             for row in BENCHMARKS.values()
         ),
     )
 }
+
+
+def named_task(name: str) -> Task | None:
+    """The task of that name, relook's own or of an installed package; None where there is none (a file's name)."""
+    try:
+        return plugins.find("task", name, TASKS)
+    except UserError:
+        return None
 
 
 def find_task(name: str) -> Task:
@@ -104,10 +91,11 @@ def find_tasks(names: Iterable[str]) -> list[Task]:
     found: list[Task] = []
     for name in dict.fromkeys(names):
         path = Path(name)
-        if name in TASKS:
-            found.append(TASKS[name])
-        elif not path.is_file():
-            raise UserError(f"{name!r} is neither a task ({', '.join(TASKS)}) nor a file of questions or tasks")
+        if not path.is_file():
+            known = plugins.names("task", TASKS)
+            if name not in known and name not in plugins.ZOO and ":" not in name:
+                raise UserError(f"{name!r} is neither a task ({', '.join(known)}) nor a file of questions or tasks")
+            found.append(plugins.find("task", name, TASKS))
         elif path.suffix in SUFFIXES:
             found += own_tasks(path)
         else:

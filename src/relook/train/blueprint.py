@@ -46,9 +46,9 @@ def blueprint(recipe: Recipe) -> Blueprint:
     """
     source = recipe.model
     if source.size is not None:
-        from relook.train import tiny
+        from relook.model import new
 
-        model, processor = tiny.build(source.size, recipe.seed, domain=recipe.domain)
+        model, processor = new.build(source.size, recipe.seed, domain=recipe.domain)
         return Blueprint(model.config, processor, _lacks(source.visual))
     assert source.start is not None
     try:

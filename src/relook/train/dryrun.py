@@ -32,10 +32,10 @@ from relook.train.blueprint import Blueprint, blueprint
 from relook.train.feeding import Feed, feed
 from relook.train.learnable import by_part, check_parts, let_learn, set_forward
 from relook.train.lengths import item_length
+from relook.train.objective import make_objective
 from relook.train.optimiser import build_optimiser
 from relook.train.recipe import Recipe, Stage, load_recipe
-from relook.train.runner import start_model_of, steps_of, world_of
-from relook.train.stages import make_objective
+from relook.train.runner import source_of, start_model_of, steps_of
 
 SAMPLE = 1000  # items whose tokens are counted
 PAGES = 32  # of a world
@@ -175,7 +175,7 @@ def _stage(
     objective: Any = model
     if plan.processor is not None:  # also checks the stage's options
         objective = make_objective(
-            model, plan.processor, world_of(data, seed), stage, seed, fed if items else None, fed.held if items else ()
+            model, plan.processor, source_of(data, seed), stage, seed, fed if items else None, fed.held if items else ()
         )
     let_learn(model, stage.freeze, stage.train)
     if stage.lora is not None:
@@ -273,7 +273,7 @@ def _measure(recipe: Recipe, stage: Stage, dry: StageDry, seen: dict[str, tuple[
     model, processor = start_model_of(recipe)
     fed = seen[repr((data, seed))][0] if data.source == "json" else None
     objective: Any = make_objective(
-        model, processor, world_of(data, seed), stage, seed, fed, fed.held if fed is not None else ()
+        model, processor, source_of(data, seed), stage, seed, fed, fed.held if fed is not None else ()
     )
     set_forward(model.config, stage)
     let_learn(model, stage.freeze, stage.train)

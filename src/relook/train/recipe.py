@@ -1,6 +1,6 @@
 """A recipe: everything that decides a training run, in one YAML file, checked before anything starts.
 
-A recipe names a model (a size from `tiny.SIZES`, or weights to start from), data (a synthetic world, or a JSON of items
+A recipe names a model (a size, or weights to start from), data (a synthetic world, or a JSON of items
 in the published format) and stages. Unknown keys are errors that name the nearest valid key. Paths are relative: to the
 working directory, as in `out=`; a recipe in the repository holds no absolute path.
 
@@ -68,7 +68,7 @@ class Data(Strict):
     """
 
     source: Literal["world", "json"] = "world"
-    world: str | None = Field(None, description="name of a synthetic world (relook.data.worlds)")
+    world: str | None = Field(None, description="a synthetic dataset: installed (relook.sources) or module:attribute")
     path: str | None = Field(None, description="items in the published format: JSON, JSON lines, Parquet, a dataset")
     image_root: str | None = Field(None, description="folder the items' image paths are relative to")
     sources: list[ItemSource] = Field([], description="in place of path: several sets")
@@ -151,7 +151,7 @@ class Lora(Strict):
 
 
 class Stage(Strict):
-    """One stretch of training with one objective (a row of `stages.OBJECTIVES`)."""
+    """One stretch of training with one objective (a row of `objective.OBJECTIVES`, or of an installed package)."""
 
     name: str
     objective: str

@@ -19,18 +19,18 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from relook.data.access import records
-from relook.data.worlds import make_world
 from relook.errors import UserError
 from relook.io import replacing
+from relook.plugins import find
 from relook.train import lora, ranks, sharding, watch
 from relook.train.checkpoints import Checkpoints, Record, digest, finished, keep_stage, restore_stage
 from relook.train.faults import GO_ON, Signals, Stopped, writing
 from relook.train.feeding import feed
 from relook.train.frozen import remembering
 from relook.train.learnable import check_parts, let_learn, set_forward
+from relook.train.objective import Objective, make_objective
 from relook.train.optimiser import build_optimiser, schedule
 from relook.train.recipe import Data, Recipe, Stage, load_recipe
-from relook.train.stages import Objective, make_objective
 from relook.train.trainer import Examples, Keeper, StageTrainer
 from relook.train.validation import Validator
 
@@ -189,7 +189,7 @@ def _made_ready(model: Any, processor: Any, recipe: Recipe, stage: Stage, seed: 
     data = stage.data or recipe.data
     torch.manual_seed(seed)
     taught, held = _items(data, recipe.validation.items, seed, processor)
-    objective = make_objective(model, processor, world_of(data, seed), stage, seed, taught, held)
+    objective = make_objective(model, processor, source_of(data, seed), stage, seed, taught, held)
     set_forward(model.config, stage)
     let_learn(model, stage.freeze, stage.train)
     if stage.lora is not None:
@@ -318,9 +318,9 @@ def save_final(model: Any, processor: Any, recipe: Recipe, history: list[dict[st
 def start_model_of(recipe: Recipe) -> tuple[Any, Any]:
     """The model and processor a recipe begins with, in float32."""
     if recipe.model.size is not None:
-        from relook.train import tiny
+        from relook.model import new
 
-        model, processor = tiny.build(recipe.model.size, recipe.seed, domain=recipe.domain)
+        model, processor = new.build(recipe.model.size, recipe.seed, domain=recipe.domain)
         if recipe.model.visual is not None:
             _take_tower(model, recipe.model.visual)
         return model, processor
@@ -353,8 +353,9 @@ def _take_tower(model: Any, source: str) -> None:
     model.config.tower = {"from": Path(source).name, **(getattr(other.config, "provenance", None) or {})}
 
 
-def world_of(data: Data, seed: int) -> Any:
-    return make_world(data.world, seed) if data.source == "world" and data.world else None
+def source_of(data: Data, seed: int) -> Any:
+    """The synthetic dataset that a stage draws from (group `relook.sources` of `plugins`); None for items."""
+    return find("source", data.world, {}, "data.world")(seed) if data.source == "world" and data.world else None
 
 
 def _items(data: Data, held: int, seed: int, processor: Any) -> tuple[Any, Sequence[Any]]:

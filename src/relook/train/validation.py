@@ -19,17 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from relook.data.questions import Question, from_page, read_questions
-from relook.errors import RelookError, UserError
-from relook.io import rng
+from relook.data.questions import Question, read_questions
+from relook.errors import RelookError
 from relook.looks import parse_calls
 from relook.regions import Box, cells_to_box, iou, union, upright
 from relook.trace import Answer
 from relook.train import ranks
-from relook.train.conversation import Conversations
 from relook.train.faults import writing
 from relook.train.recipe import Validation
-from relook.train.stages import first_held_out, page_offset
 
 ANNOTATED = (0, 190, 70)  # colour of the annotated box
 LONGEST_ANSWER = 64  # tokens of a turn
@@ -58,7 +55,7 @@ class Validator:
         self.objective.eval()
         figures = self._losses(prepare)
         # where weights are sharded, processes would have to answer in step: they do not
-        if isinstance(self.objective, Conversations) and self.plan.questions and not self.objective.model.lockstep:
+        if self.objective.converses and self.plan.questions and not self.objective.model.lockstep:
             figures |= self._asked(step)
         self.objective.train()
         return {f"eval_{name}": value for name, value in figures.items()}
@@ -77,7 +74,7 @@ class Validator:
             self.objective.log = before
 
     def _drawn(self) -> Iterator[tuple[int, Any]]:
-        count = len(self.objective.held) if self.objective.items is not None else self.plan.examples
+        count = self.objective.count_held_out(self.plan)
         size = self.objective.stage.batch
         for start in range(0, count, size):
             examples = [self.objective.held_out(i) for i in range(start, min(start + size, count))]
@@ -89,7 +86,7 @@ class Validator:
         from relook.perceive import VLM
 
         if self._questions is None:
-            self._questions = list(islice(questions(self.objective, self.plan), self.plan.questions))
+            self._questions = list(islice(self._asks(), self.plan.questions))
         objective = self.objective
         vlm = VLM(objective.model, objective.processor, f"{objective.stage.name} at step {step}")
         answers = ask(vlm, self._questions)
@@ -110,6 +107,9 @@ class Validator:
             self._draw(step, pairs[: self.plan.pictures])
         return figures
 
+    def _asks(self) -> Iterator[Question]:
+        return self.objective.questions(self.plan) if self.plan.path is None else read_questions(self.plan.path)
+
     def _draw(self, step: int, pairs: list[tuple[Answer, Question]]) -> None:
         drawn = [picture(answer, question) for answer, question in pairs]
         with writing(self.pictures, self.last):
@@ -127,26 +127,6 @@ def ask(vlm: Any, questions: list[Question]) -> list[Answer | None]:
         if len(questions) == 1:
             return [None]
         return [answer for question in questions for answer in ask(vlm, [question])]
-
-
-def questions(objective: Any, plan: Validation) -> Iterator[Question]:
-    """Of the plan's file, of the items held out, or of the world's pages that are held out (one a page)."""
-    if plan.path is not None:
-        yield from read_questions(plan.path)
-    elif objective.items is not None:
-        for number in range(len(objective.held)):
-            try:
-                question = from_item(objective.held[number], objective.processor.grid_size)
-            except UserError:  # a record or an image that cannot be read
-                continue
-            if question is not None:
-                yield question
-    elif objective.world is not None:
-        first = page_offset(objective.stage.name) + first_held_out(objective.stage)
-        for number in range(plan.questions):
-            page = objective.world.sample(first + number)
-            chosen = int(rng(objective.seed, "validation", number).integers(len(page.qas)))
-            yield from_page(page, chosen, f"held out page {number}")
 
 
 def from_item(item: Any, grid: int) -> Question | None:

@@ -21,13 +21,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from relook import plugins
 from relook.errors import UserError
 from relook.evaluate.records import Folder, holds_records, read_folder
 from relook.evaluate.results import MEASURES
 from relook.evaluate.settings import SETTINGS
 from relook.evaluate.split_metrics import SPLIT_SCORES
 from relook.evaluate.summary import Difference, Summary, chance, difference, measure_of, summarise
-from relook.evaluate.tasks import TASKS
+from relook.evaluate.tasks import TASKS, named_task
 
 # What a row's model is, from results.json (`facts`), or from the row where an old results.json lacks it.
 FACTS: dict[str, tuple[str, ...]] = {
@@ -137,7 +138,8 @@ class Report:
             for name in row.results[task].measures
             if name not in MEASURES
         )
-        own = TASKS[task].scores if task in TASKS else ()
+        known = named_task(task)
+        own = known.scores if known else ()
         return tuple(sorted(found, key=lambda name: own.index(name) if name in own else len(own))) or ("exact",)
 
     @property
@@ -264,7 +266,8 @@ def _fact(name: str, plan: RowPlan, folders: Sequence[Folder]) -> tuple[float, .
 def _report(
     title: str, note: str, tasks: Sequence[str], rows: Sequence[Row], compare: Sequence[tuple[str, str]]
 ) -> Report:
-    order = tuple(tasks or _ordered({task for row in rows for task in row.results}, TASKS))
+    known = dict.fromkeys(plugins.names("task", TASKS))
+    order = tuple(tasks or _ordered({task for row in rows for task in row.results}, known))
     by_name = {row.name: row for row in rows}
     differences = []
     for task in order:

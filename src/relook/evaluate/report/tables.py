@@ -13,7 +13,7 @@ from relook.evaluate.results import COLUMNS as PRINTED
 from relook.evaluate.split_metrics import SPLIT_SCORES
 from relook.evaluate.statistics import Estimate
 from relook.evaluate.summary import BY_FIELD, Difference
-from relook.evaluate.tasks import TASKS
+from relook.evaluate.tasks import named_task
 
 SCORE_NAMES = {score: name.removesuffix(" %") for name, (score, *_) in PRINTED.items()} | {"exact": "exact match"}
 Column = tuple[str, float, int, bool]  # measure, factor, decimals, interval shown
@@ -55,7 +55,8 @@ class Table:
 
 def heading(report: Report, task: str) -> str:
     """`task`, and what it is where that is known."""
-    return f"{task}: {TASKS[task].about}" if task in TASKS else task
+    known = named_task(task)
+    return f"{task}: {known.about}" if known else task
 
 
 def tables(report: Report, task: str) -> list[Table]:

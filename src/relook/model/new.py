@@ -1,0 +1,201 @@
+"""Scaled-down Qwen2-VLs that may look again: configuration, tokenizer and processor from one table row.
+
+The tokenizer is byte-level BPE in Qwen2's own class, so it loads anywhere and encodes any text. Its merges are learnt
+only from the phrases of the model's world, the published trigger sentences and the chat roles: known sentences cost
+about a token a word, while digits and text in capitals stay one token per character, which is what a tiny model can
+copy from an image.
+
+Knows sizes and vocabularies; not how anything is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from relook.plugins import find
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPECIALS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A row of the size table.
+
+    `condition_std` is the initial spread of Linear_c: y = F + <F, c> c is quadratic in c, so a large c wrecks what the
+    language model can already read, and c = 0 has no gradient.
+    `first`, `crop` and `reencode` are keyword arguments of `processing.View`: how the page is seen at first, as the
+    crop of a region look, and as a whole when re-encoded.
+    """
+
+    vit: dict[str, Any]
+    lm: dict[str, Any]
+    first: dict[str, Any]
+    crop: dict[str, Any]
+    reencode: dict[str, Any]
+    looks: tuple[str, ...] = ("region", "clip")
+    grid: int = 8
+    region_margin: int = 1
+    free_choice: bool = True
+    question_first: bool = True
+    max_pixels: int = 512 * 512
+    rope_theta: float = 1000.0
+    init_std: float = 0.04
+    condition_std: float = 0.005
+    phrases: tuple[str, ...] = ()  # what the tokenizer is to know by whole words
+    initialise: Callable[[Any], None] | None = None  # of a fresh model, after its weights were drawn
+
+
+def phrases(size: Size) -> list[str]:
+    """All sentences the tokenizer learns its merges from, without doubles, in a fixed order."""
+    from relook import looks
+
+    sentences = ["system", "user", "assistant", "\n", looks.DEFAULT_SYSTEM, looks.ANSWER_PREFIX, "Region 0: \n"]
+    sentences += [spec.trigger for spec in looks.LOOKS.values()]
+    return list(dict.fromkeys([*sentences, *size.phrases]))
+
+
+def build_tokenizer(size: Size) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer of class Qwen2Tokenizer: 256 bytes, merges from `phrases`, then the special tokens.
+
+    Ids: bytes and merges first, then the end of turn and padding, the rest of `SPECIALS`, and the control tokens of the
+    size's looks in the published order.
+    """
+    import json
+
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    from relook import looks
+
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    learner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, min_frequency=1, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    learner.train_from_iterator(phrases(size), trainer)
+    model = json.loads(learner.to_str())["model"]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=cast(Any, merges), eos_token="<|im_end|>")
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
+    pads, ordinary = looks.control_tokens(size.looks, size.grid)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in pads])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in ordinary])
+    return tokenizer
+
+
+def build_config(size: Size, tokenizer: PreTrainedTokenizerBase, **extra: Any) -> Any:
+    """The VPTQwen2VLConfig of a row, with the token ids of `tokenizer`."""
+    from relook.looks import LOOKS
+    from relook.model import VPTQwen2VLConfig
+
+    def token_id(token: str) -> int:
+        return int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
+
+    hidden, heads = size.lm["hidden_size"], size.lm["num_attention_heads"]
+    # One frequency each for t, h, w in turn, so that rows and columns are told apart at every scale.
+    rope = {"rope_type": "default", "rope_theta": size.rope_theta, "mrope_section": [1] * (hidden // heads // 2)}
+    text = {
+        **size.lm,
+        "vocab_size": len(tokenizer),
+        "rope_parameters": rope,
+        "max_position_embeddings": 4096,
+        "initializer_range": size.init_std,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": token_id("<|im_end|>"),
+        "pad_token_id": token_id("<|endoftext|>"),
+    }
+    vision = {**size.vit, "hidden_size": hidden, "mlp_ratio": 4, "initializer_range": size.init_std}
+    ids: dict[str, Any] = {}
+    for name in size.looks:
+        spec = LOOKS[name]
+        if spec.reencodes and spec.start and spec.action:
+            ids |= {
+                f"{name}_image_token_id": token_id(spec.pad),
+                f"{name}_action_start_id": token_id(spec.start),
+                f"{name}_action_id": token_id(spec.action),
+            }
+    return VPTQwen2VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        para_start_id=token_id("<|im_start|>"),
+        para_end_id=token_id("<|im_end|>"),
+        vision_encoder_ls=[LOOKS[n].encoder for n in size.looks if LOOKS[n].reencodes],
+        initializer_range=size.init_std,
+        **ids,
+        **extra,
+    )
+
+
+def build_processor(size: Size, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The VPTQwen2VLProcessor of a row: patch size, views and grid of the row, around `tokenizer`."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from relook.model import VPTQwen2VLProcessor
+    from relook.processing import View
+
+    patch = size.vit["patch_size"]
+    images = Qwen2VLImageProcessorPil(
+        patch_size=patch,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": (2 * patch) ** 2, "longest_edge": size.max_pixels},
+    )
+    return VPTQwen2VLProcessor(
+        images,
+        tokenizer,
+        looks=size.looks,
+        grid_size=size.grid,
+        region_margin=size.region_margin,
+        first_look=View(**size.first),
+        second_look=View(**size.crop),
+        reencode_look=View(**size.reencode),
+        free_choice=size.free_choice,
+        question_first=size.question_first,
+    )
+
+
+def build(size: Size | str, seed: int, **extra: Any) -> tuple[Any, Any]:
+    """A fresh model with random weights and its processor: `model, processor = build("cards-tiny", seed=1)`.
+
+    Args:
+        size: a row of the size table, or its name (`plugins`, group `relook.sizes`).
+        seed: of the initial weights.
+        extra: further config fields (`domain=`, `provenance=`).
+    """
+    import torch
+
+    from relook.model import VPTQwen2VLForConditionalGeneration
+
+    row: Size = find("size", size, {}) if isinstance(size, str) else size
+    tokenizer = build_tokenizer(row)
+    config = build_config(row, tokenizer, **extra)
+    torch.manual_seed(seed)
+    model = VPTQwen2VLForConditionalGeneration(config)
+    for projector in model.projectors.values():
+        torch.nn.init.normal_(projector.linear_condition.weight, std=row.condition_std)
+    if row.initialise is not None:
+        row.initialise(model)
+    return model.float(), build_processor(row, tokenizer)

@@ -1,0 +1,125 @@
+"""How well the vision tower of receipts-tiny reads by itself, on receipts that were kept apart from its training.
+
+    python zoo/tools/receipts_tower.py zoo/recipes/receipts-tower
+    python zoo/tools/receipts_tower.py runs/receipts-tower/final --heads runs/receipts-tower/stages/02-sharpen
+
+A tower has no answers, so its throwaway heads are asked (`zoo.objectives.lines`): they lie in the model's folder, or in
+that of the stage that taught them. Lines are drawn at random from the validation receipts and shown as region looks
+show them, each with a little around it: what the head spells is compared with what is printed, without spaces. And in
+the first look of every receipt: does the token with the highest score for a field lie in it, or one row off?
+
+Intervals are 95 % bootstrap intervals, over lines and over receipts. Same folder, same machine: same figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from relook.errors import UserError
+from relook.evaluate.statistics import bootstrap
+from relook.model.loading import load_model
+from relook.processing.processor import VPTQwen2VLProcessor
+from relook.train.checkpoints import restore_heads
+from relook.train.recipe import Stage
+from zoo.objectives.lines import Lines, error_rate, pool_rows, spell
+from zoo.objectives.pieces import Sheet, clamp, lines_in, seen_at
+from zoo.scans import Scan, read_scans
+from zoo.worlds import make_world
+
+AROUND = 6  # pixels shown around a line, on each side
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder of the tower")
+    parser.add_argument("--heads", type=Path, help="folder with throwaway.safetensors; the model's unless given")
+    parser.add_argument("--scans", default="../shared/data/receipts", help="receipts, see zoo.scans")
+    parser.add_argument("--lines", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=5, help="of the lines drawn")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    reader = read_by(options.model, options.heads or options.model)
+    scans = read_scans(options.scans, "val")
+    if not scans:
+        raise UserError(f"{options.scans} holds no receipts to read; give --scans FOLDER.")
+    print(f"{options.model}: {options.lines} lines of {len(scans)} receipts, seed {options.seed}")
+    figures = {**lines_read(reader, scans, options.lines, options.seed), **fields_found(reader, scans)}
+    for name, values in figures.items():
+        mean = bootstrap(values)
+        print(f"{name:44} {100 * mean.mean:5.1f} % ({100 * mean.low:.1f}-{100 * mean.high:.1f})  n = {len(values)}")
+
+
+def read_by(folder: Path, heads: Path) -> Lines:
+    """The objective that taught the tower, around the tower and its heads."""
+    if not (heads / "throwaway.safetensors").is_file():
+        raise UserError(
+            f"{heads} holds no throwaway.safetensors; give --heads, the folder of the stage that taught it."
+        )
+    model = load_model(folder, dtype=torch.float32).eval()
+    restore_heads(model, heads)
+    stage = Stage(name="read", objective="lines", samples=1)
+    return Lines(model, VPTQwen2VLProcessor.from_pretrained(folder), make_world("receipts", 0), stage, 0)
+
+
+def tokens_of(reader: Lines, pixels: dict[str, Any]) -> torch.Tensor:
+    """(tokens, width) of one image."""
+    return reader.model.encode("image", pixel_values=pixels["pixel_values"], image_grid_thw=pixels["image_grid_thw"])[0]
+
+
+@torch.no_grad()
+def lines_read(reader: Lines, scans: list[Scan], number: int, seed: int) -> dict[str, list[float]]:
+    """Per line: edit distance over its letters; whether it is right; the same of lines that are mostly digits."""
+    random = np.random.default_rng(seed)
+    errors, digits = [], []
+    while len(errors) < number:
+        scan = scans[int(random.integers(len(scans)))]
+        box, text = scan.lines[int(random.integers(len(scan.lines)))]
+        window = clamp((box[0] - AROUND, box[1] - AROUND, box[2] + AROUND, box[3] + AROUND), scan.image.size)
+        pixels, grid = reader.encode(scan.image.crop(window), seen_at(window, 1.0))
+        found = lines_in([(box, text)], window, grid, reader.classes)
+        if not found:
+            continue  # nothing printed there that the tower has a letter for
+        rows, slots, letters = found[0]
+        seen = reader.head(tokens_of(reader, pixels)).view(grid[0], -1, len(reader.classes) + 1)
+        errors.append(error_rate(spell(pool_rows(seen[rows, slots])), letters.tolist()))
+        bare = text.replace(" ", "")
+        digits.append(2 * sum(c.isdigit() for c in bare) >= len(bare))
+    some = [error for error, mostly in zip(errors, digits, strict=True) if mostly]
+    return {
+        "character error rate, mean over lines": errors,
+        "whole lines right": [float(error == 0) for error in errors],
+        "lines that are mostly digits, right": [float(error == 0) for error in some],
+    }
+
+
+@torch.no_grad()
+def fields_found(reader: Lines, scans: list[Scan]) -> dict[str, list[float]]:
+    """Per receipt and field: whether the best token of the first look lies in the field, or one row beside."""
+    found: dict[str, list[float]] = {}
+    for scan in scans:
+        sheet = Sheet.of_scan(scan)
+        pixels = reader.processor.encode_images([reader.processor.view(sheet.image.convert("RGB"), "first")], "image")
+        rows, columns = (int(v) // 2 for v in pixels["image_grid_thw"][0, 1:])
+        scores = reader.field_head(tokens_of(reader, pixels))
+        truth = reader.field_truth(sheet, (0, 0, *sheet.image.size), (rows, columns)).view(rows, columns, -1) > 0.5
+        for field in sheet.fields:
+            here = truth[..., reader.fields[field]].float()
+            near = F.max_pool2d(here[None], (3, 1), stride=1, padding=(1, 0))[0]
+            best = int(scores[:, reader.fields[field]].argmax())
+            found.setdefault(f"first look: best token in the {field}", []).append(float(near.flatten()[best]))
+    return dict(sorted(found.items()))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,36 @@
+"""The worlds by name. A new world is a module with a class that fits `base.World`, and one row here.
+
+Modules are imported on first use, so that naming a world costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from relook.errors import UserError
+from zoo.worlds.base import QA, Area, Box, Glyph, Page, World
+
+WORLDS: dict[str, tuple[str, str]] = {
+    "cards": ("zoo.worlds.cards", "Cards"),
+    "receipts": ("zoo.worlds.receipts", "Receipts"),
+}
+
+
+def world_class(name: str) -> type[World]:
+    """The class of a world by its name.
+
+    Raises:
+        UserError: no world of that name.
+    """
+    if name not in WORLDS:
+        raise UserError(f"There is no world called {name!r}; the worlds are {', '.join(sorted(WORLDS))}.")
+    module, attribute = WORLDS[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def make_world(name: str, seed: int) -> World:
+    """A world, ready to sample: `make_world("cards", 1).sample(0)`."""
+    return world_class(name)(seed)
+
+
+__all__ = ["QA", "WORLDS", "Area", "Box", "Glyph", "Page", "World", "make_world", "world_class"]

@@ -1,0 +1,346 @@
+"""What a Malaysian till receipt says: rows of pieces of text, with the fields marked that can be asked for.
+
+`write(random)` returns a `Script`: rows in reading order and the answers. Words come from
+receipts_words, what the sale is about from receipts_facts. Knows nothing of fonts and pixels.
+"""
+
+from __future__ import annotations
+
+import random as randomness
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from zoo.worlds import receipts_facts as made
+from zoo.worlds import receipts_words as words
+
+Random = randomness.Random
+
+QUESTIONS: dict[str, tuple[str, ...]] = {  # the first of each is the wording of the real set
+    "company": (
+        "What is the name of the company on this receipt?",
+        "Which company issued this receipt?",
+        "What is the name of the shop?",
+    ),
+    "date": (
+        "What is the date on this receipt?",
+        "When was this receipt issued?",
+        "What is the date of purchase?",
+    ),
+    "address": (
+        "What is the address of the company on this receipt?",
+        "What is the address of the shop?",
+        "Where is the company located?",
+    ),
+    "total": (
+        "What is the total amount on this receipt?",
+        "What is the total?",
+        "How much was paid in total?",
+    ),
+    "tax": ("What is the tax amount on this receipt?", "How much is the tax?"),
+    "change": ("What is the change on this receipt?", "How much change was given?"),
+    "paid": ("What is the amount paid on this receipt?", "How much cash was given?"),
+    "invoice": ("What is the invoice number on this receipt?", "What is the receipt number?"),
+    "phone": ("What is the phone number on this receipt?", "What is the telephone number of the company?"),
+}
+MAIN = ("company", "date", "address", "total")  # what the real set asks
+
+
+Part = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A text in a row. align: l, c or r about `at`, a share of the print width. size: factor. field: what it answers.
+
+    part: what it is to the questions of receipts_asked: "name", "amount" or "rest" of an item and the item's number;
+    the "count" of items, the "method" and the "payment" have number 0.
+    """
+
+    text: str
+    align: str = "l"
+    at: float = 0.0
+    size: float = 1.0
+    bold: bool = False
+    field: str | None = None
+    part: Part | None = None
+
+
+@dataclass
+class Script:
+    """Rows of pieces (an empty row is a gap) and the answer of each field.
+
+    prices: number of an item -> its name and amount as printed, for items whose price nobody can take for another.
+    """
+
+    rows: list[list[Piece]] = field(default_factory=list)
+    answers: dict[str, str] = field(default_factory=dict)
+    prices: dict[int, tuple[str, str]] = field(default_factory=dict)
+
+    def add(self, *pieces: Piece) -> None:
+        self.rows.append(list(pieces))
+
+
+def write(random: Random) -> Script:
+    """A receipt in words: header, sale, items, totals, footer."""
+    script = Script()
+    facts = made.Facts(random)
+    date_at = random.choice(("head", "head", "head", "foot", "both_sides"))
+    _header(script, random)
+    if date_at != "foot":
+        _sale(script, random, facts, with_date=True)
+    _rule(script, random)
+    _items(script, random, facts)
+    _rule(script, random)
+    _totals(script, random, facts)
+    if random.random() < 0.45:
+        _tax_summary(script, random, facts)
+    if date_at == "foot":
+        _rule(script, random)
+        _sale(script, random, facts, with_date=True)
+    _footer(script, random)
+    return script
+
+
+def _cased(random: Random, text: str, style: int) -> str:
+    """As printed: all capitals mostly, else title case."""
+    return text.title() if style == 1 else text
+
+
+def _header(script: Script, random: Random) -> None:
+    at = random.choice((("c", 0.5), ("c", 0.5), ("c", 0.5), ("c", 0.5), ("l", 0.0)))
+    case = random.choice((0, 0, 0, 1))
+    company = made.company(random)
+    script.answers["company"] = company.upper()
+    big = random.choice((1.0, 1.0, 1.15, 1.4, 1.8))
+    bold = random.random() < 0.4
+    for line in _wrapped(company, int(34 / big)):
+        script.add(Piece(_cased(random, line, case), *at, size=big, bold=bold, field="company"))
+    if random.random() < 0.7:
+        form = random.choice(words.REGISTRATIONS)
+        script.add(Piece(made.code(random, form).replace("99", str(random.randint(10, 99))), *at))
+    address = made.address(random)
+    script.answers["address"] = " ".join(address).upper()
+    for line in address:
+        script.add(Piece(_cased(random, line, case), *at, field="address"))
+    rows = []
+    if random.random() < 0.75:
+        phone = made.code(random, random.choice(words.PHONES))
+        label = random.choice(("TEL : ", "TEL: ", "Tel: ", "TEL NO. : ", "H/P: ", "TEL ", "Phone : ", ""))
+        fax = "" if random.random() < 0.7 else random.choice((" FAX: ", " Fax : ")) + made.code(random, "03-99999999")
+        rows.append([Piece(label + phone + fax, *at, field="phone")])
+        script.answers["phone"] = phone
+    if random.random() < 0.6:
+        label = random.choice(("GST ID : ", "GST NO: ", "(GST Reg. No : ", "GST REG: ", "GST ID No :"))
+        rows.append([Piece(label + made.code(random, "009999999999") + (")" if label[0] == "(" else ""), *at)])
+    random.shuffle(rows)
+    script.rows.extend(rows)
+    if random.random() < 0.7:
+        if random.random() < 0.4:
+            script.add()
+        title = random.choice(words.TITLES)
+        script.add(Piece(title, "c", 0.5, size=random.choice((1.0, 1.0, 1.3)), bold=random.random() < 0.3))
+    if random.random() < 0.3:
+        script.add()
+
+
+def _wrapped(text: str, columns: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > columns:
+            lines.append(word)
+        else:
+            lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
+
+
+def _sale(script: Script, random: Random, facts: made.Facts, with_date: bool) -> None:
+    """Invoice number, date, time, cashier: as rows of label and value, in one or two columns, or bare."""
+    date, time = made.date(random), made.time(random)
+    script.answers["date"] = date.upper()
+    shown = _cased(random, date, random.choice((0, 0, 1)))
+    invoice = made.code(random, random.choice(words.INVOICE_NUMBERS))
+    colon = random.choice((": ", " : ", ":", " :", ": "))
+    entries: list[tuple[str, str, str | None]] = []
+    if random.random() < 0.7:
+        entries.append((random.choice(words.INVOICE_LABELS), invoice, "invoice"))
+        script.answers["invoice"] = invoice
+    joined = random.random() < 0.45
+    label = random.choice(("DATE", "Date", "DATE", "Date", "Invoice Date", "Bill Date", "Dt", "Tarikh", ""))
+    entries.append((label, f"{shown} {time}" if joined else shown, "date"))
+    if not joined and random.random() < 0.7:
+        entries.append((random.choice(("TIME", "Time", "Time")), time, None))
+    for names, values in (
+        ("CASHIER Cashier Served_By USER Operator", "USER MANIS ADMIN NUR KIM LEE SITI 01"),
+        ("TABLE Counter POS TERMINAL Member", "1 12 A1 T3 5 001"),
+    ):
+        if random.random() < 0.55:
+            entries.append((made.pick(random, names).replace("_", " "), made.pick(random, values), None))
+    random.shuffle(entries)
+    shape = random.choice(("list", "list", "tabbed", "two", "right"))
+    middle = random.uniform(0.25, 0.45)
+    while entries:
+        name, value, mark = entries.pop(0)
+        if not name:
+            script.add(Piece(value, *random.choice((("l", 0.0), ("c", 0.5), ("r", 1.0))), field=mark))
+        elif shape == "right":
+            script.add(Piece(name + colon, "l", 0.0), Piece(value, "r", 1.0, field=mark))
+        elif shape == "tabbed":
+            script.add(Piece(name, "l", 0.0), Piece(colon.strip() + " " + value, "l", middle, field=mark))
+        elif shape == "two" and entries and len(name + value) < 16 and len(entries[0][0] + entries[0][1]) < 16:
+            other, its, its_mark = entries.pop(0)
+            script.add(
+                Piece(name + colon + value, "l", 0.0, field=mark), Piece(other + colon + its, "l", 0.55, field=its_mark)
+            )
+        else:
+            script.add(Piece(name + colon + value, "l", 0.0, field=mark))
+
+
+def _rule(script: Script, random: Random) -> None:
+    kind = random.random()
+    if kind < 0.45:
+        script.add(Piece(random.choice("---=*_") * 60, "l", 0.0))
+    elif kind < 0.7:
+        script.add()
+
+
+_ROOM = {"columns": 18, "quantity_first": 22, "two_rows": 36}  # letters of an item's name, by shape
+
+
+def _items(script: Script, random: Random, facts: made.Facts) -> None:
+    shape = random.choice(("two_rows", "two_rows", "columns", "quantity_first"))
+    if random.random() < 0.7:
+        heads = {
+            "columns": (("Item", "l", 0.0), ("Qty", "r", 0.55), ("Price", "r", 0.75), ("Amount", "r", 1.0)),
+            "two_rows": (("CODE/DESC", "l", 0.0), ("PRICE", "r", 0.6), ("AMOUNT", "r", 1.0)),
+            "quantity_first": (
+                ("Qty", "l", 0.0),
+                ("Description", "l", 0.15),
+                (random.choice(("Total", "RM", "Amt(RM)")), "r", 1.0),
+            ),
+        }
+        script.add(*[Piece(*head) for head in heads[shape]])
+        _rule(script, random)
+    code = random.choice(("", " SR", " S", "", " *", " Z"))
+    for number, (name, quantity, price) in enumerate(facts.items):
+        shown, total = name[: _ROOM[shape]], made.money(quantity * price)
+        title, rest, amount = ("name", number), ("rest", number), ("amount", number)
+        if shape == "columns":
+            script.add(
+                Piece(shown, "l", 0.0, part=title),
+                Piece(str(quantity), "r", 0.55, part=rest),
+                Piece(made.money(price), "r", 0.75, part=rest),
+                Piece(total + code, "r", 1.0, part=amount),
+            )
+        elif shape == "quantity_first":
+            script.add(
+                Piece(str(quantity), "l", 0.0, part=rest),
+                Piece(shown, "l", 0.15, part=title),
+                Piece(total + code, "r", 1.0, part=amount),
+            )
+        else:
+            script.add(Piece(shown, "l", 0.0, part=title))
+            article = made.code(random, random.choice(("9999999", "9559999999999", "99999")))
+            script.add(
+                Piece(article, "l", 0.0, part=rest),
+                Piece(f"{quantity} X {made.money(price)}", "r", 0.7, part=rest),
+                Piece(total + code, "r", 1.0, part=amount),
+            )
+        discounted = random.random() < 0.08
+        if discounted:
+            script.add(
+                Piece(f"DISC {random.randint(5, 50)}%", "l", 0.1), Piece(made.money(-random.randint(10, 300)), "r", 1.0)
+            )
+        # of several at a price each, that price and the amount could both be meant
+        if not discounted and (quantity == 1 or shape == "quantity_first"):
+            script.prices[number] = shown.strip().upper(), total
+    names = [name[: _ROOM[shape]].upper() for name, _, _ in facts.items]
+    script.prices = {n: sold for n, sold in script.prices.items() if sum(sold[0] in name for name in names) == 1}
+    script.answers["items"] = str(len(facts.items))
+
+
+def _totals(script: Script, random: Random, facts: made.Facts) -> None:
+    """The block that matters: rows before the total, the total, what was paid and given back."""
+    currency = random.choice(("", "", "", "RM ", "RM", "$"))
+    end = random.choice((1.0, 1.0, 1.0, 0.8))
+    label_at = random.choice((("l", 0.0), ("l", 0.0), ("r", end - 0.3), ("l", 0.25)))
+    colon = random.choice(("", ":", " :", ""))
+
+    def row(label: str, value: str, mark: str | None = None, size: float = 1.0, bold: bool = False) -> None:
+        parts = (("method", 0), ("payment", 0)) if mark == "paid" else (None, None)
+        script.add(
+            Piece(label + colon, *label_at, size=size, bold=bold, part=parts[0]),
+            Piece(value, "r", end, size=size, bold=bold, field=mark, part=parts[1]),
+        )
+
+    if random.random() < 0.3:
+        label = random.choice(("Item(s)", "No. Items", "Total Qty", "ITEM"))
+        script.add(Piece(f"{label}: {len(facts.items)}", part=("count", 0)))
+    if random.random() < 0.6:
+        row(random.choice(words.SUBTOTALS), made.money(facts.subtotal - facts.tax))
+    if random.random() < 0.25:
+        row(random.choice(("Discount", "DISC", "Serv. Charge (0%)")), made.money(0))
+    if facts.taxed and random.random() < 0.7:
+        row(random.choice(("GST 6%", "Total GST", "GST payable (6%)", "TAX", "GST @6%")), made.money(facts.tax), "tax")
+        script.answers["tax"] = made.money(facts.tax)
+    if random.random() < 0.25:
+        row(random.choice(("Total (Inclusive of GST)", "Total Sales (Incl. GST)")), made.money(facts.subtotal))
+    if random.random() < 0.5:
+        row(
+            random.choice(("Rounding", "ROUNDING ADJ", "Rounding Adjustment", "Rounding Adj")),
+            made.money(facts.rounding),
+        )
+    if random.random() < 0.2:
+        _rule(script, random)
+    size, bold = random.choice((1.0, 1.0, 1.0, 1.25, 1.5, 1.8)), random.random() < 0.4
+    label = random.choice(words.TOTALS)
+    if size > 1.2:
+        label = label.split(" (")[0][:11]
+    separated = random.random() < 0.85
+    row(label, currency + made.money(facts.total, separated), "total", size, bold)
+    script.answers["total"] = made.money(facts.total, separated)
+    if random.random() < 0.15:
+        script.add()
+    if random.random() < 0.75:
+        _payment(script, random, facts, currency, row)
+
+
+def _payment(
+    script: Script, random: Random, facts: made.Facts, currency: str, row: Callable[[str, str, str], None]
+) -> None:
+    cash = random.random() < 0.75
+    paid = facts.paid if cash else facts.total
+    label = random.choice(
+        ("CASH", "Cash", "PAID", "CASH RM") if cash else ("VISA", "MASTER CARD", "Credit Card", "DEBIT")
+    )
+    row(label, currency + made.money(paid), "paid")
+    script.answers["paid"] = made.money(paid)
+    if label != "PAID":  # which does not say how
+        script.answers["cash"] = "YES" if cash else "NO"
+    if random.random() < 0.85:
+        change = made.money(paid - facts.total)
+        row(random.choice(("CHANGE", "Change", "CHANGE DUE", "Balance")), currency + change, "change")
+        script.answers["change"] = change
+
+
+def _tax_summary(script: Script, random: Random, facts: made.Facts) -> None:
+    if random.random() < 0.5:
+        script.add()
+    script.add(Piece("GST Summary", "l", 0.0), Piece("Amount(RM)", "r", 0.7), Piece("Tax(RM)", "r", 1.0))
+    script.add(
+        Piece(random.choice(("SR @ 6%", "S(6%)", "SR 6", "S = 6%")), "l", 0.0),
+        Piece(made.money(facts.subtotal - facts.tax), "r", 0.7),
+        Piece(made.money(facts.tax), "r", 1.0),
+    )
+    if random.random() < 0.3:
+        script.add(
+            Piece("Total :", "l", 0.0),
+            Piece(made.money(facts.subtotal - facts.tax), "r", 0.7),
+            Piece(made.money(facts.tax), "r", 1.0),
+        )
+
+
+def _footer(script: Script, random: Random) -> None:
+    if random.random() < 0.6:
+        _rule(script, random)
+    for _ in range(random.choice((0, 1, 2, 2, 3, 4))):
+        script.add(Piece(random.choice(words.THANKS), "c", 0.5))
