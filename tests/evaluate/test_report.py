@@ -303,12 +303,12 @@ def test_what_regions_cover_is_told_by_field_for_rows_that_have_any(tmp_path):
 
 
 def test_the_experiment_in_the_repository_is_well_formed():
-    plan = read_plan(ROOT / "docs/receipts/arms.yaml")
+    plan = read_plan(ROOT / "zoo/receipts/arms.yaml")
     assert {"a", "b", "b2", "c", "d", "e"} <= {row.name for row in plan.rows}
 
 
 def test_the_experiments_table_is_what_its_records_give():
-    folder = ROOT / "docs/receipts"
+    folder = ROOT / "zoo/receipts"
     assert table_md(collect([folder / "arms.yaml"])) == (folder / "table.md").read_text(encoding="utf-8")
 
 
