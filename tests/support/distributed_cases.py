@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from relook.model.rank_sync import synchronised_ranks
 from relook.train import sharding
 from support import ROOT
 from support.tiny_model import conversation, stack, tiny_config, tiny_model
@@ -81,7 +82,6 @@ def fsdp(out: str, **kind: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     made, mesh = model(**kind), init_device_mesh("cpu", (dist.get_world_size(),))
-    made.lockstep = True
     for layer in made.model.language_model.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(made, mesh=mesh)
@@ -95,7 +95,6 @@ def zero(out: str, settings: str, **kind: Any) -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for minutes; gloo will do
     made = model(**kind)
-    made.lockstep = True
     shipped = json.loads((ROOT / "recipes" / "launch" / settings).read_text())
     config = {
         "train_batch_size": 2,
@@ -162,7 +161,8 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for case in sys.argv[2:]:
         run, kind = CASES[case]
-        run(str(folder / f"{case}.pt"), **kind)
+        with synchronised_ranks(case != "ddp"):
+            run(str(folder / f"{case}.pt"), **kind)
         if os.environ["RANK"] == "0":
             print(json.dumps(case), flush=True)
     dist.destroy_process_group()

@@ -18,6 +18,7 @@ from support.distributed_run import recipe
 from support.own_items import write_items_of
 
 from relook.errors import UserError
+from relook.model.rank_sync import synchronised_ranks
 from relook.train import ranks
 from relook.train.account import Account, LeftOut
 from relook.train.runner import run
@@ -42,16 +43,16 @@ def torchrun(script: str, *arguments: str | Path, **environment: str) -> subproc
 def test_stretches_for_others_change_nothing(step: int, kind: dict, monkeypatch) -> None:
     """As if another process held conversations with three looks: the same loss, and the same gradients."""
     found = []
-    for lockstep in (False, True):
+    for synchronised in (False, True):
         model = distributed_cases.model(**kind)
-        model.lockstep = lockstep
         monkeypatch.setattr("relook.model.modeling.max_over_ranks", lambda depth, device: 3)
         runs, inner = [], model.model.language_model.layers[0].forward
         model.model.language_model.layers[0].forward = lambda *a, inner=inner, runs=runs, **k: (
             runs.append(1),
             inner(*a, **k),
         )[1]
-        loss = model(**distributed_cases.batch(step, 0), use_cache=False).loss
+        with synchronised_ranks(synchronised):
+            loss = model(**distributed_cases.batch(step, 0), use_cache=False).loss
         forward = len(runs)
         loss.backward()
         found.append((loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, forward))

@@ -120,7 +120,7 @@ def test_positions_for_varlen_kernels_start_anew_and_hold_no_padding() -> None:
     from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
     numbers = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
-    given = Packed(numbers, "flash_attention_2").whole(torch.zeros(3, 1, 7, dtype=torch.long), torch.float32)
+    given = Packed(numbers, "flash_attention_2").full_inputs(torch.zeros(3, 1, 7, dtype=torch.long), torch.float32)
     assert given["attention_mask"] is None
     assert given["position_ids"][0].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
     (starts, _), _ = prepare_fa_kwargs_from_position_ids(given["position_ids"][0])

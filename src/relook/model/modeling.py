@@ -1,19 +1,21 @@
-"""Qwen2-VL that may look again: a delta over transformers' model at the embedding seam.
+"""Qwen2-VL with visual perception tokens (https://arxiv.org/abs/2502.17425): a delta over transformers' model.
 
-The decoder is untouched. What changes is what goes into it: pads of re-encoded images are filled with projected
-features, conditioned on a hidden state that the same decoder computed further left, and the control token's embedding
-is that hidden state. By causality one pass is enough: run every row up to its control token, look, continue from the
-keys and values (`segments`). With mask modelling (training only) the prefix runs once more.
+The decoder is untouched; what changes is its input embeddings. The pads of re-encoded images are filled with projected
+features, conditioned on a hidden state that the same decoder computed further left, and that state is also the input
+embedding of the control token. By causality one pass is enough (`segments`). With mask modelling (training only) the
+prefix runs once more.
 
-`LookAgainMixin` is the mechanism and knows only `get_input_embeddings`, `get_image_features`, `get_rope_index` and
-`language_model`, which Qwen2.5-VL and Qwen3-VL also have; `VPTQwen2VLForConditionalGeneration` gives it to Qwen2-VL.
-This module refuses to know images, text and files.
+`LookAgainMixin` is the mechanism. Of the class it is mixed into it uses `get_input_embeddings`, `get_image_features`,
+`get_rope_index` and `language_model`, which Qwen2.5-VL and Qwen3-VL also have. `VPTQwen2VLForConditionalGeneration`
+applies it to Qwen2-VL.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,18 +32,15 @@ from .generation import LookGenerationMixin
 from .packed import Packed
 from .projector import ConditionedProjector, init_projector_layer
 from .published import register_keys
+from .rank_sync import max_over_ranks, ranks_synchronised, zero_of
 from .segments import (
-    CallSite,
-    ImageSpan,
     SegmentedBatch,
     SegmentedForward,
     find_calls,
     find_image_spans,
-    max_over_ranks,
-    paragraph_mask,
+    masked_columns,
     put_columns,
     same_images,
-    zero_of,
 )
 
 
@@ -49,23 +48,51 @@ from .segments import (
 class LookAgainOutput(CausalLMOutputWithPast):
     """transformers' output, and `last_state` (B, d): the final hidden state of the last column.
 
-    Where the last token is a `*_action_start`, that state is the condition of the look it asks for; `generate` hands it
-    to the next step, so that nothing needs to be remembered on the model.
+    Where the last token is a `*_action_start`, that state is the condition of the look it asks for; `generate` passes
+    it to the next step, so the model itself keeps no state.
     """
 
     last_state: Tensor | None = None
 
 
-class LookAgainMixin(LookGenerationMixin, nn.Module):
-    """Gives a transformers vision-language model its looks. Mix in left of the model class."""
+@dataclass(frozen=True)
+class BaseImages:
+    """The base model's images and videos (first looks and crops), as its `forward` takes them."""
 
-    # What the mechanism uses of the class it is mixed into (transformers' own annotations are wider than that).
+    pixel_values: Tensor | None
+    pixel_values_videos: Tensor | None
+    image_grid_thw: Any  # (k, 3) int64; None without images
+    video_grid_thw: Any
+    mm_encoder_outputs: dict[str, Any] | None
+
+
+_IMAGE_ENCODER: ContextVar[Callable[..., Any] | None] = ContextVar("image_encoder", default=None)
+
+
+@contextmanager
+def image_encoder(encode: Callable[..., Any]) -> Iterator[None]:
+    """Within, `encode` takes the place of the base model's `get_image_features` (for example, a cache around it).
+
+    Args:
+        encode: (pixel_values (patches, p), image_grid_thw (k, 3), return_dict=True) -> an output with `pooler_output`,
+            one (n, d) tensor per image.
+    """
+    token = _IMAGE_ENCODER.set(encode)
+    try:
+        yield
+    finally:
+        _IMAGE_ENCODER.reset(token)
+
+
+class LookAgainMixin(LookGenerationMixin, nn.Module):
+    """The looks of a transformers vision-language model. Mix in left of the model class."""
+
+    # The attributes used of the class it is mixed into (transformers' own annotations are wider than that).
     config: Any
     model: Any
     lm_head: Any
     device: Any
     loss_function: Any
-    lockstep: bool = False  # set where processes hold a part of each weight, see the module of that name
     get_input_embeddings: Any
     encoders: Any
     projectors: Any
@@ -87,7 +114,7 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
                 projector = ConditionedProjector(width, width, "identity")
             self.projectors[look] = projector
 
-    # -- pieces: what `forward` and the loop are made of; none keeps state -------------------------------------------
+    # -- the steps of `forward` and of the loop; none keeps state ---------------------------------------------------
 
     def encode(self, look: str, **tensors: Any) -> list[Tensor]:
         """Encode images for one look, unconditioned.
@@ -104,10 +131,8 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
                 spec, encoder = ENCODERS[look], self._branch(self.encoders, look)
                 images = tensors[spec.input].to(device=self.device, dtype=encoder.dtype)
                 return list(spec.features(encoder(images)))
-            output = self.model.get_image_features(
-                tensors["pixel_values"].to(self.device), tensors["image_grid_thw"].to(self.device), return_dict=True
-            )
-            return list(output.pooler_output)
+            pixels, grids = tensors["pixel_values"].to(self.device), tensors["image_grid_thw"].to(self.device)
+            return list(self._image_features(pixels, grids).pooler_output)
 
     def project(self, look: str, features: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """One image's features -> tokens for the language model (n, d), and the attention map <F_i, c> (n,) or None.
@@ -135,11 +160,11 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         ).last_hidden_state
 
     def rope_positions(self, input_ids: Tensor, image_grid_thw: Tensor | None = None, start: int = 0):
-        """Positions of one span of a conversation: (3, L) and the position after it.
+        """Positions of one block of a conversation: (3, L) and the position after it.
 
-        `input_ids` (L,), `image_grid_thw` (k, 3) the grids of the span's own `<|image_pad|>` images, `start` the
+        `input_ids` (L,), `image_grid_thw` (k, 3) the grids of the block's own `<|image_pad|>` images, `start` the
         position after everything before. Example: 2 text tokens, a 4x4-patch image (2x2 tokens), 1 text token from
-        start 5 take t = 5 6 7 7 7 7 9, h = 5 6 7 7 8 8 9, w = 5 6 7 8 7 8 9; the next span starts at 10.
+        start 5 take t = 5 6 7 7 7 7 9, h = 5 6 7 7 8 8 9, w = 5 6 7 8 7 8 9; the next block starts at 10.
         """
         positions = self._positions(input_ids[None], None, image_grid_thw, None)[:, 0]
         return positions + start, start + int(positions.max()) + 1
@@ -147,8 +172,8 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
     def _positions(self, input_ids, attention_mask, image_grid_thw, video_grid_thw, packed=None) -> Tensor:
         """(3, B, L) positions of whole conversations; padding columns hold arbitrary values."""
         if packed is not None:
-            ids, real = packed.apart(input_ids), packed.apart(torch.ones_like(input_ids))
-            return packed.together(self._positions(ids, real, image_grid_thw, video_grid_thw))
+            ids, real = packed.unpack(input_ids), packed.unpack(torch.ones_like(input_ids))
+            return packed.repack(self._positions(ids, real, image_grid_thw, video_grid_thw))
         if self.config.position_mode == "sequential":
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             return (real.long().cumsum(-1) - 1).clamp(min=0)[None].expand(3, -1, -1)
@@ -167,7 +192,7 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         return branches[look]
 
     def _input_grad_context(self):
-        """The published code cut gradients into embeddings and vision towers; relook only when asked to."""
+        """`no_grad` for embeddings and vision encoders with `input_grads: published`, as the published code trained."""
         return torch.no_grad() if self.config.input_grads == "published" else nullcontext()
 
     # -- forward ------------------------------------------------------------------------------------------------------
@@ -199,74 +224,35 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
     ) -> LookAgainOutput:
         """Teacher-forced pass over conversations with any mix of looks.
 
-        Args beyond the base model's:
+        Args beyond the base model's (images of each kind in row-major order of their pads):
             clip_pixel_values (patches, p), clip_images_grid_thw (k, 3): images for `<|clip_image_pad|>`.
             detection_images (k, 3, 224, 224), seg_images (k, 3, 1024, 1024).
-            previous_state (B, d): `last_state` of the step before, when a cache is continued right after a
-                `*_action_start`.
-            conversation_ids (B, L): of rows that hold several conversations, which one each column belongs to (see
-                `packed.Packed`); they then share nothing but the row.
-            para_mask_modes (n,): 0, 1 or 2, the mask mode of each conversation; drawn where absent (see the config).
-        Images of each kind are listed in row-major order of their pads. Positions are computed here when absent.
+            previous_state (B, d): `last_state` of the step before, to continue a cache right after `*_action_start`.
+            conversation_ids (B, L): the conversation that each column of a packed row belongs to (`packed.Packed`).
+            para_mask_modes (n,): mask mode 0, 1 or 2 of each conversation; None: drawn as the config says.
 
         Returns:
             LookAgainOutput: loss, logits (B, L, vocab), past_key_values, last_state (B, d).
         """
+        base = BaseImages(pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw, mm_encoder_outputs)
         looks = {
             "clip": dict(pixel_values=clip_pixel_values, image_grid_thw=clip_images_grid_thw),
             "detection": dict(detection_images=detection_images),
             "seg": dict(seg_images=seg_images),
         }
-        looks = {name: t for name, t in looks.items() if next(iter(t.values())) is not None}
+        looks = {name: tensors for name, tensors in looks.items() if next(iter(tensors.values())) is not None}
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         packed = self._packed(conversation_ids, past)
-        if position_ids is None and input_ids is not None:
-            if past:
-                raise UserError(
-                    "a cache is continued without position_ids, and positions after an image cannot be told from the "
-                    "new tokens alone. Pass position_ids=model.rope_positions(span, grids, start)[0][:, None]"
-                )
-            position_ids = self._positions(input_ids, attention_mask, image_grid_thw, video_grid_thw, packed)
-
-        base = dict(
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            mm_encoder_outputs=mm_encoder_outputs,
-        )
-        min_depth = 0
-        if input_ids is None:
-            if looks:
-                raise UserError("images for a look came without input_ids: their places are found by token id")
-            calls, spans, features = [], [], {}
-        else:
-            zero = zero_of(self._used_by_some()) if self.lockstep and self.training else torch.zeros(())
-            features = self._encode_looks(looks, base)
-            inputs_embeds, calls, spans = self._embed(
-                input_ids, inputs_embeds, features, previous_state, base, conversation_ids
-            )
-            base = {}
-            if self.lockstep:
-                inputs_embeds = inputs_embeds + zero.to(inputs_embeds)
-                min_depth = max_over_ranks(max((c.order + 1 for c in calls), default=0), inputs_embeds.device)
-
         run = dict(past_key_values=past_key_values, use_cache=use_cache if packed is None else False, **kwargs)
-        if not (calls or min_depth) or input_ids is None or inputs_embeds is None or position_ids is None:
-            where = dict(attention_mask=attention_mask, position_ids=position_ids)
-            if packed is not None and inputs_embeds is not None and position_ids is not None:
-                where = packed.whole(position_ids[-3:], inputs_embeds.dtype)
-            outputs = self.model(inputs_embeds=inputs_embeds, **where, **base, **run)
+        if input_ids is None:
+            outputs = self._run_embeds(inputs_embeds, attention_mask, position_ids, base, looks, packed, run)
         else:
-            mask = attention_mask if packed is None else (packed.numbers >= 0).long()
-            batch = SegmentedBatch(inputs_embeds, mask, position_ids[-3:], calls, spans, features, packed, min_depth)
-            outputs = self._run_with_calls(batch, self._masked_columns(input_ids, batch, para_mask_modes), run)
+            if position_ids is None:
+                position_ids = self._initial_positions(input_ids, attention_mask, base, packed, past)
+            embedded = self._embed(input_ids, inputs_embeds, previous_state, base, looks, packed)
+            batch = self._batch(attention_mask, position_ids, packed, *embedded)
+            outputs = self._run(batch, input_ids, para_mask_modes, run)
         return self._head(outputs, labels, logits_to_keep, kwargs)
-
-    def _used_by_some(self) -> list[nn.Parameter]:
-        """All that batches may do without: encoders, the vision tower, projectors."""
-        decoder = {id(p) for part in (self.model.language_model, self.lm_head) for p in part.parameters()}
-        return [p for p in self.parameters() if id(p) not in decoder]
 
     def _packed(self, conversation_ids: Tensor | None, past: int) -> Packed | None:
         if conversation_ids is None:
@@ -275,66 +261,105 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
             raise UserError("packed conversations cannot continue a cache; pass them without past_key_values")
         return Packed(conversation_ids, self.model.language_model.config._attn_implementation)
 
-    def _encode_looks(self, looks: dict[str, Any], base: dict[str, Any]) -> dict[str, list[Tensor]]:
-        """Features of every look. A clip look at what a first look or crop shows takes its features: one tower run."""
-        images, clip = base["pixel_values"], looks.get("clip")
-        if clip is None or images is None or (base["mm_encoder_outputs"] or {}).get("image") is not None:
-            return {name: self.encode(name, **tensors) for name, tensors in looks.items()}
-        pixels, grids = clip["pixel_values"], clip["image_grid_thw"]
-        seen = same_images(pixels, grids, images, base["image_grid_thw"])
-        with self._input_grad_context():
-            first = self.model.get_image_features(images, base["image_grid_thw"], return_dict=True)
-        base["mm_encoder_outputs"] = {**(base["mm_encoder_outputs"] or {}), "image": first}
-        fresh = [i for i, at in enumerate(seen) if at is None]
-        made: list[Tensor] = []
-        if fresh:
-            parts = pixels.split(grids.prod(-1).tolist())
-            made = self.encode("clip", pixel_values=torch.cat([parts[i] for i in fresh]), image_grid_thw=grids[fresh])
-        found = iter(made)
-        features = {"clip": [next(found) if at is None else first.pooler_output[at] for at in seen]}
-        return features | {name: self.encode(name, **tensors) for name, tensors in looks.items() if name != "clip"}
+    def _initial_positions(self, input_ids, attention_mask, base: BaseImages, packed: Packed | None, past: int):
+        """(3, B, L) positions of conversations that begin in this forward."""
+        if past:
+            raise UserError(
+                "a cache is continued without position_ids, and positions after an image cannot be told from the "
+                "new tokens alone. Pass position_ids=model.rope_positions(block, grids, start)[0][:, None]"
+            )
+        return self._positions(input_ids, attention_mask, base.image_grid_thw, base.video_grid_thw, packed)
 
-    def _embed(self, input_ids, inputs_embeds, features, previous_state, base, conversation_ids=None):
-        """Fill in everything known before the language model runs; find what has to wait for a condition."""
+    def _run_embeds(self, inputs_embeds, attention_mask, position_ids, base: BaseImages, looks, packed, run) -> Any:
+        """The base model over embeddings without their ids: no looks, since these are found by token id."""
+        if looks:
+            raise UserError("images for a look came without input_ids: their places are found by token id")
+        inputs = dict(attention_mask=attention_mask, position_ids=position_ids)
+        if packed is not None and inputs_embeds is not None and position_ids is not None:
+            inputs = packed.full_inputs(position_ids[-3:], inputs_embeds.dtype)
+        return self.model(inputs_embeds=inputs_embeds, **inputs, **vars(base), **run)
+
+    def _embed(self, input_ids, inputs_embeds, previous_state, base: BaseImages, looks, packed: Packed | None):
+        """All that is known before the language model runs: (inputs_embeds (B, L, d), calls, spans, features).
+
+        Base images and unconditioned re-encoded images are merged into the embeddings; the other spans wait for the
+        hidden state of their call.
+        """
+        synchronised, numbers = ranks_synchronised() and self.training, None if packed is None else packed.numbers
+        zero = zero_of(self._conditional_parameters()) if synchronised else None
+        features, base = self._encode_looks(looks, base)
         with self._input_grad_context():
             if inputs_embeds is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
-            inputs_embeds = self._merge_base_images(input_ids, inputs_embeds, **base)
+            inputs_embeds = self._merge_base_images(input_ids, inputs_embeds, base)
         conditioned = self.config.num_inner_forward_run == 2
         ids = {n: i for n in self.config.reencodings if (i := self.config.reencode_ids(n)) is not None}
-        calls = find_calls(input_ids, ids, conversation_ids) if conditioned and ids else []
+        calls = find_calls(input_ids, ids, numbers) if conditioned and ids else []
         if conditioned and previous_state is not None:
             for token in ids.values():
                 is_action = input_ids[:, :1, None] == token.action
                 first = torch.where(is_action, previous_state[:, None].to(inputs_embeds.dtype), inputs_embeds[:, :1])
                 inputs_embeds = torch.cat([first, inputs_embeds[:, 1:]], dim=1)
-        spans: list[ImageSpan] = []
+        spans = []
         for look, images in features.items():
-            counts = [self._token_count(look, x) for x in images]
-            found = find_image_spans(input_ids, look, ids[look].pad, counts, calls, conversation_ids)
+            found = find_image_spans(input_ids, look, ids[look].pad, [_tokens(x) for x in images], calls, numbers)
             for span in found:
                 if span.call is None:
                     tokens, _ = self.project(look, images[span.image])
                     inputs_embeds = put_columns(inputs_embeds, span.row, span.columns, tokens)
             spans += found
-        return inputs_embeds, calls, spans
+        return inputs_embeds if zero is None else inputs_embeds + zero.to(inputs_embeds), calls, spans, features
 
-    def _merge_base_images(
-        self,
-        input_ids,
-        inputs_embeds,
-        pixel_values,
-        pixel_values_videos,
-        image_grid_thw,
-        video_grid_thw,
-        mm_encoder_outputs,
-    ) -> Tensor:
-        """First looks and crops, exactly as the base model places them."""
-        outputs = dict(mm_encoder_outputs or {})
-        if outputs.get("image") is None and pixel_values is not None:
-            outputs["image"] = self.model.get_image_features(pixel_values, image_grid_thw, return_dict=True)
-        if outputs.get("video") is None and pixel_values_videos is not None:
-            outputs["video"] = self.model.get_video_features(pixel_values_videos, video_grid_thw, return_dict=True)
+    def _batch(self, attention_mask, position_ids, packed: Packed | None, embeds, calls, spans, features):
+        depth = max((call.order + 1 for call in calls), default=0)
+        depth = max_over_ranks(depth, embeds.device) if ranks_synchronised() else depth
+        if packed is not None:
+            attention_mask = (packed.numbers >= 0).long()
+        if depth or packed is not None:
+            position_ids = position_ids[-3:]  # without the text positions that transformers may put in front
+        return SegmentedBatch(embeds, attention_mask, position_ids, packed, calls, spans, features, depth)
+
+    def _conditional_parameters(self) -> list[nn.Parameter]:
+        """The parameters that some batches do not use: vision encoders and projectors."""
+        decoder = {id(p) for part in (self.model.language_model, self.lm_head) for p in part.parameters()}
+        return [p for p in self.parameters() if id(p) not in decoder]
+
+    def _image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Any:
+        """The base model's own vision encoder over images; see `image_encoder`."""
+        encode = _IMAGE_ENCODER.get() or self.model.get_image_features
+        return encode(pixel_values, image_grid_thw, return_dict=True)
+
+    def _encode_looks(self, looks: dict[str, Any], base: BaseImages) -> tuple[dict[str, list[Tensor]], BaseImages]:
+        """Features of every look, and the base images, encoded where a clip look could share them.
+
+        A clip look at an image that is also a first look or a crop takes that one's features: one encoder run.
+        """
+        images, clip = base.pixel_values, looks.get("clip")
+        if clip is None or images is None or (base.mm_encoder_outputs or {}).get("image") is not None:
+            return {name: self.encode(name, **tensors) for name, tensors in looks.items()}, base
+        pixels, grids = clip["pixel_values"], clip["image_grid_thw"]
+        same = same_images(pixels, grids, images, base.image_grid_thw)
+        with self._input_grad_context():
+            first = self._image_features(images, base.image_grid_thw)
+        others = [i for i, at in enumerate(same) if at is None]
+        encoded: list[Tensor] = []
+        if others:
+            parts = pixels.split(grids.prod(-1).tolist())
+            pixels, grids = torch.cat([parts[i] for i in others]), grids[others]
+            encoded = self.encode("clip", pixel_values=pixels, image_grid_thw=grids)
+        rest = iter(encoded)
+        features = {"clip": [next(rest) if at is None else first.pooler_output[at] for at in same]}
+        features |= {name: self.encode(name, **tensors) for name, tensors in looks.items() if name != "clip"}
+        return features, replace(base, mm_encoder_outputs={**(base.mm_encoder_outputs or {}), "image": first})
+
+    def _merge_base_images(self, input_ids: Tensor, inputs_embeds: Tensor, base: BaseImages) -> Tensor:
+        """First looks and crops (and videos) into the embeddings, exactly as the base model does."""
+        outputs = dict(base.mm_encoder_outputs or {})
+        if outputs.get("image") is None and base.pixel_values is not None:
+            outputs["image"] = self._image_features(base.pixel_values, base.image_grid_thw)
+        if outputs.get("video") is None and base.pixel_values_videos is not None:
+            video = (base.pixel_values_videos, base.video_grid_thw)
+            outputs["video"] = self.model.get_video_features(*video, return_dict=True)
         for index, (kind, output) in enumerate((k, outputs.get(k)) for k in ("image", "video")):
             if output is not None:
                 values = torch.cat(list(output.pooler_output), dim=0).to(inputs_embeds)
@@ -342,53 +367,25 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
                 inputs_embeds = inputs_embeds.masked_scatter(mask, values)
         return inputs_embeds
 
-    def _token_count(self, look: str, features: Tensor) -> int:
-        return features.shape[0] if features.ndim == 2 else (features.shape[1] // 4) * (features.shape[2] // 4)
+    def _run(self, batch: SegmentedBatch, input_ids: Tensor, modes: Tensor | None, run: dict[str, Any]) -> Any:
+        """The language model over a batch: in one piece without calls, else in segments over one cache.
 
-    def _run_with_calls(self, batch: SegmentedBatch, masked: Tensor | None, run: dict[str, Any]) -> Any:
-        """Run a batch with calls: in segments over one cache, or the prefix first where a mask hides it afterwards."""
+        Where mask modelling hides the prefix after its conditions are known, the prefix runs first and then the whole.
+        """
+        if not batch.depth:
+            return self.model(inputs_embeds=batch.inputs_embeds, **batch.full_inputs(), **run)
+        masked = masked_columns(self.config, input_ids, batch, modes) if self.training else None
         # Checkpointed decoder layers drop the cache (transformers 5.23), and flash attention's kernels for packed
         # conversations take none: there the prefix is run again, not continued.
-        again = self.training and self.model.language_model.gradient_checkpointing
-        again = again or (batch.packed is not None and batch.packed.varlen)
-        if masked is None and not again:
+        recompute = self.training and self.model.language_model.gradient_checkpointing
+        recompute = recompute or (batch.packed is not None and batch.packed.varlen)
+        if masked is None and not recompute:
             return SegmentedForward(self, batch, run).run()
         segments = SegmentedForward(self, batch, {})
-        embeds = segments.run_prefixes() if again else segments.run_up_to_last()
+        embeds = segments.run_prefixes() if recompute else segments.run_up_to_last()
         if masked is not None:
             embeds = embeds.masked_fill(masked.unsqueeze(-1), 0)
-        return self.model.language_model(inputs_embeds=embeds, **batch.whole(), **run)
-
-    def inject_condition(self, batch: SegmentedBatch, embeds: Tensor, call: CallSite, state: Tensor) -> Tensor:
-        """Spend one condition: it is the control token's embedding and conditions the spans that answer the call."""
-        embeds = put_columns(embeds, call.row, torch.tensor([call.start + 1], device=embeds.device), state[None])
-        for span in batch.spans:
-            if span.call == call:
-                tokens, _ = self.project(span.look, batch.features[span.look][span.image], state)
-                embeds = put_columns(embeds, span.row, span.columns, tokens)
-        return embeds
-
-    def _masked_columns(self, input_ids: Tensor, batch: SegmentedBatch, modes: Tensor | None) -> Tensor | None:
-        """Mask modelling: which embeddings (B, L) pass 2 does not see; None for none.
-
-        `modes` (n,) is that of each conversation, row-major; without it the config's is drawn, once for the batch (as
-        published) or for each conversation.
-        """
-        config, packed = self.config, batch.packed
-        if not self.training or (modes is None and config.para_mask_id == 0):
-            return None
-        ids = input_ids if packed is None else packed.apart(input_ids, -1)
-        if modes is None:
-            draws = torch.rand(len(ids) if config.para_mask_draw == "sample" else 1)
-            modes = torch.where(draws < config.para_mask_ratio, config.para_mask_id, 0).expand(len(ids))
-        called = torch.zeros(len(ids), dtype=torch.bool)
-        called[[c.row if packed is None else packed.index(c.row, c.conversation) for c in batch.calls]] = True
-        modes = torch.where(called, modes.cpu(), 0).to(ids.device)[:, None]
-        if not modes.any():
-            return None
-        hidden = [paragraph_mask(ids, config.para_start_id, config.para_end_id, (turn,)) for turn in (1, 3)]
-        mask = ((modes >= 1) & hidden[0]) | ((modes == 2) & hidden[1])
-        return mask if packed is None else packed.together(mask)
+        return self.model.language_model(inputs_embeds=embeds, **batch.full_inputs(), **run)
 
     def _head(self, outputs: Any, labels: Tensor | None, logits_to_keep: int | Tensor, kwargs: dict[str, Any]):
         hidden = outputs.last_hidden_state
@@ -407,6 +404,11 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
             attentions=outputs.attentions,
             last_state=hidden[:, -1],
         )
+
+
+def _tokens(features: Tensor) -> int:
+    """Image tokens that features become: n of (n, d), h/4 * w/4 of a SAM map (c, h, w)."""
+    return features.shape[0] if features.ndim == 2 else (features.shape[1] // 4) * (features.shape[2] // 4)
 
 
 class VPTQwen2VLForConditionalGeneration(LookAgainMixin, Qwen2VLForConditionalGeneration):

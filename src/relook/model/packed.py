@@ -1,8 +1,8 @@
 """Several conversations in one row of a batch: where each one lies, what it may attend to, where its positions begin.
 
-A packed row has no padding between its conversations, and none of them knows of the others: attention is span-diagonal
-and causal, positions start anew with each. Everything here works on numbers and masks; it refuses to know token ids,
-looks and models. Legend for shapes: B rows, L columns of the batch, n conversations, S columns of one segment.
+There is no padding between the conversations of a packed row, and none depends on the others: attention is
+block-diagonal and causal, and positions start anew with each.
+Legend for shapes: B rows, L columns of the batch, n conversations, S columns of one segment.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Packed:
     Args:
         numbers: (B, L) int64: the conversation's number in its row, from the left; -1 for padding. Example: a row of
             conversations of 3 and 2 tokens and one column of padding is [0, 0, 0, 1, 1, -1].
-        attention: the language model's attention implementation, which decides how isolation is told: a boolean mask
-            (sdpa), an additive one (eager), or positions that start anew, from which the kernels for sequences of
-            varying length find the conversations themselves (flash attention: a batch of one row, no cache).
+        attention: the language model's attention implementation, which decides how conversations are separated: by a
+            boolean mask (sdpa), an additive one (eager), or positions that start anew, from which kernels for sequences
+            of varying length find the conversations (flash attention: a batch of one row, no cache).
 
     Raises:
-        UserError: a conversation is not in one piece, or this attention cannot keep conversations apart.
+        UserError: a conversation is not contiguous, or this attention cannot separate conversations.
     """
 
     def __init__(self, numbers: Tensor, attention: str) -> None:
@@ -41,72 +41,64 @@ class Packed:
                 f"packed conversations under {attention} must lie in one row without padding, got {len(numbers)} rows; "
                 "set pack to more than all tokens of a batch"
             )
-        self.row, self.column = (numbers >= 0).nonzero(as_tuple=True)  # of every token, row-major
-        key = self.row * (int(numbers.max()) + 1) + numbers[self.row, self.column]
-        keys, self.of, lengths = torch.unique_consecutive(key, return_inverse=True, return_counts=True)
+        self._row, self._column = (numbers >= 0).nonzero(as_tuple=True)  # of every token, row-major
+        key = self._row * (int(numbers.max()) + 1) + numbers[self._row, self._column]
+        keys, self._of, lengths = torch.unique_consecutive(key, return_inverse=True, return_counts=True)
         starts = lengths.cumsum(0) - lengths
-        self.place = torch.arange(len(key), device=key.device) - starts[self.of]  # of every token in its conversation
-        first, last = self.column[starts], self.column[starts + lengths - 1]
+        self._place = torch.arange(len(key), device=key.device) - starts[self._of]  # of every token in its conversation
+        first, last = self._column[starts], self._column[starts + lengths - 1]
         if len(keys.unique()) < len(keys) or bool((last - first + 1 != lengths).any()):
             raise UserError("conversation_ids do not lie in one piece each; expected e.g. [0, 0, 0, 1, 1, -1]")
         self.count, self.longest = len(keys), int(lengths.max())
-        self._index = {pair: i for i, pair in enumerate(zip(*self._pairs(starts), strict=True))}
-
-    def _pairs(self, starts: Tensor) -> tuple[list[int], list[int]]:
-        row, column = self.row[starts], self.column[starts]
-        return row.tolist(), self.numbers[row, column].tolist()
+        rows = self._row[starts]
+        self._index = {pair: i for i, pair in enumerate(zip(rows.tolist(), numbers[rows, first].tolist(), strict=True))}
 
     def index(self, row: int, number: int) -> int:
         """Place in the batch, row-major, of conversation `number` of `row`."""
         return self._index[row, number]
 
-    def apart(self, x: Tensor, filler: int = 0) -> Tensor:
+    def unpack(self, x: Tensor, filler: int = 0) -> Tensor:
         """(B, L) -> (n, longest): a row for each conversation, row-major, padded on the right."""
         out = torch.full((self.count, self.longest), filler, dtype=x.dtype, device=x.device)
-        out[self.of, self.place] = x[self.row, self.column]
+        out[self._of, self._place] = x[self._row, self._column]
         return out
 
-    def together(self, x: Tensor) -> Tensor:
-        """(..., n, longest) -> (..., B, L), zero (False) where there is padding: the way back from `apart`."""
+    def repack(self, x: Tensor) -> Tensor:
+        """(..., n, longest) -> (..., B, L), zero (False) in padding: the inverse of `unpack`."""
         out = x.new_zeros(*x.shape[:-2], *self.numbers.shape)
-        out[..., self.row, self.column] = x[..., self.of, self.place]
+        out[..., self._row, self._column] = x[..., self._of, self._place]
         return out
 
-    def arguments(
+    def inputs(
         self, position_ids: Tensor, dtype: torch.dtype, columns: Tensor, real: Tensor, keys: Tensor, keys_real: Tensor
     ) -> dict[str, Any]:
-        """What keeps the conversations apart in a language model's forward over some columns of the batch.
+        """The language model's inputs that separate conversations, in a forward over some columns of the batch.
 
         Args:
             position_ids: (3, B, S), of those columns.
             dtype: of the embeddings.
             columns, real: (B, S): the columns that run, and which of them are tokens.
-            keys, keys_real: (B, T): all that they could attend to, themselves (the last S) included.
+            keys, keys_real: (B, T): the columns they could attend to, themselves (the last S) included.
 
         Returns:
             attention_mask and position_ids.
         """
         if self.varlen:  # the text positions, in front of the three, are what the kernels read
-            within = self.together(self.apart_places()).gather(1, columns)
-            return {"attention_mask": None, "position_ids": torch.cat([within[None], position_ids])}
+            places = torch.arange(self.longest, device=self.numbers.device).expand(self.count, -1)
+            text = self.repack(places).gather(1, columns)
+            return {"attention_mask": None, "position_ids": torch.cat([text[None], position_ids])}
         ours, theirs = self.numbers.gather(1, columns), self.numbers.gather(1, keys)
         allowed = (ours[:, :, None] == theirs[:, None]) & (keys[:, None] <= columns[:, :, None])
         allowed &= real[:, :, None] & keys_real[:, None]
         own = torch.arange(columns.shape[1], device=keys.device) + keys.shape[1] - columns.shape[1]
-        allowed |= own[:, None] == torch.arange(keys.shape[1], device=keys.device)  # padding sees itself, or NaNs come
+        allowed |= own[:, None] == torch.arange(keys.shape[1], device=keys.device)  # padding sees itself, against NaNs
         if self.attention == "eager":
             none = torch.zeros((), dtype=dtype, device=keys.device)
-            mask = torch.where(allowed, none, torch.finfo(dtype).min)
-        else:
-            mask = allowed
-        return {"attention_mask": mask[:, None], "position_ids": position_ids}
+            allowed = torch.where(allowed, none, torch.finfo(dtype).min)
+        return {"attention_mask": allowed[:, None], "position_ids": position_ids}
 
-    def whole(self, position_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-        """`arguments` for all columns at once."""
+    def full_inputs(self, position_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        """`inputs` for all columns at once."""
         columns = torch.arange(self.numbers.shape[1], device=self.numbers.device).expand_as(self.numbers)
         real = self.numbers >= 0
-        return self.arguments(position_ids, dtype, columns, real, columns, real)
-
-    def apart_places(self) -> Tensor:
-        """(n, longest): 0, 1, 2, ... for each conversation."""
-        return torch.arange(self.longest, device=self.numbers.device).expand(self.count, -1)
+        return self.inputs(position_ids, dtype, columns, real, columns, real)

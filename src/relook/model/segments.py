@@ -2,7 +2,7 @@
 
 By causality the hidden state of a control token depends only on what stands before it. So every row is cut right before
 each of its action tokens; segment by segment the rows run through the language model, the state at the end of a segment
-conditions the look it asks for (`LookAgainMixin.inject_condition`), and the rest continues from the same keys and
+conditions the look it asks for (`SegmentedForward.inject_condition`), and the rest continues from the same keys and
 values: no position runs twice.
 
 Legend for shapes: B rows, L columns of the batch, S columns of one segment, N tokens of one image.
@@ -11,13 +11,12 @@ Legend for shapes: B rows, L columns of the batch, S columns of one segment, N t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch import distributed as dist
+from torch import Tensor
 from transformers import DynamicCache
 
 from relook.errors import UserError
@@ -220,38 +219,76 @@ def paragraph_mask(input_ids: Tensor, start_id: int, end_id: int, paragraphs: Se
     return mask
 
 
-@dataclass
+def masked_columns(config: Any, input_ids: Tensor, batch: SegmentedBatch, modes: Tensor | None) -> Tensor | None:
+    """Mask modelling: the input embeddings (B, L) that are zeroed once the conditions are known; None for none.
+
+    Args:
+        config: with `para_mask_id`, `para_mask_ratio`, `para_mask_draw`, `para_start_id`, `para_end_id`.
+        modes: (n,) mask mode 0, 1 or 2 of each conversation, row-major. Where it is None, the config's mode is drawn,
+            once for the batch (as published) or for each conversation. Conversations without a call are never masked.
+    """
+    packed = batch.packed
+    if modes is None and config.para_mask_id == 0:
+        return None
+    ids = input_ids if packed is None else packed.unpack(input_ids, -1)
+    if modes is None:
+        draws = torch.rand(len(ids) if config.para_mask_draw == "sample" else 1)
+        modes = torch.where(draws < config.para_mask_ratio, config.para_mask_id, 0).expand(len(ids))
+    called = torch.zeros(len(ids), dtype=torch.bool)
+    called[[c.row if packed is None else packed.index(c.row, c.conversation) for c in batch.calls]] = True
+    modes = torch.where(called, modes.cpu(), 0).to(ids.device)[:, None]
+    if not modes.any():
+        return None
+    hidden = [paragraph_mask(ids, config.para_start_id, config.para_end_id, (turn,)) for turn in (1, 3)]
+    mask = ((modes >= 1) & hidden[0]) | ((modes == 2) & hidden[1])
+    return mask if packed is None else packed.repack(mask)
+
+
+# -- the forward ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
 class SegmentedBatch:
-    """One batch with calls, between embedding and language model."""
+    """One batch between embedding and language model.
+
+    Attributes:
+        inputs_embeds: (B, L, d), images without a condition merged in.
+        attention_mask: (B, past + L) or None; position_ids: (3, B, L).
+        calls, spans: the calls in the batch, and the image spans of its looks.
+        features: look -> the encoder's output for each of its images.
+        packed: where rows hold several conversations, which columns belong together.
+        depth: number of segments before the last: the most calls in one conversation, on any rank.
+    """
 
     inputs_embeds: Tensor
     attention_mask: Tensor | None
     position_ids: Tensor
+    packed: Packed | None
     calls: Sequence[CallSite]
     spans: Sequence[ImageSpan]
     features: dict[str, list[Tensor]]
-    packed: Packed | None = None
-    min_depth: int = 0  # see `depth`
-
-    @property
-    def depth(self) -> int:
-        """Largest number of calls in one conversation; `min_depth` where other ranks have more."""
-        return max(self.min_depth, *(c.order + 1 for c in self.calls), 0)
+    depth: int
 
     @property
     def numbers(self) -> Tensor | None:
         """(B, L) the conversation of each column, None where each row holds one."""
         return None if self.packed is None else self.packed.numbers
 
-    def whole(self) -> dict[str, Any]:
+    def full_inputs(self) -> dict[str, Any]:
         """attention_mask and position_ids for all columns in one pass."""
         if self.packed is not None:
-            return self.packed.whole(self.position_ids, self.inputs_embeds.dtype)
+            return self.packed.full_inputs(self.position_ids, self.inputs_embeds.dtype)
         return {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
 
 
 class SegmentedForward:
-    """Runs a batch segment by segment over one growing cache (`cut_segments`)."""
+    """Runs a batch segment by segment over one growing cache (`cut_segments`).
+
+    Args:
+        model: a `LookAgainMixin`: its `model.language_model` runs, its `project` turns features into tokens.
+        batch: what to run.
+        run: keyword arguments of the language model, `past_key_values` and `use_cache` among them.
+    """
 
     def __init__(self, model: Any, batch: SegmentedBatch, run: dict[str, Any]):
         self.model, self.batch = model, batch
@@ -269,9 +306,10 @@ class SegmentedForward:
         if mask.ndim != 2 or mask.shape[1] != self.past + length:
             raise UserError(f"attention_mask has shape {tuple(mask.shape)}; expected ({rows}, {self.past + length})")
         self.mask = mask[:, self.past :]
-        self.seen = [mask[:, : self.past].bool()]
-        self.columns = [torch.zeros(rows, self.past, dtype=torch.long, device=mask.device)]
         self.segments = cut_segments(self.mask, batch.calls, batch.numbers, batch.depth)
+        # Of every key in the cache: its column in the batch, and whether it is a token.
+        self.columns = [torch.zeros(rows, self.past, dtype=torch.long, device=mask.device)]
+        self.real = [mask[:, : self.past].bool()]
 
     def _run(self, segment: Segment, embeds: Tensor) -> Any:
         self.columns.append(segment.columns)
@@ -279,50 +317,63 @@ class SegmentedForward:
             inputs_embeds=gather_columns(embeds, segment.columns),
             past_key_values=self.cache,
             use_cache=True,
-            **self._arguments(segment, torch.cat(self.columns, dim=1), torch.cat([*self.seen, segment.real], dim=1)),
+            **self._inputs(segment, torch.cat(self.columns, dim=1), torch.cat([*self.real, segment.real], dim=1)),
             **self.extra,
         )
-        self.seen.append(segment.real)
+        self.real.append(segment.real)
         return output
 
-    def _arguments(self, segment: Segment, columns: Tensor, seen: Tensor) -> dict[str, Any]:
-        """attention_mask, position_ids of a segment that can attend to `columns` (B, T), itself last, where `seen`."""
+    def _inputs(self, segment: Segment, columns: Tensor, real: Tensor) -> dict[str, Any]:
+        """attention_mask and position_ids of a segment whose keys are `columns` (B, T), its own last, where `real`."""
         positions = self.batch.position_ids.gather(2, segment.columns.expand(3, -1, -1))
         if self.batch.packed is not None:
             dtype = self.batch.inputs_embeds.dtype
-            return self.batch.packed.arguments(positions, dtype, segment.columns, segment.real, columns, seen)
+            return self.batch.packed.inputs(positions, dtype, segment.columns, segment.real, columns, real)
         # A row without tokens in this segment would have nothing to attend to: here its padding attends to itself.
         here = segment.real | ~segment.real.any(dim=1, keepdim=True)
-        mask = torch.cat([seen[:, : seen.shape[1] - here.shape[1]], here], dim=1)
+        mask = torch.cat([real[:, : real.shape[1] - here.shape[1]], here], dim=1)
         return {"attention_mask": mask.long(), "position_ids": positions}
 
-    def _look(self, order: int, segment: Segment, states: Tensor, embeds: Tensor) -> Tensor:
+    def _inject_all(self, order: int, segment: Segment, states: Tensor, embeds: Tensor) -> Tensor:
+        """The conditions of the calls numbered `order`, whose states (B, S, d) are the segment's, injected."""
         calls = [call for call in self.batch.calls if call.order == order]
         for call in calls:
             at = (segment.real[call.row] & (segment.columns[call.row] == call.start)).nonzero()
-            embeds = self.model.inject_condition(self.batch, embeds, call, states[call.row, int(at)])
-        if not calls and order < self.batch.depth:  # a segment that other processes need: backward runs it, too
+            embeds = self.inject_condition(embeds, call, states[call.row, int(at)])
+        if not calls and order < self.batch.depth:  # a segment that other ranks need: keep it in the graph here, too
             embeds = embeds + 0 * states.sum()
         return embeds
 
+    def inject_condition(self, embeds: Tensor, call: CallSite, state: Tensor) -> Tensor:
+        """Embeddings (B, L, d) with the hidden state (d,) of one call injected: a new tensor.
+
+        The state becomes the control token's input embedding and conditions the spans that answer the call.
+        """
+        embeds = put_columns(embeds, call.row, torch.tensor([call.start + 1], device=embeds.device), state[None])
+        for span in self.batch.spans:
+            if span.call == call:
+                tokens, _ = self.model.project(span.look, self.batch.features[span.look][span.image], state)
+                embeds = put_columns(embeds, span.row, span.columns, tokens)
+        return embeds
+
     def run_up_to_last(self) -> Tensor:
-        """All segments but the last: the embeddings with every condition spent."""
+        """All segments but the last: the embeddings with every condition injected."""
         embeds = self.batch.inputs_embeds
         for order, segment in enumerate(self.segments[:-1]):
-            embeds = self._look(order, segment, self._run(segment, embeds).last_hidden_state, embeds)
+            embeds = self._inject_all(order, segment, self._run(segment, embeds).last_hidden_state, embeds)
         return embeds
 
     def run_prefixes(self) -> Tensor:
-        """The same without a cache to continue: before each call, its whole prefix runs again."""
+        """As `run_up_to_last`, without continuing a cache: before each call its whole prefix runs again."""
         embeds = self.batch.inputs_embeds
         for order in range(self.batch.depth):
             segment = prefix_segment(self.mask, self.batch.calls, order, self.batch.numbers)
             states = self.model.model.language_model(
                 inputs_embeds=gather_columns(embeds, segment.columns),
                 use_cache=False,
-                **self._arguments(segment, segment.columns, segment.real),
+                **self._inputs(segment, segment.columns, segment.real),
             ).last_hidden_state
-            embeds = self._look(order, segment, states, embeds)
+            embeds = self._inject_all(order, segment, states, embeds)
         return embeds
 
     def run(self) -> Any:
@@ -330,14 +381,14 @@ class SegmentedForward:
         embeds, outputs = self.batch.inputs_embeds, []
         for order, segment in enumerate(self.segments):
             outputs.append(self._run(segment, embeds))
-            embeds = self._look(order, segment, outputs[-1].last_hidden_state, embeds)
+            embeds = self._inject_all(order, segment, outputs[-1].last_hidden_state, embeds)
         last = outputs[-1]
         last.last_hidden_state = self._restore([o.last_hidden_state for o in outputs])
         if last.hidden_states is not None:
             last.hidden_states = tuple(
                 self._restore(layer) for layer in zip(*(o.hidden_states for o in outputs), strict=True)
             )
-        last.attentions = None  # attention maps of different segments have different widths; there is no honest whole
+        last.attentions = None  # the maps of different segments have different widths
         last.past_key_values = self._restore_cache() if self.keep_cache else None
         return last
 
@@ -365,22 +416,3 @@ class SegmentedForward:
             layer.keys = layer.keys.gather(2, index.expand(shape))
             layer.values = layer.values.gather(2, index.expand(shape))
         return self.cache
-
-
-def max_over_ranks(depth: int, device: torch.device) -> int:
-    """The largest `depth` of all processes."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return depth
-    found = torch.tensor(depth, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
-
-
-def zero_of(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Zero, with every parameter that learns in its graph.
-
-    Made before anything else and added to the embeddings, it comes last in the backward pass: gradients are then done
-    in the same order everywhere, which is the order in which ZeRO puts them side by side.
-    """
-    learning = [parameter for parameter in parameters if parameter.requires_grad]
-    return sum((0 * parameter.sum() for parameter in learning), torch.zeros(()))

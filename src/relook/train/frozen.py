@@ -4,7 +4,7 @@ Most of a step of a small model is its frozen tower, and the examples of a page 
 same first look again and again. Images are told apart by their pixels. Each is encoded by itself, so that what it gives
 does not depend on the others in the batch, nor on what is remembered already.
 
-Knows `get_image_features` of Qwen2-VL, through which first looks, crops and clip looks go; not stages, not examples.
+It takes the place of Qwen2-VL's `get_image_features` (`relook.model.modeling.image_encoder`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from relook.model.modeling import image_encoder
+
 
 @contextmanager
 def remembering(model: Any, images: int) -> Iterator[None]:
@@ -26,12 +28,8 @@ def remembering(model: Any, images: int) -> Iterator[None]:
     if images <= 0:
         yield
         return
-    base = model.model
-    base.get_image_features = Memory(base, images)  # on the instance: hides the class's own
-    try:
+    with image_encoder(Memory(model.model, images)):
         yield
-    finally:
-        del base.get_image_features
 
 
 class Memory:

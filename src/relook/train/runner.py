@@ -21,6 +21,7 @@ from transformers.trainer_callback import ProgressCallback
 from relook.data.access import records
 from relook.errors import UserError
 from relook.io import replacing
+from relook.model.rank_sync import synchronised_ranks
 from relook.plugins import find
 from relook.train import lora, ranks, sharding, watch
 from relook.train.checkpoints import Checkpoints, Record, digest, finished, keep_stage, restore_stage
@@ -155,7 +156,7 @@ def run_stage(
     if signals.seen is not None and trainer.state.global_step < steps:
         place = checkpoints.path({"step": trainer.state.global_step})
         _stop(f"stopped at step {trainer.state.global_step} of {steps}, saved in {place}; {GO_ON}", signals.seen)
-    _put_back(model, processor, stage, checkpoints)
+    _put_back(model, processor, stage, checkpoints, trainer)
     best = ranks.from_main(checkpoints.best())
     done: Record = {
         "stage": stage.name,
@@ -206,7 +207,8 @@ def _train(trainer: StageTrainer, checkpoints: Checkpoints, signals: Signals, st
     if not ranks.main():  # else all processes would draw the same masks
         torch.manual_seed(trainer.args.seed + ranks.number())
     try:
-        with remembering(objective.model, objective.stage.remember):
+        sharded = sharding.form(trainer) is not None
+        with synchronised_ranks(sharded), remembering(objective.model, objective.stage.remember):
             trainer.train(resume_from_checkpoint=start)
     except RuntimeError as error:  # a process that draws examples was told to stop, too
         if signals.seen is None:
@@ -216,7 +218,7 @@ def _train(trainer: StageTrainer, checkpoints: Checkpoints, signals: Signals, st
         ) from error
 
 
-def _put_back(model: Any, processor: Any, stage: Stage, checkpoints: Checkpoints) -> None:
+def _put_back(model: Any, processor: Any, stage: Stage, checkpoints: Checkpoints, trainer: StageTrainer) -> None:
     """The model as it was before the stage, but for what it learnt."""
     if stage.lora is not None:
         with ranks.together(), writing(checkpoints.place, checkpoints.say_last):
@@ -225,7 +227,7 @@ def _put_back(model: Any, processor: Any, stage: Stage, checkpoints: Checkpoints
         lora.merge(model)
     if stage.checkpointing:
         model.activation_checkpointing_disable()
-    if model.lockstep:
+    if sharding.form(trainer) is not None:
         sharding.end(model)
     let_learn(model)
 

@@ -22,6 +22,7 @@ import torch
 from relook.data.questions import Question, read_questions
 from relook.errors import RelookError
 from relook.looks import parse_calls
+from relook.model.rank_sync import ranks_synchronised
 from relook.regions import Box, cells_to_box, iou, union, upright
 from relook.trace import Answer
 from relook.train import ranks
@@ -55,7 +56,7 @@ class Validator:
         self.objective.eval()
         figures = self._losses(prepare)
         # where weights are sharded, processes would have to answer in step: they do not
-        if self.objective.converses and self.plan.questions and not self.objective.model.lockstep:
+        if self.objective.converses and self.plan.questions and not ranks_synchronised():
             figures |= self._asked(step)
         self.objective.train()
         return {f"eval_{name}": value for name, value in figures.items()}
