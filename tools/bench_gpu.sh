@@ -2,7 +2,7 @@
 # Steps/s, model-FLOP utilisation and largest batches of the 2B shape on a GPU, in one call:
 #   bash tools/bench_gpu.sh [options of tools/bench_gpu.py]
 # Needs python3 with torch for CUDA; relook's other dependencies installed, or as wheels in ./wheels (see
-# tools/receipts_gpu.sh). Leaves bench.md and bench.json in $OUT (out/bench-gpu).
+# zoo/tools/receipts_gpu.sh). Leaves bench.md and bench.json in $OUT (out/bench-gpu).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/bench-gpu}
