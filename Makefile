@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench docs examples clean cards-tiny receipts-tower receipts-tiny receipts-arms
+.PHONY: help setup demo check test test-slow lint bench docs examples clean cards-tiny receipts-tower receipts-tiny receipts-arms
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -54,6 +54,14 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# mypy takes the package that the tests are of (tests/model: src/relook/model), or everything where there is none.
+FILES ?= tests
+check: $(VENV)/.dev  ## the quick loop, lint and a part of the tests: make check FILES="tests/model"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(sort $(wildcard $(foreach file,$(FILES),src/relook/$(word 2,$(subst /, ,$(file))))))
+	$(BIN)/pytest $(FILES)
+
 test: lint  ## lint and the whole default suite (no network, no GPU)
 	$(BIN)/pytest
 
@@ -83,7 +91,7 @@ receipts-tower: $(VENV)/.dev  ## train the vision tower in zoo/recipes/receipts-
 receipts-tiny: $(VENV)/.dev  ## train the shipped receipts-tiny again, from the tower in zoo/recipes/receipts-tower
 	$(BIN)/relook train zoo/recipes/receipts-tiny.yaml
 
-receipts-arms: $(VENV)/.dev  ## train and ask all settings of zoo/receipts.md, and write its table and figures again
+receipts-arms: $(VENV)/.dev  ## train and evaluate all settings of zoo/receipts.md, and write its table and figures again
 	$(BIN)/python zoo/tools/receipts_arms.py
 
 clean:  ## remove caches, build outputs and out/ (not .venv)
