@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from support import ROOT
+from support.synthetic import PAGES
 from typer.testing import CliRunner
 
 import relook
@@ -243,13 +244,13 @@ def test_train_refuses_a_recipe_it_cannot_read(tmp_path) -> None:
 
 
 def test_evaluate_prints_a_table_and_json(model, tmp_path) -> None:
-    arguments = ["evaluate", "-m", model, "--tasks", "cards", "--looks", "none", "region", "--n", 2]
+    arguments = ["evaluate", "-m", model, "--tasks", PAGES, "--looks", "none", "region", "--n", 2]
     table = call(*arguments, "--out", tmp_path / "run").stdout
     assert "none" in table and "region" in table
     record = json.loads(call(*arguments, "--json").stdout)
     assert [(r["task"], r["look"], r["asked"]) for r in record["results"]] == [
-        ("cards", "none", 2),
-        ("cards", "region", 2),
+        ("pages", "none", 2),
+        ("pages", "region", 2),
     ]
     assert "no-such-task" in refused("evaluate", "-m", model, "--tasks", "no-such-task")
 

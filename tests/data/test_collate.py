@@ -6,10 +6,10 @@ import logging
 
 import pytest
 from support.published_items import PIPELINE, needs_pipeline, recorded_samples
+from support.synthetic import Pages
 
 from relook.data import BuildOptions, Collator, Item, build_item, from_page
 from relook.errors import RelookError, UserError
-from zoo.worlds import make_world
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_a_batch_of_mixed_looks_equals_its_rows_one_by_one(tiny_vlm):
     import torch
 
     vlm = tiny_vlm()
-    page = make_world("cards", 5).sample(0)
+    page = Pages(5).sample(0)
     question = from_page(page, 0)
     looks = ["region", "none", "clip", "detection"]
     items = [build_item(question, BuildOptions(look=look)) for look in looks]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from support import ROOT
 from support.published_items import needs_pipeline, recorded_samples
+from support.synthetic import Pages
 
 from relook.data import (
     BuildOptions,
@@ -34,7 +35,6 @@ from relook.data.records import read_records
 from relook.errors import RelookError, UserError
 from relook.io import replacing
 from relook.looks import parse_calls
-from zoo.worlds import make_world
 
 RECEIPTS = ROOT / "../shared/data/receipts"
 needs_receipts = pytest.mark.skipif(not RECEIPTS.is_dir(), reason="../shared/data/receipts is not there")
@@ -275,7 +275,7 @@ def test_odd_boxes_are_mended_or_left_out_and_counted():
 
 
 def test_a_page_in_memory_becomes_an_item_with_its_crop():
-    page = make_world("cards", 3).sample(0)
+    page = Pages(3).sample(0)
     item = build_item(from_page(page, 1), BuildOptions(free_choice=True))
     whole, (image, box) = item.images["images"]
     assert whole is image is page.image

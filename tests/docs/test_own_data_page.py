@@ -7,10 +7,10 @@ import re
 
 import pytest
 from support import ROOT
+from support.synthetic import Pages
 from typer.testing import CliRunner
 
 from relook.cli import app
-from zoo.worlds import make_world
 
 PAGE = ROOT / "docs/own-data.md"
 SHORT = ["stages.tune.steps=2", "stages.tune.batch=2", "stages.tune.accumulate=1", "validation.items=3", "threads=1"]
@@ -23,7 +23,7 @@ def own(tmp_path, monkeypatch):
     """The folder of somebody with ten receipts and questions about them."""
     (tmp_path / "own/images").mkdir(parents=True)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    world, lines = make_world("receipts", 5), []
+    world, lines = Pages(5), []
     for number in range(10):
         page = world.sample(number)
         page.image.save(tmp_path / f"own/images/{number}.png")

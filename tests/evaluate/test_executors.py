@@ -14,6 +14,7 @@ import psutil
 import pytest
 from support import TESTS
 from support.interrupted_evaluation import Echo, write_questions
+from support.synthetic import PAGES
 
 from relook.errors import UserError
 from relook.evaluate import evaluate
@@ -170,7 +171,7 @@ def test_two_processes_killed_anywhere_and_given_again_give_the_same(own, straig
 def cards(tmp_path_factory):
     """cards-tiny asked in one process; the arguments, and the records."""
     folder = tmp_path_factory.mktemp("cards")
-    arguments = ["evaluate", "-m", "cards-tiny", "--tasks", "cards", "--looks", "auto", "none", "oracle"]
+    arguments = ["evaluate", "-m", "cards-tiny", "--tasks", PAGES, "--looks", "auto", "none", "oracle"]
     arguments += ["--limit", "13", "--batch", "4", "--out"]
     done = start(sys.executable, "-m", "relook", *arguments, folder)
     assert done.returncode == 0, done.stderr

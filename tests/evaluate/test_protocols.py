@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 from support import SHARED
+from support.synthetic import PAGES, TINY
 from typer.testing import CliRunner
 
 from relook.cli import app
@@ -115,10 +116,10 @@ def test_how_long_an_answer_may_be(places):
 
 
 def test_a_real_model_sees_pages_at_the_size_of_the_protocol():
-    vlm = VLM(*tiny.build("cards-tiny", 0))
+    vlm = VLM(*tiny.build(TINY, 0))
     patches = [
-        evaluate(vlm, ["cards"], ["none"], n=1, max_new_tokens=1, protocol=name)
-        .result("cards", "none")
+        evaluate(vlm, [PAGES], ["none"], n=1, max_new_tokens=1, protocol=name)
+        .result("pages", "none")
         .measures["vision_patches"]
         .mean
         for name in ("default", "paper-224")
@@ -128,7 +129,7 @@ def test_a_real_model_sees_pages_at_the_size_of_the_protocol():
 
 def test_unknown_protocols_are_refused():
     with pytest.raises(UserError, match="default, paper, paper-224"):
-        evaluate(Listener(), ["cards"], ["none"], protocol="papers")
+        evaluate(Listener(), [PAGES], ["none"], protocol="papers")
 
 
 def test_from_the_command_line_with_the_published_table_beside(places):

@@ -16,13 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support import ROOT
 from support.hand_made_records import call, record, save
 
 from relook.errors import UserError
 from relook.evaluate import WRITERS, bootstrap, collect, keep, read_folder, write
 from relook.evaluate.report.figures import _meet, _place, fields_figure, plain_text
-from relook.evaluate.report.rows import read_plan
 from relook.evaluate.report.writers import PAGE, table_csv, table_md
 from relook.evaluate.summary import MEASURED, clustered, difference, estimate, pool, summarise
 
@@ -300,16 +298,6 @@ def test_what_regions_cover_is_told_by_field_for_rows_that_have_any(tmp_path):
     ):
         (line,) = (line for line in shares.splitlines() if line.startswith(("| looked", "| plain")))
         assert cells in line
-
-
-def test_the_experiment_in_the_repository_is_well_formed():
-    plan = read_plan(ROOT / "zoo/receipts/arms.yaml")
-    assert {"a", "b", "b2", "c", "d", "e"} <= {row.name for row in plan.rows}
-
-
-def test_the_experiments_table_is_what_its_records_give():
-    folder = ROOT / "zoo/receipts"
-    assert table_md(collect([folder / "arms.yaml"])) == (folder / "table.md").read_text(encoding="utf-8")
 
 
 # ---- files

@@ -20,7 +20,6 @@ from relook.evaluate import collect, write
 from relook.evaluate.report import page_html
 from relook.evaluate.report.heat_maps import CELLS, places
 from relook.evaluate.report.pictures import SIDE, gather
-from zoo.worlds import make_world
 
 EVIL = """</script><script>alert(1)</script><img src=x onerror=alert(2)> "quotes' & $x^2$ <!-- {{ 7 * 7 }} \ud800 ]]>"""
 REGION = {"kind": "region", "cells": [1, 1, 2, 2], "box": [0, 0, 60, 60], "problem": None}
@@ -227,23 +226,6 @@ def test_large_images_are_made_small_and_keep_the_frame_of_the_original(tmp_path
     kind, _, coded = source.partition(";base64,")
     (tmp_path / "shown").write_bytes(base64.b64decode(coded))
     assert kind == "data:image/jpeg" and size == (2400, 300) and Image.open(tmp_path / "shown").size == (SIDE, 128)
-
-
-def test_pages_of_worlds_are_drawn_again_unless_they_are_others_now(tmp_path):
-    where = "cards page 3 of seed 1000000007"
-    card = make_world("cards", 1_000_000_007).sample(3)
-    asked = {
-        "question": card.qas[0].question,
-        "accepted": [card.qas[0].answer],
-        "where": where,
-        "image": None,
-        "task": "cards",
-    }
-    shown = gather([record(3, 1, **asked) | {"image": None}], 9)
-    assert list(shown.shown) == [where] and shown.shown[where][1] == card.image.size
-    other = gather([record(3, 1, **{**asked, "question": "Another?"}) | {"image": None}], 9)
-    assert not other.shown and "drawn differently now" in other.why[where]
-    assert "in memory only" in gather([record(0, 1, where="somewhere") | {"image": None}], 9).why["somewhere"]
 
 
 @pytest.mark.parametrize(("change", "words"), [({}, "no image"), ({"size": [9, 9]}, "9 x 9")])

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.synthetic import FIRST_SEED, PAGES, Pages
 
 from relook.data import Question
 from relook.errors import RelookError, UserError
@@ -18,8 +19,6 @@ from relook.evaluate.environment import model_facts
 from relook.evaluate.settings import Case, annotated_cells, random_cells
 from relook.regions import cells_to_box, crop
 from relook.trace import Answer, Look, Turn, Usage
-from zoo.tasks import UNSEEN
-from zoo.worlds import make_world
 
 # ---- scores
 
@@ -107,7 +106,7 @@ def test_bootstrap_is_what_statistics_says_of_it():
 
 
 class Reader:
-    """Stands in for a VLM on cards pages: it sees the code if the region it looked at covers the card asked for.
+    """Stands in for a VLM on pages with codes: it sees the code if the region it looked at covers the card asked for.
 
     Left to itself (`auto`, `region`) it looks at the top left quarter; `fails_on` is a question index it chokes on.
     """
@@ -159,8 +158,8 @@ def question_key(image, question) -> str:
 
 @pytest.fixture
 def truth() -> dict:
-    """Code and box of every question about the first 30 unseen pages of the cards task (seed 0)."""
-    world = make_world("cards", UNSEEN)
+    """Code and box of every question about the first 30 unseen pages of the task (seed 0)."""
+    world = Pages(FIRST_SEED)
     found = {}
     for index in range(30):
         page = world.sample(index)
@@ -171,8 +170,8 @@ def truth() -> dict:
 
 def test_arms_differ_as_what_they_show_does(truth, tmp_path):
     model = Reader(truth)
-    run = evaluate(model, ["cards"], ["auto", "none", "clip", "oracle", "random"], n=30, batch=7, out=tmp_path / "run")
-    measures = {arm: run.result("cards", arm).measures for arm in ("auto", "none", "clip", "oracle", "random")}
+    run = evaluate(model, [PAGES], ["auto", "none", "clip", "oracle", "random"], n=30, batch=7, out=tmp_path / "run")
+    measures = {arm: run.result("pages", arm).measures for arm in ("auto", "none", "clip", "oracle", "random")}
 
     assert measures["none"]["exact"].mean == 0 and measures["none"]["looked"].mean == 0
     assert measures["oracle"]["exact"].mean == 1 and measures["oracle"]["recall"].mean == 1
@@ -181,7 +180,7 @@ def test_arms_differ_as_what_they_show_does(truth, tmp_path):
     assert measures["clip"]["malformed"].mean == 1 and measures["clip"]["looked"].mean == 0
     assert measures["clip"]["recall"].n == 0 and measures["clip"]["recall"].mean is None
     assert measures["auto"]["lm_positions"].mean == 150 and measures["none"]["lm_positions"].mean == 100
-    assert run.result("cards", "auto").kinds == {"region": 30}
+    assert run.result("pages", "auto").kinds == {"region": 30}
     assert {size for size, _ in model.batches} == {7, 2}
 
     records = [json.loads(row) for row in (tmp_path / "run/records.jsonl").read_text().splitlines()]
@@ -199,24 +198,24 @@ def test_arms_differ_as_what_they_show_does(truth, tmp_path):
 
 
 def test_the_same_seed_asks_the_same_and_another_does_not(truth):
-    first, second = (evaluate(Reader(truth), ["cards"], ["random"], n=10, batch=size) for size in (10, 3))
+    first, second = (evaluate(Reader(truth), [PAGES], ["random"], n=10, batch=size) for size in (10, 3))
     assert first.results[0].measures["recall"] == second.results[0].measures["recall"]
-    pages = [[q.where for q in find_task("cards").items(3, seed)] for seed in (0, 1)]
+    pages = [[q.where for q in find_task(PAGES).items(3, seed)] for seed in (0, 1)]
     assert pages[0] != pages[1]
 
 
 def test_a_failed_item_is_shown_and_never_scored(truth):
-    run = evaluate(Reader(truth, broken="red"), ["cards"], ["oracle"], n=30, batch=8)
+    run = evaluate(Reader(truth, broken="red"), [PAGES], ["oracle"], n=30, batch=8)
     result = run.results[0]
     assert 0 < result.failed < 30 and result.answered == 30 - result.failed and result.asked == 30
     assert result.measures["exact"].mean == 1.0 and result.measures["exact"].n == result.answered
     assert "ValueError: cannot read this one" in result.errors[0]
-    assert f"{result.failed}" in str(run) and "failed: cards page" in str(run)
+    assert f"{result.failed}" in str(run) and "failed: page" in str(run)
 
 
 def test_a_run_without_one_answer_is_an_error(truth, tmp_path):
     with pytest.raises(RelookError, match=r"not one question was answered.*cannot read this one"):
-        evaluate(Reader(truth, broken="e"), ["cards"], ["auto"], n=3, out=tmp_path)
+        evaluate(Reader(truth, broken="e"), [PAGES], ["auto"], n=3, out=tmp_path)
     assert not (tmp_path / "results.json").exists() and not (tmp_path / "records.jsonl").exists()
 
 
@@ -284,20 +283,12 @@ def test_regions_of_arms_lie_on_the_grid_and_hold_what_they_should(data, width, 
 )
 def test_wrong_arguments_are_said_before_any_work(arguments, words):
     with pytest.raises(UserError) as error:
-        evaluate(Reader({}), **{"tasks": ["cards"], "looks": ["auto"], **arguments})
+        evaluate(Reader({}), **{"tasks": [PAGES], "looks": ["auto"], **arguments})
     assert words in str(error.value)
-
-
-def test_missing_real_receipts_are_said_plainly(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("zoo.tasks.REAL_RECEIPTS", Path("../nowhere/val_qa.jsonl"))
-    with pytest.raises(UserError, match="needs the real receipts"):
-        evaluate(Reader({}), ["receipts-real"], ["none"])
 
 
 def test_every_arm_and_task_says_what_it_is():
     assert all(arm.about for arm in SETTINGS.values()) and all(task.about for task in TASKS.values())
-    assert find_task("cards").usual == 1000
 
 
 # ---- the real loop
@@ -307,12 +298,12 @@ def test_the_real_loop_goes_through_every_arm(tiny_vlm):
     """A random model: nothing is right, but every arm asks, looks and counts as its name says."""
     looks = ["auto", "none", "clip", "oracle", "random"]
     vlm = tiny_vlm(looks=("region", "clip"))
-    run = evaluate(vlm, ["cards"], looks, n=2, batch=2, max_new_tokens=2)
+    run = evaluate(vlm, [PAGES], looks, n=2, batch=2, max_new_tokens=2)
     assert [result.answered for result in run.results] == [2] * 5, run.results[0].errors
-    looked = {arm: run.result("cards", arm).measures["looked"].mean for arm in looks}
+    looked = {arm: run.result("pages", arm).measures["looked"].mean for arm in looks}
     assert looked["none"] == 0 and looked["oracle"] == looked["random"] == 1
-    assert run.result("cards", "oracle").measures["recall"].mean == 1
-    positions = {arm: run.result("cards", arm).measures["lm_positions"].mean for arm in looks}
+    assert run.result("pages", "oracle").measures["recall"].mean == 1
+    positions = {arm: run.result("pages", arm).measures["lm_positions"].mean for arm in looks}
     assert positions["oracle"] > positions["none"] > 0
     assert run.run["facts"]["parameters"] == sum(p.numel() for p in vlm.model.parameters())
     assert run.run["facts"]["dtype"] == "float32"

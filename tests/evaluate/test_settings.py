@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.synthetic import PAGES, Pages
 
 from relook.data import Question
 from relook.errors import UserError
 from relook.evaluate import SETTINGS, evaluate
 from relook.evaluate.settings import Case, find_settings, request
 from relook.looks import LOOKS
-from zoo.worlds import make_world
 
 
 @pytest.fixture(scope="module")
 def asked(tiny_vlm):
-    """Asks one question about a page of cards under an arm of this name."""
+    """Asks one question about a page under a setting of this name."""
     vlm = tiny_vlm()
-    page = make_world("cards", 0).sample(0)
+    page = Pages(0).sample(0)
     question = Question(page.image, page.qas[0].question, (page.qas[0].answer,), tuple(page.qas[0].boxes))
 
     def ask(name: str):
@@ -65,6 +65,6 @@ def test_arms_with_a_part_left_out_need_the_look_itself(tiny_vlm):
 
 def test_a_run_goes_through_them(tiny_vlm):
     looks = ["clip", "clip-unconditioned", "region", "blank"]
-    run = evaluate(tiny_vlm(("region", "clip")), ["cards"], looks, n=2, batch=2, max_new_tokens=2)
+    run = evaluate(tiny_vlm(("region", "clip")), [PAGES], looks, n=2, batch=2, max_new_tokens=2)
     assert [result.answered for result in run.results] == [2] * 4, [result.errors for result in run.results]
     assert [list(result.kinds) for result in run.results] == [["clip"], ["clip"], ["region"], ["region"]]

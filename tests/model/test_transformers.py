@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
+from support.synthetic import TINY
 from support.tiny_model import conversation, stack, tiny_model
 
 import relook
@@ -14,7 +15,7 @@ from relook.model.new import build
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    model, processor = build("cards-tiny", seed=1)
+    model, processor = build(TINY, seed=1)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

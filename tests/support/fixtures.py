@@ -16,9 +16,9 @@ from support.tiny_model import PATCH, tiny_model
 @cache
 def _tokenizer():
     from relook.model.new import build_tokenizer
-    from zoo.sizes import CARDS_TINY
+    from support.synthetic import TINY
 
-    size = CARDS_TINY
+    size = TINY
     return build_tokenizer(type(size)(**{**vars(size), "looks": tuple(LOOKS)}))
 
 

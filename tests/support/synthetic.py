@@ -1,0 +1,78 @@
+"""A synthetic dataset, an evaluation task and a model size of the tests' own, named by dotted path as a user's are.
+
+A page has colored boxes with codes; asked is the code in the box of one color. Boxes are (x1, y1, x2, y2) in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+from PIL import Image, ImageDraw
+
+from relook.data.questions import Question, from_page
+from relook.evaluate.tasks import Task
+from relook.io import rng
+from relook.model.new import Size
+
+COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+QUESTION = "What is the code in the {} box?"
+PAGES = "support.synthetic:TASK"  # as `evaluate` and `--tasks` take it; in records it is called "pages"
+FIRST_SEED = 1_000_000_007  # of the task's pages
+
+
+@dataclass(frozen=True)
+class QA:
+    question: str
+    answer: str
+    boxes: tuple[tuple[int, int, int, int], ...]
+    field: str
+
+
+@dataclass(frozen=True)
+class Page:
+    image: Image.Image
+    qas: tuple[QA, ...]
+
+
+class Pages:
+    """`Pages(seed).sample(i)` is the same page on every call: 512 x 512 pixels, four boxes of different colors."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def sample(self, index: int) -> Page:
+        random = rng(self.seed, "pages", index)
+        image = Image.new("RGB", (512, 512), "white")
+        draw, qas = ImageDraw.Draw(image), []
+        colors = [str(c) for c in random.permutation(COLORS)[:4]]
+        for color, cell in zip(colors, random.permutation(16)[:4], strict=True):
+            x, y = (128 * int(n) + 24 for n in divmod(int(cell), 4))
+            code = str(random.integers(100, 1000))
+            draw.rectangle((x, y, x + 79, y + 47), fill=color)
+            draw.text((x + 20, y + 16), code, fill="black")
+            qas.append(QA(QUESTION.format(color), code, ((x, y, x + 80, y + 48),), color))
+        return Page(image, tuple(qas))
+
+
+def questions(seed: int) -> Iterator[Question]:
+    """One question about each page, without end."""
+    pages = Pages(FIRST_SEED + seed)
+    for index in count():
+        page = pages.sample(index)
+        chosen = int(rng(seed, "evaluate", index).integers(len(page.qas)))
+        yield from_page(page, chosen, f"page {index} of seed {FIRST_SEED + seed}")
+
+
+TASK = Task("pages", "pages with codes", lambda seed, _: questions(seed), usual=1000)
+
+TINY = Size(
+    phrases=tuple(QUESTION.format(color) for color in COLORS),
+    vit={"embed_dim": 96, "depth": 3, "num_heads": 3, "patch_size": 8},
+    lm={"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
+        "intermediate_size": 512},
+    first={"longest_side": 64},
+    crop={"longest_side": None, "scale": 0.5},
+    reencode={"longest_side": 256, "scale": 0.5},
+)  # fmt: skip
