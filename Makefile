@@ -49,10 +49,11 @@ setup: $(VENV)/.dev  ## a virtual environment with everything, in .venv
 demo: $(VENV)/.core  ## ask the shipped models about the pages in examples/; pictures go to out/
 	@$(BIN)/python examples/demo.py
 
-lint: $(VENV)/.dev  ## ruff and mypy
+lint: $(VENV)/.dev  ## ruff, mypy, and the order of layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 # mypy takes the package that the tests are of (tests/model: src/relook/model), or everything where there is none.
 FILES ?= tests
@@ -63,7 +64,7 @@ check: $(VENV)/.dev  ## the quick loop, lint and a part of the tests: make check
 	$(BIN)/pytest $(FILES)
 
 test: lint  ## lint and the whole default suite (no network, no GPU)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadscope
 
 # Drives a Chromium that is there already (Debian: apt-get install chromium); without one its tests are skipped.
 $(VENV)/.browser: $(VENV)/.dev

@@ -21,8 +21,8 @@ from typing import Any
 from relook.errors import UserError
 from relook.io import nearest
 
-# What makes the shipped tiny models is in the checkout's zoo/, not in the wheel: its names are explained where unknown.
-ZOO = {"cards", "receipts", "receipts-real", "cards-tiny", "receipts-tiny"}
+# What makes and asks the shipped tiny models is in the checkout's zoo/, not in the wheel: unknown, these names say so.
+ZOO = {"assemble", "cards", "receipts", "receipts-real", "cards-tiny", "receipts-tiny"}
 
 
 def find(kind: str, name: str, table: Mapping[str, Any], where: str = "") -> Any:
@@ -43,10 +43,10 @@ def find(kind: str, name: str, table: Mapping[str, Any], where: str = "") -> Any
     path = name if ":" in name else table.get(name) or installed.get(name)
     before = f"{where}: " if where else ""
     if path is None:
-        hint = nearest(name, [*table, *installed])
-        if name in ZOO:
-            hint = f"it is made by the zoo of a checkout of relook (make setup installs it); {hint}"
-        raise UserError(f"{before}there is no {kind} called {name!r}; {hint}, or write module:attribute")
+        known = [*table, *installed]
+        hint = "it belongs to the zoo of a relook checkout, which `make setup` installs" if name in ZOO else ""
+        hint = hint or (nearest(name, known) if known else "none is installed")
+        raise UserError(f"{before}there is no {kind} called {name!r}; {hint}. Your own is written module:attribute")
     module, _, attribute = path.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
