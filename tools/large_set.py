@@ -73,13 +73,13 @@ def checked(path: Path) -> int:
 
 
 def streamed(path: Path) -> int:
-    from relook.data.stream import ItemStream
+    from relook.data.dataset import ItemStream
 
     return sum(1 for _ in ItemStream(path))
 
 
 def converted(path: Path) -> int:
-    from relook.data.convert import convert
+    from relook.data.remap import convert
 
     return convert(path, path.parent / "parquet").items
 

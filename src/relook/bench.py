@@ -308,7 +308,7 @@ def _image(seed: int) -> Any:
 
 def _batch(processor: Any, image: Any) -> dict[str, Any]:
     """BATCH rows with a clip look, as the collator makes them."""
-    from relook.data.collator import Collator
+    from relook.data.collate import Collator
     from relook.looks import LOOKS, write_call
 
     spec = LOOKS["clip"]

@@ -16,10 +16,10 @@ from support.source_files import (
 )
 
 from relook.data import BuildOptions, Question, build, build_item, read_items
-from relook.data.builder import build_items, merged
-from relook.data.options import draw
+from relook.data.build import build_items
+from relook.data.items import variant
 from relook.data.remap import remap
-from relook.data.variants import variant
+from relook.data.rules import draw, merged
 from relook.errors import UserError
 from relook.looks import parse_calls
 from relook.regions import iou, split_crop_suffix

@@ -29,8 +29,7 @@ from support.item_folder import (
 
 from relook.data.check import check
 from relook.data.faults import RULES
-from relook.data.imagefacts import near, read_facts, turned_cells
-from relook.data.seen import Seen
+from relook.data.images import near, read_facts, turned_cells
 from relook.looks import parse_calls
 from relook.views import load_item_image
 
@@ -230,14 +229,6 @@ def test_pictures_that_look_alike_are_told_from_others(tmp_path):
         assert near(looks[seed], np.delete(known, seed, axis=0)) is None
     Image.new("RGB", WIDE, "white").save(tmp_path / "blank.png")
     assert read_facts(str(tmp_path / "blank.png"), look=True).look is None
-
-
-@given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 5).map(lambda n: n << 20), max_size=3000))
-@settings(max_examples=25, deadline=None)
-def test_seen_is_a_dictionary(keys):
-    seen, known = Seen(), {}
-    for number, key in enumerate(keys, start=1):
-        assert seen.first(key, number) == known.setdefault(key, number)
 
 
 # ---- the real receipts

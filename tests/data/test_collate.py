@@ -49,7 +49,7 @@ def test_items_over_the_cutoff_are_left_out_and_said(caplog):
     collate = Collator(Rows(), max_length=4)
     with caplog.at_level(logging.WARNING):
         assert collate([short, long])["input_ids"].shape == (1, 1)
-    assert collate.left_out.count == 1 and collate.left_out.longest == 5 and "5 tokens" in caplog.text
+    assert [one.reason for one in collate.skipped] == ["too long"] and "5 tokens, over the cutoff of 4" in caplog.text
     with pytest.raises(RelookError, match="all 1 items"):
         collate([long])
     with pytest.raises(UserError, match="over the cutoff of 4"):

@@ -17,8 +17,8 @@ from support.source_files import (
 )
 
 from relook.data import Question, build_item, read_items
-from relook.data import images as images_module
-from relook.data.images import IMAGE_SETS, Archive, ImageFinder, ImageSet, check_copy, dataset_of
+from relook.data.images import ImageFinder, check_copy
+from relook.data.published import IMAGE_SETS, Archive, ImageSet, dataset_of
 from relook.data.remap import remap
 from relook.errors import UserError
 from relook.regions import split_crop_suffix
@@ -108,7 +108,7 @@ def test_a_copy_is_held_against_the_manifest(tmp_path, monkeypatch):
         Archive("c.zip"),
     )
     row = ImageSet("tiny", "Tiny", "https://example.org", archives, ("tiny",), images=2)
-    monkeypatch.setitem(images_module.IMAGE_SETS, "tiny", row)
+    monkeypatch.setitem(IMAGE_SETS, "tiny", row)
     assert "no a.zip" in " ".join(check_copy("tiny", tmp_path).faults)
     for name in "abc":
         (tmp_path / f"{name}.zip").write_bytes(b"good")

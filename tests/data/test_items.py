@@ -29,9 +29,9 @@ from relook.data import (
     read_questions,
     write_items,
 )
-from relook.data import records as records_module
-from relook.data.items import place_image
-from relook.data.records import read_records
+from relook.data import reader as reader_module
+from relook.data.images import place_image
+from relook.data.reader import read_records
 from relook.errors import RelookError, UserError
 from relook.io import replacing
 from relook.looks import parse_calls
@@ -76,11 +76,11 @@ def test_arrays_read_in_any_chunks_equal_json_loads(tmp_path_factory, values, in
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     if "\ud800" <= max(text) <= "\udfff":
         return  # lone surrogates are not UTF-8; the error is tested below
-    before, records_module.CHUNK = records_module.CHUNK, chunk
+    before, reader_module.CHUNK = reader_module.CHUNK, chunk
     try:
         found = list(read_records(path))
     finally:
-        records_module.CHUNK = before
+        reader_module.CHUNK = before
     assert [record.value for record in found] == values
     raw = path.read_bytes()
     for record in found:

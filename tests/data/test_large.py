@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 from relook.cli import app
 from relook.data import Item, ItemsDataset, build, read_items, write_items
-from relook.data import records as records_module
+from relook.data import reader as reader_module
 from relook.data.check import check
-from relook.data.convert import convert
-from relook.data.records import read_records, write_records
+from relook.data.dataset import ItemStream, shuffled
+from relook.data.reader import Unreadable, read_records, scan, write_records
+from relook.data.remap import convert
 from relook.data.stats import stats
-from relook.data.stream import ItemStream, read_rows, shuffled
 from relook.errors import UserError
 
 TOOL = ROOT / "tools" / "large_set.py"
@@ -68,7 +68,7 @@ def test_memory_does_not_grow_with_the_set(sets, name, monkeypatch):
     """Five times the items: at most a few numbers more for each, and some batches (8,000 of these items are 5 MB of
     text, and 25 MB as objects)."""
     work, cost = WORK[name]
-    monkeypatch.setattr(records_module, "CHUNK", 1 << 16)  # else the small set is read in one piece
+    monkeypatch.setattr(reader_module, "CHUNK", 1 << 16)  # else the small set is read in one piece
     work(sets[SMALL])  # what is imported and cached once
     small, large = (peak(lambda n=n: work(sets[n])) for n in (SMALL, LARGE))
     assert large - small < cost * (LARGE - SMALL) + 3_000_000
@@ -137,7 +137,9 @@ def test_parquet_keeps_what_else_a_record_said(tmp_path):
     items = [{"messages": turns, "images": ["a b.png"], "field": "total", "boxes": [[1, 2]]}, {"messages": turns}]
     write_records(tmp_path / "items.json", items)
     convert(tmp_path / "items.json", tmp_path / "p", image_root=tmp_path)
-    assert [Item.from_dict(row.value) for row in read_rows(tmp_path / "p")] == [Item.from_dict(each) for each in items]
+    assert [Item.from_dict(row.value) for row in read_records(tmp_path / "p")] == [
+        Item.from_dict(each) for each in items
+    ]
 
 
 def test_a_stopped_conversion_goes_on(sets, tmp_path):
@@ -170,7 +172,7 @@ def test_a_stopped_conversion_goes_on(sets, tmp_path):
     assert result.exit_code == 0 and "2000 items in 3 files, 2 of them there before" in result.output
     assert stamps == [(target / f"part-0000{i}.parquet").stat().st_mtime_ns for i in (0, 1)]
     known = [item.messages for item in read_items(sets[SMALL])]
-    assert [Item.from_dict(row.value).messages for row in read_rows(target)] == known
+    assert [Item.from_dict(row.value).messages for row in read_records(target)] == known
     assert "3 of them there before" in CliRunner().invoke(app, arguments).output
 
 
@@ -184,7 +186,7 @@ def test_conversions_do_not_mix(sets, tmp_path):
         convert(sets[SMALL], tmp_path / "p", rows=1000)
     (tmp_path / "p/part-00001.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match="not a Parquet file"):
-        drain(read_rows(tmp_path / "p"))
+        drain(read_records(tmp_path / "p"))
     out = {"messages": [{"role": "user", "content": "<image>"}], "images": ["../../etc/a.png"]}
     (tmp_path / "out.jsonl").write_text(json.dumps(out) + "\n")
     with pytest.raises(UserError, match=r"out.jsonl:1: image path '../../etc/a.png' leaves"):
@@ -210,7 +212,7 @@ def test_records_that_python_cannot_hold_are_named(tmp_path, suffix, value):
 
 
 def test_a_line_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(records_module, "LARGEST_RECORD", 1 << 20)
+    monkeypatch.setattr(reader_module, "LARGEST_RECORD", 1 << 20)
     path = tmp_path / "items.jsonl"
     path.write_text('{"a": "' + "x" * (3 << 20))
     with pytest.raises(UserError, match=r"items.jsonl:1: a line of over 1 MB"):
@@ -227,7 +229,6 @@ def test_half_a_surrogate_pair_is_written_as_it_was_read(tmp_path):
 def test_broken_entries_of_an_array_are_told_and_passed_over(tmp_path):
     path = tmp_path / "items.json"
     path.write_bytes(b'[{"a": 1},\n {"a":\n "caf\xe9"},\n {"a": 3}]')
-    told: list[tuple[int, str]] = []
-    found = [record.value for record in read_records(path, lambda line, text: told.append((line, text)))]
-    assert found == [{"a": 1}, {"a": 3}]
-    assert told == [(3, "byte 0xe9 is not UTF-8; save the file as UTF-8")]
+    first, broken, last = scan(path)
+    assert (first.value, last.value) == ({"a": 1}, {"a": 3})
+    assert broken == Unreadable(f"{path}:3", "byte 0xe9 is not UTF-8; save the file as UTF-8")

@@ -28,13 +28,13 @@ from support.source_files import (
 )
 
 from relook.data import BuildOptions, Item, Question, build_item, read_items
-from relook.data import records as records_module
-from relook.data.boxed import place_of
-from relook.data.images import IMAGE_SETS
-from relook.data.members import read_members
-from relook.data.sources import FORMATS, SOURCES, read, recognise
-from relook.data.splits import EVAL_SPLITS, build_splits
-from relook.data.viscot import padded_size
+from relook.data import reader as reader_module
+from relook.data.build import build_splits
+from relook.data.forms import FORMATS, read, recognize
+from relook.data.forms.detection import place_of
+from relook.data.forms.viscot import padded_size
+from relook.data.published import EVAL_SPLITS, IMAGE_SETS, SOURCES
+from relook.data.reader import read_members
 from relook.errors import UserError
 from relook.looks import LOOKS, parse_calls
 from relook.regions import box_to_cells, split_crop_suffix
@@ -42,9 +42,9 @@ from relook.regions import box_to_cells, split_crop_suffix
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 @pytest.mark.parametrize("name", RECORDS)
-def test_every_form_is_recognised_and_read_lazily_into_the_same_types(tmp_path, name, suffix):
+def test_every_form_is_recognized_and_read_lazily_into_the_same_types(tmp_path, name, suffix):
     path = write(tmp_path / f"set{suffix}", RECORDS[name])
-    assert recognise(path) == name
+    assert recognize(path) == name
     (first, *_) = read(path)
     assert type(first) is (Item if name == "items" else Question)
     with path.open("rb+") as file:  # a broken end is not seen before it is reached
@@ -87,8 +87,8 @@ def test_what_each_form_says(tmp_path):
 def test_coco_counts_objects_of_a_kind_and_passes_over_crowds(tmp_path, monkeypatch, indent, chunk):
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(COCO, indent=indent))
-    assert recognise(path) == "coco"
-    monkeypatch.setattr(records_module, "CHUNK", chunk)
+    assert recognize(path) == "coco"
+    monkeypatch.setattr(reader_module, "CHUNK", chunk)
     dogs, one, own = read(path, "coco")
     assert dogs.image == "1.jpg" and dogs.answer == "2" and dogs.size == (100, 80) and dogs.field == "dog"
     assert dogs.boxes == ((10, 20, 41, 60), (60, 0, 80, 20))

@@ -17,11 +17,12 @@ from support import ROOT, TESTS, distributed_cases, launched_run
 from support.distributed_run import recipe
 from support.own_items import write_items_of
 
+from relook.data.collate import SkippedSample
 from relook.errors import UserError
 from relook.model.rank_sync import synchronised_ranks
 from relook.train import ranks
-from relook.train.account import Account, LeftOut
 from relook.train.runner import run
+from relook.train.skipped import SkippedReport
 
 LAUNCH = ROOT / "recipes" / "launch"
 PATIENCE = 300  # seconds until processes that wait for each other are given up
@@ -82,7 +83,7 @@ def test_a_step_that_cannot_be_divided_is_refused() -> None:
 
 
 def test_processes_come_to_one_account(tmp_path: Path) -> None:
-    account, out = Account(1.0), [LeftOut(n, "broken", f"items:{n}", "?") for n in range(3)]
+    account, out = SkippedReport(1.0), [SkippedSample(n, "broken", f"items:{n}", "?") for n in range(3)]
     account.open(tmp_path / "left_out.jsonl", 0)
     account.settle([(2, [out[2]]), (3, [out[0], out[1]])])
     assert [json.loads(line)["example"] for line in account.path.read_text().splitlines()] == [0, 1, 2]

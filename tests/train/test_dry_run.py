@@ -12,7 +12,7 @@ from support.tiny_model import tiny_config
 from typer.testing import CliRunner
 
 from relook.cli.app import app
-from relook.data.collator import Collator
+from relook.data.collate import Collator
 from relook.model.loading import load_model, load_processor
 from relook.model.modeling import VPTQwen2VLForConditionalGeneration
 from relook.train import memory

@@ -57,7 +57,7 @@ def trained(plain, tmp_path_factory) -> Path:
 def batch_of(processor) -> dict:
     from support.own_items import conversation
 
-    from relook.data.collator import Collator
+    from relook.data.collate import Collator
 
     return Collator(processor)([conversation(["clip"]), conversation(["region"])])
 

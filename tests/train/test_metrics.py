@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from relook.data.questions import Question
+from relook.data.items import Question
 from relook.errors import UserError
 from relook.looks import LOOKS, write_call
 from relook.model import new as tiny

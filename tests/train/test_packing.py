@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_model import LOOK_MIXES, PAD, conversation, grads, image, stack, tiny_config, tiny_model
 
+from relook.data.collate import fill, join_packed
 from relook.errors import UserError
 from relook.model.packed import Packed
-from relook.train.packing import fill, join_packed
 
 EQUAL = dict(atol=1e-5, rtol=1e-3)
 CHEAP = [(), ("region",), ("clip",), ("detection",), ("clip", "region"), ("region", "detection", "clip"), ("clip",)]

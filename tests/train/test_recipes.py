@@ -14,6 +14,7 @@ from support.tiny_model import stack, tiny_model
 from typer.testing import CliRunner
 
 from relook.cli.app import app
+from relook.data import EncodedDataset, open_items
 from relook.errors import UserError
 from relook.model.loading import load_model, load_processor
 from relook.train.learnable import let_learn, set_forward
@@ -109,13 +110,12 @@ def expected(name: str, key: str) -> bool:
 
 def test_free_choice_items_lose_the_sentences(made, tmp_path: Path) -> None:
     """What the model is taught, read back from the ids."""
-    from relook.train.feeding import feed
 
     path = write_items_of(tmp_path / "items.json", ["region", "clip"], count=4)
     processor = load_processor(made["with clip"])
     for free_choice in (False, True):
         data = Data.model_validate({"path": os.path.relpath(path), "free_choice": free_choice})
-        examples = [feed(data, seed=1).example(i, processor) for i in range(4)]
+        examples = [EncodedDataset(open_items(data, seed=1), processor)[i] for i in range(4)]
         texts = [processor.tokenizer.decode(example["input_ids"]) for example in examples]
         assert all("What is this?" in text for text in texts)
         assert all(("answer the question" in text) != free_choice for text in texts)

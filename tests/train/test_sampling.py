@@ -1,4 +1,4 @@
-"""Feeding: what comes when is a function of the position, whatever the source, the worker or the kill."""
+"""Sampling: what comes when is a function of the position, whatever the source, the worker or the kill."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from PIL import Image
 from support.item_sets import LOOKS, data, numbered, relative, said
 from support.own_items import conversation, picture, write_items_of
 
-from relook.data.access import records
-from relook.data.convert import convert
-from relook.data.items import Item, split_ref
+from relook.data.collate import EncodedDataset, group_by_length, item_length
+from relook.data.dataset import SampledItems, interleaved, open_items
+from relook.data.images import split_ref
+from relook.data.items import Item
+from relook.data.records import records
+from relook.data.remap import convert
 from relook.errors import UserError
 from relook.model import new as tiny
-from relook.train.feeding import Feed, feed, interleaved
-from relook.train.lengths import alike, item_length
 from relook.train.recipe import Data, Recipe
 from relook.train.runner import run
 
 
-def told(source: Feed, positions) -> list[str]:
-    return [said(source.item(*source.row(p))) for p in positions]
+def told(source: SampledItems, positions) -> list[str]:
+    return [said(source.item(*source.record(p))) for p in positions]
 
 
 def mixed(folder: Path, **more) -> Data:
@@ -56,10 +57,10 @@ def test_interleaving_draws_as_datasets_does(over) -> None:
 @pytest.mark.parametrize("streaming", [False, True], ids=["by number", "streamed"])
 def test_an_epoch_of_one_source_is_all_of_it_once_and_in_another_order_the_next_time(tmp_path, streaming) -> None:
     plan = data(path=relative(numbered(tmp_path, "a", 40)), streaming=streaming, buffer=16)
-    epochs = [told(feed(plan, 1), range(start, start + 40)) for start in (0, 40)]
+    epochs = [told(open_items(plan, 1), range(start, start + 40)) for start in (0, 40)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(f"a{n}" for n in range(40))
     assert epochs[0] != epochs[1] != sorted(epochs[1])
-    assert told(feed(plan, 2), range(40)) != epochs[0]
+    assert told(open_items(plan, 2), range(40)) != epochs[0]
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["by number", "streamed"])
@@ -69,8 +70,8 @@ def test_mixes_of_sources(tmp_path, streaming, mix) -> None:
     if mix == "concat":
         plan = data(sources=[{"path": s.path} for s in plan.sources], streaming=streaming, buffer=8)
     plan = plan.model_copy(update={"mix": mix})
-    length = len(feed(plan.model_copy(update={"streaming": False}), 1))
-    first = told(feed(plan, 1), range(length))
+    length = len(open_items(plan.model_copy(update={"streaming": False}), 1))
+    first = told(open_items(plan, 1), range(length))
     counts = Counter(name[0] for name in first)
     if mix == "concat":
         assert counts == {"a": 30, "b": 9, "c": 50} and len(set(first)) == 89
@@ -81,28 +82,28 @@ def test_mixes_of_sources(tmp_path, streaming, mix) -> None:
         assert len(set(first)) == 89 and length > 89
 
 
-def test_a_feed_is_a_function_of_the_position(tmp_path) -> None:
+def test_the_order_is_a_function_of_the_position(tmp_path) -> None:
     """From the start, from the middle (a run that goes on), every other batch (a worker), and backwards."""
     for streaming in (False, True):
         plan = mixed(tmp_path, streaming=streaming, buffer=8)
-        straight = told(feed(plan, 5), range(120))
-        assert told(feed(plan, 5), range(57, 120)) == straight[57:]
+        straight = told(open_items(plan, 5), range(120))
+        assert told(open_items(plan, 5), range(57, 120)) == straight[57:]
         worker = [p for p in range(120) if p // 4 % 2]
-        assert told(feed(plan, 5), worker) == [straight[p] for p in worker]
-        one = feed(plan, 5)
+        assert told(open_items(plan, 5), worker) == [straight[p] for p in worker]
+        one = open_items(plan, 5)
         assert told(one, [99, 98, 3, 99]) == [straight[p] for p in (99, 98, 3, 99)]
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["by number", "streamed"])
 def test_what_is_held_out_is_never_taught(tmp_path, streaming) -> None:
     plan = data(path=relative(numbered(tmp_path, "a", 30)), streaming=streaming, buffer=8)
-    source = feed(plan, 1, held=7)
-    held = {said(item) for item in source.held}
+    source = open_items(plan, 1, validation=7)
+    held = {said(item) for item in source.validation}
     assert len(held) == 7 and not held & set(told(source, range(60)))
     assert sorted(told(source, range(23)) + sorted(held)) == sorted(f"a{n}" for n in range(30))
     with pytest.raises(UserError, match=r"validation.items is 16 and would hold out most of the 30.*items=3"):
-        feed(plan, 1, held=16)
-    assert len(feed(plan, 1, held=15).held) == 15
+        open_items(plan, 1, validation=16)
+    assert len(open_items(plan, 1, validation=15).validation) == 15
 
 
 def test_a_stream_opens_no_image_and_makes_no_item_it_passes_over(tmp_path, monkeypatch) -> None:
@@ -110,10 +111,10 @@ def test_a_stream_opens_no_image_and_makes_no_item_it_passes_over(tmp_path, monk
     made: list[str] = []
     monkeypatch.setattr(Item, "from_dict", lambda *a: made.append(a[1]) or Item((), {}))
     monkeypatch.setattr(Image, "open", lambda *a, **k: made.append("image"))
-    source = feed(data(path=relative(path), streaming=True, buffer=4), 1)
-    source.row(15)
+    source = open_items(data(path=relative(path), streaming=True, buffer=4), 1)
+    source.record(15)
     assert made == []
-    source.item(*source.row(16))
+    source.item(*source.record(16))
     assert len(made) == 1 and made != ["image"]
 
 
@@ -123,10 +124,10 @@ def test_a_file_is_opened_once_for_all_that_an_item_shows_of_it(tmp_path, tiny_v
     picture(1, (90, 70)).save(tmp_path / "page.png")
     shown = conversation(["region", "clip"], image="page.png")
     (tmp_path / "items.json").write_text(json.dumps([shown]))
-    source = feed(data(path=relative(tmp_path / "items.json")), 1)
+    source = open_items(data(path=relative(tmp_path / "items.json")), 1)
     count, inner = [], Image.open
     monkeypatch.setattr(Image, "open", lambda *a, **k: count.append(a) or inner(*a, **k))
-    row = source.example(0, processor)
+    row = EncodedDataset(source, processor)[0]
     assert len(count) == 1
     apart = processor.encode_item(shown, image_root=tmp_path)
     assert row["input_ids"] == apart["input_ids"]
@@ -152,7 +153,7 @@ def test_all_forms_of_a_set_give_the_same_items(tmp_path) -> None:
         by_number, streamed = [rows[n].value for n in (3, 0, 5)], [row.value for row in rows]
         assert by_number == [streamed[n] for n in (3, 0, 5)]
         assert [value["messages"] for value in streamed] == [item["messages"] for item in items]
-    source = Feed(data(path=relative(tmp_path / "saved"), image_root=relative(tmp_path)), 1)
+    source = SampledItems(data(path=relative(tmp_path / "saved"), image_root=relative(tmp_path)), 1)
     placed = source.item(0, source.records[0][0])
     assert Path(split_ref(placed.images["images"][0])[0]).exists()
 
@@ -169,16 +170,16 @@ def test_a_dataset_with_an_image_column_becomes_items_with_the_look_that_is_name
     item = {}
     for look in ("region", "clip", "none"):
         plan = data(sources=[{"path": relative(tmp_path / "set"), "look": look}])
-        source = feed(plan, 1)
-        item[look] = source.item(*source.row(0))
+        source = open_items(plan, 1)
+        item[look] = source.item(*source.record(0))
     assert len(source.records[0]) == 3
     assert "<|x_1|><|y_1|><|x_2|><|y_2|>" in item["region"].messages[1].content
     assert item["clip"].placeholder_counts()["clip_images"] == len(item["clip"].images["clip_images"]) == 1
     assert [turn.role for turn in item["none"].messages] == ["user", "assistant"] and said(item["none"]) == "cat"
     _, processor = tiny.build("cards-tiny", seed=0)
     assert processor.encode_item(item["region"].to_dict())["pixel_values"].shape[0] > 0
-    with pytest.raises(UserError, match="has no split 'dev'; it has train, test"):
-        feed(data(sources=[{"path": relative(tmp_path / "set"), "split": "dev"}]), 1)
+    with pytest.raises(UserError, match="has no split 'dev'; its splits: train, test"):
+        open_items(data(sources=[{"path": relative(tmp_path / "set"), "split": "dev"}]), 1)
 
 
 def test_recipes_of_data_are_checked_at_the_door(tmp_path) -> None:
@@ -192,9 +193,9 @@ def test_recipes_of_data_are_checked_at_the_door(tmp_path) -> None:
         with pytest.raises(ValueError, match=message):
             data(**raw)
     with pytest.raises(UserError, match="no such file or folder"):
-        feed(data(path="nothing.json"), 1)
+        open_items(data(path="nothing.json"), 1)
     with pytest.raises(UserError, match="a stream does not know"):
-        len(feed(data(path=relative(numbered(tmp_path, "a", 3)), streaming=True), 1))
+        len(open_items(data(path=relative(numbered(tmp_path, "a", 3)), streaming=True), 1))
 
 
 # -- lengths
@@ -228,7 +229,7 @@ def test_a_length_is_known_without_a_pixel(tmp_path, tiny_vlm, monkeypatch, look
 def test_grouped_batches_are_alike_in_length_random_and_whole() -> None:
     random = np.random.default_rng(0)
     lengths = random.integers(10, 500, 96)
-    order = alike(lengths, 8, np.random.default_rng(1))
+    order = group_by_length(lengths, 8, np.random.default_rng(1))
     assert sorted(order) == list(range(96))
     padding = lambda o: sum(8 * max(b) for b in lengths[o].reshape(-1, 8)) / lengths.sum() - 1  # noqa: E731
     assert padding(np.array(order)) < padding(np.arange(96)) / 5
@@ -245,9 +246,8 @@ def test_grouping_keeps_every_example_and_the_position(tmp_path, built, streamin
     plan = data(path=relative(tmp_path / "items.json"), streaming=streaming, buffer=4)
 
     def lengths(indices, group):
-        source = feed(plan, 1)
-        source.grouped(group, 4)
-        return [len(source.example(i, built[1])["input_ids"]) for i in indices]
+        dataset = EncodedDataset(open_items(plan, 1), built[1], group=group, batch=4)
+        return [len(dataset[i]["input_ids"]) for i in indices]
 
     plain, grouped = lengths(range(24), 0), lengths(range(24), 3)
     assert sorted(plain[:12]) == sorted(grouped[:12]) and sorted(plain) == sorted(grouped)

@@ -12,16 +12,17 @@ from support.own_items import write_items_of
 from typer.testing import CliRunner
 
 from relook.cli.app import app
-from relook.data import access
-from relook.data.access import Unread
+from relook.data import dataset as sampling
+from relook.data.collate import EncodedDataset, SkippedSample, pack_up
+from relook.data.dataset import SampledItems, StreamedItems, open_items
+from relook.data.reader import Unreadable
+from relook.data.records import records
 from relook.errors import RelookError
 from relook.model import new as tiny
-from relook.train import account
-from relook.train.account import Account, LeftOut, pack_up
-from relook.train.feeding import Feed, StreamedFeed, feed
 from relook.train.objective import make_objective
 from relook.train.recipe import Recipe, Stage
 from relook.train.runner import run
+from relook.train.skipped import SkippedReport
 
 
 @pytest.fixture(scope="module")
@@ -46,31 +47,32 @@ def faulty_set(folder: Path) -> Path:
 @pytest.mark.parametrize("streaming", [False, True], ids=["by number", "streamed"])
 def test_broken_and_long_items_are_left_out_named_and_never_cut(tmp_path, built, streaming) -> None:
     plan = data(path=relative(faulty_set(tmp_path)), streaming=streaming, buffer=1)
-    source = feed(plan, 1)
+    source = open_items(plan, 1)
+    dataset = EncodedDataset(source, built[1], max_length=400)
     count = 10 if streaming else 9  # a line that is no JSON has no number
-    examples = [source.example(i, built[1], cutoff=400) for i in range(count)]
-    left = [one for one in examples if isinstance(one, LeftOut)]
+    examples = [dataset[i] for i in range(count)]
+    left = [one for one in examples if isinstance(one, SkippedSample)]
     names = {(one.reason, Path(one.where).name) for one in left}
     expected = {("broken", "items.jsonl:4"), ("too long", "items.jsonl:6")}
     assert names == (expected | {("broken", "items.jsonl:8")} if streaming else expected)
     if not streaming:
-        assert [Path(one.where).name for one in source.records[0].unread] == ["items.jsonl:8"]
-    whole = [one for one in examples if not isinstance(one, LeftOut)]
+        assert [Path(one.where).name for one in source.records[0].unreadable] == ["items.jsonl:8"]
+    whole = [one for one in examples if not isinstance(one, SkippedSample)]
     for row in whole:  # as many pads as the pictures make: nothing was cut
         pads = row["input_ids"].count(built[0].config.image_token_id)
         assert pads == int(row["image_grid_thw"].prod(-1).sum()) // 4
 
 
 def test_a_batch_of_what_is_left_learns_as_without_the_rest_and_an_empty_one_learns_nothing(tmp_path, built) -> None:
-    source = Feed(data(path=relative(faulty_set(tmp_path)), max_broken=1), 1)
+    source = SampledItems(data(path=relative(faulty_set(tmp_path)), max_broken=1), 1)
     stage = Stage(name="s", objective="instruct", samples=8, batch=3, options={"max_length": 400})
     learner = make_objective(*built, None, stage, 1, source)
     examples = [learner.example(i) for i in range(9)]
-    good = [one for one in examples if not isinstance(one, LeftOut)]
-    bad = [one for one in examples if isinstance(one, LeftOut)]
+    good = [one for one in examples if not isinstance(one, SkippedSample)]
+    bad = [one for one in examples if isinstance(one, SkippedSample)]
     loss = learner(**learner.collate([good[0], bad[0], good[1]]))["loss"]
     assert torch.equal(loss, learner(**learner.collate(good[:2]))["loss"])
-    assert learner.account.taught == 4 and sum(learner.account.left_out.values()) == 1
+    assert learner.skipped.taught == 4 and sum(learner.skipped.left_out.values()) == 1
     empty = learner(**learner.collate(bad))["loss"]
     learner.model.zero_grad()
     empty.backward()
@@ -78,10 +80,10 @@ def test_a_batch_of_what_is_left_learns_as_without_the_rest_and_an_empty_one_lea
 
 
 def test_more_than_a_set_share_of_broken_examples_stops_the_run(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(account, "EARLY", 20)
-    broken = pack_up([LeftOut(0, "broken", "items.json:4", "cats.jpg: the file is empty")])
-    long = pack_up([LeftOut(0, "too long", "items.json:5", "3000 tokens, over the cutoff of 2048")])
-    books = Account(most_broken=0.1)
+    monkeypatch.setattr(sampling, "EARLY", 20)
+    broken = pack_up([SkippedSample(0, "broken", "items.json:4", "cats.jpg: the file is empty")])
+    long = pack_up([SkippedSample(0, "too long", "items.json:5", "3000 tokens, over the cutoff of 2048")])
+    books = SkippedReport(most_broken=0.1)
     books.open(tmp_path / "left_out.jsonl", 0)
     for _ in range(4):
         books.add(3, long)  # too long is nobody's fault
@@ -91,13 +93,13 @@ def test_more_than_a_set_share_of_broken_examples_stops_the_run(monkeypatch, tmp
         books.add(0, broken)
     assert len((tmp_path / "left_out.jsonl").read_text().splitlines()) == 7
     with pytest.raises(RelookError, match=r"1 of 1 examples could not be read"):
-        Account(most_broken=0.9).add(0, broken)
+        SkippedReport(most_broken=0.9).add(0, broken)
 
 
 def test_a_run_with_a_broken_image_names_it_and_one_with_too_many_stops(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     faulty_set(tmp_path)
-    monkeypatch.setattr(account, "EARLY", 4)
+    monkeypatch.setattr(sampling, "EARLY", 4)
     stage = {"name": "tune", "objective": "instruct", "samples": 18, "batch": 3, "options": {"max_length": 400}}
     base = {"name": "own", "model": {"size": "cards-tiny"}, "stages": [stage]}
     run(Recipe.model_validate(base | {"data": {"path": "items.jsonl", "max_broken": 0.5}}), out="loose")
@@ -134,9 +136,9 @@ def test_a_run_whose_data_is_refused_trains_nothing_and_leaves_no_folder(tmp_pat
         assert not (tmp_path / "runs").exists()
 
 
-def test_unread_records_have_their_place_in_a_stream(tmp_path) -> None:
+def test_unreadable_records_have_their_place_in_a_stream(tmp_path) -> None:
     path = tmp_path / "items.jsonl"
     path.write_text('{"messages": []}\nnot json\n{"messages": []}\n{"messages": [')
-    kinds = [type(row).__name__ for row in access.records(path)]
-    assert kinds == ["Row", "Unread", "Row", "Unread"]
-    assert isinstance(StreamedFeed(data(path=relative(path), streaming=True, buffer=1), 1).row(1)[1], Unread)
+    kinds = [type(row).__name__ for row in records(path)]
+    assert kinds == ["Record", "Unreadable", "Record", "Unreadable"]
+    assert isinstance(StreamedItems(data(path=relative(path), streaming=True, buffer=1), 1).record(1)[1], Unreadable)

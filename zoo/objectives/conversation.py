@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relook.data.collator import IGNORED
+from relook.data.collate import IGNORED
 from relook.io import rng
 from relook.looks import LOOKS, look_turn, parse_calls, write_call, x_token, y_token
 from relook.regions import Cells, box_to_cells, cells_to_box, union, widen

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
 
-from relook.data.collator import IGNORED
+from relook.data.collate import IGNORED
 from relook.io import rng
 from relook.regions import Cells, box_to_cells, union
 from zoo.objectives.conversation import KINDS, Conversation, PageConversations, Teller

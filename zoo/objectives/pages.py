@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from relook.data.questions import Question, from_page
+from relook.data.items import Question, from_page
 from relook.errors import UserError
 from relook.io import rng
 from relook.train.objective import Objective

@@ -16,9 +16,11 @@ app = typer.Typer(help="Training items: where they come from, building and check
 @app.command("sources")
 def sources(as_json: Annotated[bool, Option("--json", help="Print as JSON.")] = False) -> None:
     """List the published sets and the forms of file that can be read, with sizes, licences and image sets."""
-    from relook.data.sources import listing, table
+    from relook.data.forms import FORMATS
+    from relook.data.published import listing, table
 
-    print(json.dumps(listing(), indent=2) if as_json else table())
+    formats = {row.name: row.what for row in FORMATS.values()}
+    print(json.dumps(listing(formats), indent=2) if as_json else table(formats))
 
 
 @app.command("images")
@@ -29,10 +31,11 @@ def images(
     as_json: Annotated[bool, Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """List the eleven image sets with their pages and archives, or check copies of them; exit 1 where one is faulty."""
-    from relook.data.images import check_copy, manifest, parse_folders, rows
+    from relook.data.images import check_copy
+    from relook.data.published import image_rows, image_table, parse_folders
 
     if not copies:
-        print(json.dumps(rows(), indent=2) if as_json else manifest())
+        print(json.dumps(image_rows(), indent=2) if as_json else image_table())
         return
     checks = [check_copy(name, folder) for name, folder in parse_folders(copies).items()]
     print(json.dumps([vars(each) for each in checks], indent=2) if as_json else "\n".join(map(str, checks)))
@@ -55,7 +58,7 @@ def remap(
     as_json: Annotated[bool, Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Replace the image paths of published items by yours, found by dataset and file name."""
-    from relook.data.images import parse_folders
+    from relook.data.published import parse_folders
     from relook.data.remap import remap as remap_file
 
     report = remap_file(source, target, parse_folders(images or []), max_missing=max_missing, missing_list=missing)
@@ -120,7 +123,7 @@ def build(
     ] = None,
 ) -> None:
     """Build items in the published format from any source: boxes become region turns, shares or rules other looks."""
-    from relook.data.images import parse_folders
+    from relook.data.published import parse_folders
 
     options: dict[str, Any] = {
         "grid": grid, "margin": margin, "free_choice": free_choice, "answer_prefix": answer_prefix,
@@ -128,14 +131,14 @@ def build(
         "images": parse_folders(images or []), "image_root": image_root, "limit": limit,
     }  # fmt: skip
     if paper is not None:
-        from relook.data.splits import build_splits
+        from relook.data.build import build_splits
 
         told = {"--look": look != "region", "--align": align, "--outside": outside != "drop", "--val": val,
                 "--format": format, "--split": split, "--columns": columns}  # fmt: skip
         refuse([name for name, given in told.items() if given], "--paper, which says itself how each split is made")
         print(build_splits(source, target, action=paper, **options))
     else:
-        from relook.data.builder import build as build_file
+        from relook.data.build import build as build_file
 
         options |= {"look": look, "align": align, "outside": outside, "val": val, "format": format, "split": split}
         print(build_file(source, target, columns=pairs(columns or []), **options))

@@ -98,7 +98,7 @@ def convert(
     rows: Annotated[int, Option(min=1, metavar="N", help="Items of a file.")] = 50_000,
 ) -> None:
     """Write items as Parquet files, which load faster; a rerun after a stop goes on where it was."""
-    from relook.data.convert import convert as write
+    from relook.data.remap import convert as write
 
     done = write(items, target, image_root=image_root, rows=rows, progress=_count)
     progress("")

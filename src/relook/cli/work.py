@@ -117,7 +117,7 @@ def evaluate(
     as_json: Annotated[bool, Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure a model: tasks x ways to look, with 95 % intervals."""
-    from relook.data.images import parse_folders
+    from relook.data.published import parse_folders
     from relook.evaluate import Places
     from relook.evaluate import evaluate as run
     from relook.evaluate.executors import speaks

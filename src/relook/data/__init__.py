@@ -1,41 +1,33 @@
-"""Data: items in the published format, made from boxes, checked, and collated for the model's forward.
+"""Data: items in the published format, built from boxes, checked, sampled, and collated for the model's `forward`.
 
-    sources     published sets and forms of file, as tables; `read` yields questions and items from any of them
-    formats, viscot, boxed, members, hub   the forms themselves
-    questions   a question with its answers and boxes             items     the published item, typed
-    builder     questions -> items with looks, by its options     variants  items of one model as those of another
-    splits      the paper's evaluation splits                     options   every choice of a build
-    images      the image sets, and finding their files           remap     somebody else's image paths -> one's own
-    check       faults in items, found and mended; the table of them is `faults`, on `crops`, `imagefacts`, `seen`
-    preview     a page to look at items                           stats     what a set holds, in numbers
-    records     JSON on disk, lazily, with file and line          convert   items as Parquet
-    dataset     items of a file by number                         stream    items in a shuffled order, never all held
-    collator    items -> one padded batch                         scans     pages with their lines, for tiny models
-    worlds/     synthetic pages, drawn from a seed
+    items       Item, Question: the types                   forms/      input formats, a row each; `read`
+    rules       the options of a build and of a recipe      build       questions -> items with looks; eval splits
+    reader      JSON and Parquet, with file and line        records     records by number, of any file format
+    dataset     items by position in the order of a seed    collate     items -> encoded rows -> one padded batch
+    check       faults found and mended; the table of them is `faults`, on `crops`
+    images      paths, sizes and facts of images            published   what others have published, as tables
+    remap       sets written again: other paths, Parquet    preview, stats   a page to look at items; a set in numbers
 
-Nothing here imports torch or transformers until a batch is collated.
+Nothing here imports torch or transformers until a sample is encoded.
 """
 
-from relook.data.builder import BuildOptions, BuildReport, build, build_item, build_items
+from relook.data.build import BuildOptions, BuildReport, build, build_item, build_items, build_splits
 from relook.data.check import CheckReport, Finding, check
-from relook.data.collator import Collator
-from relook.data.convert import convert
-from relook.data.dataset import ItemsDataset
+from relook.data.collate import Collator, EncodedDataset
+from relook.data.dataset import ItemsDataset, ItemStream, open_items
+from relook.data.forms import read
 from relook.data.images import check_copy
-from relook.data.items import Item, Message, read_items, write_items
+from relook.data.items import Item, Message, Question, from_page, read_items, read_questions, write_items
 from relook.data.preview import preview
-from relook.data.questions import Question, from_page, read_questions
-from relook.data.remap import RemapReport, remap
-from relook.data.sources import read
-from relook.data.splits import build_splits
+from relook.data.remap import RemapReport, convert, remap
 from relook.data.stats import Stats, stats
-from relook.data.stream import ItemStream
 
 __all__ = [
     "BuildOptions",
     "BuildReport",
     "CheckReport",
     "Collator",
+    "EncodedDataset",
     "Finding",
     "Item",
     "ItemStream",
@@ -52,6 +44,7 @@ __all__ = [
     "check_copy",
     "convert",
     "from_page",
+    "open_items",
     "preview",
     "read",
     "read_items",

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from relook.data.faults import RULES, Around
-from relook.data.imagefacts import ImageFacts, facts_below, near
-from relook.data.items import Item, split_ref
-from relook.data.records import write_records
-from relook.data.stream import Row, folder_of, mover, read_rows
+from relook.data.faults import RULES, Context
+from relook.data.images import ImageFacts, facts_below, near, split_ref
+from relook.data.items import Item
+from relook.data.reader import Record, Unreadable, folder_of, read_records, scan, write_records
+from relook.data.remap import mover
 from relook.errors import UserError
 from relook.regions import GRID
 
@@ -135,16 +135,16 @@ def check(
     """
     path = Path(path)
     report = CheckReport(str(path))
-    around = _around(path, grid, images or bool(against), image_root, against, report)
+    context = _context(path, grid, images or bool(against), image_root, against, report)
     if fix is None:
-        for _ in _mended(path, report, around, progress):
+        for _ in _mended(path, report, context, progress):
             pass
         return report
     report.target = str(fix)
     if Path(fix).resolve() == path.resolve():
         raise UserError(f"{fix} is the file itself; give another place for the mended copy")
     move = (lambda item: item) if image_root is not None else mover(folder_of(path), Path(fix).parent)
-    items = map(move, _mended(path, report, around, progress))
+    items = map(move, _mended(path, report, context, progress))
     report.written = write_records(fix, (item.to_dict() for item in _some(items, path, report)))
     return report
 
@@ -152,54 +152,53 @@ def check(
 def _mended(
     path: Path,
     report: CheckReport,
-    around: Around,
+    context: Context,
     progress: Callable[[int], None] | None,
 ) -> Iterator[Item]:
     """The items without their faults, those left out missing; everything is noted in the report on the way."""
-
-    def broken(line: int, detail: str) -> None:
+    for record in scan(path):
         report.items += 1
-        report.add("form", f"{path}:{line}", detail)
-        report.left_out["form"] += 1
-
-    for row in read_rows(path, broken):
-        report.items += 1
-        around.number = report.items
+        context.number = report.items
         if progress is not None and report.items % 1000 == 0:
             progress(report.items)
-        item = _checked(row, report, around)
+        item = _checked(record, report, context)
         if item is not None and report.target is not None:
-            item = _mend(item, report, around)
+            item = _mend(item, report, context)
         if item is not None:
             yield item
 
 
-def _checked(row: Row, report: CheckReport, around: Around) -> Item | None:
-    """The item of a row, its faults noted; None where it is none."""
-    try:
-        item = Item.from_dict(row.value, row.where)
-    except UserError as error:
-        report.add("form", row.where, str(error).removeprefix(f"{row.where}: "))
-        report.left_out["form"] += 1
-        return None
-    for name, rule in RULES.items():
-        for detail in rule.find(item, around) if rule.find else ():
-            report.add(name, row.where, detail)
-    return item
+def _checked(record: Record | Unreadable, report: CheckReport, context: Context) -> Item | None:
+    """The item of a record, its faults noted; None where it is none."""
+    if isinstance(record, Unreadable):
+        why = record.why
+    else:
+        try:
+            item = Item.from_dict(record.value, record.where)
+        except UserError as error:
+            why = str(error).removeprefix(f"{record.where}: ")
+        else:
+            for name, rule in RULES.items():
+                for detail in rule.find(item, context) if rule.find else ():
+                    report.add(name, record.where, detail)
+            return item
+    report.add("form", record.where, why)
+    report.left_out["form"] += 1
+    return None
 
 
-def _mend(item: Item, report: CheckReport, around: Around) -> Item | None:
+def _mend(item: Item, report: CheckReport, context: Context) -> Item | None:
     """The item mended row by row until none of them finds a fault it can mend; None where one leaves it out."""
     used: Counter[str] = Counter()
     for _ in range(_ROUNDS):
-        faults = [name for name, rule in RULES.items() if rule.find and any(rule.find(item, around))]
+        faults = [name for name, rule in RULES.items() if rule.find and any(rule.find(item, context))]
         name = next((name for name in faults if RULES[name].mend is not None), None)
         if name is None:
             report.mended += used
             report.remaining.update(faults)
             return item
         mend = RULES[name].mend
-        mended = mend(item, around) if mend else None
+        mended = mend(item, context) if mend else None
         if mended is None or mended == item:
             report.left_out[name] += 1
             return None
@@ -208,21 +207,21 @@ def _mend(item: Item, report: CheckReport, around: Around) -> Item | None:
     return None
 
 
-def _around(
+def _context(
     path: Path,
     grid: int,
     images: bool,
     image_root: str | Path | None,
     against: Sequence[str | Path],
     report: CheckReport,
-) -> Around:
+) -> Context:
     root = str(image_root if image_root is not None else folder_of(path))
-    around = Around(grid=grid, root=root, strict=image_root is not None)
+    context = Context(grid=grid, root=root, strict=image_root is not None)
     if images:
-        around.facts = _counted(facts_below(root, around.strict, look=bool(against)), report)
+        context.facts = _counted(facts_below(root, context.strict, look=bool(against)), report)
     if against:
-        around.other_file, around.other_look = _others(against, image_root, report)
-    return around
+        context.other_file, context.other_look = _others(against, image_root, report)
+    return context
 
 
 def _counted(facts: Callable[[str], ImageFacts | None], report: CheckReport) -> Callable[[str], ImageFacts | None]:
@@ -281,8 +280,8 @@ def _others(
 def _image_files(path: Path) -> Iterator[str]:
     """The image files that items or questions name, each once; Visual-CoT's "image" is a path and a path###box."""
     met: set[str] = set()
-    for row in read_rows(path):
-        lists = (value for key, value in row.value.items() if key == "image" or key.endswith("images"))
+    for record in read_records(path):
+        lists = (value for key, value in record.value.items() if key == "image" or key.endswith("images"))
         refs = [ref for value in lists for ref in (value if isinstance(value, list) else [value])]
         for ref in refs:
             file = split_ref(ref.partition("###")[0])[0] if isinstance(ref, str) else None

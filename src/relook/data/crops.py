@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from relook.data.imagefacts import ImageFacts, turned_cells
-from relook.data.items import Item, Message, split_ref
+from relook.data.images import ImageFacts, split_ref, turned_cells
+from relook.data.items import Item, Message
 from relook.looks import ANSWER_PREFIX, Call, parse_calls, write_call, x_token, y_token
 from relook.regions import Box, Cells, cells_to_box, join_crop_suffix, widen
 
 if TYPE_CHECKING:
-    from relook.data.faults import Around
+    from relook.data.faults import Context
 
 GLYPH = 4 * 6  # pixels of the smallest legible character, 3 x 5 and a gap
 
@@ -69,14 +69,14 @@ def _reads_as_region(call: Call) -> bool:
     return call.look == "region" and call.cells is not None and call.problem is None
 
 
-def crops(item: Item, around: Around) -> tuple[list[Crop], int]:
+def crops(item: Item, context: Context) -> tuple[list[Crop], int]:
     """The crops of an item, each with its call where there are as many of them; and the number of calls."""
     found: list[tuple[int, str, Box, ImageFacts | None]] = []
     for index, ref in enumerate(item.images["images"]):
         file, box = split_ref(ref) if isinstance(ref, str) else ("", None)
         if box is not None:
-            found.append((index, file, box, around.facts(file)))
-    regions = region_calls(item, around.grid)
+            found.append((index, file, box, context.facts(file)))
+    regions = region_calls(item, context.grid)
     paired = len(regions) == len(found)
     together = [
         Crop(index, file, box, regions[i] if paired else None, facts)
@@ -85,17 +85,17 @@ def crops(item: Item, around: Around) -> tuple[list[Crop], int]:
     return together, len(regions)
 
 
-def crop_faults(item: Item, around: Around) -> Iterator[tuple[str, str]]:
+def crop_faults(item: Item, context: Context) -> Iterator[tuple[str, str]]:
     """(row of the table, what was seen): one fault at most for each crop, and one where calls and crops do not pair."""
     if not any(isinstance(ref, str) and "," in ref for ref in item.images["images"]) and not region_calls(
-        item, around.grid
+        item, context.grid
     ):
         return
-    found, calls = crops(item, around)
-    if calls != len(found) != _written_regions(item, around.grid):
+    found, calls = crops(item, context)
+    if calls != len(found) != _written_regions(item, context.grid):
         yield "crop-region", f"{calls} region calls that can be read for {len(found)} crops"
     for crop in found:
-        fault = _fault(crop, around.grid)
+        fault = _fault(crop, context.grid)
         if fault is not None:
             yield fault
 
@@ -127,26 +127,26 @@ def _fault(crop: Crop, grid: int) -> tuple[str, str] | None:
     return None
 
 
-def mend_crops(item: Item, around: Around, rule: str) -> Item | None:
+def mend_crops(item: Item, context: Context, rule: str) -> Item | None:
     """The item with every crop that shows fault `rule` as it should be; None where that cannot be known."""
-    found, calls = crops(item, around)
+    found, calls = crops(item, context)
     if rule == "crop-region" and calls != len(found):
         return None
     images, turns = list(item.images["images"]), list(item.messages)
     for crop in reversed(found):  # from the back, so that spans in front stay where they are
-        fault = _fault(crop, around.grid)
+        fault = _fault(crop, context.grid)
         if rule == "off-edge":
-            box = _inside(crop, around.grid)
+            box = _inside(crop, context.grid)
         elif fault is None or fault[0] != rule:
             continue
         else:
-            box = _mended(crop, rule, around.grid)
+            box = _mended(crop, rule, context.grid)
         if box is None:
             return None
         if rule == "exif-rotation" and crop.region is not None and crop.facts is not None:
-            cells = turned_cells(crop.region.cells, crop.facts.orientation, around.grid)
+            cells = turned_cells(crop.region.cells, crop.facts.orientation, context.grid)
             turn, (start, end) = turns[crop.region.turn], crop.region.span
-            text = turn.content[:start] + write_call("region", cells, around.grid) + turn.content[end:]
+            text = turn.content[:start] + write_call("region", cells, context.grid) + turn.content[end:]
             turns[crop.region.turn] = Message(turn.role, text)
         images[crop.index] = join_crop_suffix(crop.file, box)
     return replace(item, messages=tuple(turns), images=item.images | {"images": tuple(images)})
@@ -193,10 +193,10 @@ def _inside(crop: Crop, grid: int) -> Box | None:
     return crop.box if _fits(crop.box, cells, None, grid) else None
 
 
-def answer_room(item: Item, around: Around) -> Iterator[str]:
+def answer_room(item: Item, context: Context) -> Iterator[str]:
     """Where the answer has more characters than fit into the item's crops, however small they are set."""
     text = re.sub(r"\s+", " ", item.messages[-1].content.removeprefix(ANSWER_PREFIX)).strip()
-    found, _ = crops(item, around)
+    found, _ = crops(item, context)
     area = sum(abs(crop.box[2] - crop.box[0]) * abs(crop.box[3] - crop.box[1]) for crop in found)
     if found and len(text) * GLYPH > area:
         yield f"an answer of {len(text)} characters for crops of {area} pixels, which hold {area // GLYPH} at most"

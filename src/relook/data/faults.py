@@ -3,25 +3,25 @@
 A fault is a row of `RULES`. `find` yields what it sees, in words; `mend` gives the item without the fault, or None
 where it must be left out of the set; a row without `mend` is for people to judge. `relook.data.check` runs the table
 over a file and knows no fault by name. What must be known besides the item (the grid, its images, what was seen before)
-comes as an `Around`.
+comes as an `Context`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from relook.data.crops import answer_room, crop_faults, mend_crops, region_calls
-from relook.data.imagefacts import ImageFacts
-from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item, Message, place_image, split_ref
-from relook.data.seen import Seen, item_key
+from relook.data.images import ImageFacts, place_image, split_ref
+from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item, Message
 from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX, look_turn, parse_calls, x_token, y_token
 from relook.regions import GRID
 
 
 @dataclass
-class Around:
+class Context:
     """What the rules may ask besides the item: `number` is the item's (from 1), `facts` tells of an image file."""
 
     grid: int = GRID
@@ -30,7 +30,7 @@ class Around:
     facts: Callable[[str], ImageFacts | None] = lambda file: None  # None: not looked at
     other_file: Callable[[bytes], str | None] = lambda digest: None  # an evaluation image with the same bytes
     other_look: Callable[[bytes], str | None] = lambda look: None  # one that looks nearly the same
-    seen: Seen = field(default_factory=Seen)
+    first_seen: dict[int, int] = field(default_factory=dict)  # hash of an item -> number of the first such item
     number: int = 0
     _last: tuple[Item, list[str], list[tuple[str, str]]] | None = None
 
@@ -58,8 +58,8 @@ class Around:
                 yield file, facts
 
 
-Find = Callable[[Item, Around], Iterator[str]]
-Mend = Callable[[Item, Around], Item | None]
+Find = Callable[[Item, Context], Iterator[str]]
+Mend = Callable[[Item, Context], Item | None]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Rule:
     mend: Mend | None
 
 
-def leave_out(item: Item, around: Around) -> None:
+def leave_out(item: Item, context: Context) -> None:
     """The mend of what cannot be mended."""
     return None
 
@@ -83,18 +83,18 @@ def leave_out(item: Item, around: Around) -> None:
 # ---- the turns
 
 
-def _placeholders(item: Item, around: Around) -> Iterator[str]:
+def _placeholders(item: Item, context: Context) -> Iterator[str]:
     counts = item.placeholder_counts()
     for key in IMAGE_KEYS:
         if counts[key] != len(item.images[key]):
             yield f"{counts[key]} placeholders for {len(item.images[key])} {key}"
 
 
-def _mend_placeholders(item: Item, around: Around) -> Item | None:
+def _mend_placeholders(item: Item, context: Context) -> Item | None:
     """Write the turns after calls anew, and an `<image>` above the question where there is one image and none said."""
     turns = list(item.messages)
     for i, turn in enumerate(turns[:-1]):
-        calls = parse_calls(turn.content, around.grid) if turn.role == "assistant" else []
+        calls = parse_calls(turn.content, context.grid) if turn.role == "assistant" else []
         if calls and turns[i + 1].role == "user":
             turns[i + 1] = Message("user", look_turn(calls))
     mended = replace(item, messages=tuple(turns))
@@ -104,20 +104,20 @@ def _mend_placeholders(item: Item, around: Around) -> Item | None:
     if missing == 1 and asked is not None and mark not in turns[asked].content:
         turns[asked] = Message("user", f"{mark}\n{turns[asked].content}")
         mended = replace(item, messages=tuple(turns))
-    return None if any(_placeholders(mended, around)) else mended
+    return None if any(_placeholders(mended, context)) else mended
 
 
-def _off_edge(item: Item, around: Around) -> Iterator[str]:
+def _off_edge(item: Item, context: Context) -> Iterator[str]:
     """`<|x_8|>` and `<|y_8|>` on 8 x 8 cells: a box edge on the image's border, floored to the cell after the last."""
-    for token in (x_token(around.grid), y_token(around.grid)):
+    for token in (x_token(context.grid), y_token(context.grid)):
         count = sum(turn.content.count(token) for turn in item.messages if turn.role == "assistant")
         if count:
-            yield f"{token} names a cell beyond the last of {around.grid}" + (f", {count} times" if count > 1 else "")
+            yield f"{token} names a cell beyond the last of {context.grid}" + (f", {count} times" if count > 1 else "")
 
 
-def _mend_off_edge(item: Item, around: Around) -> Item | None:
-    mended = mend_crops(item, around, "off-edge")
-    return None if mended is None else _clamped_turns(mended, around.grid)
+def _mend_off_edge(item: Item, context: Context) -> Item | None:
+    mended = mend_crops(item, context, "off-edge")
+    return None if mended is None else _clamped_turns(mended, context.grid)
 
 
 def _clamped_turns(item: Item, grid: int) -> Item:
@@ -129,18 +129,18 @@ def _clamped_turns(item: Item, grid: int) -> Item:
     return replace(item, messages=tuple(turns))
 
 
-def _malformed(item: Item, around: Around) -> Iterator[str]:
+def _malformed(item: Item, context: Context) -> Iterator[str]:
     """Calls that do not parse, apart from those that only need `_off_edge`."""
-    if any(_off_edge(item, around)):
-        item = _clamped_turns(item, around.grid)
+    if any(_off_edge(item, context)):
+        item = _clamped_turns(item, context.grid)
     for turn in item.messages:
         if turn.role == "assistant" and "<|" in turn.content:
-            for call in parse_calls(turn.content, around.grid):
+            for call in parse_calls(turn.content, context.grid):
                 if call.problem:
                     yield f"{call.look} call: {call.problem}"
 
 
-def _role_order(item: Item, around: Around) -> Iterator[str]:
+def _role_order(item: Item, context: Context) -> Iterator[str]:
     roles = [turn.role for turn in item.messages]
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
@@ -148,17 +148,17 @@ def _role_order(item: Item, around: Around) -> Iterator[str]:
         yield f"roles {shown}; expected user and assistant in turn, the last an assistant's"
 
 
-def _mend_roles(item: Item, around: Around) -> Item | None:
+def _mend_roles(item: Item, context: Context) -> Item | None:
     """Cut what comes after the last assistant's turn, and the images it stood for; any other order is left out."""
     last = max((i for i, turn in enumerate(item.messages) if turn.role == "assistant"), default=-1)
     kept, cut = item.messages[: last + 1], Item(item.messages[last + 1 :], {})
     gone = cut.placeholder_counts()
     images = {key: refs[: len(refs) - gone[key]] for key, refs in item.images.items()}
     mended = replace(item, messages=kept, images=images)
-    return None if any(_role_order(mended, around)) else mended
+    return None if any(_role_order(mended, context)) else mended
 
 
-def _empty_answer(item: Item, around: Around) -> Iterator[str]:
+def _empty_answer(item: Item, context: Context) -> Iterator[str]:
     said = [turn.content for turn in item.messages if turn.role == "assistant"]
     for number, text in enumerate(said, start=1):
         if not text.strip() or text.strip() == ANSWER_PREFIX.strip():
@@ -169,59 +169,72 @@ def _empty_answer(item: Item, around: Around) -> Iterator[str]:
 
 
 def _crop_rule(name: str) -> tuple[Find, Mend]:
-    def find(item: Item, around: Around) -> Iterator[str]:
-        return (detail for rule, detail in around.crop_faults(item) if rule == name)
+    def find(item: Item, context: Context) -> Iterator[str]:
+        return (detail for rule, detail in context.crop_faults(item) if rule == name)
 
-    def mend(item: Item, around: Around) -> Item | None:
-        return mend_crops(item, around, name)
+    def mend(item: Item, context: Context) -> Item | None:
+        return mend_crops(item, context, name)
 
     return find, mend
 
 
-def _crowded(item: Item, around: Around) -> Iterator[str]:
-    if region_calls(item, around.grid) and item.messages[-1].role == "assistant":
-        yield from answer_room(item, around)
+def _crowded(item: Item, context: Context) -> Iterator[str]:
+    if region_calls(item, context.grid) and item.messages[-1].role == "assistant":
+        yield from answer_room(item, context)
 
 
 # ---- images
 
 
-def _leaving(item: Item, around: Around) -> Iterator[str]:
-    for file in around.files(item) if around.strict else ():
+def _leaving(item: Item, context: Context) -> Iterator[str]:
+    for file in context.files(item) if context.strict else ():
         try:
-            place_image(file, around.root, strict=True)
+            place_image(file, context.root, strict=True)
         except UserError as error:
             yield str(error).partition(";")[0]
 
 
 def _image_problem(problem: str) -> Find:
-    def find(item: Item, around: Around) -> Iterator[str]:
-        for file in around.files(item):
-            facts = around.facts(file)
+    def find(item: Item, context: Context) -> Iterator[str]:
+        for file in context.files(item):
+            facts = context.facts(file)
             if facts is not None and facts.problem == problem:
                 yield f"{file}: {facts.detail}"
 
     return find
 
 
-def _duplicate(item: Item, around: Around) -> Iterator[str]:
-    digests = {file: facts.digest for file, facts in around.known(item)}
-    first = around.seen.first(item_key(item, digests), around.number)
-    if first != around.number:
+def item_key(item: Item, digests: Mapping[str, bytes]) -> int:
+    """64 bits of an item's turns, and of its images, by content where that is known, else by name.
+
+    Among a million items the chance that any two different ones share a key is 3 in 100 million.
+    """
+    parts: list[object] = [(turn.role, turn.content) for turn in item.messages]
+    for key in IMAGE_KEYS:
+        for ref in item.images[key]:
+            file, box = split_ref(ref) if isinstance(ref, str) else (str(ref), None)
+            parts.append((key, digests.get(file, file), box))
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode("utf-8"), digest_size=8).digest(), "little")
+
+
+def _duplicate(item: Item, context: Context) -> Iterator[str]:
+    digests = {file: facts.digest for file, facts in context.known(item)}
+    first = context.first_seen.setdefault(item_key(item, digests), context.number)
+    if first != context.number:
         yield f"the same turns and images as item {first}"
 
 
-def _evaluated(item: Item, around: Around) -> Iterator[str]:
-    for file, facts in around.known(item):
-        other = around.other_file(facts.digest)
+def _evaluated(item: Item, context: Context) -> Iterator[str]:
+    for file, facts in context.known(item):
+        other = context.other_file(facts.digest)
         if other is not None:
             yield f"{file} is the evaluation image {other}, byte for byte"
 
 
-def _nearly_evaluated(item: Item, around: Around) -> Iterator[str]:
-    for file, facts in around.known(item):
-        if facts.look is not None and around.other_file(facts.digest) is None:
-            other = around.other_look(facts.look)
+def _nearly_evaluated(item: Item, context: Context) -> Iterator[str]:
+    for file, facts in context.known(item):
+        if facts.look is not None and context.other_file(facts.digest) is None:
+            other = context.other_look(facts.look)
             if other is not None:
                 yield f"{file} looks like the evaluation image {other}"
 

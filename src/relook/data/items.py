@@ -1,4 +1,4 @@
-"""Training items in the published JSON format, typed.
+"""Training items in the published JSON format, and the questions they are built from, typed.
 
 An item is a conversation and the images its placeholders stand for:
 
@@ -9,35 +9,40 @@ An item is a conversation and the images its placeholders stand for:
      "images": ["a.jpg", "a.jpg_80,100,320,250"],
      "clip_images": [], "detection_images": [], "seg_images": []}
 
-Each list holds the images of one placeholder in the order of its occurrences; `a.jpg_80,100,320,250` is the crop
-(x1, y1, x2, y2 in pixels of the upright original, x2 and y2 exclusive) of `a.jpg`. Which lists there are is the look
-table's to say.
-This module knows the format. It refuses to know pixels and token ids; it never opens an image.
+Each list holds the images of one placeholder in the order of its occurrences; the look table says which lists there
+are. `a.jpg_80,100,320,250` is the crop (x1, y1, x2, y2 in pixels of the upright original, x2 and y2 exclusive) of
+`a.jpg`.
+
+A question is one image, text, accepted answers, and the boxes that show the answer:
+
+    {"image": "a.jpg", "question": "Who?", "answer": "ACME", "bboxs": [[100, 120, 300, 240]], "width": 640, ...}
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from relook.data.records import read_records, write_records
+from relook.data.images import ImageRef, file_size, place_image
+from relook.data.reader import read_records, write_records
 from relook.errors import UserError
-from relook.looks import LOOKS
-from relook.regions import split_crop_suffix
+from relook.looks import ANSWER_PREFIX, LOOKS, parse_calls, without_triggers, write_call
+from relook.regions import Box, upright
 
 IMAGE_KEYS: tuple[str, ...] = tuple(LOOKS[name].item_key for name in LOOKS)  # "images", "clip_images", ...
 PLACEHOLDERS: dict[str, str] = {LOOKS[name].item_key: LOOKS[name].placeholder for name in LOOKS}
 ROLES = ("system", "user", "assistant")
 
-ImageRef = Any  # a path (str, maybe with a crop suffix) in files; a PIL image or (image, box) in items made in memory
-
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: who speaks, and the text with placeholders and control tokens."""
+    """One turn: its role, and its text with placeholders and control tokens."""
 
     role: str
     content: str
@@ -45,9 +50,13 @@ class Message:
 
 @dataclass(frozen=True)
 class Item:
-    """One conversation with its images, by the key of their list. `extra` keeps what else the file said.
+    """One conversation with its images.
 
-    `where` ("file:line") is for messages, and no part of what the item is.
+    Attributes:
+        messages: the turns.
+        images: lists of images by their key ("images", "clip_images", ...).
+        extra: the other keys of the JSON object.
+        where: "file:line", for messages; not compared.
     """
 
     messages: tuple[Message, ...]
@@ -57,10 +66,13 @@ class Item:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "item") -> Item:
-        """The typed item of one JSON object; `where` ("file:line") opens every error.
+        """The item of one JSON object.
 
-        Checks types only. Whether placeholders, crops and turns agree is `relook.data.check`'s matter: a set with
-        faults must still be readable, or nobody could mend it.
+        Checks types only: whether placeholders, crops and turns agree is checked by `relook.data.check`, since a set
+        with faults must be readable to be mended.
+
+        Raises:
+            UserError: not of this form; the message opens with `where`.
         """
         messages = data.get("messages")
         if not isinstance(messages, list) or not messages:
@@ -79,18 +91,74 @@ class Item:
         """How often each list's placeholder occurs in the turns: {"images": 2, "clip_images": 0, ...}."""
         return {key: sum(turn.content.count(mark) for turn in self.messages) for key, mark in PLACEHOLDERS.items()}
 
+    def map_images(self, change: Callable[[ImageRef], ImageRef]) -> Item:
+        """The same item with every entry of its image lists changed."""
+        return replace(self, images={key: tuple(map(change, refs)) for key, refs in self.images.items()})
+
     def under(self, root: str | Path, *, strict: bool = False) -> Item:
         """The same item with its relative image paths below `root` (see `place_image`)."""
-        placed = {
-            key: tuple(place_image(ref, root, strict=strict) for ref in refs) for key, refs in self.images.items()
-        }
-        return replace(self, images=placed)
+        with naming(self.where):
+            return self.map_images(lambda ref: place_image(ref, root, strict=strict))
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one image.
+
+    Attributes:
+        image: path, or image in memory.
+        answers: all accepted answers; the first is the one to learn.
+        boxes: where the answer stands: x1, y1, x2, y2 in pixels of the upright original, x2 and y2 exclusive.
+        size: (width, height) of the upright image where the source states it.
+        field: groups scores ("date", "total").
+        where: "file:line", for messages.
+        slack: by how many pixels each side of `size` may be off; (0, 0) where it is exact.
+    """
+
+    image: ImageRef
+    text: str
+    answers: tuple[str, ...]
+    boxes: tuple[Box, ...] = ()
+    size: tuple[int, int] | None = None
+    field: str | None = None
+    where: str = ""
+    slack: tuple[int, int] = (0, 0)
+
+    @property
+    def answer(self) -> str:
+        """The answer to learn."""
+        return self.answers[0]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "question") -> Question:
+        """The question of one JSON object; `width`, `height`, `bboxs` and `field` (or `dataset`) are optional.
+
+        Raises:
+            UserError: not of this form; the message opens with `where`.
+        """
+        image = data.get("image")
+        if not isinstance(image, str) or not image:
+            raise UserError(f"{where}: 'image' is {image!r}; expected the path of an image")
+        text = data.get("question")
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{where}: 'question' is {text!r}; expected text")
+        answer = data.get("answer", data.get("answers"))
+        answers = [answer] if isinstance(answer, str) else answer
+        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+            raise UserError(f"{where}: 'answer' is {answer!r}; expected text, or a list of accepted texts")
+        field = data.get("field", data.get("dataset"))
+        name = None if field is None else str(field)
+        return cls(image, text, tuple(answers), _boxes(data.get("bboxs"), where), _size(data, where), name, where)
+
+    def under(self, root: str | Path, *, strict: bool = False) -> Question:
+        """The same question with its image path below `root` (see `place_image`)."""
+        with naming(self.where):
+            return replace(self, image=place_image(self.image, root, strict=strict))
 
 
 def read_items(path: str | Path) -> Iterator[Item]:
-    """The items of a JSON array or JSON-lines file, lazily. Errors name file and line."""
-    for record in read_records(path):
-        yield Item.from_dict(record.value, record.where(path))
+    """The items of a JSON array, JSON-lines or Parquet file, lazily. Errors name file and line."""
+    return (Item.from_dict(record.value, record.where) for record in read_records(path))
 
 
 def write_items(path: str | Path, items: Iterable[Item]) -> int:
@@ -98,33 +166,99 @@ def write_items(path: str | Path, items: Iterable[Item]) -> int:
     return write_records(path, (item.to_dict() for item in items))
 
 
-def place_image(ref: ImageRef, root: str | Path, *, strict: bool = False) -> ImageRef:
-    """A path of an item as a path from here: relative ones are below `root`; images in memory stay as they are.
+def read_questions(path: str | Path, image_root: str | Path | None = None) -> Iterator[Question]:
+    """The questions of a file, lazily; image paths placed below `image_root`, or below the file's folder."""
+    root = Path(path).parent if image_root is None else image_root
+    for record in read_records(path):
+        yield Question.from_dict(record.value, record.where).under(root, strict=image_root is not None)
 
-    `strict` (for a root that the user gave) refuses every path that leaves the root, absolute ones included.
-    The check is on the written path, so that a folder linked into the root counts as inside.
 
-    >>> place_image("img/a.jpg_0,0,8,8", "/data")
-    '/data/img/a.jpg_0,0,8,8'
+def from_page(page: Any, index: int, where: str = "") -> Question:
+    """Question `index` of a page of a synthetic dataset (`.image`, `.qas` with question, answer, boxes, field)."""
+    qa = page.qas[index]
+    boxes = tuple(_box(box, where) for box in qa.boxes)
+    return Question(page.image, qa.question, (qa.answer,), boxes, page.image.size, getattr(qa, "field", None), where)
 
-    Raises:
-        UserError: the path leaves a strict root.
+
+def image_size(question: Question) -> tuple[int, int]:
+    """(width, height) of the upright image: as the source states, else from the file's header (EXIF turns applied)."""
+    if question.size is not None:
+        return question.size
+    if not isinstance(question.image, str):
+        return upright(question.image).size
+    size = file_size(question.image, question.where)
+    if size is None:
+        raise UserError(f"{question.where}: no image at {question.image}; check the path, or give the image root")
+    return size
+
+
+# -- published items in another form
+
+
+def variant(item: Item, look: str = "region", *, free_choice: bool = False) -> Item:
+    """The item with its re-encoding looks made by `look`, or with none of its looks for "none".
+
+    "region" and shares of looks leave the looks as they are: an item holds no box that another region could come of.
+    `free_choice` strips the sentences that ask for a look.
     """
-    if not isinstance(ref, str | os.PathLike):
-        return ref
-    placed = os.path.normpath(os.path.join(root, os.fspath(ref)))
-    inside = os.path.abspath(root)
-    if strict and os.path.commonpath([inside, os.path.abspath(placed)]) != inside:
-        raise UserError(
-            f"image path {os.fspath(ref)!r} leaves the image root {root}; give the root that holds it, or mend the path"
-        )
-    return placed
+    if free_choice or look == "none":
+        item = _without_triggers(item)
+    if look == "none":
+        return _without_looks(item)
+    return _with_encoder(item, look) if look in LOOKS and LOOKS[look].reencodes else item
 
 
-def split_ref(ref: str) -> tuple[str, tuple[int, int, int, int] | None]:
-    """File and crop of an image entry: `"a.jpg_0,0,8,8"` is `("a.jpg", (0, 0, 8, 8))`."""
-    file, box = split_crop_suffix(ref)
-    return str(file), box
+def _without_triggers(item: Item) -> Item:
+    """The item without the sentences that ask for a look, so that a model learns to decide."""
+    turns = (replace(t, content=without_triggers(t.content)) if t.role == "user" else t for t in item.messages)
+    return replace(item, messages=tuple(turns))
+
+
+def _with_encoder(item: Item, look: str) -> Item:
+    """The item with every re-encoding call, placeholder and image list of another look renamed to `look`."""
+    images = dict(item.images)
+    turns = list(item.messages)
+    for name, spec in LOOKS.items():
+        if not spec.reencodes or name == look or not images.get(spec.item_key):
+            continue
+        own = LOOKS[look]
+        for old, new in ((write_call(name), write_call(look)), (spec.placeholder, own.placeholder)):
+            turns = [Message(turn.role, turn.content.replace(old, new)) for turn in turns]
+        images[own.item_key] = (*images.get(own.item_key, ()), *images[spec.item_key])
+        images[spec.item_key] = ()
+    return replace(item, messages=tuple(turns), images=images)
+
+
+def _without_looks(item: Item) -> Item:
+    """The item with its calls and the turns that show what was looked at taken out: question and answer remain."""
+    turns: list[Message] = []
+    waiting = False  # the turn before was a call: this one shows what it asked for
+    dropped: Counter[str] = Counter()
+    for turn in item.messages:
+        calls = parse_calls(turn.content) if turn.role == "assistant" else []
+        if calls:
+            dropped.update(LOOKS[call.look].item_key for call in calls)
+            waiting = True
+        elif waiting and turn.role == "user":
+            waiting = False
+        else:
+            turns.append(Message(turn.role, turn.content.removeprefix(ANSWER_PREFIX)))
+    images = {key: refs[: max(len(refs) - dropped[key], 0)] for key, refs in item.images.items()}
+    return replace(item, messages=tuple(turns), images=images)
+
+
+# -- checks
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """A context in which a `UserError` opens with the place of the record it is about, once."""
+    try:
+        yield
+    except UserError as error:
+        if not where or str(error).startswith(where):
+            raise
+        raise UserError(f"{where}: {error}") from None
 
 
 def _name(value: Any) -> str:
@@ -152,3 +286,30 @@ def _images(value: Any, key: str, where: str) -> tuple[ImageRef, ...]:
         if not isinstance(ref, str | os.PathLike | tuple) and not hasattr(ref, "size"):
             raise UserError(f"{where}: {key}[{i}] is {_name(ref)}; expected the path of an image")
     return tuple(value)
+
+
+def _size(data: Mapping[str, Any], where: str) -> tuple[int, int] | None:
+    sides = data.get("width"), data.get("height")
+    if sides == (None, None):
+        return None
+    width, height = (side if isinstance(side, int) and not isinstance(side, bool) and side > 0 else 0 for side in sides)
+    if not width or not height:
+        raise UserError(f"{where}: width and height are {sides[0]!r} and {sides[1]!r}; expected positive whole numbers")
+    return width, height
+
+
+def _boxes(value: Any, where: str) -> tuple[Box, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise UserError(f"{where}: 'bboxs' is {value!r}; expected a list of [x1, y1, x2, y2] in pixels")
+    return tuple(_box(box, where) for box in value)
+
+
+def _box(value: Any, where: str) -> Box:
+    """A box in whole pixels, rounded outwards so that it still covers what a fractional one covered."""
+    numbers = isinstance(value, list | tuple) and len(value) == 4
+    if not numbers or not all(isinstance(v, int | float) and math.isfinite(v) for v in value):
+        raise UserError(f"{where}: box {value!r}; expected [x1, y1, x2, y2] in pixels")
+    x1, y1, x2, y2 = value
+    return math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import base64
 import io
+import random
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relook.data.crops import crops
-from relook.data.faults import RULES, Around
-from relook.data.imagefacts import facts_below
-from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item, place_image, split_ref
-from relook.data.preview_style import STYLE
-from relook.data.stream import Row, folder_of, read_rows, sampled
+from relook.data.faults import RULES, Context
+from relook.data.images import facts_below, place_image, split_ref
+from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item
+from relook.data.reader import Record, folder_of, read_records
 from relook.errors import UserError
 from relook.io import replacing
 from relook.regions import GRID, Box, cells_to_box
@@ -59,22 +60,23 @@ def preview(
     path = Path(path)
     if Path(page).resolve() == path.resolve():
         raise UserError(f"{page} is the set itself; give another place for the page")
-    drawn, total = sampled(read_rows(path), n, seed)
+    drawn, total = _sampled(read_records(path), n, seed)
     if not total:
         raise UserError(f"{path}: holds no items; build some with `relook data build`")
     root = str(image_root if image_root is not None else folder_of(path))
-    around = Around(grid=grid, root=root, strict=image_root is not None)
-    around.facts = facts_below(root, around.strict)
+    context = Context(grid=grid, root=root, strict=image_root is not None)
+    context.facts = facts_below(root, context.strict)
     title = f"{escape(path.name)}: {len(drawn)} of {total} items"
     with replacing(page) as file:
-        file.write(_HEAD.format(title=title, style=STYLE))
-        for number, row in drawn:
-            around.number = number
-            file.write(_article(row, number, around))
+        file.write(_HEAD.format(title=title, style=_STYLE))
+        for number, record in drawn:
+            context.number = number
+            file.write(_article(record, number, context))
         file.write("</main>\n</body>\n</html>\n")
     return Preview(str(page), len(drawn), total)
 
 
+_STYLE = Path(__file__).with_name("preview.css").read_text(encoding="utf-8")
 _HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -82,7 +84,8 @@ _HEAD = """<!DOCTYPE html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<style>{style}</style>
+<style>
+{style}</style>
 </head>
 <body>
 <header><h1>{title}</h1></header>
@@ -90,18 +93,29 @@ _HEAD = """<!DOCTYPE html>
 """
 
 
-def _article(row: Row, number: int, around: Around) -> str:
-    head = f"<h2>item {number} <small>line {row.line}</small></h2>"
+def _sampled(records: Iterable[Record], n: int, seed: int) -> tuple[list[tuple[int, Record]], int]:
+    """`n` records drawn from all, each with its number (from 1), in their order; and how many there are."""
+    draw, total = random.Random(seed), 0
+    held: list[tuple[int, Record]] = []
+    for total, record in enumerate(records, start=1):
+        at = total - 1 if total <= n else draw.randrange(total)
+        if at < n:
+            held[at : at + 1] = [(total, record)]
+    return sorted(held, key=lambda pair: pair[0]), total
+
+
+def _article(record: Record, number: int, context: Context) -> str:
+    head = f"<h2>item {number} <small>line {record.line}</small></h2>"
     try:
-        item = Item.from_dict(row.value, row.where)
+        item = Item.from_dict(record.value, record.where)
     except UserError as error:
-        why = escape(str(error).removeprefix(f"{row.where}: "))
+        why = escape(str(error).removeprefix(f"{record.where}: "))
         return f'<article>{head}<ul class="faults"><li><b>form</b> {why}</li></ul></article>\n'
-    faults = [(name, detail) for name, rule in RULES.items() if rule.find for detail in rule.find(item, around)]
+    faults = [(name, detail) for name, rule in RULES.items() if rule.find for detail in rule.find(item, context)]
     told = "".join(f"<li><b>{name}</b> {_text(detail)}</li>" for name, detail in faults)
     told = f'<ul class="faults">{told}</ul>' if told else ""
     turns = "".join(_turn(turn.role, turn.content) for turn in item.messages)
-    shown = f'{_pictures(item, around)}<div class="turns">{turns}</div>'
+    shown = f'{_pictures(item, context)}<div class="turns">{turns}</div>'
     return f'<article>{head}{told}<div class="item">{shown}</div></article>\n'
 
 
@@ -126,24 +140,24 @@ def _text(text: str) -> str:
 # ---- pictures
 
 
-def _pictures(item: Item, around: Around) -> str:
+def _pictures(item: Item, context: Context) -> str:
     """Every image of the item once with its grid and regions, then every crop, then the images encoded again."""
-    found, _ = crops(item, around)
+    found, _ = crops(item, context)
     cut = {crop.index: (i, crop) for i, crop in enumerate(found)}
     figures = []
     for index, ref in enumerate(item.images["images"]):
         if index in cut:
             i = cut[index][0]
-            figures.append(_figure(str(ref), around, f"region {i}", CROP_SIDE, COLOURS[i % len(COLOURS)], None))
+            figures.append(_figure(str(ref), context, f"region {i}", CROP_SIDE, COLOURS[i % len(COLOURS)], None))
             continue
         boxes = [
             (i, crop.box, crop.region.cells if crop.region else None) for i, crop in cut.values() if crop.file == ref
         ]
-        figures.append(_figure(str(ref), around, "image", SIDE, "", boxes))
+        figures.append(_figure(str(ref), context, "image", SIDE, "", boxes))
     for key in IMAGE_KEYS[1:]:
         for ref in item.images[key]:
             figures.append(
-                _figure(str(ref), around, f"encoded again ({key.removesuffix('_images')})", CROP_SIDE, "", None)
+                _figure(str(ref), context, f"encoded again ({key.removesuffix('_images')})", CROP_SIDE, "", None)
             )
     return f'<div class="pictures">{"".join(figures)}</div>'
 
@@ -151,7 +165,7 @@ def _pictures(item: Item, around: Around) -> str:
 Boxes = list[tuple[int, Box, tuple[int, int, int, int] | None]]
 
 
-def _figure(ref: str, around: Around, what: str, side: int, colour: str, boxes: Boxes | None) -> str:
+def _figure(ref: str, context: Context, what: str, side: int, colour: str, boxes: Boxes | None) -> str:
     """One picture with its caption; `boxes` (None: no grid) are drawn over it."""
     file, box = split_ref(ref)
     style = f' style="--c:{colour}"' if colour else ""
@@ -159,11 +173,11 @@ def _figure(ref: str, around: Around, what: str, side: int, colour: str, boxes: 
     where = "" if box is None else f" {','.join(map(str, box))}"
     caption = f"<figcaption><b>{escape(what)}</b>{where} {_text(Path(file).name)}</figcaption>"
     try:
-        image = load_item_image(place_image(ref, around.root, strict=around.strict))
+        image = load_item_image(place_image(ref, context.root, strict=context.strict))
     except UserError as error:
         why = str(error).partition(";")[0]
         return f'<figure class="{kind} missing"{style}><p>{_text(why)}</p>{caption}</figure>'
-    overlay = "" if boxes is None else _overlay(image.size, boxes, around.grid)
+    overlay = "" if boxes is None else _overlay(image.size, boxes, context.grid)
     width, height = image.size
     size = f'width="{width}" height="{height}"'
     shown = f'<img {size} alt="{escape(what)}" src="{_data(image, side)}">'

@@ -1,25 +1,35 @@
-"""A published set of items with its image paths replaced by those of one's own files.
+"""Sets of items written again: with one's own image paths (`remap`), and as Parquet (`convert`).
 
-Goes through the file item by item. An item with an image that was not found is left out and counted by dataset; above a
-set share of such items nothing is written at all.
+Both go through the file item by item. `remap` leaves out and counts items with an image that was not found; above a set
+share of them nothing is written. `convert` writes a folder of files of the same number of items, `part-00000.parquet`
+and on, and `convert.json`, which says what they were made from, so that a rerun keeps the files that are there. Their
+columns are those of the published JSON; the other keys of a record are JSON text in `extra`. Images stay files.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from relook.data.images import ImageFinder, dataset_of
-from relook.data.items import Item, read_items, split_ref, write_items
-from relook.errors import UserError
-from relook.io import replacing
-from relook.regions import join_crop_suffix
+from relook.data.images import ImageFinder, relative, with_file
+from relook.data.items import IMAGE_KEYS, Item, read_items, write_items
+from relook.data.published import dataset_of
+from relook.data.reader import EXTRA, Record, as_json, import_pyarrow, open_input, read_records
+from relook.errors import RelookError, UserError
+from relook.io import replacing, replacing_file
 
 UNKNOWN = "(no known set)"
+ROWS = 50_000  # items of a Parquet file
+STATE = "convert.json"
+_BATCH = 1000  # items held at a time
+_ENDS = 1 << 20  # bytes at either end of a source by which it is recognized
 
 
 @dataclass
@@ -97,27 +107,21 @@ def remap(
 
 def _moved(item: Item, finder: ImageFinder, target: Path, report: RemapReport) -> Item | None:
     """The item with its own paths, or None where one is missing; all of its paths are looked for and counted."""
-    whole, images = True, {}
-    for key, refs in item.images.items():
-        own = []
-        for ref in refs:
-            path, box = split_ref(str(ref))
-            found = finder.find(path)
-            name = dataset_of(path, tuple(finder.folders)) or UNKNOWN
-            report.asked.setdefault(name, set()).add(path)
-            if found is None:
-                report.missing.setdefault(name, set()).add(path)
-                whole = False
-                continue
-            file = relative(found, target)
-            own.append(file if box is None else join_crop_suffix(file, box))
-        images[key] = tuple(own)
-    return replace(item, images=images) if whole else None
+    whole = True
 
+    def own(path: str) -> str:
+        nonlocal whole
+        name = dataset_of(path, tuple(finder.folders)) or UNKNOWN
+        report.asked.setdefault(name, set()).add(path)
+        found = finder.find(path)
+        if found is None:
+            report.missing.setdefault(name, set()).add(path)
+            whole = False
+            return path
+        return relative(found, target)
 
-def relative(path: str, folder: Path) -> str:
-    """A path from here as one from `folder`, with "/" on every system."""
-    return Path(os.path.relpath(path, folder)).as_posix()
+    moved = item.map_images(lambda ref: with_file(ref, own))
+    return moved if whole else None
 
 
 def _write_list(path: str | Path, report: RemapReport) -> None:
@@ -138,3 +142,141 @@ def _refusal(report: RemapReport, allowed: float, folders: Mapping[str, Path]) -
         f"{report.left_out} of {report.items} items have an image missing ({report.share:.1%}, allowed {allowed:.1%}): "
         f"{parts}; give the folders with --images, or allow more with --max-missing; nothing was written"
     )
+
+
+def mover(source: Path, target: Path) -> Callable[[Item], Item]:
+    """Rewrites the relative image paths of items, given from folder `source`, so that they hold from `target`."""
+    start, end = source.resolve(), target.resolve()
+    if start == end:
+        return lambda item: item
+
+    def moved(file: str) -> str:
+        return file if os.path.isabs(file) else os.path.relpath(os.path.join(start, file), end)
+
+    return lambda item: item.map_images(lambda ref: with_file(ref, moved))
+
+
+# -- Parquet
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did: items and files of the whole set, and how many files were there before."""
+
+    target: str
+    items: int
+    files: int
+    before: int
+
+    def __str__(self) -> str:
+        kept = f", {self.before} of them there before" if self.before else ""
+        return f"{self.target}: {self.items} items in {self.files} files{kept}"
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    image_root: str | Path | None = None,
+    rows: int = ROWS,
+    progress: Callable[[int], None] | None = None,
+) -> Converted:
+    """Write the items of `src` into the folder `dst`; a rerun after a stop keeps the files that are done.
+
+    Paths stay as written where `image_root` is given, which they may not leave; otherwise they are rewritten to hold
+    from `dst`.
+
+    Raises:
+        UserError: no items, a broken one (file and line), pyarrow is missing, or `dst` holds something else: another
+            source's files, or files of another number of items.
+        RelookError: the disk is full, or a file cannot be written.
+    """
+    import_pyarrow()
+    src, dst = Path(src), Path(dst)
+    state = {"source": src.name, "fingerprint": _fingerprint(src), "rows": rows, "moved": image_root is None}
+    before, items = _resume(dst, state)
+    if items is not None:
+        return Converted(str(dst), items, before, before)
+    move = mover(src.parent, dst) if image_root is None else (lambda item: _inside(item, image_root))
+    source, files, items = islice(read_records(src), before * rows, None), before, before * rows
+    while written := _write(dst / f"part-{files:05d}.parquet", _dicts(islice(source, rows), move), items, progress):
+        files, items = files + 1, items + written
+        if written < rows:
+            break
+    if not files:
+        raise UserError(f"{src}: holds no items; build some with `relook data build`")
+    with replacing(dst / STATE) as file:
+        json.dump(state | {"items": items, "files": files}, file, indent=1)
+    return Converted(str(dst), items, files, before)
+
+
+def _resume(dst: Path, state: dict[str, Any]) -> tuple[int, int | None]:
+    """How many whole files there are, and the number of items where all are there; writes the state at the start."""
+    place, parts = dst / STATE, sorted(dst.glob("*.parquet")) if dst.is_dir() else []
+    if not place.is_file():
+        if parts:
+            raise UserError(f"{dst}: holds Parquet files of something else; give a new or empty folder")
+        with replacing(place) as file:
+            json.dump(state, file, indent=1)
+        return 0, None
+    try:
+        known = json.loads(place.read_text(encoding="utf-8"))
+        same = all(known.get(key) == value for key, value in state.items())
+    except (ValueError, AttributeError):
+        same = False
+    if not same:
+        raise UserError(f"{dst}: was made from another source or with other options; give a new or empty folder")
+    wanted = [dst / f"part-{number:05d}.parquet" for number in range(len(parts))]
+    if parts != wanted:
+        missing = next(path.name for path, seen in zip(wanted, parts, strict=True) if path != seen)
+        raise UserError(f"{dst}: {missing} is not there, but later files are; remove the folder and convert again")
+    done = known.get("files") == len(parts)
+    return len(parts), known["items"] if done else None
+
+
+def _inside(item: Item, root: str | Path) -> Item:
+    """The item as it is; an error where an image path leaves the root."""
+    item.under(root, strict=True)
+    return item
+
+
+def _dicts(records: Iterator[Record], move: Callable[[Item], Item]) -> Iterator[dict[str, Any]]:
+    for record in records:
+        item = move(Item.from_dict(record.value, record.where))
+        known, extra = item.to_dict(), as_json(item.extra) if item.extra else None
+        yield {key: known[key] for key in ("messages", *IMAGE_KEYS)} | {EXTRA: extra}
+
+
+def _write(path: Path, items: Iterator[dict[str, Any]], start: int, progress: Callable[[int], None] | None) -> int:
+    """One file of items; returns how many, and writes none for none."""
+    arrow, parquet = import_pyarrow()
+    turn = arrow.struct([("role", arrow.string()), ("content", arrow.string())])
+    lists = [(key, arrow.list_(arrow.string())) for key in IMAGE_KEYS]
+    schema = arrow.schema([("messages", arrow.list_(turn)), *lists, (EXTRA, arrow.string())])
+    batch, count = list(islice(items, _BATCH)), 0
+    if not batch:
+        return 0
+    try:
+        with replacing_file(path) as aside, parquet.ParquetWriter(aside, schema, compression="zstd") as writer:
+            while batch:
+                writer.write_batch(arrow.RecordBatch.from_pylist(batch, schema=schema))
+                count += len(batch)
+                if progress is not None:
+                    progress(start + count)
+                batch = list(islice(items, _BATCH))
+    except (OSError, arrow.ArrowException) as error:
+        raise RelookError(
+            f"{path}: could not be written ({error}); see to the disk and run the command again"
+        ) from error
+    return count
+
+
+def _fingerprint(path: Path) -> str:
+    """Size and a digest of both ends: enough to see that a source is another one, without reading it all."""
+    with open_input(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        digest = hashlib.blake2b(digest_size=16)
+        for start in (0, max(size - _ENDS, 0)):
+            file.seek(start)
+            digest.update(file.read(_ENDS))
+    return f"{size}-{digest.hexdigest()}"

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relook.data.crops import region_calls
-from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item
-from relook.data.stream import read_rows
+from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item, read_items
 from relook.errors import UserError
 from relook.io import replacing_file
 from relook.looks import ANSWER_PREFIX, LOOKS, parse_calls, strip_calls
@@ -137,8 +136,8 @@ class Stats:
 def stats(path: str | Path, grid: int = GRID, progress: Callable[[int], None] | None = None) -> Stats:
     """Count the items of a file. Raises UserError for a record that is no item (file and line), or for no items."""
     found = Stats(str(path), grid)
-    for row in read_rows(path):
-        found.add(Item.from_dict(row.value, row.where))
+    for item in read_items(path):
+        found.add(item)
         if progress is not None and found.items % 1000 == 0:
             progress(found.items)
     if not found.items:

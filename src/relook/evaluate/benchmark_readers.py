@@ -20,9 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from relook.data.items import Item, split_ref
-from relook.data.questions import Question
-from relook.data.records import read_records
+from relook.data.images import split_ref
+from relook.data.items import Item, Question
+from relook.data.reader import read_records
 from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX, LOOKS
 
@@ -33,7 +33,7 @@ _ROWS_AT_ONCE = 8  # rows of Parquet that hold images of some megabytes
 
 def viscot(path: Path) -> Iterator[Question]:
     """Visual-CoT's benchmark files; sizes are left to the image files."""
-    from relook.data.sources import read
+    from relook.data.forms import read
 
     for found in read(path, "viscot"):
         assert isinstance(found, Question)
@@ -52,7 +52,7 @@ def published(path: Path) -> Iterator[Question]:
     The sentence that asks for a look stays in the question. Boxes are the crops that the annotated look shows.
     """
     for record in read_records(path):
-        where = record.where(path)
+        where = record.where
         item = Item.from_dict(record.value, where)
         images = [ref for ref in item.images["images"] if isinstance(ref, str)]
         if len(item.messages) < 2 or not images:
@@ -71,7 +71,7 @@ def pope(path: Path) -> Iterator[Question]:
     """
     kind = path.stem.removeprefix("coco_pope_")
     for record in read_records(path):
-        where, data = record.where(path), record.value
+        where, data = record.where, record.value
         line = {"image": f"coco/val2014/{_text(data, 'image', where)}", "question": _text(data, "text", where)}
         yield Question.from_dict({**line, "answer": _text(data, "label", where), "field": kind}, where)
 
@@ -82,7 +82,7 @@ def vstar(path: Path) -> Iterator[Question]:
     Boxes are those of the JSON file beside an image ("bbox": x, y, width, height in pixels), where it is there.
     """
     for record in read_records(path):
-        where, data = record.where(path), record.value
+        where, data = record.where, record.value
         image, text, label = (_text(data, key, where) for key in ("image", "text", "label"))
         options = dict(_OPTION.findall(text))
         accepted = _letter_and_words(label, options, where)

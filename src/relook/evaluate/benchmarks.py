@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from relook.data.questions import Question
+from relook.data.items import Question
 from relook.errors import UserError
 from relook.evaluate import benchmark_readers as readers
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from relook.data.questions import read_questions
+from relook.data.items import read_questions
 from relook.errors import UserError
 from relook.evaluate.metrics import SCORERS
 from relook.evaluate.split_metrics import SPLIT_SCORES

@@ -14,7 +14,7 @@ from itertools import islice
 from math import isfinite
 from typing import Any
 
-from relook.data.questions import Question, image_size
+from relook.data.items import Question, image_size
 from relook.errors import RelookError, UserError
 from relook.evaluate.benchmarks import Places
 from relook.evaluate.metrics import SCORERS

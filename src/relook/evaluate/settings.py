@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from relook.data.questions import Question
+from relook.data.items import Question
 from relook.errors import UserError
 from relook.looks import LOOKS
 from relook.regions import Cells, box_to_cells, union

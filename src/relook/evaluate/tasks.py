@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relook import plugins
-from relook.data.questions import Question, read_questions
+from relook.data.items import Question, read_questions
 from relook.errors import UserError
 from relook.evaluate.benchmarks import BENCHMARKS, Places, benchmark
 

@@ -22,16 +22,16 @@ from typing import Any
 
 import torch
 
-from relook.data.access import Unread
-from relook.data.items import PLACEHOLDERS, Item, split_ref
+from relook.data.collate import SkippedSample, item_length
+from relook.data.dataset import SampledItems, open_items
+from relook.data.images import split_ref
+from relook.data.items import PLACEHOLDERS, Item
+from relook.data.reader import Unreadable
 from relook.errors import UserError
 from relook.looks import LOOKS
 from relook.train import lora, memory
-from relook.train.account import LeftOut
 from relook.train.blueprint import Blueprint, blueprint
-from relook.train.feeding import Feed, feed
 from relook.train.learnable import by_part, check_parts, let_learn, set_forward
-from relook.train.lengths import item_length
 from relook.train.objective import make_objective
 from relook.train.optimiser import build_optimiser
 from relook.train.recipe import Recipe, Stage, load_recipe
@@ -85,6 +85,9 @@ class Items:
         self.problems[kind] += 1
         if self.problems[kind] <= SHOWN:
             self.told.setdefault(kind, []).append(where)
+
+
+Looked = dict[str, tuple[SampledItems, Items]]  # sets that were looked through, by their key
 
 
 @dataclass
@@ -146,7 +149,7 @@ def dry_run(
     source = recipe.model
     found = DryRun(recipe.name, source.start or f"a fresh {source.size}", plan.missing, [])
     check_parts(plan.model(), recipe.stages)
-    seen: dict[str, tuple[Feed, Items]] = {}
+    seen: Looked = {}
     for stage in recipe.stages:
         found.stages.append(_stage(recipe, stage, plan, seen, note))
     reason = "not measured: its weights are not here" if plan.missing else ""
@@ -159,9 +162,7 @@ def dry_run(
     return found
 
 
-def _stage(
-    recipe: Recipe, stage: Stage, plan: Blueprint, seen: dict[str, tuple[Feed, Items]], note: Callable[[str], None]
-) -> StageDry:
+def _stage(recipe: Recipe, stage: Stage, plan: Blueprint, seen: Looked, note: Callable[[str], None]) -> StageDry:
     data, seed = stage.data or recipe.data, recipe.seed if stage.seed is None else stage.seed
     model = plan.model()
     set_forward(model.config, stage)
@@ -169,13 +170,14 @@ def _stage(
     if data.source == "json":
         key = repr((data, seed))
         if key not in seen:
-            fed = feed(data, seed, recipe.validation.items, plan.processor)
+            fed = open_items(data, seed, recipe.validation.items, plan.processor)
             seen[key] = fed, look_through(fed, plan, note)
         fed, items = seen[key]
     objective: Any = model
     if plan.processor is not None:  # also checks the stage's options
         objective = make_objective(
-            model, plan.processor, source_of(data, seed), stage, seed, fed if items else None, fed.held if items else ()
+            *(model, plan.processor, source_of(data, seed), stage, seed),
+            *((fed, fed.validation) if items else (None, ())),
         )
     let_learn(model, stage.freeze, stage.train)
     if stage.lora is not None:
@@ -202,9 +204,9 @@ def _drawn(objective: Any) -> list[int]:
 # -- items ------------------------------------------------------------------------------------------------------------
 
 
-def look_through(fed: Feed, plan: Blueprint, note: Callable[[str], None] = lambda text: None) -> Items:
+def look_through(fed: SampledItems, plan: Blueprint, note: Callable[[str], None] = lambda text: None) -> Items:
     """Every item of a feed's sources; lengths of `SAMPLE` of them, chosen at random, where the tokenizer is here."""
-    found, files, draw = Items(held=len(fed.held)), dict[str, bool](), random.Random(fed.seed)
+    found, files, draw = Items(held=len(fed.validation)), dict[str, bool](), random.Random(fed.seed)
     sample: list[tuple[str, Item]] = []
     vocabulary = plan.processor.tokenizer.get_vocab() if plan.processor is not None else None
     for source, records in enumerate(fed.records):
@@ -212,7 +214,7 @@ def look_through(fed: Feed, plan: Blueprint, note: Callable[[str], None] = lambd
             found.items += 1
             if found.items % 1000 == 0:
                 note(f"{found.items} items")
-            if isinstance(row, Unread):
+            if isinstance(row, Unreadable):
                 found.add("not readable", f"{row.where}: {row.why}")
                 continue
             try:
@@ -262,7 +264,7 @@ def _problems(item: Item, plan: Blueprint, vocabulary: Any, files: dict[str, boo
 # -- three steps ------------------------------------------------------------------------------------------------------
 
 
-def _measure(recipe: Recipe, stage: Stage, dry: StageDry, seen: dict[str, tuple[Feed, Items]]) -> None:
+def _measure(recipe: Recipe, stage: Stage, dry: StageDry, seen: Looked) -> None:
     """Take three steps of a stage from the recipe's start, and throw them away."""
     needed, room = sum(dry.memory.values()), _room()
     if needed > room:
@@ -273,7 +275,7 @@ def _measure(recipe: Recipe, stage: Stage, dry: StageDry, seen: dict[str, tuple[
     model, processor = start_model_of(recipe)
     fed = seen[repr((data, seed))][0] if data.source == "json" else None
     objective: Any = make_objective(
-        model, processor, source_of(data, seed), stage, seed, fed, fed.held if fed is not None else ()
+        model, processor, source_of(data, seed), stage, seed, fed, fed.validation if fed is not None else ()
     )
     set_forward(model.config, stage)
     let_learn(model, stage.freeze, stage.train)
@@ -296,7 +298,7 @@ def _step(objective: Any, stage: Stage, optimiser: Any, number: int, device: str
     for part in range(stage.accumulate):
         first = (number * stage.accumulate + part) * stage.batch
         examples = [objective.example(first + i) for i in range(stage.batch)]
-        if all(isinstance(example, LeftOut) for example in examples):
+        if all(isinstance(example, SkippedSample) for example in examples):
             continue
         batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in objective.collate(examples).items()}
         with torch.autocast(device, torch.bfloat16, enabled=stage.precision == "bfloat16"):

@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relook.data.collator import IGNORED, join_rows
-from relook.data.questions import Question
+from relook.data.collate import IGNORED, EncodedDataset, SkippedSample, join_packed, join_rows, pack_up
+from relook.data.dataset import SampledItems
+from relook.data.items import Question
 from relook.errors import UserError
-from relook.train.account import LeftOut, pack_up
-from relook.train.feeding import Feed
 from relook.train.objective import Objective
-from relook.train.packing import join_packed
 from relook.train.recipe import Validation
 from relook.train.token_classes import TokenClasses
 
@@ -38,8 +36,8 @@ class Conversations(Objective):
         self.classes = TokenClasses(self.processor.tokens, self.processor.grid_size)
 
     def collate(self, examples: Sequence[Any]) -> dict[str, Any]:
-        left_out = [row for row in examples if isinstance(row, LeftOut)]
-        rows = [row for row in examples if not isinstance(row, LeftOut)]
+        left_out = [row for row in examples if isinstance(row, SkippedSample)]
+        rows = [row for row in examples if not isinstance(row, SkippedSample)]
         pad, taught = self.processor.tokenizer.pad_token_id, len(rows)
         if not rows:  # nothing to learn: a batch all the same, so that steps stay in step
             rows = [{"input_ids": [pad] * 2, "labels": [IGNORED] * 2, "kind": "items", "answer_from": 0}]
@@ -53,7 +51,7 @@ class Conversations(Objective):
 
     def forward(self, kind, answer_from, taught=0, left_out="", **batch) -> dict[str, Tensor]:  # type: ignore[override]
         if self.training:
-            self.account.add(taught, left_out)
+            self.skipped.add(taught, left_out)
         out = self.model(**batch, use_cache=False)
         loss = out.loss if (batch["labels"] >= 0).any() else 0 * out.logits.sum()
         self._note_tokens(kind, out.logits, batch["labels"], answer_from)
@@ -92,16 +90,18 @@ class Instruct(Conversations):
                 f"stage {self.stage.name!r}: instruct learns from items; set data.path (or data.sources). On pages of "
                 "a synthetic dataset the objective is called pages"
             )
-        if not isinstance(self.items, Feed):
-            self.items = Feed.of(self.items, self.seed)
-        self.items.grouped(self.options.group, self.stage.batch)
+        if not isinstance(self.items, SampledItems):
+            self.items = SampledItems.of(self.items, self.seed)
+        self.dataset = EncodedDataset(
+            self.items, self.processor, self.options.max_length, self.options.group, self.stage.batch
+        )
         self.packed = self.options.pack
 
-    def example(self, index: int) -> dict[str, Any] | LeftOut:
-        return _named(self.items.example(index, self.processor, self.options.max_length))
+    def example(self, index: int) -> dict[str, Any] | SkippedSample:
+        return _named(self.dataset[index])
 
-    def held_out(self, index: int) -> dict[str, Any] | LeftOut:
-        return _named(self.items.held.example(index, self.processor, self.options.max_length))
+    def held_out(self, index: int) -> dict[str, Any] | SkippedSample:
+        return _named(self.dataset.validation[index])
 
     def questions(self, plan: Validation) -> Iterator[Question]:
         """The questions of the items that are held out; those that cannot be read, or ask nothing, are left out."""
@@ -116,5 +116,5 @@ class Instruct(Conversations):
                 yield question
 
 
-def _named(row: dict[str, Any] | LeftOut) -> dict[str, Any] | LeftOut:
-    return row if isinstance(row, LeftOut) else row | {"kind": "items", "answer_from": 0}
+def _named(row: dict[str, Any] | SkippedSample) -> dict[str, Any] | SkippedSample:
+    return row if isinstance(row, SkippedSample) else row | {"kind": "items", "answer_from": 0}

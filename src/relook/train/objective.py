@@ -17,12 +17,12 @@ import numpy as np
 from torch import Tensor, nn
 
 from relook import plugins
-from relook.data.questions import Question
+from relook.data.dataset import SampledItems
+from relook.data.items import Question
 from relook.errors import UserError
 from relook.io import rng, validate
-from relook.train.account import Account
-from relook.train.feeding import Feed
 from relook.train.recipe import Stage, Strict, Validation
+from relook.train.skipped import SkippedReport
 
 
 class Objective(nn.Module, ABC):
@@ -34,7 +34,7 @@ class Objective(nn.Module, ABC):
         source: the synthetic dataset that examples are drawn from; None when the stage reads items from files.
         stage: the stage of the recipe; `stage.options` must fit the class's `Options`.
         seed: of the examples.
-        items: the feed of items of a stage whose data source is json; None with a synthetic source.
+        items: `SampledItems` of a stage whose data source is json; None with a synthetic source.
         held: items of that source that are not taught (see `held_out`).
     """
 
@@ -60,7 +60,8 @@ class Objective(nn.Module, ABC):
         self.items, self.held = items, held
         self.options: Any = validate(self.Options, stage.options, f"stage {stage.name}: options")
         self.log: dict[str, list[float]] = {}
-        self.account = Account(items.data.max_broken, items.unread) if isinstance(items, Feed) else Account(0.0)
+        sampled = isinstance(items, SampledItems)
+        self.skipped = SkippedReport(items.data.max_broken, items.unreadable) if sampled else SkippedReport(0.0)
 
     @abstractmethod
     def example(self, index: int) -> Any:

@@ -14,100 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from relook.data.rules import Data, Strict, relative_path
 from relook.errors import UserError
 from relook.io import _short, validate
 
 MOST = 2**23 - 1  # samples of a stage
 PATHS = ("path", "image_root")  # keys whose values are relative paths
-
-
-class Strict(BaseModel):
-    """A pydantic model in which an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _relative(path: str | None) -> str | None:
-    if path is not None and Path(path).is_absolute():
-        raise ValueError(f"{path!r} is an absolute path; give it relative to the folder you start from")
-    return path
-
-
-class ItemSource(Strict):
-    """One set of items: JSON, JSON lines, Parquet (a file or a folder), or a folder that datasets' save_to_disk wrote.
-
-    Records that are questions (image, question, answer, boxes) become items with the look `look`.
-    """
-
-    path: str
-    image_root: str | None = Field(None, description="folder that image paths are relative to and may not leave")
-    weight: float = Field(1.0, gt=0, description="share of the draws, over that of all sources; not with mix: concat")
-    split: str = Field("train", description="of a saved dataset")
-    look: str = Field("region", description="of questions: region, clip, detection, seg, none, or shares of them")
-    columns: dict[str, str] = Field({}, description="image, question, answer, bboxs -> the columns' own names")
-
-    @field_validator("path", "image_root")
-    @classmethod
-    def _relative(cls, value: str | None) -> str | None:
-        return _relative(value)
-
-    @field_validator("look")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        from relook.data.options import BuildOptions
-
-        return BuildOptions(look=value).look
-
-
-class Data(Strict):
-    """Where examples come from: pages of a synthetic `world`, or published items of one `path` or several `sources`.
-
-    `source` says which of the two ("json" stands for items of any form) and follows from what else is given.
-    """
-
-    source: Literal["world", "json"] = "world"
-    world: str | None = Field(None, description="a synthetic dataset: installed (relook.sources) or module:attribute")
-    path: str | None = Field(None, description="items in the published format: JSON, JSON lines, Parquet, a dataset")
-    image_root: str | None = Field(None, description="folder the items' image paths are relative to")
-    sources: list[ItemSource] = Field([], description="in place of path: several sets")
-    mix: Literal["concat", "interleave_under", "interleave_over"] = Field(
-        "concat", description="concat: all of every source; interleave: by weight, until the first (all) ran out once"
-    )
-    streaming: bool = Field(False, description="read from front to back, shuffled through a buffer")
-    buffer: int = Field(16384, gt=0, description="records in the shuffle buffer of a stream")
-    max_broken: float = Field(0.01, ge=0, le=1, description="share of examples that cannot be read that stops a run")
-    free_choice: bool = Field(False, description="items lose the sentences that ask for a look; the model decides")
-
-    @field_validator("path", "image_root")
-    @classmethod
-    def _relative(cls, value: str | None) -> str | None:
-        return _relative(value)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _told(cls, raw: Any) -> Any:
-        told = isinstance(raw, dict) and "source" not in raw and "world" not in raw
-        return {**raw, "source": "json"} if told and (raw.get("path") or raw.get("sources")) else raw
-
-    @model_validator(mode="after")
-    def _complete(self) -> Data:
-        if self.source == "world" and not self.world:
-            raise ValueError("source is 'world' but no world is named; add e.g. world: cards")
-        if self.source == "json" and (self.path is None) == (not self.sources):
-            raise ValueError("source is 'json': give exactly one of path: items.json and sources: [{path: ...}, ...]")
-        if self.sources and self.image_root is not None:
-            raise ValueError("image_root belongs to each of the sources: sources: [{path: ..., image_root: ...}]")
-        if self.mix == "concat" and any(source.weight != 1 for source in self.sources):
-            raise ValueError(
-                "weights need mix: interleave_under (or interleave_over); concat takes all of every source"
-            )
-        return self
-
-    def all_sources(self) -> list[ItemSource]:
-        """Every set, however many."""
-        return self.sources or [ItemSource.model_validate({"path": self.path, "image_root": self.image_root})]
 
 
 class ModelSource(Strict):
@@ -224,7 +138,7 @@ class Validation(Strict):
     @field_validator("path")
     @classmethod
     def _relative(cls, value: str | None) -> str | None:
-        return _relative(value)
+        return relative_path(value)
 
 
 class Recipe(Strict):

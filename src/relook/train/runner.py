@@ -18,7 +18,8 @@ import torch
 from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from relook.data.access import records
+from relook.data.dataset import open_items
+from relook.data.records import records
 from relook.errors import UserError
 from relook.io import replacing
 from relook.model.rank_sync import synchronised_ranks
@@ -26,7 +27,6 @@ from relook.plugins import find
 from relook.train import lora, ranks, sharding, watch
 from relook.train.checkpoints import Checkpoints, Record, digest, finished, keep_stage, restore_stage
 from relook.train.faults import GO_ON, Signals, Stopped, writing
-from relook.train.feeding import feed
 from relook.train.frozen import remembering
 from relook.train.learnable import check_parts, let_learn, set_forward
 from relook.train.objective import Objective, make_objective
@@ -139,7 +139,7 @@ def run_stage(
     record = ranks.from_main(checkpoints.last())
     if record is not None:
         ranks.say(f"{stage.name}: goes on from step {record['step']} of {steps}")
-    objective.account.open(
+    objective.skipped.open(
         checkpoints.place / "left_out.jsonl", record["step"] * stage.batch * stage.accumulate if record else 0
     )
     batch, accumulate = ranks.divided(stage.batch, stage.accumulate, ranks.count())
@@ -147,11 +147,11 @@ def run_stage(
     trainer = _trainer(objective, recipe, stage, seed, steps, checkpoints, tally, (batch, accumulate))
     if record is not None:
         sharding.check_form(record, checkpoints.path(record), trainer)
-    keeper = Keeper(checkpoints, recipe, stage, tally, signals, objective.account, sharding.form(trainer))
+    keeper = Keeper(checkpoints, recipe, stage, tally, signals, objective.skipped, sharding.form(trainer))
     trainer.add_callback(keeper)
     with watch.watched(trainer, folder, checkpoints.place.name, stage, tally, record["step"] if record else 0):
         _train(trainer, checkpoints, signals, str(checkpoints.path(record)) if record else None)
-    if told := objective.account.say():
+    if told := objective.skipped.say():
         ranks.say(f"{stage.name}: {told}")
     if signals.seen is not None and trainer.state.global_step < steps:
         place = checkpoints.path({"step": trainer.state.global_step})
@@ -368,8 +368,8 @@ def _items(data: Data, held: int, seed: int, processor: Any) -> tuple[Any, Seque
     """
     if data.source != "json":
         return None, ()
-    items = feed(data, seed, held, processor)
-    return items, items.held
+    items = open_items(data, seed, held, processor)
+    return items, items.validation
 
 
 def steps_of(stage: Stage, items: Any = None) -> int:

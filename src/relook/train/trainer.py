@@ -20,10 +20,10 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from relook.train import ranks, sharding
-from relook.train.account import Account
 from relook.train.checkpoints import Checkpoints, Record, read_weights, write_weights
 from relook.train.faults import Signals, check_gradient, check_loss, writing
 from relook.train.recipe import Recipe, Stage
+from relook.train.skipped import SkippedReport
 from relook.train.watch import Tally, together
 
 Validate = Callable[["StageTrainer"], dict[str, float]]
@@ -171,11 +171,11 @@ class Keeper(TrainerCallback):
         stage: Stage,
         tally: Tally,
         signals: Signals,
-        account: Account,
+        skipped: SkippedReport,
         form: str | None,
     ) -> None:
         self.checkpoints, self.recipe, self.stage, self.tally, self.signals = checkpoints, recipe, stage, tally, signals
-        self.account, self.form = account, form
+        self.skipped, self.form = skipped, form
         best = checkpoints.best()
         self.best = math.inf if best is None else float(best["eval_loss"])
         self.evaluated: tuple[int, float | None] = (0, None)  # step, validation loss
@@ -193,9 +193,9 @@ class Keeper(TrainerCallback):
 
     def _call_roll(self) -> int | None:
         """What single processes met in this step, all know after it: examples that were left out, a signal."""
-        counted = ranks.gather(self.account.own())
+        counted = ranks.gather(self.skipped.own())
         with ranks.together():
-            self.account.settle(counted)
+            self.skipped.settle(counted)
         return self.signals.agree()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from relook.data.questions import Question, read_questions
+from relook.data.items import Question, read_questions
 from relook.errors import RelookError
 from relook.looks import parse_calls
 from relook.model.rank_sync import ranks_synchronised

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from relook.data.questions import file_size
+from relook.data.images import file_size
 from relook.errors import UserError
 from relook.evaluate.report.pictures import Pictures, key
 from relook.evaluate.report.rows import Report

@@ -18,35 +18,21 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from relook.data.items import ImageRef, Item, Message, split_ref, write_items
-from relook.data.options import REENCODINGS, BuildOptions, draw
-from relook.data.questions import Question, image_size
-from relook.data.records import writing_records
-from relook.data.sources import Found, placing, read
-from relook.data.variants import DIRECT, variant
+from relook.data.forms import Found, is_dataset, read
+from relook.data.images import ImageFinder, ImageRef, file_size, place_image, relative, split_ref, with_file
+from relook.data.items import Item, Message, Question, image_size, naming, variant, write_items
+from relook.data.published import EVAL_SPLITS
+from relook.data.reader import folder_of, writing_records
+from relook.data.rules import DIRECT, REENCODINGS, BuildOptions, Note, draw, question_boxes, region_cells
 from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX, LOOKS, look_turn, parse_calls, write_call
-from relook.regions import (
-    GRID,
-    Box,
-    Cells,
-    box_to_cells,
-    cells_to_box,
-    clamp_box,
-    covered,
-    iou,
-    join_crop_suffix,
-    union,
-    widen,
-)
-
-T = TypeVar("T")
+from relook.regions import GRID, Box, Cells, cells_to_box, covered, join_crop_suffix, widen
 
 
 @dataclass
@@ -109,7 +95,8 @@ def build(
     if not 0 <= val < 1:
         raise UserError(f"val is {val}; expected a share of the images, at least 0 and below 1")
     settings, report = BuildOptions(**options), BuildReport()
-    place = placing(src, dst, image_root, images, report.note, format)
+    of_dataset = format == "hub" or (format is None and is_dataset(src))
+    place = _Placer(Path(dst).parent if of_dataset else folder_of(src), Path(dst), image_root, images, report.note)
     found = read(src, format, image_folder=dst, split=split, columns=columns)
     made = (
         (thing, item)
@@ -186,10 +173,10 @@ def build_item(
     question: Question, options: BuildOptions | None = None, report: BuildReport | None = None
 ) -> Item | None:
     """The item of one question, or None where it is skipped (no usable box; see `BuildOptions.no_box`)."""
-    options, report = options or BuildOptions(), report if report is not None else BuildReport()
+    options, note = options or BuildOptions(), (report or BuildReport()).note
     _refuse_marks(question)
     if not question.answer.strip():
-        report.note("questions with an empty answer", question.where)
+        note("questions with an empty answer", question.where)
     look = options.look_of(question)
     if look == DIRECT:
         return _direct(question, options)
@@ -197,73 +184,31 @@ def build_item(
         return _aligned(question, look)
     if LOOKS[look].reencodes:
         return _reencoding(question, options, look)
-    cells = region_cells(question, options, report)
-    if not cells:
-        if options.no_box == "error":
-            raise UserError(f"{question.where}: no usable box; give one, or build with no_box='skip' or 'direct'")
-        report.note("questions without a usable box", question.where)
-        if options.no_box in REENCODINGS:
-            return _reencoding(question, options, options.no_box)
-        return _direct(question, options) if options.no_box == "direct" else None
-    size = image_size(question)
-    if options.whole is not None and _almost_whole(question_boxes(question, options, None), size, options.whole):
-        report.note("boxes of almost the whole image, answered directly", question.where)
+    boxes = question_boxes(question, options, note)
+    if boxes:
+        return _region(question, options, boxes, note)
+    if options.no_box == "error":
+        raise UserError(f"{question.where}: no usable box; give one, or build with no_box='skip' or 'direct'")
+    note("questions without a usable box", question.where)
+    if options.no_box in REENCODINGS:
+        return _reencoding(question, options, options.no_box)
+    return _direct(question, options) if options.no_box == "direct" else None
+
+
+def _region(question: Question, options: BuildOptions, boxes: Sequence[Box], note: Note) -> Item:
+    """A region look at these boxes; a direct answer where one is almost the whole image."""
+    size, grid = image_size(question), options.grid
+    cells = region_cells(boxes, question, grid, note)
+    if options.whole is not None and any(covered(box, (0, 0, *size)) >= options.whole for box in boxes):
+        note("boxes of almost the whole image, answered directly", question.where)
         return _direct(question, options)
-    crops = [crop_ref(question.image, each, size, grid=options.grid, margin=options.margin) for each in cells]
-    call = "".join(write_call("region", each, options.grid) for each in cells)
+    crops = [crop_ref(question.image, each, size, grid=grid, margin=options.margin) for each in cells]
+    call = "".join(write_call("region", each, grid) for each in cells)
     item = _looking(question, options, "region", call, {"images": crops})
     if question.slack == (0, 0):
         return item
-    report.note("sizes worked out from boxes, crops may be some pixels off", question.where)
+    note("sizes worked out from boxes, crops may be some pixels off", question.where)
     return replace(item, extra=item.extra | {"estimated_size": list(size), "off_by": list(question.slack)})
-
-
-def region_cells(question: Question, options: BuildOptions, report: BuildReport) -> list[Cells]:
-    """The regions to name: cells of each usable box in order without repeats, or of their union, or merged."""
-    boxes = question_boxes(question, options, report)
-    if not boxes:
-        return []
-    size = image_size(question)
-    cells = list(dict.fromkeys(box_to_cells(box, size, options.grid) for box in boxes))
-    if question.slack != (0, 0):
-        corners = [
-            tuple(max(s + sign * off, 1) for s, off in zip(size, question.slack, strict=True)) for sign in (-1, 1)
-        ]
-        others = [(x[0], y[1]) for x in corners for y in corners]
-        if any(box_to_cells(box, other, options.grid) not in cells for box in boxes for other in others):
-            report.note("regions that an image of another possible size would move by a cell", question.where)
-    return cells
-
-
-def question_boxes(question: Question, options: BuildOptions, report: BuildReport | None) -> list[Box]:
-    """The usable boxes in pixels, inside the image, joined as the options say; mends are counted in `report`."""
-    if not question.boxes:
-        return []
-    size, note = image_size(question), (report or BuildReport()).note
-    found = [_usable(box, size, question.where, options.outside, note) for box in question.boxes]
-    boxes = [box for box in found if box is not None]
-    if options.boxes == "union" and boxes:
-        return [union(boxes)]
-    return merged(boxes) if options.boxes == "merge" else boxes
-
-
-def merged(boxes: Sequence[Box]) -> list[Box]:
-    """The boxes with every group of overlapping ones as the smallest box around it, until none overlap.
-
-    >>> merged([(0, 0, 4, 4), (3, 3, 8, 8), (10, 0, 12, 2)])
-    [(0, 0, 8, 8), (10, 0, 12, 2)]
-    """
-    out: list[Box] = []
-    for box in boxes:
-        while touching := [other for other in out if iou(box, other) > 0]:
-            box = union([box, *touching])  # which may touch others that neither touched before
-            out = [other for other in out if other not in touching]
-        out.append(box)
-    return out
-
-
-def _almost_whole(boxes: Sequence[Box], size: tuple[int, int], share: float) -> bool:
-    return any(covered(box, (0, 0, *size)) >= share for box in boxes)
 
 
 def crop_ref(image: ImageRef, cells: Cells, size: tuple[int, int], *, grid: int = GRID, margin: int = 0) -> ImageRef:
@@ -274,25 +219,6 @@ def crop_ref(image: ImageRef, cells: Cells, size: tuple[int, int], *, grid: int 
     """
     box = cells_to_box(widen(cells, margin, grid), size, grid)
     return join_crop_suffix(image, box) if isinstance(image, str) else (image, box)
-
-
-def _usable(box: Box, size: tuple[int, int], where: str, outside: str, note: Callable[[str, str], None]) -> Box | None:
-    """The part of the box inside the image, min and max in order; None where nothing is left. Changes are counted."""
-    width, height = size
-    x1, x2 = sorted((box[0], box[2]))
-    y1, y2 = sorted((box[1], box[3]))
-    if (x1, y1, x2, y2) != box:
-        note("boxes with min and max swapped, put in order", where)
-    inside = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
-    if inside[0] >= inside[2] or inside[1] >= inside[3]:
-        if outside == "clamp":
-            note("boxes empty or outside the image, moved to its nearest pixel", where)
-            return clamp_box((x1, y1, x2, y2), size)
-        note("boxes empty or outside the image, left out", where)
-        return None
-    if inside != (x1, y1, x2, y2):
-        note("boxes cut at the image's border", where)
-    return inside
 
 
 def _direct(question: Question, options: BuildOptions) -> Item:
@@ -342,9 +268,141 @@ def _refuse_marks(question: Question) -> None:
             raise UserError(f"{question.where}: {spec.placeholder!r} in the text would stand for an image; remove it")
 
 
-def _some(items: Iterator[T], src: str | Path, report: BuildReport) -> Iterator[T]:
+def _some(pairs: Iterator[tuple[Found, Item]], src: str | Path, report: BuildReport) -> Iterator[tuple[Found, Item]]:
     """The items, or an error where there is none: nobody wants an empty set written without a word."""
-    yield from items
+    yield from pairs
     if not report.items:
         why = "; ".join(f"{n} {what}" for what, n in report.counts.items()) or "the file is empty"
         raise UserError(f"{src}: no item came out ({why}); nothing was written")
+
+
+# -- image paths and sizes
+
+
+class _Placer:
+    """Gives questions and items the image paths and sizes that they have in the built file.
+
+    Args:
+        home: folder of the source's relative paths.
+        target: the built file; paths are rewritten to hold from its folder, unless there is an `image_root`.
+        images: folders by dataset, in which images are looked up by name first.
+    """
+
+    def __init__(
+        self, home: Path, target: Path, image_root: str | Path | None, images: dict[str, Path] | None, note: Note
+    ) -> None:
+        self.root, self.target, self.strict, self.note = Path(image_root or home), target, image_root is not None, note
+        self.finder = ImageFinder(images or {})
+        self.sizes: dict[str, tuple[int, int] | None] = {}
+
+    def __call__(self, thing: Found) -> Found | None:
+        """The same with paths for the target; None for a question whose image is not the one its boxes are of."""
+        with naming(thing.where):
+            if isinstance(thing, Item):
+                return thing.map_images(lambda ref: with_file(ref, lambda file: self.paths(file)[1]))
+            if not isinstance(thing.image, str):
+                return thing
+            here, written = self.paths(thing.image)
+        sized = self.sized(thing, here)
+        return None if sized is None else replace(sized, image=written)
+
+    def paths(self, file: str) -> tuple[str, str]:
+        """Where an image file is from here, and its path in the target."""
+        if found := self.finder.find(file):
+            return found, relative(found, self.target.parent)
+        here = str(place_image(file, self.root, strict=self.strict))
+        return here, file if self.strict or os.path.isabs(file) else relative(here, self.target.parent)
+
+    def sized(self, question: Question, here: str) -> Question | None:
+        """The question with the size of its image file, where that is at hand.
+
+        Raises:
+            UserError: the source states another size; there is neither a size nor a file.
+        """
+        if here not in self.sizes:
+            self.sizes[here] = file_size(here, question.where)
+            if self.sizes[here] is None:
+                self.note("images not at hand, sizes not held against them", f"{question.where}: {here}")
+        real, stated = self.sizes[here], question.size
+        if real is None:
+            if stated is None and question.boxes:
+                raise UserError(
+                    f"{question.where}: no image at {here} and no width and height; give the images, or state the size"
+                )
+            return question
+        if stated is not None and any(abs(r - s) > off for r, s, off in zip(real, stated, question.slack, strict=True)):
+            what = f"{here} is {real[0]} x {real[1]}, but width and height say {stated[0]} x {stated[1]}"
+            if question.slack == (0, 0):
+                raise UserError(f"{question.where}: {what}; boxes of another size would name the wrong cells")
+            self.note("images of another size than their boxes were drawn on, left out", f"{question.where}: {here}")
+            return None
+        return replace(question, size=real, slack=(0, 0))
+
+
+# -- evaluation splits
+
+
+@dataclass
+class SplitsReport:
+    """One build a split, and the splits whose source file was not there."""
+
+    built: dict[str, BuildReport]
+    absent: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        built = {name: report.to_dict() for name, report in self.built.items()}
+        return {"built": built, "absent": self.absent}
+
+    def __str__(self) -> str:
+        lines = []
+        for name, report in self.built.items():
+            row = EVAL_SPLITS[name]
+            lines.append(f"{name}: {report.items} items (stated {row.stated}) from {row.file}")
+            lines += [f"    {line}" for line in str(report).splitlines()[1:]]
+        return "\n".join(lines + [f"{name}: not built, no {file}" for name, file in self.absent.items()])
+
+
+def build_splits(
+    source: str | Path, target: str | Path, *, action: str = "clip", names: list[str] | None = None, **options: Any
+) -> SplitsReport:
+    """Build the evaluation splits whose source files lie in `source` into `target`/NAME.json.
+
+    Every question comes out, as in the paper's counts: a box that is empty or outside its image names the nearest cell.
+
+    Args:
+        action: the re-encoding look of the action splits ("clip", "detection" or "seg"), which depends on the model.
+        names: only these splits.
+        options: of `build` (images, image_root, limit, and the fields of `BuildOptions`).
+
+    Raises:
+        UserError: no such split, none of the files, or several files for one split.
+    """
+    source, target = Path(source), Path(target)
+    if action not in REENCODINGS:
+        raise UserError(f"the action splits look by {action!r}; expected one of {', '.join(REENCODINGS)}")
+    if not source.is_dir():
+        raise UserError(f"{source}: is no folder; give the folder that holds the benchmark's files")
+    unknown = sorted(set(names or ()) - set(EVAL_SPLITS))
+    if unknown:
+        raise UserError(f"no split {unknown[0]!r}; expected one of {', '.join(EVAL_SPLITS)}")
+    report = SplitsReport({}, {})
+    for row in EVAL_SPLITS.values():
+        if names and row.name not in names:
+            continue
+        files = sorted(source.glob(row.file))
+        if not files:
+            report.absent[row.name] = row.file
+            continue
+        if len(files) > 1:
+            raise UserError(
+                f"{row.name}: which of {', '.join(each.name for each in files)} it was is not published; "
+                f"leave one of them in {source}"
+            )
+        look = "region" if row.kind == "region" else action
+        made = build(files[0], target / f"{row.name}.json", look=look, outside="clamp", **options)
+        report.built[row.name] = made
+        if made.items != row.count and options.get("limit") is None:
+            made.note(f"items, where {row.count} questions were expected", f"{files[0]}: {made.items}")
+    if not report.built:
+        raise UserError(f"{source}: none of {', '.join(sorted(set(report.absent.values())))} is there")
+    return report

@@ -1,4 +1,4 @@
-"""Objects and regions with boxes, as COCO and Visual Genome publish them, as questions whose answers the boxes give.
+"""Detection annotations, as COCO and Visual Genome publish them, as questions whose answers the boxes give.
 
 COCO: one object of a file {"images": [{id, file_name, width, height}], "annotations": [{image_id, category_id,
 bbox: [x, y, width, height]}], "categories": [{id, name}]}. For each image and category: how many are there, with all
@@ -20,9 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from relook.data.members import read_members
-from relook.data.questions import Question
-from relook.data.records import read_records
+from relook.data.items import Question
+from relook.data.reader import read_members, read_records
 from relook.errors import UserError
 
 HOW_MANY = 'How many objects of the kind "{name}" are in the image? Answer with a number.'
@@ -36,14 +35,12 @@ def read_coco(path: Path) -> Iterator[Question]:
 
     Kinds of an image that are annotated as a crowd have no count, and so no question.
     """
-    names = {
-        _number(r.value, "id", r.where(path)): str(r.value.get("name", "")) for r in read_members(path, "categories")
-    }
+    names = {_number(r.value, "id", r.where): str(r.value.get("name", "")) for r in read_members(path, "categories")}
     groups: dict[tuple[int, int], array[float]] = {}
     crowds: set[tuple[int, int]] = set()
     own: list[tuple[int, Mapping[str, Any], str]] = []
     for record in read_members(path, "annotations"):
-        where = record.where(path)
+        where = record.where
         image = _number(record.value, "image_id", where)
         if "question" in record.value:
             own.append((image, record.value, where))
@@ -61,7 +58,7 @@ def read_coco(path: Path) -> Iterator[Question]:
     for image, value, where in own:
         asked.setdefault(image, []).append((value, where))
     for record in read_members(path, "images"):
-        where = record.where(path)
+        where = record.where
         image = _number(record.value, "id", where)
         head = {"image": record.value.get("file_name")} | _sides(record.value)
         for category in by_image.get(image, ()):
@@ -84,7 +81,7 @@ def read_visual_genome(path: Path) -> Iterator[Question]:
         for record in read_records(beside):
             known[record.value.get("image_id", record.value.get("id"))] = record.value
     for record in read_records(path):
-        where = record.where(path)
+        where = record.where
         entries = next((record.value[key] for key in VG_LISTS if key in record.value), None)
         if not isinstance(entries, list):
             raise UserError(f"{where}: none of {', '.join(VG_LISTS)} is a list; expected a file of Visual Genome")

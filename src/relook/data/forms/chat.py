@@ -1,14 +1,10 @@
-"""What a record of a published file means: one function for each form, from a JSON object to a question or an item.
+"""Chat and yes/no forms of published sets, a record each: LLaVA and ShareGPT conversations, POPE.
 
-    questions   {"image", "question", "answer", "bboxs"}: own data, and Visual-CoT's metadata files
-    viscot      Visual-CoT's conversations, boxes after `###`
-    llava       LLaVA and ShareGPT conversations: {"image" or "images", "conversations": [{"from", "value"}]}
+    llava       {"image" or "images", "conversations": [{"from", "value"}]}
     pope        {"image", "text", "label"}
-    items       the published items of this project's models: {"messages", "images", ...}
 
-Forms whose file is not a list of records (COCO, Visual Genome, datasets of the hub) have modules of their own.
-A conversation of one exchange about one image is a `Question`, from which any look can be built; a longer one is kept
-as the `Item` it is.
+A conversation of one exchange about one image is a `Question`, from which any look can be built; a longer one stays the
+`Item` it is.
 """
 
 from __future__ import annotations
@@ -16,17 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from relook.data.items import IMAGE_KEYS, Item, Message
-from relook.data.questions import Question
+from relook.data.items import IMAGE_KEYS, Item, Message, Question
 from relook.errors import UserError
-
-Found = Question | Item
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PLACEHOLDER = "<image>"
 
 
-def llava(data: Mapping[str, Any], where: str) -> Found:
+def llava_conversation(data: Mapping[str, Any], where: str) -> Question | Item:
     """A LLaVA or ShareGPT conversation. A missing placeholder of a single image is put in front of the first turn."""
     turns = data.get("conversations")
     if not isinstance(turns, list) or not turns:
@@ -51,7 +44,7 @@ def llava(data: Mapping[str, Any], where: str) -> Found:
     return Item(tuple(messages), lists, extra, where)
 
 
-def pope(data: Mapping[str, Any], where: str) -> Found:
+def pope_question(data: Mapping[str, Any], where: str) -> Question:
     """A question of POPE: is a named object in the image, yes or no; there are no boxes."""
     image, text, label = (data.get(key) for key in ("image", "text", "label"))
     if not all(isinstance(value, str) and value.strip() for value in (image, text, label)):

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from relook.data.questions import Question
+from relook.data.items import Question
 from relook.errors import UserError
 from relook.regions import Box
 

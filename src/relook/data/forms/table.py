@@ -1,7 +1,7 @@
-"""Hugging Face datasets with an image column: a hub id, a saved folder, or parquet files, streamed.
+"""Rows of a table with an image column: Hugging Face datasets (hub id, saved folder, Parquet), and rows in training.
 
-Images come as the bytes they were stored as. A build writes each once, named by its content, into a folder beside the
-items; otherwise they stay in memory. Which column is what is seen from the usual names, or told.
+Which column is which is seen from the usual names (`COLUMNS`), or given. Images come as the bytes they were stored as.
+A build writes each once, named by its content, into a folder beside the items; otherwise they stay in memory.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from relook.data.questions import Question
+from relook.data.items import Question
+from relook.data.records import is_saved_dataset, saved_dataset
 from relook.errors import RelookError, UserError
 
 COLUMNS: dict[str, tuple[str, ...]] = {  # ours: the names that others give it
@@ -24,13 +26,58 @@ COLUMNS: dict[str, tuple[str, ...]] = {  # ours: the names that others give it
 }
 
 
+def row_question(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Question:
+    """The question of a row (or record) with columns image, question, answer and perhaps boxes, width and height.
+
+    Args:
+        columns: our names to its own, where they are not the usual ones: {"question": "prompt_en"}.
+
+    Raises:
+        UserError: no such column, or not a question; the message opens with `where`.
+    """
+    found: dict[str, Any] = {}
+    for ours, usual in COLUMNS.items():
+        names = (columns[ours],) if ours in columns else usual
+        name = next((name for name in names if row.get(name) is not None), None)
+        if name is None and ours != "bboxs":
+            raise UserError(f"{where}: has no {ours!r} among {', '.join(row)}; name it under columns:")
+        found[ours] = None if name is None else row[name]
+    if found["bboxs"] and not isinstance(found["bboxs"][0], list):
+        found["bboxs"] = [found["bboxs"]]
+    found |= {side: row[side] for side in ("width", "height") if row.get(side) is not None}
+    image = stored_image(found["image"], where)
+    if isinstance(image, str):
+        return Question.from_dict(found | {"image": image}, where)
+    question = Question.from_dict(found | {"image": "-"}, where)
+    return replace(question, image=image, size=None)  # what is in memory has a size
+
+
+def stored_image(value: Any, where: str) -> Any:
+    """An image entry; of an undecoded image column ({"bytes", "path"}) the path or a PIL image, which decodes later."""
+    if not isinstance(value, dict) or not {"bytes", "path"} & set(value):
+        return value
+    return value.get("path") if value.get("bytes") is None else _pil(value["bytes"], where)
+
+
+def _pil(data: bytes, where: str) -> Any:
+    from PIL import Image
+
+    try:
+        return Image.open(io.BytesIO(data))
+    except OSError:  # Pillow's own for what is no image is one, too
+        raise UserError(f"{where}: its image cannot be read") from None
+
+
+# -- datasets of the hub
+
+
 def read_hub(
     source: str | Path, split: str = "train", columns: Mapping[str, str] | None = None, folder: Path | None = None
 ) -> Iterator[Question]:
     """The questions of a dataset, lazily.
 
     Args:
-        source: a hub id ("org/name"), a folder of a dataset, or a parquet file.
+        source: a hub id ("org/name"), a folder of a dataset, or a Parquet file.
         columns: our names to its own, where they are not the usual ones: {"question": "prompt_en"}.
         folder: where images are written; their paths are then NAME-OF-FOLDER/FILE. None keeps them in memory (PIL).
 
@@ -49,42 +96,32 @@ def read_hub(
     features = rows.features or {}
     _refuse_lists(features.get(names["image"]), names["image"], source)
     labels = features.get(names["answer"])
-    rows = rows.cast_column(names["image"], Image(decode=False))
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(rows.cast_column(names["image"], Image(decode=False)), start=1):
         where = f"{source}: row {number}"
-        boxes = row.get(names["bboxs"]) if names["bboxs"] else None
-        if boxes and not isinstance(boxes[0], list):
-            boxes = [boxes]
-        answer = row.get(names["answer"])
-        if isinstance(labels, ClassLabel) and isinstance(answer, int) and 0 <= answer < labels.num_classes:
-            answer = labels.int2str(answer)
-        line = {"image": "-", "question": row.get(names["question"]), "bboxs": boxes}
-        question = Question.from_dict(
-            line | {"answer": answer if answer is None or isinstance(answer, list) else str(answer)}, where
-        )
-        yield Question(
-            _image(row[names["image"]], Path(source), folder, where),
-            question.text,
-            question.answers,
-            question.boxes,
-            where=where,
-        )
+        line = {ours: row[name] for ours, name in names.items() if name}
+        if (
+            isinstance(labels, ClassLabel)
+            and isinstance(line["answer"], int)
+            and 0 <= line["answer"] < labels.num_classes
+        ):
+            line["answer"] = labels.int2str(line["answer"])
+        elif line["answer"] is not None and not isinstance(line["answer"], list):
+            line["answer"] = str(line["answer"])
+        data = _bytes(line["image"], Path(source), where)
+        image = _pil(data, where)
+        question = row_question(line | {"image": "-"}, {}, where)
+        yield replace(question, image=image if folder is None else _written(data, image, folder))
 
 
 def _load(source: str | Path, split: str) -> Any:
-    from datasets import load_dataset, load_from_disk
+    from datasets import load_dataset
 
     _refuse_json(Path(source))
     try:
         if Path(source).is_file():
             return load_dataset("parquet", data_files=str(source), split="train", streaming=True)
-        if (Path(source) / "dataset_info.json").is_file():
-            return load_from_disk(str(source)).to_iterable_dataset()
-        if (Path(source) / "dataset_dict.json").is_file():
-            parts = load_from_disk(str(source))
-            if split not in parts:
-                raise UserError(f"{source}: has no split {split!r}; its splits: {', '.join(parts)}")
-            return parts[split].to_iterable_dataset()
+        if is_saved_dataset(Path(source)):
+            return saved_dataset(Path(source), split).to_iterable_dataset()
         return load_dataset(str(source), split=split, streaming=True)
     except UserError:
         raise
@@ -103,13 +140,12 @@ def _refuse_json(folder: Path) -> None:
         raise UserError(f"{folder}: is a folder of files; give one of them: {shown}")
 
 
-def _column(ours: str, there: list[str], told: Mapping[str, str], source: str | Path) -> str:
+def _column(ours: str, there: list[str], given: Mapping[str, str], source: str | Path) -> str:
     """The dataset's name of a column; "" for boxes where there are none."""
-    wanted = (told[ours],) if ours in told else COLUMNS[ours]
-    for name in wanted:
+    for name in (given[ours],) if ours in given else COLUMNS[ours]:
         if name in there:
             return name
-    if ours == "bboxs" and ours not in told:
+    if ours == "bboxs" and ours not in given:
         return ""
     raise UserError(f"{source}: no column for {ours!r} among {', '.join(there)}; say --columns {ours}=NAME")
 
@@ -124,10 +160,15 @@ def _refuse_lists(feature: Any, name: str, source: str | Path) -> None:
         )
 
 
-def _stored(path: str, source: Path, where: str) -> bytes:
-    """The bytes of an image that a dataset names: a path from its own folder, or an address (hf://, zip://)."""
+def _bytes(value: Any, source: Path, where: str) -> bytes:
+    """The bytes of an image entry: stored, or of the file it names: from the dataset's folder, or an address (zip://)."""
     import fsspec
 
+    data, path = (value or {}).get("bytes"), (value or {}).get("path")
+    if data is not None:
+        return data
+    if not path:
+        raise UserError(f"{where}: has no image")
     if "://" not in path and source.exists():
         path = str((source if source.is_dir() else source.parent) / path)
     try:
@@ -137,26 +178,12 @@ def _stored(path: str, source: Path, where: str) -> bytes:
         raise UserError(f"{where}: no image at {path} ({' '.join(str(error).split())[:100]})") from None
 
 
-def _image(value: Any, source: Path, folder: Path | None, where: str) -> Any:
-    """A PIL image, or the path of the file that now holds its bytes."""
-    from PIL import Image, UnidentifiedImageError
-
-    data = (value or {}).get("bytes")
-    if data is None and (value or {}).get("path"):
-        data = _stored(value["path"], source, where)
-    if data is None:
-        raise UserError(f"{where}: has no image")
-    try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        raise UserError(f"{where}: its image cannot be read") from None
-    if folder is None:
-        return image
+def _written(data: bytes, image: Any, folder: Path) -> str:
+    """The path, from beside `folder`, of the file that holds these bytes; it is named by them and written once."""
     name = f"{hashlib.sha256(data).hexdigest()[:20]}.{(image.format or 'png').lower()}"
-    path = folder / name
-    if not path.exists():
+    if not (folder / name).exists():
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f"{name}.part"
         aside.write_bytes(data)
-        os.replace(aside, path)
+        os.replace(aside, folder / name)
     return f"{folder.name}/{name}"
