@@ -11,7 +11,7 @@ from itertools import count
 
 from PIL import Image, ImageDraw
 
-from relook.data.questions import Question, from_page
+from relook.data.items import Question, from_page
 from relook.evaluate.tasks import Task
 from relook.io import rng
 from relook.model.new import Size
