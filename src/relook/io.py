@@ -122,7 +122,8 @@ def validate(schema: type[BaseModel], raw: Mapping[str, Any], where: str) -> Any
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        problem = error.errors()[0]
+        found = error.errors()  # an unknown key comes first: it may be the one that is missing, misspelt
+        problem = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
         key = ".".join(_names(raw, problem["loc"]))
         if problem["type"] == "extra_forbidden":
             valid = list(_siblings(schema, problem["loc"]))

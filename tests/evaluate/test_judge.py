@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from relook.cli import app
 from relook.errors import UserError
 from relook.evaluate import evaluate
-from relook.evaluate.judge import Judge, Plea, parse_score
+from relook.evaluate.judge import Judge, JudgeRequest, parse_score
 from relook.trace import Answer, Usage
 
 
@@ -29,12 +29,12 @@ def stub_judge(monkeypatch):
     server.server_close()
 
 
-def pleas(*answers):
-    return [Plea("What is the total?", ("9.30",), answer) for answer in answers]
+def requests(*answers):
+    return [JudgeRequest("What is the total?", ("9.30",), answer) for answer in answers]
 
 
 def judged(stub_judge, *answers, **settings):
-    return Judge("judge", stub_judge.url, **({"timeout": 1.0, "retries": 3} | settings)).judge(pleas(*answers))
+    return Judge("judge", stub_judge.url, **({"timeout": 1.0, "retries": 3} | settings)).judge(requests(*answers))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_what_cannot_be_judged_is_unscored_and_says_why(stub_judge, answer, word
 
 
 def test_an_endpoint_that_is_not_there_leaves_answers_unscored():
-    lost = Judge("judge", "http://127.0.0.1:9/v1", timeout=1.0, retries=0).judge(pleas("right"))
+    lost = Judge("judge", "http://127.0.0.1:9/v1", timeout=1.0, retries=0).judge(requests("right"))
     assert lost[0].score is None and "Connection" in lost[0].problem
 
 
@@ -123,7 +123,7 @@ def test_what_was_judged_is_not_asked_again(stub_judge, tmp_path):
     assert (right.score, right.cached, right.tokens_in) == (1.0, True, 0)
     assert not babbles.cached  # what failed is asked once more
     assert stub_judge.seen == {"right": 1, "babbles": 2}
-    Judge("another", stub_judge.url, cache=cache).judge(pleas("right"))
+    Judge("another", stub_judge.url, cache=cache).judge(requests("right"))
     assert stub_judge.seen["right"] == 2  # another judge is another judgement
 
 

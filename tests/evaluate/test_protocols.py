@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from relook.cli import app
 from relook.errors import UserError
 from relook.evaluate import BENCHMARKS, PROTOCOLS, TASKS, Places, evaluate, find_task
-from relook.evaluate.published import COLUMNS, PUBLISHED, beside
+from relook.evaluate.results import PUBLISHED, PUBLISHED_COLUMNS, beside
 from relook.model import new as tiny
 from relook.perceive import VLM
 from relook.trace import Answer, Usage
@@ -144,13 +144,14 @@ def test_from_the_command_line_with_the_published_table_beside(places):
 def test_judgements_stand_beside_the_published_ones_with_the_difference():
     own = {("llava-free", "auto"): 80.0, ("llava-single", "auto"): 70.0, ("gqa", "auto"): None, ("gqa", "none"): 50.0}
     table = beside(own)
-    assert table[0][2:] == ["gqa", "llava"] and table[1] == ["yours, auto", "", "-", "75.0"]
-    assert next(row for row in table if row[0] == "2B-VPT (CLIP)") == ["2B-VPT (CLIP)", "512", "62.1", "79.1 (-4.1)"]
-    assert beside({("cards", "auto"): 90.0}) == []
+    assert table.heading[2:] == ("gqa", "llava") and table.lines[0] == ("yours, auto", "", "-", "75.0")
+    (row,) = (row for row in table.lines if row[0] == "2B-VPT (CLIP)")
+    assert row == ("2B-VPT (CLIP)", "512", "62.1", "79.1 (-4.1)")
+    assert beside({("cards", "auto"): 90.0}) is None
 
 
 @pytest.mark.skipif(not BENCHMARK.is_dir(), reason="the benchmark's files are not here")
-@pytest.mark.parametrize("name", [n for n, row in BENCHMARKS.items() if (BENCHMARK / row.files[-1][0]).is_file()])
+@pytest.mark.parametrize("name", [n for n, t in BENCHMARKS.items() if (BENCHMARK / t.questions.files[-1][0]).is_file()])
 def test_every_benchmark_opens(name):
     question = next(iter(TASKS[name].items(1, 0, Places(BENCHMARK))))
     assert question.text and question.answer and question.boxes and "###" not in question.image
@@ -161,7 +162,7 @@ def test_the_published_table_is_the_specifications():
     lines = [line.strip().strip("|").split("|") for line in SPEC.read_text().splitlines() if line.startswith("|")]
     start = next(i for i, cells in enumerate(lines) if "GQA" in (c.strip() for c in cells))
     names = [SPOKEN.get(c.strip().rstrip("*"), c.strip().rstrip("*").lower()) for c in lines[start][2:-1]]
-    assert tuple(names) == COLUMNS
+    assert tuple(names) == PUBLISHED_COLUMNS
     told = {}
     for cells in lines[start + 2 :]:
         if len(cells) == len(lines[start]):

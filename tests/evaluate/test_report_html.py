@@ -18,7 +18,7 @@ from support.hand_made_records import call, record, save
 
 from relook.evaluate import collect, write
 from relook.evaluate.report import page_html
-from relook.evaluate.report.heat_maps import CELLS, places
+from relook.evaluate.report.heat_maps import CELLS, heat_maps
 from relook.evaluate.report.pictures import SIDE, gather
 
 EVIL = """</script><script>alert(1)</script><img src=x onerror=alert(2)> "quotes' & $x^2$ <!-- {{ 7 * 7 }} \ud800 ]]>"""
@@ -243,7 +243,7 @@ def test_an_image_that_is_gone_or_another_is_said(tmp_path, change, words):
 
 def test_densities_are_shares_of_the_boxes_at_each_place(tmp_path):
     report = collect([save(tmp_path / "one", answers(tmp_path / "images"))])
-    (annotated, looked), left = places(report, "own", gather([], 0))
+    (annotated, looked), left = heat_maps(report, "own", gather([], 0))
     assert left == 0 and (annotated.aspect, looked.aspect) == (0.5, 0.5)
     assert looked.density.shape == (CELLS, CELLS) and looked.density[0, 0] == 1 and looked.density[-1, -1] == 0
     assert looked.density.mean() == pytest.approx(60 * 60 / (200 * 100))
@@ -254,7 +254,7 @@ def test_densities_are_shares_of_the_boxes_at_each_place(tmp_path):
 
 def test_looks_at_images_of_unknown_size_are_counted_and_left_out(tmp_path):
     records = [each | {"size": None, "image": str(tmp_path / "gone.png")} for each in answers(tmp_path / "images")]
-    maps, left = places(collect([save(tmp_path / "one", records)]), "own", gather([], 0))
+    maps, left = heat_maps(collect([save(tmp_path / "one", records)]), "own", gather([], 0))
     assert maps == [] and left == 6
     assert any("the images of 6 answers are not known" in text for text in page(tmp_path / "one", records).texts["p"])
 

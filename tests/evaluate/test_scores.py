@@ -11,11 +11,21 @@ from hypothesis import strategies as st
 
 from relook.errors import UserError
 from relook.evaluate import SCORERS, SPLIT_SCORES
-from relook.evaluate.metrics import amount, choice, read_amount, read_letter, relaxed, rouge_l, yes_no
-from relook.evaluate.results import sum_up
+from relook.evaluate.metrics import (
+    amount,
+    choice,
+    read_amount,
+    read_letter,
+    relaxed,
+    rouge_l,
+    vqa_accuracy,
+    vqa_exact,
+    vqa_normalise,
+    yes_no,
+)
 from relook.evaluate.split_metrics import split_scores
 from relook.evaluate.statistics import bootstrap, resampled
-from relook.evaluate.vqa import vqa_accuracy, vqa_exact, vqa_normalise
+from relook.evaluate.summary import summarize_run
 
 # ---- the VQA challenge
 
@@ -164,8 +174,17 @@ def test_a_choice_is_a_letter_or_else_the_options_words(answer, score):
 
 def record(answer: str, accepted: str, field: str | None = None, **scores: float) -> dict:
     usage = {"lm_positions": 1, "vision_patches": 1, "generated_tokens": 1}
+    asked = {"index": 0, "question": "", "image": None, "where": ""}
     empty = {"looks": [], "recall": None, "iou": None, "seconds": 0.1, "failed": None, "skipped": None}
-    return {"answer": answer, "accepted": [accepted], "field": field, "scores": scores, "usage": usage, **empty}
+    return {
+        "answer": answer,
+        "accepted": [accepted],
+        "field": field,
+        "scores": scores,
+        "usage": usage,
+        **asked,
+        **empty,
+    }
 
 
 def split(right: int, false: int, missed: int, rejected: int) -> list[dict]:
@@ -187,7 +206,7 @@ POPE_TABLE = {
 def test_yes_no_figures_are_those_of_popes_table(model):
     (right, false), published = POPE_TABLE[model]
     records = split(right, false, 1500 - right, 1500 - false)
-    result = sum_up("pope", "none", records, ["yes_no"])
+    result = summarize_run("pope", "none", [each | {"index": i} for i, each in enumerate(records)], ["yes_no"])
     names = ("yes_no", "yes_precision", "yes_recall", "yes_f1", "yes_ratio")
     assert [round(100 * result.measures[name].mean, 2) for name in names] == list(published)
 

@@ -12,7 +12,7 @@ from support.synthetic import PAGES, Pages
 from relook.data import Question
 from relook.errors import UserError
 from relook.evaluate import SETTINGS, evaluate
-from relook.evaluate.settings import Case, find_settings, request
+from relook.evaluate.settings import Case, find_settings
 from relook.looks import LOOKS
 
 
@@ -25,7 +25,9 @@ def asked(tiny_vlm):
 
     def ask(name: str):
         case = Case(question, page.image.size, vlm.processor.grid_size, np.random.default_rng(0))
-        return vlm.ask_many([request(question, SETTINGS[name].options(case))], max_new_tokens=3)[0]
+        return vlm.ask_many(
+            [{"image": question.image, "question": question.text, **SETTINGS[name].options(case)}], max_new_tokens=3
+        )[0]
 
     return ask
 

@@ -19,7 +19,7 @@ from PIL import Image
 from relook.errors import UserError
 from relook.evaluate import BENCHMARKS, TASKS, Places, evaluate
 from relook.evaluate.metrics import SCORERS
-from relook.evaluate.published import AS, COLUMNS
+from relook.evaluate.results import AS, PUBLISHED_COLUMNS
 from relook.evaluate.tasks import find_task, find_tasks
 from relook.looks import LOOKS
 from relook.trace import Answer, Usage
@@ -59,7 +59,7 @@ class Parrot:
 
 
 def test_every_column_of_the_papers_table_is_a_task():
-    assert {AS.get(name, name) for name in TASKS} >= set(COLUMNS)
+    assert {AS.get(name, name) for name in TASKS} >= set(PUBLISHED_COLUMNS)
     assert all(score in SCORERS for task in TASKS.values() for score in task.scores)
 
 
@@ -226,7 +226,7 @@ def test_every_benchmark_says_where_it_is_from(name, tmp_path):
     for folder, words in ((None, "--data"), (tmp_path, "there is no")):
         with pytest.raises(UserError, match=words) as error:
             asked(name, folder)
-        assert BENCHMARKS[name].source.split(" ")[0] in str(error.value)
+        assert BENCHMARKS[name].questions.source.split(" ")[0] in str(error.value)
 
 
 # ---- own tasks
@@ -263,7 +263,7 @@ def test_several_tasks_in_one_file(own):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("t: {question: q.jsonl}", "key 'question' is unknown; did you mean 'questions'?"),
+        ("t: {question: q.jsonl}", "unknown key 'question'; did you mean 'questions'?"),
         ("t: {questions: q.jsonl, scores: [anlss]}", "score 'anlss' is unknown; did you mean 'anls'?"),
         ("t: {questions: q.jsonl, scores: [zzz]}", "expected some of exact, anls"),
         ("t: {questions: q.jsonl, n: 0}", "n: Input should be greater"),
@@ -271,7 +271,7 @@ def test_several_tasks_in_one_file(own):
         ("t: {scores: [exact]}", "questions: Field required"),
         ("t: q.jsonl", "expected {questions: FILE"),
         ("- t", "holds no tasks"),
-        ("t: {", "not a YAML file"),
+        ("t: {", "is not valid YAML"),
     ],
 )
 def test_what_is_wrong_with_ones_own_task_is_said(own, line, words):

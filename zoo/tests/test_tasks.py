@@ -12,9 +12,9 @@ from support.hand_made_records import record
 
 from relook.errors import UserError
 from relook.evaluate import collect, evaluate, find_task
+from relook.evaluate.report import table_md
 from relook.evaluate.report.pictures import gather
-from relook.evaluate.report.rows import read_plan
-from relook.evaluate.report.writers import table_md
+from relook.evaluate.report.rows import read_config
 from zoo.worlds import make_world
 
 
@@ -50,7 +50,7 @@ def test_tasks_say_how_many_questions_are_usual():
 
 
 def test_the_experiment_in_the_repository_is_well_formed():
-    plan = read_plan(ROOT / "zoo/receipts/arms.yaml")
+    plan = read_config(ROOT / "zoo/receipts/arms.yaml")
     assert {"a", "b", "b2", "c", "d", "e"} <= {row.name for row in plan.rows}
 
 

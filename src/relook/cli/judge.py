@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from relook.cli.work import progress
+from relook.cli.work import bars
 
 
 def judge(
@@ -31,17 +31,16 @@ def judge(
     as_json: Annotated[bool, Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Let a language model score an evaluation's answers (key: OPENAI_API_KEY); what fails is unscored, never 0."""
-    from relook.evaluate.judge import Judge
-    from relook.evaluate.judging import judge_folder
+    from relook.evaluate.judge import Judge, judge_folder
 
-    court = Judge(model, url, cache.expanduser(), concurrency, timeout, retries)
-    done = judge_folder(folder, court, lambda count: progress(f"{count} answers"), prices)
-    progress("")
+    with bars() as progress:
+        judged_by = Judge(model, url, cache.expanduser(), concurrency, timeout, retries)
+        done = judge_folder(folder, judged_by, progress, prices)
     print(json.dumps(done.to_dict(), indent=2, ensure_ascii=False) if as_json else done)
     if not as_json:
-        told = done.run["judge"]
-        cost = f", cost {told['cost']:.4f}" if "cost" in told else ""
+        account = done.run["judge"]
+        cost = f", cost {account['cost']:.4f}" if "cost" in account else ""
         print(
-            f"\njudged by {', '.join(told['judged_by'])}: {told['unscored']} unscored, {told['cached']} known before, "
-            f"{told['tokens_in']} + {told['tokens_out']} tokens{cost}"
+            f"\njudged by {', '.join(account['judged_by'])}: {account['unscored']} unscored, "
+            f"{account['cached']} known before, {account['tokens_in']} + {account['tokens_out']} tokens{cost}"
         )

@@ -120,14 +120,14 @@ def evaluate(
     from relook.data.published import parse_folders
     from relook.evaluate import Places
     from relook.evaluate import evaluate as run
-    from relook.evaluate.executors import speaks
+    from relook.evaluate.executors import is_main_process
 
     places = Places(data, parse_folders(images or []))
-    with bars() as note:
-        done = run(model, tasks or ["cards"], looks or ["auto", "none"], n=n, out=out, seed=seed,
+    with bars() as progress:
+        done = run(model, tasks or [], looks or ["auto", "none"], n=n, out=out, seed=seed,
                    batch=_batch(batch), protocol=protocol, places=places, dtype=dtype, engine=engine, replicas=replicas,
-                   progress=note)  # fmt: skip
-    if speaks():
+                   progress=progress)  # fmt: skip
+    if is_main_process():
         print(json.dumps(done.to_dict(), indent=2, ensure_ascii=False) if as_json else done)
 
 
@@ -151,13 +151,13 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
                      speed_estimate_period=3600)  # fmt: skip
     known: dict[str, Any] = {}
 
-    def note(name: str, done: int, total: int) -> None:
+    def progress(name: str, done: int, total: int) -> None:
         if name not in known:
             known[name] = shown.add_task(name, total=total)
         shown.update(known[name], completed=done)
 
     with shown:
-        yield note
+        yield progress
 
 
 def report(
@@ -178,8 +178,7 @@ def report(
 ) -> None:
     """Compare evaluations: tables, figures, a page to browse the records; without --out, only print the tables."""
     from relook.evaluate.records import keep_all
-    from relook.evaluate.report.rows import collect
-    from relook.evaluate.report.writers import table_md, write
+    from relook.evaluate.report import collect, table_md, write
 
     found = collect(sources)
     written = write(found, out, None if no_page else 0 if no_images else images) if out else []

@@ -6,18 +6,16 @@ Importing this package loads neither torch nor matplotlib.
 import warnings
 from typing import Any
 
-from relook.evaluate.benchmarks import BENCHMARKS, Places
-from relook.evaluate.metrics import SCORERS, anls, exact_match
-from relook.evaluate.protocols import PROTOCOLS
+from relook.evaluate.metrics import SCORERS, anls, exact_match, region_overlap
 from relook.evaluate.records import keep, read_folder
-from relook.evaluate.report.rows import Report, collect
-from relook.evaluate.report.writers import WRITERS, write
-from relook.evaluate.results import Evaluation, Result
+from relook.evaluate.report import WRITERS, Report, collect, write
+from relook.evaluate.results import Evaluation
 from relook.evaluate.run import evaluate
-from relook.evaluate.settings import SETTINGS
+from relook.evaluate.settings import PROTOCOLS, SETTINGS
 from relook.evaluate.split_metrics import SPLIT_SCORES
-from relook.evaluate.statistics import bootstrap, region_overlap
-from relook.evaluate.tasks import TASKS, Task, find_task
+from relook.evaluate.statistics import bootstrap
+from relook.evaluate.summary import Summary
+from relook.evaluate.tasks import BENCHMARKS, TASKS, Places, Task, find_task
 
 __all__ = [
     "BENCHMARKS",
@@ -30,7 +28,7 @@ __all__ = [
     "Evaluation",
     "Places",
     "Report",
-    "Result",
+    "Summary",
     "Task",
     "anls",
     "bootstrap",
@@ -45,8 +43,11 @@ __all__ = [
 ]
 
 
+_RENAMED = {"ARMS": "SETTINGS", "Result": "Summary"}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "ARMS":
-        warnings.warn("relook.evaluate.ARMS is called SETTINGS now", DeprecationWarning, stacklevel=2)
-        return SETTINGS
+    if name in _RENAMED:
+        warnings.warn(f"relook.evaluate.{name} is {_RENAMED[name]} now", DeprecationWarning, stacklevel=2)
+        return globals()[_RENAMED[name]]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

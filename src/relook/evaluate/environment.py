@@ -1,14 +1,19 @@
-"""What the numbers depend on besides the questions: versions, the machine, and the model with its training.
+"""What the numbers of a run depend on: versions, machine, model and its training, and hashes of weights and questions.
 
-Read once a run into results.json, so that a report needs no model. What cannot be known is left out, not guessed.
+Written once a run into results.json, so that a report needs no model. What cannot be found out is left out.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from relook.evaluate.records import Record
 
 PROVENANCE = ("recipe", "seed", "samples", "seconds")  # of the model's `config.provenance`; its stages are left there
 
@@ -55,3 +60,41 @@ def _processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or "unknown processor"
+
+
+def weights_hash(model: Any) -> str | None:
+    """A hash of all weights and of the config of a torch model; None for something that is no torch model.
+
+    Two models with the same hash give the same answers: a run is identified by it, not by its folder's name.
+    """
+    state = getattr(model, "state_dict", None)
+    if state is None:
+        return None
+    import torch
+
+    digest = hashlib.blake2b(digest_size=16)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_json_string"):
+        digest.update(config.to_json_string().encode())
+    for name, tensor in state().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        data = tensor.detach().cpu()
+        digest.update(
+            (data.float() if data.dtype is torch.bfloat16 else data).numpy().tobytes()
+        )  # numpy has no bfloat16
+    return digest.hexdigest()
+
+
+def processor_hash(processor: Any) -> str | None:
+    """A hash of how images are seen and turns formatted; None for something that is no processor of transformers."""
+    to_json = getattr(processor, "to_json_string", None)
+    return None if to_json is None else hashlib.blake2b(to_json().encode(), digest_size=16).hexdigest()
+
+
+def questions_hash(records: Sequence[Record]) -> str:
+    """A hash of what was asked: question, accepted answers, boxes and the image's name, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for record in records:
+        asked = [record[name] for name in ("index", "image", "where", "question", "accepted", "boxes")]
+        digest.update(json.dumps(asked, ensure_ascii=False).encode())
+    return digest.hexdigest()

@@ -1,58 +1,44 @@
-"""Engines: where the batches of a run are asked. An engine is a row of `EXECUTORS`.
+"""Executors: where the batches of a run are asked. The same plan gives the same records under each.
 
 `local` asks in this process. `processes` is what `torchrun` and `accelerate launch` start: each process has the model,
-takes its share of the batches and keeps a journal of its own; the first one writes the results of all. `ray` sends
-batches to replicas of the model (`engines_ray`). The same plan gives the same records under each.
+takes its share of the batches and writes its own part of the records; the first one writes the results of all. `ray`
+sends batches to replicas of the model as actors, through Ray Data: a replica finds a batch's questions itself, so the
+model, the files of questions and the images must lie under the same paths on all nodes (a shared disk).
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from math import ceil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from relook.errors import UserError
-from relook.evaluate.environment import machine, model_facts
-from relook.evaluate.record_writer import RecordWriter, processor_hash, weights_hash
-from relook.evaluate.runner import Plan, Record, Runner, batches, fastest_batch, same_questions
+from relook.errors import RelookError, UserError
+from relook.evaluate.environment import machine, model_facts, processor_hash, weights_hash
+from relook.evaluate.record_writer import RecordWriter
+from relook.evaluate.records import Record
+from relook.evaluate.runner import Batch, Plan, Runner, batches, fastest_batch, same_questions
 
 Progress = Callable[[str, int, int], None]  # a task's name, its questions done, and all of its questions
 PATIENCE = timedelta(days=30)  # of a process that waits for the others' shares
 
 
-class Executor(Protocol):
-    """A context manager; `first` says whether this process is the one that writes and speaks."""
+class Executor:
+    """Asks in this process; a context manager.
 
-    first: bool
+    Args:
+        model: a name, folder or hub id for `relook.load`, or a loaded `VLM`.
+        dtype: of the weights, for a model that is given by name.
+        replicas: of the model, for `ray` only.
+        device: None for the usual one.
+    """
 
-    def __enter__(self) -> Executor: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def about(self, plan: Plan, hashed: bool) -> dict[str, Any]:
-        """`model`, `facts`, `machine`, and if `hashed` the hashes `weights` and `processor`.
-
-        Raises:
-            UserError: a look of the plan that is unknown or that the model lacks.
-        """
-
-    def measure(self, plan: Plan) -> dict[int, float]:
-        """Seconds per question by batch size, the same in all processes."""
-
-    def journal(self, out: str | Path | None, about: Mapping[str, Any]) -> RecordWriter:
-        """This process's journal."""
-
-    def records(self, plan: Plan, journal: RecordWriter, progress: Progress | None) -> list[Record]:
-        """All records of the run, in any order."""
-
-
-class Local:
-    """Asks in this process."""
-
-    first = True
+    main = True  # whether this is the process that writes results and prints
 
     def __init__(self, model: Any, dtype: str | None = None, replicas: int | None = None, device: Any = None) -> None:
         if replicas is not None:
@@ -60,41 +46,49 @@ class Local:
         self.vlm = loaded(model, dtype, device)
         self.model = str(getattr(self.vlm, "name", "") or model)
 
-    def __enter__(self) -> Local:
+    def __enter__(self) -> Executor:
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
 
     def about(self, plan: Plan, hashed: bool) -> dict[str, Any]:
+        """`model`, `facts`, `machine`, and if `hashed` the hashes `weights` and `processor`.
+
+        Raises:
+            UserError: a look of the plan that is unknown or that the model lacks.
+        """
         Runner(self.vlm, plan)
-        told: dict[str, Any] = {"model": self.model, "facts": model_facts(self.vlm), "machine": machine()}
+        about: dict[str, Any] = {"model": self.model, "facts": model_facts(self.vlm), "machine": machine()}
         if hashed:
-            told["weights"] = weights_hash(getattr(self.vlm, "model", None))
-            told["processor"] = processor_hash(self.vlm.processor)
-        return told
+            about["weights"] = weights_hash(getattr(self.vlm, "model", None))
+            about["processor"] = processor_hash(self.vlm.processor)
+        return about
 
     def measure(self, plan: Plan) -> dict[int, float]:
+        """Seconds per question by batch size, the same in all processes."""
         return fastest_batch(Runner(self.vlm, plan))
 
-    def journal(self, out: str | Path | None, about: Mapping[str, Any]) -> RecordWriter:
+    def writer(self, out: str | Path | None, about: Mapping[str, Any]) -> RecordWriter:
+        """This process's writer of records."""
         return RecordWriter(out, about)
 
-    def records(self, plan: Plan, journal: RecordWriter, progress: Progress | None) -> list[Record]:
-        return list(self.share(plan, journal, progress))
+    def records(self, plan: Plan, writer: RecordWriter, progress: Progress | None) -> list[Record]:
+        """All records of the run, in any order."""
+        return list(self.share(plan, writer, progress))
 
     def share(
-        self, plan: Plan, journal: RecordWriter, progress: Progress | None, rank: int = 0, count: int = 1
+        self, plan: Plan, writer: RecordWriter, progress: Progress | None, rank: int = 0, count: int = 1
     ) -> Iterator[Record]:
-        """Records of every `count`-th batch from `rank` on. What the journal has is not asked again."""
+        """Records of every `count`-th batch from `rank` on. What was written before is not asked again."""
         runner = Runner(self.vlm, plan)
         totals = {task.name: plan.total(task) for task in plan.rows()} if progress is not None else {}
         for batch in batches(plan):
             if batch.number % count == rank:
-                for arm in runner.arms:
-                    records = journal.known(batch.task.name, arm.name, batch.numbers)
+                for setting in runner.settings:
+                    records = writer.known(batch.task.name, setting.name, batch.numbers)
                     if records is None:
-                        yield from journal.add(runner.ask(batch, arm))
+                        yield from writer.add(runner.ask(batch, setting))
                     else:
                         same_questions(batch, records)
                         yield from records
@@ -102,7 +96,7 @@ class Local:
                 progress(batch.task.name, batch.numbers.stop, totals[batch.task.name])
 
 
-class Processes(Local):
+class Processes(Executor):
     """Asks in this process and those that were started with it: each loads the model and takes its share of batches.
 
     Raises:
@@ -119,7 +113,7 @@ class Processes(Local):
         from accelerate import PartialState
 
         self.state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-        self.first = self.state.is_main_process
+        self.main = self.state.is_main_process
         super().__init__(model, dtype, replicas, self.state.device)
 
     def __exit__(self, *_: object) -> None:
@@ -128,45 +122,181 @@ class Processes(Local):
     def measure(self, plan: Plan) -> dict[int, float]:
         from accelerate.utils import broadcast_object_list
 
-        return broadcast_object_list([super().measure(plan) if self.first else None])[0]
+        return broadcast_object_list([super().measure(plan) if self.main else None])[0]
 
-    def journal(self, out: str | Path | None, about: Mapping[str, Any]) -> RecordWriter:
-        with self.state.main_process_first():  # the first one says what the run is about before anybody writes records
+    def writer(self, out: str | Path | None, about: Mapping[str, Any]) -> RecordWriter:
+        with self.state.main_process_first():  # the first one writes what the run is about before anybody its records
             return RecordWriter(out, about, self.state.process_index)
 
-    def records(self, plan: Plan, journal: RecordWriter, progress: Progress | None) -> list[Record]:
+    def records(self, plan: Plan, writer: RecordWriter, progress: Progress | None) -> list[Record]:
         from accelerate.utils import gather_object
 
         rank, count = self.state.process_index, self.state.num_processes
-        return gather_object(list(self.share(plan, journal, progress if self.first else None, rank, count)))
+        return gather_object(list(self.share(plan, writer, progress if self.main else None, rank, count)))
 
 
-def _ray(model: Any, dtype: str | None, replicas: int | None) -> Executor:
-    from relook.evaluate.ray_executor import Ray
+class Ray(Executor):
+    """Asks in replicas of the model; starts Ray on this machine, or joins the cluster of RAY_ADDRESS.
 
-    return Ray(model, dtype, replicas)
+    Args:
+        model: a name, folder or hub id: each replica loads it.
+        dtype: of the weights.
+        replicas: None for one for each GPU, or else each CPU, of the cluster.
+
+    Raises:
+        UserError: a model that is loaded already; Ray is not installed.
+    """
+
+    def __init__(self, model: Any, dtype: str | None = None, replicas: int | None = None) -> None:
+        if not isinstance(model, str | Path):
+            raise UserError("engine='ray' loads the model in each replica; give its name or folder, not a loaded one")
+        try:
+            import ray
+        except ImportError as error:
+            raise UserError('engine "ray" needs Ray, which is not installed; pip install "relook[ray]"') from error
+        self.ray, self.model, self.dtype = ray, str(model), dtype
+        self.started = not ray.is_initialized()
+        if self.started:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        resources = ray.cluster_resources()
+        self.needs: dict[str, Any] = {"num_gpus": 1} if resources.get("GPU") else {"num_cpus": 1}
+        self.replicas = replicas or max(1, int(resources.get("GPU") or resources.get("CPU", 1)))
+
+    def __exit__(self, *_: object) -> None:
+        if self.started:
+            self.ray.shutdown()
+
+    def about(self, plan: Plan, hashed: bool) -> dict[str, Any]:
+        return self._from_replica(plan, "about", hashed) | {"replicas": self.replicas}
+
+    def measure(self, plan: Plan) -> dict[int, float]:
+        return self._from_replica(plan, "measure")
+
+    def records(self, plan: Plan, writer: RecordWriter, progress: Progress | None) -> list[Record]:
+        found: list[Record] = []
+        done: Counter[str] = Counter()
+        totals = {task.name: plan.total(task) for task in plan.rows()}
+
+        def collect(groups: Sequence[Sequence[Record]]) -> None:
+            found.extend(record for records in groups for record in records)
+            name = groups[0][0]["task"]
+            done[name] += len(groups[0])
+            if progress is not None:
+                progress(name, done[name], totals[name])
+
+        todo = []
+        for number, groups in _written(plan, writer, totals):
+            if groups is None:
+                todo.append(number)
+            else:
+                collect(groups)
+        for groups in self._answers(plan, todo):
+            collect([writer.add(records) for records in groups])
+        return found
+
+    def _answers(self, plan: Plan, todo: list[int]) -> Iterator[list[list[Record]]]:
+        """The records of each batch by setting, in the order in which batches come."""
+        if not todo:
+            return
+        import ray.data
+
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        rows = ray.data.from_items([{"batch": number} for number in todo], override_num_blocks=len(todo))
+        ask: Any = Replica  # a class: Ray makes an actor of it
+        answers = rows.map(
+            ask,
+            fn_constructor_args=(os.getcwd(), self.model, self.dtype, plan),
+            compute=ray.data.ActorPoolStrategy(size=min(self.replicas, len(todo))),
+            **self.needs,
+        )
+        try:
+            for row in answers.iter_rows():
+                yield json.loads(row["records"])
+        except self.ray.exceptions.RayError as error:
+            raise _failure(error) from None
+
+    def _from_replica(self, plan: Plan, method: str, *args: Any) -> Any:
+        """What a method of a replica returns; its error, if that is for people."""
+        actor: Any = self.ray.remote(Replica).options(**self.needs).remote(os.getcwd(), self.model, self.dtype, plan)
+        try:
+            return self.ray.get(getattr(actor, method).remote(*args))
+        except self.ray.exceptions.RayError as error:
+            raise _failure(error) from None
+        finally:
+            self.ray.kill(actor)
 
 
-@dataclass(frozen=True)
-class Row:
-    """What an engine is, and how it is made of a model, a dtype and the number of replicas."""
+class Replica:
+    """A model in an actor. Batches mostly come in ascending order, so that it reads on where it is."""
 
-    about: str
-    make: Callable[[Any, str | None, int | None], Executor]
+    def __init__(self, folder: str, model: str, dtype: str | None, plan: Plan) -> None:
+        if os.path.isdir(folder):
+            os.chdir(folder)  # where the run was started: relative paths mean the same here
+        self.local, self.plan = Executor(model, dtype), plan
+        self.at, self.coming = 0, batches(plan)
+
+    def about(self, hashed: bool) -> dict[str, Any]:
+        return self.local.about(self.plan, hashed)
+
+    def measure(self) -> dict[int, float]:
+        return self.local.measure(self.plan)
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row of the dataset: the number of a batch -> its records under all settings, as JSON."""
+        batch, runner = self._batch(int(row["batch"])), Runner(self.local.vlm, self.plan)
+        return {"records": json.dumps([runner.ask(batch, setting) for setting in runner.settings])}
+
+    def _batch(self, number: int) -> Batch:
+        if number < self.at:
+            self.at, self.coming = 0, batches(self.plan)
+        for batch in self.coming:
+            self.at = batch.number + 1
+            if batch.number == number:
+                return batch
+        raise RelookError(f"there is no batch {number} here; the files of questions must be the same on all nodes")
 
 
-EXECUTORS: dict[str, Row] = {
-    "local": Row("in this process", Local),
-    "processes": Row("in each process of torchrun or accelerate launch, a share", Processes),
-    "ray": Row("in replicas of the model on a Ray cluster", _ray),
+def _failure(error: Exception) -> RelookError:
+    """What failed in a replica, in its own words where these are for people."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, RelookError) else RelookError(f"a replica failed: {error}")
+
+
+def _written(
+    plan: Plan, writer: RecordWriter, totals: Mapping[str, int]
+) -> Iterator[tuple[int, list[list[Record]] | None]]:
+    """The number of each batch, with its records by setting if all were written before.
+
+    Where none were, no page is drawn to find out.
+
+    Raises:
+        UserError: a task without questions; questions that have changed since the run was cut.
+    """
+    if not writer.taken_up and all(totals.values()):
+        yield from ((number, None) for number in range(sum(ceil(total / plan.batch) for total in totals.values())))
+        return
+    looks = list(dict.fromkeys(plan.looks))
+    for batch in batches(plan):
+        groups = [writer.known(batch.task.name, look, batch.numbers) for look in looks]
+        whole = [records for records in groups if records is not None]
+        for records in whole:
+            same_questions(batch, records)
+        yield batch.number, whole if len(whole) == len(looks) else None
+
+
+EXECUTORS: dict[str, Callable[[Any, str | None, int | None], Executor]] = {
+    "local": Executor,
+    "processes": Processes,
+    "ray": Ray,
 }
 
 
 def find_executor(name: str | None) -> str:
-    """The row of that name; None: `processes` where several were started together, else `local`.
+    """The name itself; for None `processes` where several were started together, else `local`.
 
     Raises:
-        UserError: no such row.
+        UserError: no such executor.
     """
     if name is None:
         return "processes" if started_together() > 1 else "local"
@@ -180,8 +310,8 @@ def started_together() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def speaks() -> bool:
-    """Whether this process prints what is found, and not another that was started with it."""
+def is_main_process() -> bool:
+    """Whether this process prints results, and not another that was started with it."""
     return started_together() == 1 or os.environ.get("RANK", "0") == "0"
 
 

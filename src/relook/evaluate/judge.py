@@ -1,10 +1,9 @@
-"""A judge: a model behind an OpenAI-compatible endpoint that says how far an answer agrees with the standard one.
+"""A judge: a model behind an OpenAI-compatible endpoint that says how far an answer agrees with the accepted one.
 
-The paper's protocol (spec.md section 10): question, standard answer and the model's answer in, `score: s` out, s from 0
+The paper's protocol (spec.md section 10): question, accepted answer and the model's answer in, `score: s` out, s from 0
 to 1, temperature 0, at most 64 tokens; the wording is ours. What could not be judged has no score and says why: it is
-never 0. What was judged is kept by its content in a file, so that no answer is paid for twice.
-
-Knows the endpoint (through the `openai` client, which retries with growing pauses) and its own cache; not records.
+never 0. Judgements are kept by content in a file, so that no answer is paid for twice. `judge_folder` gives the records
+of a finished evaluation the score "judge"; it needs no model of ours and can be repeated.
 """
 
 from __future__ import annotations
@@ -14,13 +13,17 @@ import json
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from relook.errors import UserError
+from relook.errors import RelookError, UserError
+from relook.evaluate.records import RECORDS, RESULTS, Record, answered, read_folder, to_lines, write_files
+from relook.evaluate.results import Evaluation
+from relook.evaluate.summary import compare_looks, summarize_run
 
 SYSTEM = (
     "You grade answers to questions about images. You are given a question, the standard answer and the answer of a "
@@ -30,12 +33,14 @@ SYSTEM = (
 )
 ASKED = "Question: {question}\nStandard answer: {accepted}\nModel's answer: {answer}"
 MAX_TOKENS = 64
+SCORE = "judge"
+Progress = Callable[[str, int, int], None]  # what is done, how many, of how many
 _SCORE = re.compile(r"score(?: is)?\W*?(-?\d+(?:\.\d*)?|-?\.\d+)(?![\d.]*\s*[/%])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Plea:
-    """What is judged: an answer, beside all that would have been right."""
+class JudgeRequest:
+    """An answer to judge, with all that would have been right."""
 
     question: str
     accepted: tuple[str, ...]
@@ -64,7 +69,7 @@ class Judgement:
 
 
 def parse_score(reply: str) -> float | None:
-    """The number after "score", None where there is none, several that differ, or one outside 0..1.
+    """The number after "score"; None where there is none, several that differ, or one outside 0..1.
 
     >>> parse_score("Score: 0.5"), parse_score("score: 7/10"), parse_score("I cannot tell.")
     (0.5, None, None)
@@ -110,32 +115,33 @@ class Judge:
         self.client = openai.OpenAI(api_key=key, base_url=url, timeout=timeout, max_retries=retries)
         self.cache = Cache(Path(cache) if cache is not None else None)
 
-    def judge(self, pleas: Sequence[Plea], done: Callable[[int], None] = lambda count: None) -> list[Judgement]:
-        """Judgements in the order of the pleas; `done(count)` is called as they come in.
+    def judge(self, requests: Sequence[JudgeRequest], progress: Progress | None = None) -> list[Judgement]:
+        """Judgements in the order of the requests; `progress("judged", done, all)` is called as they come in.
 
         Raises:
             UserError: the endpoint refuses the key or does not know the model: no answer would ever be judged.
         """
-        count, lock = iter(range(1, len(pleas) + 1)), threading.Lock()
+        count, lock = iter(range(1, len(requests) + 1)), threading.Lock()
 
-        def one(plea: Plea) -> Judgement:
-            judged = self._one(plea)
+        def one(request: JudgeRequest) -> Judgement:
+            judged = self._one(request)
             with lock:
-                done(next(count))
+                if progress is not None:
+                    progress("judged", next(count), len(requests))
             return judged
 
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
-                return list(pool.map(one, pleas))
+                return list(pool.map(one, requests))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _one(self, plea: Plea) -> Judgement:
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": plea.message()}]
+    def _one(self, request: JudgeRequest) -> Judgement:
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": request.message()}]
         asked = [str(self.client.base_url), self.model, MAX_TOKENS, messages]
         key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-        known = self.cache.get(key)
+        known = self.cache.known.get(key)
         if known is not None:
             return Judgement(**(known | {"tokens_in": 0, "tokens_out": 0, "cached": True}))
         judged = self._ask(messages)
@@ -183,20 +189,18 @@ def _words(error: Exception) -> str:
 
 
 class Cache:
-    """What was judged, by content; in memory, and appended to a file where one is named."""
+    """Judgements by content; in memory, and appended to a file (JSON lines) where one is named."""
 
     def __init__(self, path: Path | None) -> None:
         self.path, self.lock = path, threading.Lock()
-        self.known = dict(self._lines()) if path is not None and path.is_file() else {}
+        self.known: dict[str, dict[str, Any]] = {}
         if path is not None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.open("a").close()
             except OSError as error:
                 raise UserError(f"{path}: cannot be written ({error.strerror}); choose another cache") from error
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        return self.known.get(key)
+            self.known = dict(_lines(path))
 
     def put(self, key: str, judged: dict[str, Any]) -> None:
         with self.lock:
@@ -207,14 +211,91 @@ class Cache:
                     file.flush()
                     os.fsync(file.fileno())
 
-    def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Lines that are whole; one that was cut when a run was killed is judged again."""
-        assert self.path is not None
-        names = Judgement.__dataclass_fields__
-        with self.path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    entry = json.loads(line)
-                    yield entry.pop("key"), {name: entry[name] for name in names}
-                except (ValueError, KeyError, AttributeError):
-                    continue
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines that are whole; one that was cut when a run was killed is judged again."""
+    names = Judgement.__dataclass_fields__
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                entry = json.loads(line)
+                yield entry.pop("key"), {name: entry[name] for name in names}
+            except (ValueError, KeyError, AttributeError):
+                continue
+
+
+# ---- whole folders
+
+
+def judge_folder(
+    path: str | Path, judge: Judge, progress: Progress | None = None, prices: tuple[float, float] | None = None
+) -> Evaluation:
+    """Judge all answers in a folder that `relook evaluate --out` wrote, and write its files again with the judgements.
+
+    A record that was judged has `scores["judge"]` and `judged` (the model that judged, what it wrote); one that could
+    not be has `judged` with the problem, and no score.
+
+    Args:
+        prices: of a million tokens in and out, so that the run's account has a cost.
+
+    Raises:
+        UserError: no such folder; the endpoint refuses every request.
+        RelookError: not one answer could be judged; the files stay as they were.
+    """
+    path = Path(path)
+    if not (path / RECORDS).is_file():
+        raise UserError(f"{path}: no {RECORDS} in it; give a folder that `relook evaluate --out` wrote")
+    folder = read_folder(path)
+    answers = [record for record in folder.records if answered(record)]
+    requests = [JudgeRequest(r["question"], tuple(r["accepted"]), r.get("answer") or "") for r in answers]
+    judgements = judge.judge(requests, progress)
+    if answers and all(judgement.score is None for judgement in judgements):
+        raise RelookError(f"not one of {len(answers)} answers could be judged; the first: {judgements[0].problem}")
+    for record, judgement in zip(answers, judgements, strict=True):
+        said = {"model": judgement.model, "reply": judgement.reply, "problem": judgement.problem}
+        record["judged"] = {key: value for key, value in said.items() if value is not None}
+        record["scores"] = {name: score for name, score in record["scores"].items() if name != SCORE}
+        if judgement.score is not None:
+            record["scores"][SCORE] = judgement.score
+    evaluation = _evaluation({**folder.run, SCORE: _account(judge, judgements, prices)}, folder.records)
+    results = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False)
+    write_files({path / RECORDS: to_lines(folder.records).encode(), path / RESULTS: results.encode()})
+    return evaluation
+
+
+def _evaluation(run: dict[str, Any], records: Sequence[Record]) -> Evaluation:
+    """A result for each task and look, sorted; with all scores that occur, the judge's last."""
+    seed = int(run.get("seed", 0))
+    scores = [*dict.fromkeys(n for record in records for n in record["scores"] if n != SCORE), SCORE]
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record["task"], record["look"]), []).append(record)
+    results = [summarize_run(task, look, those, scores, seed) for (task, look), those in groups.items()]
+    return Evaluation(run, results, compare_looks(records, seed))
+
+
+def _account(
+    judge: Judge, judgements: Sequence[Judgement], prices: tuple[float, float] | None = None
+) -> dict[str, Any]:
+    """The judges and the cost: answers by the model (and version) that judged them, requests, tokens, failures.
+
+    What was known before costs nothing; a reply that could not be read costs what any reply does.
+    """
+    tokens = [sum(j.tokens_in for j in judgements), sum(j.tokens_out for j in judgements)]
+    cost = {}
+    if prices is not None:
+        spent = sum(price * count / 1e6 for price, count in zip(prices, tokens, strict=True))
+        cost = {"prices": list(prices), "cost": round(spent, 6)}
+    return {
+        "model": judge.model,
+        "url": str(judge.client.base_url),
+        "judged_by": dict(Counter(j.model or "unnamed" for j in judgements if j.score is not None)),
+        "cached": sum(j.cached for j in judgements),
+        "unscored": sum(j.score is None for j in judgements),
+        "problems": dict(
+            Counter((j.problem or "").split(":")[0] for j in judgements if j.score is None).most_common(5)
+        ),
+        "tokens_in": tokens[0],
+        "tokens_out": tokens[1],
+        **cost,
+    }

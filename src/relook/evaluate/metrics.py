@@ -1,8 +1,8 @@
-"""What one answer is worth: a row of `SCORERS` takes an answer and all accepted ones and says how right it is, 0 to 1.
+"""Scores of one answer: each entry of `SCORERS` takes an answer and all accepted ones and returns 0 to 1; and how
+regions overlap.
 
-Two answers are compared after a normalisation, and which one is what tells most of these apart: `normalise` (case and
-space), `vqa.vqa_normalise` (the VQA challenge's), numbers, letters, yes and no. Scores that only a whole split has (F1)
-are `splits`' business. Text in, numbers out: no model, no file.
+Two answers are compared after a normalization: `normalise` (case and space), `vqa_normalise` (that of the VQA
+challenge), numbers, letters, yes and no. Scores that are defined for a whole split only (F1) are in `split_metrics`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 
+import numpy as np
+
 from relook.errors import UserError
-from relook.evaluate.vqa import vqa_accuracy, vqa_exact, vqa_normalise
+from relook.regions import Box
 
 Scorer = Callable[[str, Sequence[str]], float]
 
@@ -74,6 +76,65 @@ def _rapidfuzz(score: str):
     except ImportError:
         raise UserError(f"{score} needs rapidfuzz, which is not installed; pip install 'relook[eval]'") from None
     return distance
+
+
+# ---- the VQA challenge
+
+VQA = "https://github.com/GT-Vision-Lab/VQA (PythonEvaluationTools/vqaEvaluation/vqaEval.py)"
+_ARTICLES = ("a", "an", "the")
+_COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(_COUNTED)}}
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'
+_CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+    he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't
+    needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've
+    somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll
+    that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've
+    weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
+    why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+# "dont" -> "don't"; of words with two apostrophes, either may be missing
+_CONTRACTIONS = {
+    word[:at] + word[at + 1 :]: word for word in _CONTRACTED.split() for at, mark in enumerate(word) if mark == "'"
+}
+
+
+def vqa_normalise(text: str) -> str:
+    """The VQA challenge's normalisation: punctuation, case, number words, articles, contractions (the script at `VQA`).
+
+    A mark of punctuation becomes a space, but goes without one where it stands beside a space, or where the text has a
+    number such as 1,000. Periods stay before digits only.
+
+    >>> vqa_normalise("The two dogs, dont they?"), vqa_normalise("1,000.50"), vqa_normalise("red/blue")
+    ("2 dogs don't they", '1000.50', 'red blue')
+    """
+    spaced = re.sub(r"[\n\t]", " ", text).strip()
+    thousands = re.search(r"\d,\d", spaced) is not None
+    out = spaced
+    for mark in _MARKS:
+        gone = thousands or f"{mark} " in spaced or f" {mark}" in spaced
+        out = out.replace(mark, "" if gone else " ")
+    words = (_NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", out).lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def vqa_exact(answer: str, accepted: Sequence[str]) -> float:
+    """Exact match after the VQA challenge's normalisation of both sides."""
+    return float(vqa_normalise(answer) in {vqa_normalise(each) for each in accepted})
+
+
+def vqa_accuracy(answer: str, accepted: Sequence[str]) -> float:
+    """VQA accuracy of one item with the answers of (usually ten) people: min(1, people who agree / 3).
+
+    Averaged over leaving out each person in turn, as the challenge does: with ten answers, one that 1, 2, 3 or 4 of
+    them gave is worth 0.3, 0.6, 0.9 or 1 (Antol et al., arXiv 1505.00468, and the script at `VQA`). Fewer than four
+    answers could never agree enough; they are scored as `vqa_exact`.
+    """
+    if len(accepted) < 4:
+        return vqa_exact(answer, accepted)
+    agrees = [vqa_normalise(each) == vqa_normalise(answer) for each in accepted]
+    return sum(min(1.0, (sum(agrees) - one) / 3) for one in agrees) / len(agrees)
 
 
 # ---- numbers
@@ -230,3 +291,35 @@ SCORERS: dict[str, Scorer] = {
     "choice": choice,
     "rouge_l": rouge_l,
 }
+
+
+# ---- regions
+
+
+def region_overlap(looked: Sequence[Box], annotated: Sequence[Box]) -> tuple[float, float] | None:
+    """(recall, IoU) of the area of `looked` against the area of `annotated`, overlaps counted once.
+
+    Recall is the share of the annotated area that was looked at. None where either side has no area.
+
+    >>> region_overlap([(0, 0, 10, 10)], [(5, 0, 15, 10)])    # 50 of 100 covered; 50 shared of 150
+    (0.5, 0.3333333333333333)
+    """
+    corners = [*looked, *annotated]
+    if not corners:
+        return None
+    xs = np.unique([edge for box in corners for edge in (box[0], box[2])])
+    ys = np.unique([edge for box in corners for edge in (box[1], box[3])])
+    areas = np.outer(np.diff(ys), np.diff(xs))  # the pieces into which all edges cut the plane
+    seen, wanted = _pieces(looked, xs, ys), _pieces(annotated, xs, ys)
+    shared, target = float(areas[seen & wanted].sum()), float(areas[wanted].sum())
+    if not target or not seen.any():
+        return None
+    return shared / target, shared / float(areas[seen | wanted].sum())
+
+
+def _pieces(boxes: Sequence[Box], xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
+    """Which pieces between the edges xs and ys lie in one of the boxes: bool (len(ys) - 1, len(xs) - 1)."""
+    inside = np.zeros((len(ys) - 1, len(xs) - 1), dtype=bool)
+    for x1, y1, x2, y2 in boxes:
+        inside |= np.outer((ys[:-1] >= y1) & (ys[1:] <= y2), (xs[:-1] >= x1) & (xs[1:] <= x2))
+    return inside

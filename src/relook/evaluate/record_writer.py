@@ -1,17 +1,15 @@
-"""The records of a run as they come: appended, synced, and taken up again where a run was cut.
+"""The records of a run as they come: appended, synced, and read again where the run was stopped.
 
-    run.json               what is asked of which model: a run goes on only if all of this is the same
-    records.jsonl.part     grows by the answers to one batch under one look at a time; records.jsonl in the end
+    run.json               what the records depend on: a run is continued only if all of this is the same
+    records.jsonl.part     grows by the answers to one batch under one setting at a time; records.jsonl in the end
     records.jsonl.part-1   the same of the second of several processes that share a run, and so on
 
-A run may be killed at any moment, and given again to as many processes as one likes: each reads what all have left. A
-batch that was not written whole is asked again, so that batches are the same as in a run that nothing disturbed. Knows
-files; not what a record says beyond task, look, index.
+A run may be killed at any moment and continued with any number of processes: each reads what all have left. A batch
+that was not written whole is asked again, so that batches are the same as in a run without an interruption.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,11 +17,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from relook.errors import UserError
-from relook.evaluate.records import RECORDS
+from relook.evaluate.records import RECORDS, Record, to_lines
 from relook.io import replacing
 
-Record = dict[str, Any]
 HEAD, PART = "run.json", RECORDS + ".part"
+Key = tuple[str, str, int]  # task, look, index of a record
 
 
 class RecordWriter:
@@ -71,7 +69,7 @@ class RecordWriter:
     def add(self, records: Sequence[Record]) -> Sequence[Record]:
         """Append what one batch gave under one look; on the disk when this returns."""
         if self.file is not None:
-            self.file.write(_lines(records))
+            self.file.write(to_lines(records).encode())
             self.file.flush()
             os.fsync(self.file.fileno())
             self.written += map(_key, records)
@@ -88,7 +86,7 @@ class RecordWriter:
             others = [part for part in parts(self.folder) if part != self.part]
             if others or self.written != [_key(record) for record in records]:
                 with replacing(self.part) as text:
-                    text.write(_lines(records).decode())
+                    text.write(to_lines(records))
             for part in others:
                 part.unlink()
             os.replace(self.part, self.folder / RECORDS)
@@ -125,9 +123,6 @@ class RecordWriter:
         return file
 
 
-Key = tuple[str, str, int]
-
-
 def parts(folder: Path) -> list[Path]:
     """The parts of an unfinished run, that of the first process first."""
     ranks = {path: path.name.removeprefix(PART + "-") for path in folder.glob(PART + "-*")}
@@ -142,12 +137,8 @@ def begun(folder: str | Path | None) -> dict[str, Any] | None:
     return _read_head(Path(folder) / HEAD) or {}
 
 
-def _key(record: Mapping[str, Any]) -> Key:
+def _key(record: Record) -> Key:
     return record["task"], record["look"], record["index"]
-
-
-def _lines(records: Sequence[Record]) -> bytes:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
 def _whole_lines(data: bytes) -> list[tuple[Record, int]]:
@@ -183,39 +174,3 @@ def _difference(before: Any, now: Mapping[str, Any]) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def weights_hash(model: Any) -> str | None:
-    """A hash of all weights and of the config of a torch model; None for something that is no torch model.
-
-    Two models with the same hash give the same answers; it is what a run is told apart by, not its folder's name.
-    """
-    state = getattr(model, "state_dict", None)
-    if state is None:
-        return None
-    import torch
-
-    told = hashlib.blake2b(digest_size=16)
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "to_json_string"):
-        told.update(config.to_json_string().encode())
-    for name, tensor in state().items():
-        told.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        data = tensor.detach().cpu()
-        told.update((data.float() if data.dtype is torch.bfloat16 else data).numpy().tobytes())  # numpy has no bfloat16
-    return told.hexdigest()
-
-
-def processor_hash(processor: Any) -> str | None:
-    """A hash of how images are seen and turns are told; None for something that is no processor of transformers."""
-    told = getattr(processor, "to_json_string", None)
-    return None if told is None else hashlib.blake2b(told().encode(), digest_size=16).hexdigest()
-
-
-def questions_hash(records: Sequence[Mapping[str, Any]]) -> str:
-    """A hash of what was asked: question, accepted answers, boxes and the image's name, in order."""
-    told = hashlib.blake2b(digest_size=16)
-    for record in records:
-        asked = [record[name] for name in ("index", "image", "where", "question", "accepted", "boxes")]
-        told.update(json.dumps(asked, ensure_ascii=False).encode())
-    return told.hexdigest()

@@ -1,38 +1,78 @@
-"""Evaluation folders on disk: read again, and kept in a small form.
+"""Evaluation records and the folders they are in: read, and kept in a small form.
 
-`run` writes records.jsonl and results.json; `keep` makes of them what a repository can hold: records.jsonl.gz (about
-a twentieth of the size: without transcripts and seconds per stage, floats to six digits) and the head of results.json.
-`read_folder` takes both. Knows files; refuses to know what a score means.
+A run writes records.jsonl (a `Record` a line) and results.json; `keep` makes of them what a repository can hold:
+records.jsonl.gz (about a twentieth of the size: without transcripts and seconds per stage, floats to six digits) and
+the `run` part of results.json. `read_folder` reads both.
 """
-
-from __future__ import annotations
 
 import gzip
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from relook.errors import UserError
-from relook.io import replacing
-
-Record = Mapping[str, Any]
+from relook.io import replacing, replacing_file
 
 RECORDS, RESULTS = "records.jsonl", "results.json"
 PACKED = RECORDS + ".gz"
-NEEDED = frozenset(
-    ("task", "look", "index", "where", "image", "field", "question", "accepted")
-    + ("scores", "looks", "recall", "iou", "usage", "seconds", "failed", "skipped")
-)
-DROPPED = ("transcript",)
+
+
+class Record(TypedDict):  # annotations of this module are not postponed: NotRequired would be lost
+    """One question under one setting: what was asked, what was answered, and what the answer is worth.
+
+    Boxes are x1, y1, x2, y2 in pixels of the upright original, x2 and y2 exclusive. A question that failed has no
+    scores and says why in `failed`; one that the setting does not apply to, in `skipped`.
+    """
+
+    task: str
+    look: str  # the setting's name
+    index: int  # of the question in its task
+    where: str  # file:line, or which page of a synthetic dataset
+    image: str | None  # path; None for an image in memory
+    field: str | None
+    question: str
+    accepted: list[str]
+    boxes: NotRequired[list[list[int]]]
+    size: NotRequired[list[int] | None]  # width, height of the upright image
+    grid: NotRequired[int | None]
+    answer: NotRequired[str | None]
+    scores: dict[str, float]
+    looks: list[dict[str, Any]]  # kind, cells, box, problem, attention
+    recall: float | None  # share of the annotated area that was seen
+    iou: float | None  # of the cells named and the annotated boxes
+    usage: dict[str, Any] | None
+    transcript: NotRequired[list[dict[str, Any]]]
+    seconds: float | None
+    failed: str | None
+    skipped: str | None
+    judged: NotRequired[dict[str, Any]]
+
+
+NEEDED = Record.__required_keys__
+DROPPED = ("transcript",)  # from the small form
+
+
+def answered(record: Record) -> bool:
+    return record["failed"] is None and record["skipped"] is None
+
+
+def image_key(record: Record) -> str:
+    """What identifies an image: its path, or of a page drawn in memory which page."""
+    return str(record["image"] or record["where"])
+
+
+def to_lines(records: Iterable[Record]) -> str:
+    """The records as they are written into records.jsonl."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 @dataclass(frozen=True)
 class Folder:
-    """One evaluation: its folder's name, what was run (results.json's `run`; empty where that is missing), its records
+    """One evaluation: its folder's name, what was run (`run` of results.json; empty where that is missing), its records
     sorted by task, look and number of the question."""
 
     name: str
@@ -79,17 +119,14 @@ def read_folder(path: str | Path) -> Folder:
 def keep(folder: Folder, target: str | Path) -> Path:
     """Write a folder's records, small, into `target` (made where missing); the same records give the same bytes."""
     target = Path(target)
-    text = "".join(
-        json.dumps(_slim(record), ensure_ascii=False, separators=(",", ":")) + "\n"
-        for record in sorted(folder.records, key=lambda record: (record["task"], record["index"], record["look"]))
-    )
+    ordered = sorted(folder.records, key=lambda record: (record["task"], record["index"], record["look"]))
+    text = "".join(json.dumps(_slim(each), ensure_ascii=False, separators=(",", ":")) + "\n" for each in ordered)
     packed = io.BytesIO()
     with gzip.GzipFile("", "wb", 9, packed, mtime=0) as file:
         file.write(text.encode())
-    write_bytes({target / PACKED: packed.getvalue()})
-    with replacing(target / RESULTS) as results:
-        json.dump({"run": folder.run}, results, indent=1, ensure_ascii=False)
-        results.write("\n")
+    with replacing_file(target / PACKED) as aside, replacing(target / RESULTS) as results:
+        aside.write_bytes(packed.getvalue())
+        results.write(json.dumps({"run": folder.run}, indent=1, ensure_ascii=False) + "\n")
     return target
 
 
@@ -106,25 +143,11 @@ def keep_all(folders: Iterable[Folder], target: str | Path) -> list[Path]:
     return [keep(folder, place) for place, folder in places.items()]
 
 
-def write_bytes(contents: Mapping[Path, bytes]) -> None:
-    """Write files aside and rename them once all are written.
-
-    Raises:
-        UserError: a place that cannot be written; nothing of the old files is lost then.
-    """
-    asides = {path: path.with_name(path.name + ".part") for path in contents}
-    try:
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Write files aside and rename them once all are written; UserError where one cannot be."""
+    with ExitStack() as stack:
         for path, data in contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            asides[path].write_bytes(data)
-        for path, aside in asides.items():
-            os.replace(aside, path)
-    except OSError as error:
-        for aside in asides.values():
-            if aside.is_file():
-                aside.unlink()
-        where = error.filename or next(iter(contents))
-        raise UserError(f"{where}: cannot be written ({error.strerror}); choose another folder") from error
+            stack.enter_context(replacing_file(path)).write_bytes(data)
 
 
 def _lines(file: Path) -> list[str]:

@@ -1,118 +1,18 @@
-"""Records to results: what a run found, as numbers, as a table for people and as JSON.
-
-Reads the records that `run` makes (one a question and arm) and nothing else, so that records on disk can be
-summed up again. A failed item is counted and shown, never scored.
-"""
+"""The results of a run: as JSON, and as the tables that `relook evaluate` prints, the paper's beside one's own."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from relook.evaluate.perception import Comparison
-from relook.evaluate.perception import table as comparison_table
-from relook.evaluate.published import CAVEATS, beside
-from relook.evaluate.split_metrics import split_scores
-from relook.evaluate.statistics import Estimate, bootstrap
+from relook.evaluate.statistics import Estimate
+from relook.evaluate.summary import Comparison, Summary
 
-Record = Mapping[str, Any]
+Column = tuple[str, float, int, bool]  # measure, factor, decimals, interval shown
 
-# Besides the scores: the measures of an answered record, None where it has none.
-MEASURES: dict[str, Callable[[Record], float | None]] = {
-    "recall": lambda record: record["recall"],
-    "iou": lambda record: record["iou"],
-    "looked": lambda record: float(any(look["problem"] is None for look in record["looks"])),
-    "malformed": lambda record: float(any(look["problem"] is not None for look in record["looks"])),
-    "lm_positions": lambda record: record["usage"]["lm_positions"],
-    "vision_patches": lambda record: record["usage"]["vision_patches"],
-    "generated_tokens": lambda record: record["usage"].get("generated_tokens"),
-    "seconds": lambda record: record["seconds"],
-}
-
-
-@dataclass
-class Result:
-    """One task under one arm.
-
-    asked     questions put to the model: answered + failed
-    skipped   questions the arm does not apply to (nothing annotated, for `oracle`)
-    unscored  answers that a score is missing for (a judge that failed); the score's mean and n leave them out
-    measures  mean and interval by name: scores, also those that only a split has (F1); recall (share of the annotated
-              area that was seen) and iou (of the cells named, before any widening), both over answers with a region
-              look; looked, malformed (shares of answers); costs
-    fields    the scores again, by the question's field
-    kinds     how often each kind of look was taken
-    errors    the first few failures in words
-    """
-
-    task: str
-    look: str
-    answered: int = 0
-    failed: int = 0
-    skipped: int = 0
-    unscored: int = 0
-    measures: dict[str, Estimate] = field(default_factory=dict)
-    fields: dict[str, dict[str, Estimate]] = field(default_factory=dict)
-    kinds: dict[str, int] = field(default_factory=dict)
-    errors: list[str] = field(default_factory=list)
-
-    @property
-    def asked(self) -> int:
-        return self.answered + self.failed
-
-
-@dataclass
-class Evaluation:
-    """All results of a run, what was run (model, seed, versions), and looks held against each other item by item."""
-
-    run: dict[str, Any]
-    results: list[Result]
-    compared: list[Comparison] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        results = [asdict(result) | {"asked": result.asked} for result in self.results]
-        return {"run": self.run, "results": results, "compared": [asdict(each) for each in self.compared]}
-
-    def result(self, task: str, look: str) -> Result:
-        """The result of one task and arm; KeyError where it was not run."""
-        for result in self.results:
-            if (result.task, result.look) == (task, look):
-                return result
-        raise KeyError((task, look))
-
-    def __str__(self) -> str:
-        return table(self)
-
-
-def sum_up(task: str, look: str, records: Sequence[Record], scores: Sequence[str], seed: int = 0) -> Result:
-    """The result of one task's records under one arm."""
-    answered = [record for record in records if record["failed"] is None and record["skipped"] is None]
-    failed = [record for record in records if record["failed"] is not None]
-    result = Result(task, look, len(answered), len(failed), len(records) - len(answered) - len(failed))
-    result.errors = [f"{record['where']}: {record['failed']}" for record in failed[:5]]
-    result.unscored = sum(any(name not in record["scores"] for name in scores) for record in answered)
-    result.measures = {name: _score(answered, name, seed) for name in scores}
-    for name, measure in MEASURES.items():
-        values = [value for value in map(measure, answered) if value is not None]
-        result.measures[name] = bootstrap(values, seed=seed)
-    result.measures |= split_scores(answered, seed)
-    names = list(dict.fromkeys(record["field"] for record in answered if record["field"]))
-    for name in sorted(names):
-        rows = [record for record in answered if record["field"] == name]
-        result.fields[name] = {score: _score(rows, score, seed) for score in scores}
-    kinds = Counter(look["kind"] for record in answered for look in record["looks"] if look["problem"] is None)
-    result.kinds = dict(kinds.most_common())
-    return result
-
-
-def _score(records: Sequence[Record], name: str, seed: int) -> Estimate:
-    return bootstrap([record["scores"][name] for record in records if name in record["scores"]], seed=seed)
-
-
-# column heading -> measure, factor, decimals, interval shown
-COLUMNS: dict[str, tuple[str, float, int, bool]] = {
+# column heading -> what stands in it
+COLUMNS: dict[str, Column] = {
     "exact %": ("exact", 100, 1, True),
     "ANLS %": ("anls", 100, 1, True),
     "VQA exact %": ("vqa_exact", 100, 1, True),
@@ -136,58 +36,203 @@ COLUMNS: dict[str, tuple[str, float, int, bool]] = {
     "LM pos.": ("lm_positions", 1, 0, False),
     "s": ("seconds", 1, 3, False),
 }
+SCORE_NAMES = {score: name.removesuffix(" %") for name, (score, *_) in COLUMNS.items()} | {"exact": "exact match"}
+WORDS = ("row", "what", "difference")  # headings of columns that hold words; all others hold numbers
 
 
-def table(evaluation: Evaluation) -> str:
-    """Results as plain text: one row a task and arm, 95 % intervals in brackets, then exact match by field."""
-    there = {name for r in evaluation.results for name in r.measures}
-    judged = "judge" in there
-    columns = {heading: column for heading, column in COLUMNS.items() if column[0] in there}
-    heading = ["task", "look", "n", *columns, *(["unscored"] if judged else []), "failed", "skipped"]
-    rows = [
-        [r.task, r.look, str(r.answered)]
-        + [_cell(r.measures.get(name), factor, digits, interval) for name, factor, digits, interval in columns.values()]
-        + [*([str(r.unscored)] if judged else []), str(r.failed), str(r.skipped)]
-        for r in evaluation.results
-    ]
-    parts = [_grid([heading, *rows])]
-    for task in dict.fromkeys(r.task for r in evaluation.results):
-        results = [r for r in evaluation.results if r.task == task and r.fields]
-        fields = sorted({name for r in results for name in r.fields})
-        if len(fields) > 1:
-            score = next(iter(results[0].fields[fields[0]]), "exact")
-            cells = [[f"{task}, {score} % by field (n)", *fields]]
-            cells += [[r.look, *(_field_cell(r.fields.get(name, {}).get(score)) for name in fields)] for r in results]
-            parts.append(_grid(cells))
-    if compared := comparison_table(evaluation.compared):
-        parts.append(_grid(compared))
-    judgements = {(r.task, r.look): r.measures.get("judge") for r in evaluation.results}
-    own = {key: None if j is None or j.mean is None else 100 * j.mean for key, j in judgements.items()}
-    if published := beside(own):
-        parts += [_grid(published), "published: " + "; ".join(CAVEATS)]
-    parts += [f"failed: {error}" for r in evaluation.results for error in r.errors[:1]]
-    return "\n\n".join(parts)
+@dataclass
+class Evaluation:
+    """All results of a run, what was run (model, seed, versions), and looks compared question by question."""
+
+    run: dict[str, Any]
+    results: list[Summary]
+    compared: list[Comparison] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        results = [result.to_dict() for result in self.results]
+        return {"run": self.run, "results": results, "compared": [asdict(each) for each in self.compared]}
+
+    def result(self, task: str, look: str) -> Summary:
+        """The result of one task and look; KeyError where it was not run."""
+        for result in self.results:
+            if (result.task, result.look) == (task, look):
+                return result
+        raise KeyError((task, look))
+
+    def __str__(self) -> str:
+        """A row a task and look with 95 % intervals, scores by field, comparisons, the paper's table, failures."""
+        tables = [_main(self.results), *_fields(self.results), _comparisons(self.compared)]
+        parts = [table.text() for table in tables if table.lines]
+        judgements = {(r.task, r.look): r.measures.get("judge") for r in self.results}
+        own = {key: None if j is None or j.mean is None else 100 * j.mean for key, j in judgements.items()}
+        if published := beside(own):
+            parts += [published.text(), "published: " + "; ".join(CAVEATS)]
+        return "\n\n".join(parts + [f"failed: {error}" for r in self.results for error in r.errors[:1]])
 
 
-def _cell(value: Estimate | None, factor: float, digits: int, interval: bool) -> str:
+# ---- tables
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: what stands above it, the columns' headings, and lines with a cell for each."""
+
+    caption: str
+    heading: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+
+    def text(self) -> str:
+        """Aligned columns, the first left and the others right, a rule under the heading."""
+        widths = [max(map(len, column)) for column in zip(self.heading, *self.lines, strict=True)]
+        rows = [self.heading, tuple("-" * width for width in widths), *self.lines]
+        aligned = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+        return "\n".join("  ".join(row).rstrip() for row in aligned)
+
+    def markdown(self) -> str:
+        rule = tuple("---" if name in WORDS else "---:" for name in self.heading)
+        return "\n".join("| " + " | ".join(map(escaped, row)) + " |" for row in (self.heading, rule, *self.lines))
+
+
+def escaped(text: str) -> str:
+    """One line, with nothing in it that Markdown would take for the end of a cell or for a tag."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def cell(value: Estimate | None, column: Column, signed: bool = False) -> str:
+    """An estimate as text, "-" where there was nothing to average.
+
+    >>> cell(Estimate(0.125, 0.05, 0.25, 8), ("exact", 100, 1, True))
+    '12.5 (5.0-25.0)'
+    """
     if value is None or value.mean is None or value.low is None or value.high is None:
         return "-"
-    text = f"{value.mean * factor:.{digits}f}"
-    return f"{text} ({value.low * factor:.{digits}f}-{value.high * factor:.{digits}f})" if interval else text
+    _, factor, digits, interval = column
+    sign, to = ("+", " to ") if signed else ("", "-")
+    mean, low, high = (f"{each * factor:{sign}.{digits}f}" for each in (value.mean, value.low, value.high))
+    return f"{mean} ({low}{to}{high})" if interval else mean
 
 
-def _field_cell(value: Estimate | None) -> str:
+def points(value: Estimate | None) -> str:
+    """A difference of shares in points, with its interval."""
+    return cell(value, ("", 100, 1, True), signed=True)
+
+
+def p_value(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def score_name(score: str) -> str:
+    """A score as people call it; its own name where none is known."""
+    return SCORE_NAMES.get(score, score)
+
+
+def _main(results: Sequence[Summary]) -> Table:
+    there = {name for r in results for name in r.measures}
+    judged = "judge" in there
+    columns = {heading: column for heading, column in COLUMNS.items() if column[0] in there}
+    heading = ("task", "look", "n", *columns, *(["unscored"] if judged else []), "failed", "skipped")
+    lines = []
+    for r in results:
+        cells = [cell(r.measures.get(column[0]), column) for column in columns.values()]
+        counts = [*([str(r.unscored)] if judged else []), str(r.failed), str(r.skipped)]
+        lines.append((r.task, r.look, str(r.answered), *cells, *counts))
+    return Table("", heading, tuple(lines))
+
+
+def _fields(results: Sequence[Summary]) -> list[Table]:
+    """A table for each task with several fields: its first score by field."""
+    tables = []
+    for task in dict.fromkeys(r.task for r in results):
+        those = [r for r in results if r.task == task and r.fields]
+        fields = sorted({name for r in those for name in r.fields})
+        if len(fields) > 1:
+            score = next(iter(those[0].fields[fields[0]]), "exact")
+            lines = [(r.look, *(_share(r.fields.get(name, {}).get(score)) for name in fields)) for r in those]
+            tables.append(Table("", (f"{task}, {score} % by field (n)", *fields), tuple(lines)))
+    return tables
+
+
+def _share(value: Estimate | None) -> str:
     return "-" if value is None or value.mean is None else f"{value.mean * 100:.1f} ({value.n})"
 
 
-def _grid(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as aligned columns, the first left and the others right, a rule under the heading."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+def _comparisons(found: Sequence[Comparison]) -> Table:
+    lines = []
+    for each in found:
+        counts = [str(n) for n in (each.n, each.only_a, each.only_b, each.both, each.neither)]
+        p = "-" if each.p is None else p_value(each.p)
+        lines.append((f"{each.task}: {each.a} - {each.b}", *counts, points(each.gain), points(each.looked), p))
+    heading = ("did the look matter", "n", "only with", "only without", "both", "neither")
+    return Table("", (*heading, "gain, points", "where it looked", "p"), tuple(lines))
 
-    def line(row: Sequence[str]) -> str:
-        first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        return "  ".join([first, *rest]).rstrip()
 
-    return "\n".join([line(rows[0]), "  ".join("-" * w for w in widths), *(line(row) for row in rows[1:])])
+# ---- the paper's table: mean judgement in percent by model, image size and task (arXiv 2502.17425)
+
+PUBLISHED_COLUMNS = (
+    "gqa",
+    "openimages",
+    "vsr",
+    "llava",
+    "flickr30k",
+    "cub",
+    "docvqa",
+    "textvqa",
+    "textcaps",
+    "dude",
+    "pope",
+)
+AS = {"llava-free": "llava", "llava-single": "llava"}  # tasks of which a column is the mean
+NOT_TRAINED_ON = ("flickr30k", "dude", "pope")
+
+# (model, longest side in pixels) -> scores in the order of PUBLISHED_COLUMNS, percent
+PUBLISHED: dict[tuple[str, int], tuple[float, ...]] = {
+    ("Qwen2-VL-2B", 224): (44.8, 41.3, 56.1, 65.5, 52.1, 62.1, 5.1, 38.3, 39.0, 6.3, 82.1),
+    ("Qwen2-VL-7B", 224): (46.4, 44.2, 63.2, 70.3, 52.4, 69.7, 6.3, 42.1, 43.1, 9.5, 82.7),
+    ("2B-VPT (DINO)", 224): (60.6, 84.2, 65.7, 70.5, 55.8, 89.2, 12.5, 53.7, 46.6, 10.3, 84.3),
+    ("Qwen2-VL-2B", 512): (48.7, 41.8, 58.0, 72.8, 55.7, 65.2, 30.1, 76.5, 71.0, 25.3, 84.7),
+    ("Qwen2-VL-7B", 512): (56.9, 45.6, 64.1, 78.0, 63.6, 68.7, 36.0, 81.6, 73.2, 32.2, 86.6),
+    ("2B-VPT (DINO)", 512): (62.5, 87.2, 73.8, 79.7, 66.3, 89.8, 57.3, 86.0, 76.6, 43.0, 89.3),
+    ("2B-VPT (DINO, free choice)", 512): (63.5, 87.4, 73.3, 80.2, 70.5, 91.1, 57.6, 86.1, 75.8, 43.8, 95.0),
+    ("2B-VPT (CLIP)", 512): (62.1, 87.2, 74.6, 79.1, 66.0, 91.3, 56.7, 85.6, 77.0, 43.3, 88.7),
+    ("2B-VPT (SAM)", 512): (61.7, 87.6, 74.6, 79.6, 65.7, 90.5, 55.8, 85.8, 75.0, 43.1, 89.4),
+    ("7B-VPT (CLIP)", 512): (63.3, 87.8, 79.0, 83.1, 68.0, 92.1, 65.8, 90.6, 78.8, 53.2, 90.3),
+}
+
+CAVEATS = (
+    "judged by gpt-4o, its version not said; another judge gives other numbers",
+    "a judgement that failed counted as 0 there and is left out here",
+    "only judgements compare with it: relook judge FOLDER",
+    "the first 1000 items at most, answers sampled, no interval given",
+    f"{', '.join(NOT_TRAINED_ON)} were not in the training mix",
+)
+
+
+def beside(judged: Mapping[tuple[str, str], float | None]) -> Table | None:
+    """The paper's table for one's own results; None where it has none of the tasks.
+
+    Args:
+        judged: mean judgement in percent by (task, look), None where nobody has judged. Behind each published figure
+            stands, in brackets, one's own under the first look minus it.
+    """
+    columns = [c for c in PUBLISHED_COLUMNS if c in {AS.get(task, task) for task, _ in judged}]
+    if not columns:
+        return None
+    looks = list(dict.fromkeys(look for _, look in judged))
+    own = {look: {c: _mean(judged, c, look) for c in columns} for look in looks}
+    lines = []
+    for look in looks:
+        if any(value is not None for value in own[look].values()):
+            cells = ["-" if (value := own[look][c]) is None else f"{value:.1f}" for c in columns]
+            lines.append((f"yours, {look}", "", *cells))
+    for (model, side), scores in PUBLISHED.items():
+        pairs = [(scores[PUBLISHED_COLUMNS.index(c)], own[looks[0]][c]) for c in columns]
+        cells = [f"{x:.1f}" if v is None else f"{x:.1f} ({v - x:+.1f})" for x, v in pairs]
+        lines.append((model, str(side), *cells))
+    return Table("", ("published, judge % (yours - it)", "px", *columns), tuple(lines))
+
+
+def _mean(judged: Mapping[tuple[str, str], float | None], column: str, look: str) -> float | None:
+    """The mean over the tasks of a column; None where one of them was not judged."""
+    values = [v for (task, asked), v in judged.items() if asked == look and AS.get(task, task) == column]
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None

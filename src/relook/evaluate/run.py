@@ -1,8 +1,7 @@
-"""The run: every question of every task, asked under every arm, recorded one by one, summed up.
+"""A run: every question of every task, asked under every setting, recorded one by one and summarized.
 
-Questions come lazily and each batch goes through all arms before the next is read, so a page is rendered or opened
-once and memory holds one batch. Where batches are asked is an engine's business, what is kept of a run that is cut the
-journal's.
+Questions come lazily and each batch goes through all settings before the next is read, so a page is rendered or opened
+once and memory holds one batch.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from relook import plugins
 from relook.errors import RelookError, UserError
-from relook.evaluate.benchmarks import Places
-from relook.evaluate.environment import versions
+from relook.evaluate.environment import questions_hash, versions
 from relook.evaluate.executors import EXECUTORS, Executor, Progress, find_executor
-from relook.evaluate.perception import comparisons
-from relook.evaluate.protocols import find_protocol
-from relook.evaluate.record_writer import RecordWriter, begun, questions_hash
-from relook.evaluate.records import RESULTS
-from relook.evaluate.results import Evaluation, sum_up
-from relook.evaluate.runner import Plan, Record, in_order
-from relook.evaluate.settings import SETTINGS
+from relook.evaluate.record_writer import RecordWriter, begun
+from relook.evaluate.records import RESULTS, Record
+from relook.evaluate.results import Evaluation
+from relook.evaluate.runner import Plan, in_order
+from relook.evaluate.settings import SETTINGS, find_protocol
+from relook.evaluate.summary import compare_looks, summarize_run
+from relook.evaluate.tasks import TASKS, Places
 from relook.io import replacing
 
 AUTO = "auto"  # a batch size that is measured
@@ -33,7 +32,7 @@ AUTO = "auto"  # a batch size that is measured
 
 def evaluate(
     model: Any,
-    tasks: Sequence[str] = ("cards",),
+    tasks: Sequence[str],
     looks: Sequence[str] = ("auto", "none"),
     n: int | None = None,
     out: str | Path | None = None,
@@ -72,19 +71,22 @@ def evaluate(
         RelookError: not one question was answered.
     """
     plan = _plan(tasks, looks, n, seed, batch, max_new_tokens, protocol, places)
-    with EXECUTORS[find_executor(engine)].make(model, dtype, replicas) as crew:
+    with EXECUTORS[find_executor(engine)](model, dtype, replicas) as executor:
         run: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions()}
-        run |= crew.about(plan, hashed=out is not None)
+        run |= executor.about(plan, hashed=out is not None)
         if batch == AUTO:
-            plan, run["measured"] = _with_fastest_batch(plan, crew, out)
+            plan, run["measured"] = _with_fastest_batch(plan, executor, out)
         run |= _settings(plan) | {"engine": find_executor(engine)}
-        with crew.journal(out, _decisive(run)) as journal:
-            records = in_order(crew.records(plan, journal, progress), plan)
-            run["taken_up"] = journal.taken_up
-            evaluation = _summed(run, plan, records)
-            if crew.first:
-                _write(evaluation, records, out, journal)
-        _refuse_silence(evaluation)
+        with executor.writer(out, _decisive(run)) as writer:
+            records = in_order(executor.records(plan, writer, progress), plan)
+            run["taken_up"] = writer.taken_up
+            evaluation = _summarized(run, plan, records)
+            if executor.main:
+                _write(evaluation, records, out, writer)
+        if not _answered(evaluation):
+            errors = [error for result in evaluation.results for error in result.errors]
+            why = errors[0] if errors else "no setting applied to any question"
+            raise RelookError(f"not one question was answered; the first failure: {why}")
     return evaluation
 
 
@@ -104,7 +106,8 @@ def _plan(
         UserError: what is wrong with it, as far as that can be known without the model.
     """
     if not tasks:
-        raise UserError("no task was named; see relook.evaluate.TASKS, or give the path of a file of questions")
+        known = ", ".join(plugins.names("task", TASKS))
+        raise UserError(f"no task was named; give --tasks with some of {known}, or files of questions")
     if not looks:
         raise UserError(f"no look was named; expected some of {', '.join(SETTINGS)}")
     if batch == AUTO:
@@ -113,18 +116,16 @@ def _plan(
         raise UserError(f"n={n} questions with batch={batch}; expected 1 or more of both (or batch='auto')")
     n = find_protocol(protocol).n if n is None else n
     plan = Plan(tuple(tasks), tuple(looks), n, seed, batch, max_new_tokens, protocol, places)
-    names = [task.name for task in plan.rows()]
-    if len(set(names)) < len(names):
-        raise UserError("two of the question files have the same name; rename one")
+    plan.rows()
     return plan
 
 
-def _with_fastest_batch(plan: Plan, crew: Executor, out: str | Path | None) -> tuple[Plan, dict[str, float]]:
+def _with_fastest_batch(plan: Plan, executor: Executor, out: str | Path | None) -> tuple[Plan, dict[str, float]]:
     """The plan with a batch size that was measured, or that an unfinished run in the folder has; and the measures."""
     before = (begun(out) or {}).get("batch")
     if isinstance(before, int):
         return replace(plan, batch=before), {}
-    seconds = crew.measure(plan)
+    seconds = executor.measure(plan)
     if not seconds:
         return plan, {}
     best = min(seconds, key=lambda size: seconds[size])
@@ -146,7 +147,7 @@ def _decisive(run: Mapping[str, Any]) -> dict[str, Any]:
     return {key: run.get(key) for key in (*decisive, "max_new_tokens", "versions")}
 
 
-def _summed(run: dict[str, Any], plan: Plan, records: Sequence[Record]) -> Evaluation:
+def _summarized(run: dict[str, Any], plan: Plan, records: Sequence[Record]) -> Evaluation:
     found: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
         found[record["task"], record["look"]].append(record)
@@ -154,31 +155,23 @@ def _summed(run: dict[str, Any], plan: Plan, records: Sequence[Record]) -> Evalu
     run["seconds"] = sum(record["seconds"] or 0.0 for record in records)
     run["questions"] = {task.name: questions_hash(found[task.name, looks[0]]) for task in plan.rows()}
     results = [
-        sum_up(task.name, look, found[task.name, look], task.scores, plan.seed)
+        summarize_run(task.name, look, found[task.name, look], task.scores, plan.seed)
         for task in plan.rows()
         for look in looks
     ]
-    return Evaluation(run, results, comparisons(records, plan.seed))
+    return Evaluation(run, results, compare_looks(records, plan.seed))
 
 
-def _write(evaluation: Evaluation, records: Sequence[Record], out: str | Path | None, journal: RecordWriter) -> None:
+def _write(evaluation: Evaluation, records: Sequence[Record], out: str | Path | None, writer: RecordWriter) -> None:
     """Results, then records: until these have their name the run goes on. A run without an answer leaves nothing."""
     if not _answered(evaluation):
-        journal.discard()
+        writer.discard()
         return
     if out is not None:
         with replacing(Path(out) / RESULTS) as results_file:
             json.dump(evaluation.to_dict(), results_file, indent=2, ensure_ascii=False)
-    journal.finish(records)
+    writer.finish(records)
 
 
 def _answered(evaluation: Evaluation) -> bool:
     return any(result.answered for result in evaluation.results)
-
-
-def _refuse_silence(evaluation: Evaluation) -> None:
-    """A run in which nothing was answered has no result to print, and nothing to go on from."""
-    if not _answered(evaluation):
-        errors = [error for result in evaluation.results for error in result.errors]
-        why = errors[0] if errors else "no arm applied to any question"
-        raise RelookError(f"not one question was answered; the first failure: {why}")

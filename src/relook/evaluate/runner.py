@@ -1,8 +1,7 @@
-"""Asking: the plan of a run, its batches, and a model that answers one batch under one arm with records.
+"""The plan of a run, its batches, and a loaded model that answers one batch under one setting with records.
 
-A plan is plain data and says what is asked of any model; an `Runner` is a loaded model that follows it. Wherever an
-runner lives (this process, one of several, an actor of Ray), the same batch under the same arm gives the same records.
-What an item's failure was is in its record; it is never a score. Knows no files and no engines.
+A plan is plain data. Wherever a `Runner` is (this process, one of several, an actor of Ray), the same batch under the
+same setting gives the same records. The failure of an item is in its record; it is never a score.
 """
 
 from __future__ import annotations
@@ -16,18 +15,15 @@ from typing import Any
 
 from relook.data.items import Question, image_size
 from relook.errors import RelookError, UserError
-from relook.evaluate.benchmarks import Places
-from relook.evaluate.metrics import SCORERS
-from relook.evaluate.protocols import find_protocol
-from relook.evaluate.settings import Case, Setting, find_settings, request
-from relook.evaluate.statistics import region_overlap
-from relook.evaluate.tasks import Task, find_tasks
+from relook.evaluate.metrics import SCORERS, region_overlap
+from relook.evaluate.records import Record
+from relook.evaluate.settings import Case, Setting, find_protocol, find_settings
+from relook.evaluate.tasks import Places, Task, find_tasks
 from relook.io import rng
 from relook.looks import ANSWER_PREFIX
 from relook.regions import cells_to_box
 from relook.trace import Answer, Look
 
-Record = dict[str, Any]
 Outcome = tuple[Answer | None, str | None, float]  # the answer, or what went wrong; seconds
 
 
@@ -104,44 +100,44 @@ def same_questions(batch: Batch, records: Sequence[Record]) -> None:
 
 
 class Runner:
-    """A loaded model that follows a plan.
+    """A loaded model that answers the batches of a plan.
 
     Raises:
-        UserError: an arm that is unknown, or needs a look that the model lacks.
+        UserError: a setting that is unknown, or needs a look that the model lacks.
     """
 
     def __init__(self, vlm: Any, plan: Plan) -> None:
-        self.vlm, self.plan, self.way = vlm, plan, find_protocol(plan.protocol)
-        self.arms = find_settings(plan.looks, vlm)
-        self.options: dict[str, Any] = dict(self.way.options)
+        self.vlm, self.plan, self.protocol = vlm, plan, find_protocol(plan.protocol)
+        self.settings = find_settings(plan.looks, vlm)
+        self.options: dict[str, Any] = dict(self.protocol.options)
         if self.options.get("do_sample"):
             self.options["seed"] = plan.seed
 
-    def ask(self, batch: Batch, arm: Setting) -> list[Record]:
-        """Records of one batch under one arm, in the order of the questions.
+    def ask(self, batch: Batch, setting: Setting) -> list[Record]:
+        """Records of one batch under one setting, in the order of the questions.
 
         The same question keeps its number, and so its random region, in whatever batch it is.
         """
         records: list[Record] = []
         waiting: list[tuple[Record, Case, dict[str, Any]]] = []
         for number, question in zip(batch.numbers, batch.questions, strict=True):
-            record = _blank(batch.task, arm, number, question)
+            record = _unanswered(batch.task.name, setting.name, number, question)
             records.append(record)
             try:
                 size = image_size(question)
             except UserError as error:
                 record["failed"] = str(error)
                 continue
-            record |= {"size": list(size), "grid": self.vlm.processor.grid_size}
-            random = rng(self.plan.seed, "arm", batch.task.name, number)
-            case = Case(question, size, self.vlm.processor.grid_size, random)
-            look = arm.options(case)
+            grid = self.vlm.processor.grid_size
+            record["size"], record["grid"] = list(size), grid
+            case = Case(question, size, grid, rng(self.plan.seed, "arm", batch.task.name, number))
+            look = setting.options(case)
             if look is None:
-                record["skipped"] = f"{arm.name} does not apply: nothing is annotated"
+                record["skipped"] = f"{setting.name} does not apply: nothing is annotated"
             else:
-                waiting.append((record, case, request(question, look)))
-        with self.way.seen(self.vlm.processor):
-            tokens = self.plan.max_new_tokens or self.way.tokens or batch.task.tokens
+                waiting.append((record, case, {"image": question.image, "question": question.text, **look}))
+        with self.protocol.applied(self.vlm.processor):
+            tokens = self.plan.max_new_tokens or self.protocol.tokens or batch.task.tokens
             outcomes = self._outcomes([asked for _, _, asked in waiting], tokens)
         for (record, case, _), (answer, problem, seconds) in zip(waiting, outcomes, strict=True):
             record["seconds"] = seconds
@@ -172,7 +168,7 @@ class Runner:
 
 
 def in_order(records: Iterable[Record], plan: Plan) -> list[Record]:
-    """Records as one process asks for them: task by task, batch by batch, arm by arm."""
+    """Records as one process asks for them: task by task, batch by batch, setting by setting."""
     tasks = [task.name for task in plan.rows()]
     looks = list(dict.fromkeys(plan.looks))
 
@@ -184,7 +180,8 @@ def in_order(records: Iterable[Record], plan: Plan) -> list[Record]:
 
 
 def fastest_batch(runner: Runner, sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)) -> dict[int, float]:
-    """Seconds per question (under all arms) by batch size, measured on the first questions, until more is no faster.
+    """Seconds per question (under all settings) by batch size, measured on the first questions, until more is no
+    faster.
 
     A batch that does not fit into memory is asked one by one after it has failed, and so is slower than a batch of one.
     What was answered is thrown away.
@@ -207,15 +204,15 @@ def fastest_batch(runner: Runner, sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64
 
 def _time(runner: Runner, task: Task, questions: Sequence[Question]) -> float:
     begun = time.perf_counter()
-    for arm in runner.arms:
-        runner.ask(Batch(task, 0, 0, questions), arm)
+    for setting in runner.settings:
+        runner.ask(Batch(task, 0, 0, questions), setting)
     return time.perf_counter() - begun
 
 
-def _blank(task: Task, arm: Setting, number: int, question: Question) -> Record:
+def _unanswered(task: str, look: str, number: int, question: Question) -> Record:
     return {
-        "task": task.name,
-        "look": arm.name,
+        "task": task,
+        "look": look,
         "index": number,
         "where": question.where,
         "image": question.image if isinstance(question.image, str) else None,
@@ -243,8 +240,8 @@ def _fill(record: Record, case: Case, answer: Answer, scores: Sequence[str]) -> 
 
     Recall is of what was *seen* (crops as widened); IoU of the cells as *named*, since naming is the model's part.
     """
-    record["answer"] = answer.text.removeprefix(ANSWER_PREFIX).strip()
-    record["scores"] = {name: SCORERS[name](record["answer"], case.question.answers) for name in scores}
+    record["answer"] = text = answer.text.removeprefix(ANSWER_PREFIX).strip()
+    record["scores"] = {name: SCORERS[name](text, case.question.answers) for name in scores}
     record["looks"] = [_look(look) for look in answer.looks]
     record["usage"] = answer.usage.to_dict()
     record["transcript"] = [turn.to_dict() for turn in answer.transcript]

@@ -1,23 +1,29 @@
-"""Arms: the ways to look under which the same questions are asked. An arm is a row of `SETTINGS`.
+"""Evaluation settings: how the model is made to look (`SETTINGS`), and under which protocol it is asked (`PROTOCOLS`).
 
-`auto`, `none` and the looks' names are the model's own ways; `oracle` shows the annotated region and `random` one
-of the same size elsewhere, so that the three together say what choosing the region is worth. A look's name with
-`-unconditioned` is the same look without its condition: what is left are features that do not know the question. Only
-re-encoding looks have that row; a region's crop enters as the first look does, without projector and condition.
-`blank` is the region look with nothing on the crop: what is left is having asked.
-Knows boxes and cells; refuses to know how a look is taken.
+`auto`, `none` and the looks' names are the model's own ways; `oracle` shows the annotated region and `random` one of
+the same size elsewhere: the three together say what choosing the region is worth. A look's name with `-unconditioned`
+is the same look without its condition (c = 0): features that do not depend on the question. Only re-encoding looks
+have that setting; a region's crop enters as the first look does, without projector and condition. `blank` is the
+region look with a blank crop.
+
+Protocol `default` asks all items greedily, at the views of the checkpoint. `paper` is as published: the first 1000
+items, images of 512 pixels at most (`paper-224`: 224) made smaller by the nearest neighbour, a region widened by one
+cell, and sampling at top-p 0.1, top-k 10, temperature 0.95, turns of at most 1024 tokens (LLaMA-Factory's default,
+with which the published evaluation generated).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from relook.data.items import Question
 from relook.errors import UserError
 from relook.looks import LOOKS
 from relook.regions import Cells, box_to_cells, union
+from relook.views import View
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Case:
-    """One question as an arm sees it: the upright image's (width, height), the grid, and a generator of its own."""
+    """One question as a setting gets it: the upright image's (width, height), the grid, and a generator of its own."""
 
     question: Question
     size: tuple[int, int]
@@ -35,7 +41,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Setting:
-    """One row: what it is, the look a model must have for it, and the options of `ask` (None: does not apply)."""
+    """What it is, the look a model must have for it, and the options of `VLM.ask_many` (None: does not apply)."""
 
     name: str
     about: str
@@ -66,45 +72,40 @@ def _oracle(case: Case) -> dict[str, Any] | None:
     return None if cells is None else {"region": cells}
 
 
+def _random(case: Case) -> dict[str, Any]:
+    return {"region": random_cells(case)}
+
+
 def _look(name: str, **options: Any) -> Callable[[Case], dict[str, Any]]:
     return lambda case: {"look": name, **options}
 
 
+_UNCONDITIONED = "a {} look whose features enter as they are (c = 0)"
+_BLANK = "a region look, in the model's own way, that shows a blank crop"
+
 SETTINGS: dict[str, Setting] = {
-    arm.name: arm
-    for arm in (
+    setting.name: setting
+    for setting in (
         Setting("auto", "the model decides", None, _look("auto")),
         Setting("none", "no second look", None, _look("none")),
         *(Setting(look, f"a {look} look, in the model's own way", look, _look(look)) for look in LOOKS),
         *(
-            Setting(
-                f"{look}-unconditioned",
-                f"a {look} look whose features enter as they are (c = 0)",
-                look,
-                _look(look, condition=False),
-            )
+            Setting(f"{look}-unconditioned", _UNCONDITIONED.format(look), look, _look(look, condition=False))
             for look, spec in LOOKS.items()
             if spec.reencodes
         ),
-        Setting(
-            "blank",
-            "a region look, in the model's own way, that shows a blank crop",
-            "region",
-            _look("region", blank=True),
-        ),
+        Setting("blank", _BLANK, "region", _look("region", blank=True)),
         Setting("oracle", "the annotated region", "region", _oracle),
-        Setting(
-            "random", "a region of the annotated one's size, anywhere", "region", lambda c: {"region": random_cells(c)}
-        ),
+        Setting("random", "a region of the annotated one's size, anywhere", "region", _random),
     )
 }
 
 
 def find_settings(names: Sequence[str], vlm: Any) -> list[Setting]:
-    """The arms of these names, in order, each once.
+    """The settings of these names, in order, each once.
 
     Raises:
-        UserError: no such arm, or one that needs a look the model lacks.
+        UserError: no such setting, or one that needs a look the model lacks.
     """
     if not names:
         raise UserError(f"no look was named; expected some of {', '.join(SETTINGS)}")
@@ -119,6 +120,59 @@ def find_settings(names: Sequence[str], vlm: Any) -> list[Setting]:
     return [SETTINGS[name] for name in dict.fromkeys(names)]
 
 
-def request(question: Question, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What `VLM.ask_many` takes for one question."""
-    return {"image": question.image, "question": question.text, **options}
+# ---- protocols
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How large an image is seen, how a token is chosen, how many items are asked.
+
+    n         items of a task where nobody says otherwise (None: the task's own number)
+    view      of every look through the model's own encoder; None for the checkpoint's
+    options   of `VLM.ask_many`
+    tokens    of a turn where nobody says otherwise (None: the task's own)
+    """
+
+    name: str
+    about: str
+    n: int | None = None
+    view: View | None = None
+    margin: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int | None = None
+
+    @contextmanager
+    def applied(self, processor: Any) -> Iterator[None]:
+        """Within this context, the processor has the protocol's views."""
+        wanted: dict[str, Any] = {}
+        if self.view is not None:
+            wanted |= {"first_look": self.view, "second_look": self.view, "reencode_look": None}
+        if self.margin is not None:
+            wanted["region_margin"] = self.margin
+        before = {name: getattr(processor, name) for name in wanted}
+        try:
+            for name, value in wanted.items():
+                setattr(processor, name, value)
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(processor, name, value)
+
+
+PAPER = {"do_sample": True, "top_p": 0.1, "top_k": 10, "temperature": 0.95}
+
+PROTOCOLS: dict[str, Protocol] = {
+    row.name: row
+    for row in (
+        Protocol("default", "greedy, all items, the checkpoint's own views"),
+        Protocol("paper", "as published, images of at most 512 pixels", 1000, View(512, "nearest"), 1, PAPER, 1024),
+        Protocol("paper-224", "as published, images of at most 224 pixels", 1000, View(224, "nearest"), 1, PAPER, 1024),
+    )
+}
+
+
+def find_protocol(name: str) -> Protocol:
+    """The protocol of that name; UserError where there is none."""
+    if name not in PROTOCOLS:
+        raise UserError(f"protocol {name!r} is unknown; expected one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]

@@ -1,33 +1,31 @@
-"""Scores that only a whole split has: F1 is no mean over items. A score is a row of `SPLIT_SCORES`.
+"""Scores that are defined for a whole split only: F1 and CIDEr are no means over items.
 
-A row turns each answered record into a vector of parts (counts), and the sum of the parts over records into one number.
-So the interval is the plain bootstrap of `metrics` too: items are drawn, their parts added up, the number taken.
-`of` is the item score whose records a row is about; rows apply by themselves where that score is. Records in, numbers
-out; how an answer is read is `scores`' business.
+A `SplitScore` turns each answered record into a vector of parts (counts), and the sum of the parts over records into
+one number: its interval is the plain bootstrap too, items being drawn and their parts added up. `of` is the item score
+whose records it is about; it applies by itself where that score is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 
 from relook.errors import UserError
 from relook.evaluate.metrics import caption_words, read_yes_no
+from relook.evaluate.records import Record
 from relook.evaluate.statistics import Estimate, resampled
 
-Record = Mapping[str, Any]
 Parts = Callable[[Sequence[Record]], np.ndarray]  # records -> (n, k)
 Value = Callable[[np.ndarray], np.ndarray]  # sums (..., k) -> (...); NaN where it is not defined
 
 
 @dataclass(frozen=True)
 class SplitScore:
-    """One row. `about`: what it is; `fields`: what the records' fields must all be (None: anything); `library`: the
-    module that it needs."""
+    """`about`: what it is; `fields`: what the records' fields must all be (None: anything); `library`: the module that
+    it needs."""
 
     name: str
     about: str
@@ -48,11 +46,7 @@ class SplitScore:
         return self.library is None or find_spec(self.library) is not None
 
     def require(self) -> None:
-        """Refuse to be asked for where the library is missing.
-
-        Raises:
-            UserError: says what to install.
-        """
+        """Raise a UserError that says what to install, where the library is missing."""
         if not self.available:
             raise UserError(f"{self.name} needs {self.library}, which is not installed; pip install 'relook[captions]'")
 
@@ -71,20 +65,23 @@ def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=np.asarray(b) > 0)
 
 
+def _said(record: Record) -> str:
+    return record.get("answer") or ""
+
+
 def _yes_no_counts(records: Sequence[Record]) -> np.ndarray:
     """(n, 4): said yes to a yes, said yes to a no, did not say yes to a yes, one item."""
     truths = [read_yes_no(record["accepted"][0]) == "yes" for record in records]
-    said = [read_yes_no(record["answer"]) == "yes" for record in records]
+    said = [read_yes_no(_said(record)) == "yes" for record in records]
     pairs = zip(said, truths, strict=True)
     return np.array([(s and t, s and not t, t and not s, 1) for s, t in pairs], dtype=float).reshape(-1, 4)
 
 
 def _by_source(records: Sequence[Record]) -> np.ndarray:
     """(n, 6): right answers and items of each of CV-Bench's sources."""
-    columns = {source: 2 * place for place, source in enumerate(CV_BENCH_SOURCES)}
-    parts = np.zeros((len(records), 2 * len(columns)))
+    parts = np.zeros((len(records), 2 * len(CV_BENCH_SOURCES)))
     for row, record in enumerate(records):
-        at = columns[record["field"]]
+        at = 2 * CV_BENCH_SOURCES.index(record["field"] or "")
         parts[row, at : at + 2] = record["scores"]["choice"], 1
     return parts
 
@@ -104,13 +101,10 @@ def _ciders(records: Sequence[Record]) -> np.ndarray:
 
     scorer = CiderScorer()
     for record in records:
-        scorer += (_spaced(record["answer"]), [_spaced(each) for each in record["accepted"]])
+        answer, *references = (" ".join(caption_words(text)) for text in (_said(record), *record["accepted"]))
+        scorer += (answer, references)
     _, values = scorer.compute_score()
     return np.stack([np.asarray(values), np.ones(len(records))], axis=1)
-
-
-def _spaced(text: str) -> str:
-    return " ".join(caption_words(text))
 
 
 CV_BENCH_SOURCES = ("ADE20K", "COCO", "Omni3D")
@@ -118,49 +112,17 @@ CV_BENCH_SOURCES = ("ADE20K", "COCO", "Omni3D")
 SPLIT_SCORES: dict[str, SplitScore] = {
     row.name: row
     for row in (
-        SplitScore(
-            "yes_precision",
-            "of the answers yes, the share that is right",
-            "yes_no",
-            _yes_no_counts,
-            lambda s: _ratio(s[..., 0], s[..., 0] + s[..., 1]),
-        ),
-        SplitScore(
-            "yes_recall",
-            "of the questions whose answer is yes, the share answered so",
-            "yes_no",
-            _yes_no_counts,
-            lambda s: _ratio(s[..., 0], s[..., 0] + s[..., 2]),
-        ),
-        SplitScore(
-            "yes_f1",
-            "harmonic mean of the two (POPE's F1)",
-            "yes_no",
-            _yes_no_counts,
-            lambda s: _ratio(2 * s[..., 0], 2 * s[..., 0] + s[..., 1] + s[..., 2]),
-        ),
-        SplitScore(
-            "yes_ratio",
-            "the share of answers that are yes",
-            "yes_no",
-            _yes_no_counts,
-            lambda s: _ratio(s[..., 0] + s[..., 1], s[..., 3]),
-        ),
-        SplitScore(
-            "cv_bench",
-            "((ADE20K + COCO) / 2 + Omni3D) / 2 of the accuracies by source (Tong et al., arXiv 2406.16860)",
-            "choice",
-            _by_source,
-            _cv_bench,
-            frozenset(CV_BENCH_SOURCES),
-        ),
-        SplitScore(
-            "cider",
-            "CIDEr-D of captions (Vedantam et al., arXiv 1411.5726), mean over items",
-            "rouge_l",
-            _ciders,
-            lambda s: _ratio(s[..., 0], s[..., 1]),
-            library="pycocoevalcap",
-        ),
+        SplitScore("yes_precision", "of the answers yes, the share that is right", "yes_no", _yes_no_counts,
+                   lambda s: _ratio(s[..., 0], s[..., 0] + s[..., 1])),
+        SplitScore("yes_recall", "of the questions whose answer is yes, the share answered so", "yes_no",
+                   _yes_no_counts, lambda s: _ratio(s[..., 0], s[..., 0] + s[..., 2])),
+        SplitScore("yes_f1", "harmonic mean of the two (POPE's F1)", "yes_no", _yes_no_counts,
+                   lambda s: _ratio(2 * s[..., 0], 2 * s[..., 0] + s[..., 1] + s[..., 2])),
+        SplitScore("yes_ratio", "the share of answers that are yes", "yes_no", _yes_no_counts,
+                   lambda s: _ratio(s[..., 0] + s[..., 1], s[..., 3])),
+        SplitScore("cv_bench", "((ADE20K + COCO) / 2 + Omni3D) / 2 of the accuracies by source (arXiv 2406.16860)",
+                   "choice", _by_source, _cv_bench, frozenset(CV_BENCH_SOURCES)),
+        SplitScore("cider", "CIDEr-D of captions (Vedantam et al., arXiv 1411.5726), mean over items", "rouge_l",
+                   _ciders, lambda s: _ratio(s[..., 0], s[..., 1]), library="pycocoevalcap"),
     )
-}
+}  # fmt: skip

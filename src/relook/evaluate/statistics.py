@@ -1,17 +1,15 @@
-"""Numbers over items: how regions overlap, means and other figures with their intervals. Numbers in, numbers out.
-
-Boxes are x1, y1, x2, y2 in pixels of the upright original, x2 and y2 exclusive.
-"""
+"""Means and other figures with bootstrap intervals, and tests of paired differences."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from math import comb
 
 import numpy as np
 
-from relook.regions import Box
-
+RESAMPLES, LEVEL = 2000, 0.95
 _RESAMPLES_AT_ONCE = 256  # bounds the bootstrap's memory: 256 x n indices at a time
 
 
@@ -25,53 +23,17 @@ class Estimate:
     n: int
 
 
-def region_overlap(looked: Sequence[Box], annotated: Sequence[Box]) -> tuple[float, float] | None:
-    """(recall, IoU) of the area of `looked` against the area of `annotated`, overlaps counted once.
-
-    Recall is the share of the annotated area that was looked at. None where either side has no area.
-
-    >>> region_overlap([(0, 0, 10, 10)], [(5, 0, 15, 10)])    # 50 of 100 covered; 50 shared of 150
-    (0.5, 0.3333333333333333)
-    """
-    corners = [*looked, *annotated]
-    if not corners:
-        return None
-    xs = np.unique([edge for box in corners for edge in (box[0], box[2])])
-    ys = np.unique([edge for box in corners for edge in (box[1], box[3])])
-    areas = np.outer(np.diff(ys), np.diff(xs))  # the pieces into which all edges cut the plane
-    seen, wanted = _pieces(looked, xs, ys), _pieces(annotated, xs, ys)
-    shared, target = float(areas[seen & wanted].sum()), float(areas[wanted].sum())
-    if not target or not seen.any():
-        return None
-    return shared / target, shared / float(areas[seen | wanted].sum())
-
-
-def _pieces(boxes: Sequence[Box], xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
-    """Which pieces between the edges xs and ys lie in one of the boxes: bool (len(ys) - 1, len(xs) - 1)."""
-    inside = np.zeros((len(ys) - 1, len(xs) - 1), dtype=bool)
-    for x1, y1, x2, y2 in boxes:
-        inside |= np.outer((ys[:-1] >= y1) & (ys[1:] <= y2), (xs[:-1] >= x1) & (xs[1:] <= x2))
-    return inside
-
-
-def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = 2000, level: float = 0.95) -> Estimate:
-    """The mean and its percentile bootstrap interval, items drawn with replacement.
+def bootstrap(values: Sequence[float], *, seed: int = 0) -> Estimate:
+    """The mean and its 95 % percentile bootstrap interval, items drawn with replacement.
 
     The same values and seed give the same interval. One item gives an interval without width: read `n` beside it.
     """
     parts = np.asarray(values, dtype=float)[:, None]
-    return resampled(parts, lambda sums: sums[..., 0] / len(parts), seed=seed, resamples=resamples, level=level)
+    return resampled(parts, lambda sums: sums[..., 0] / len(parts), seed=seed)
 
 
-def resampled(
-    parts: np.ndarray,
-    value: Callable[[np.ndarray], np.ndarray],
-    *,
-    seed: int = 0,
-    resamples: int = 2000,
-    level: float = 0.95,
-) -> Estimate:
-    """A figure made of sums over items, and its percentile bootstrap interval, items drawn with replacement.
+def resampled(parts: np.ndarray, value: Callable[[np.ndarray], np.ndarray], *, seed: int = 0) -> Estimate:
+    """A figure made of sums over items, and its 95 % percentile bootstrap interval, items drawn with replacement.
 
     Args:
         parts: (n, k), what each item adds.
@@ -82,8 +44,90 @@ def resampled(
     if np.isnan(whole):
         return Estimate(None, None, None, n)
     rng = np.random.default_rng(seed)
-    blocks = range(0, resamples, _RESAMPLES_AT_ONCE)
-    sizes = [min(_RESAMPLES_AT_ONCE, resamples - start) for start in blocks]
+    sizes = [min(_RESAMPLES_AT_ONCE, RESAMPLES - start) for start in range(0, RESAMPLES, _RESAMPLES_AT_ONCE)]
     figures = np.concatenate([value(parts[rng.integers(0, n, (size, n))].sum(axis=1)) for size in sizes])
-    low, high = np.nanquantile(figures, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.nanquantile(figures, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(whole, float(low), float(high), n)
+
+
+def clustered(values: Sequence[tuple[str, float]], *, seed: int = 0) -> Estimate:
+    """Mean of (cluster, value) pairs with its 95 % percentile interval, clusters drawn with replacement.
+
+    One cluster gives an interval without width; so do values that are all the same.
+    """
+    if not values:
+        return Estimate(None, None, None, 0)
+    places = {name: place for place, name in enumerate(dict.fromkeys(name for name, _ in values))}
+    owner = np.array([places[name] for name, _ in values])
+    sums = np.bincount(owner, weights=[value for _, value in values])
+    sizes = np.bincount(owner).astype(float)
+    draws = _draws(len(places), seed)
+    means = (draws @ sums) / (draws @ sizes)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(float(sums.sum() / sizes.sum()), float(low), float(high), len(values))
+
+
+@lru_cache(maxsize=8)
+def _draws(n: int, seed: int) -> np.ndarray:
+    """How often each of n clusters is drawn in each resample: float (RESAMPLES, n); each row adds up to n."""
+    rng = np.random.default_rng(seed)
+    counts = np.zeros((RESAMPLES, n))
+    for start in range(0, RESAMPLES, _RESAMPLES_AT_ONCE):
+        block = counts[start : start + _RESAMPLES_AT_ONCE]
+        drawn = rng.integers(0, n, block.shape)
+        np.add.at(block, (np.arange(len(block))[:, None], drawn), 1)
+    return counts
+
+
+# ---- paired tests
+
+DRAWS = 10_000
+_TOLERANCE = 1e-9  # sums of floats that differ by less are equal
+
+
+def paired_test(pairs: Sequence[tuple[str, float, float]], seed: int = 0) -> float | None:
+    """Two-sided p of the difference between two scores of the same questions; None without questions.
+
+    If two ways of answering were equally good, each question's difference could as well have the other sign: a
+    permutation test, which assumes nothing about scores. Where a score is right or wrong and every question has an
+    image of its own, this is McNemar's exact test; else the differences of one image, which are not independent, keep
+    their signs together.
+
+    Args:
+        pairs: (image, first's score, second's) of every question that both answered.
+
+    >>> paired_test([("a", 1, 0), ("b", 1, 0), ("c", 1, 0), ("d", 0, 0)])
+    0.25
+    """
+    if not pairs:
+        return None
+    differences = np.array([x - y for _, x, y in pairs], dtype=float)
+    images = {image: place for place, image in enumerate(dict.fromkeys(image for image, _, _ in pairs))}
+    if len(images) == len(pairs) and bool(np.isin(differences, (-1.0, 0.0, 1.0)).all()):
+        return mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
+    return sign_flips(np.bincount([images[image] for image, _, _ in pairs], weights=differences), seed)
+
+
+def mcnemar(first: int, second: int) -> float:
+    """Two-sided exact p of `first` against `second` discordant pairs: a fair coin's (McNemar, Psychometrika 1947).
+
+    >>> round(mcnemar(59, 121), 9)
+    4.434e-06
+    """
+    n, fewer = first + second, min(first, second)
+    return min(1.0, 2 * sum(comb(n, k) for k in range(fewer + 1)) / 2**n)
+
+
+def sign_flips(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> float:
+    """Two-sided p of the sum of independent differences under random signs: over all signs, or over `draws`.
+
+    Of drawn signs the observed ones are counted too, so that p is never 0 (Phipson & Smyth, 2010).
+    """
+    sums = sums[np.abs(sums) > _TOLERANCE]
+    observed = abs(sums.sum()) - _TOLERANCE
+    if 2 ** len(sums) <= draws:
+        bits = np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1
+        return float((np.abs((1 - 2 * bits) @ sums) >= observed).mean())
+    rng = np.random.default_rng(seed)
+    signs = rng.integers(0, 2, (draws, len(sums)), dtype=np.int8) * 2 - 1
+    return float((1 + (np.abs(signs @ sums) >= observed).sum()) / (1 + draws))

@@ -1,46 +1,70 @@
-"""Rows of a report as statistics: several folders (seeds) pooled question by question, intervals, paired differences.
+"""Records to numbers: the summary of a task's answers, and the comparison of two sets of answers to the same questions.
 
-Answers of the several seeds to one question are averaged first, so that a question counts once however many seeds
-answered it. Intervals come from drawing *images* with replacement, all questions of an image together: questions about
-one page are not independent, and where every question has a page of its own this is the plain bootstrap of `metrics`.
-They say what another set of pages would change, not what another training would; of that the seeds' means say a little.
-
-Records in, numbers out; no file, no text. The order of records changes nothing.
+Records of several folders (seeds) are pooled: answers to one question are averaged first, so that a question counts
+once however many seeds answered it. Intervals within one run come from drawing questions with replacement
+(`by_question`), in reports from drawing images, all questions of an image together (`by_image`): questions about one
+image are not independent, and where every question has an image of its own both are the same bootstrap. They say what
+other images would change, not what another training would. The order of records changes nothing.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from relook.evaluate.metrics import SCORERS
-from relook.evaluate.paired import paired_test
-from relook.evaluate.results import MEASURES
+from relook.evaluate.records import Record, answered, image_key
 from relook.evaluate.split_metrics import split_scores
-from relook.evaluate.statistics import Estimate
+from relook.evaluate.statistics import Estimate, bootstrap, clustered, paired_test
 
-Record = Mapping[str, Any]
 Measure = Callable[[Record], float | None]
+Interval = Callable[[Sequence[tuple[str, float]], int], Estimate]  # (image, value) of every question, seed
 Key = tuple[int, str, tuple[str, ...]]  # number of the question in its task, its text, the accepted answers
 
-_DRAWS_AT_ONCE = 256  # bounds the memory of drawing: 256 x n indices at a time
+RIGHT = 0.5  # a score from which an answer counts as right
+BY_FIELD = ("recall", "iou")  # measures given by field beside the scores: regions depend on what is asked
+NONE = "none"
+# what each look is compared with, besides `none`: the same look with a part of it taken away
+WITHOUT = ("blank", "random", "oracle", "clip-unconditioned", "detection-unconditioned", "seg-unconditioned")
+
+# Measures of an answered record besides its scores; None where it has none.
+MEASURES: dict[str, Measure] = {
+    "recall": lambda record: record["recall"],
+    "iou": lambda record: record["iou"],
+    "looked": lambda record: float(took_a_look(record)),
+    "malformed": lambda record: float(any(look["problem"] is not None for look in record["looks"])),
+    "lm_positions": lambda record: (record["usage"] or {})["lm_positions"],
+    "vision_patches": lambda record: (record["usage"] or {})["vision_patches"],
+    "generated_tokens": lambda record: (record["usage"] or {}).get("generated_tokens"),
+    "seconds": lambda record: record["seconds"],
+}
 
 
-def _score(name: str) -> Measure:
-    return lambda record: record["scores"].get(name)
+def took_a_look(record: Record) -> bool:
+    return any(look["problem"] is None for look in record["looks"])
 
 
-MEASURED: dict[str, Measure] = {**{name: _score(name) for name in SCORERS}, **MEASURES}
+def measure_of(name: str) -> Measure:
+    """The measure of that name; a name that `MEASURES` lacks is a score."""
+    return MEASURES.get(name) or (lambda record: record["scores"].get(name))
+
+
+def by_question(values: Sequence[tuple[str, float]], seed: int) -> Estimate:
+    return bootstrap([value for _, value in values], seed=seed)
+
+
+def by_image(values: Sequence[tuple[str, float]], seed: int) -> Estimate:
+    return clustered(values, seed=seed)
+
+
+# ---- questions
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One question of a row, and the records of all folders that answered it (none: it failed in all).
+class PooledQuestion:
+    """One question, and the records of all folders that answered it (none: it failed in all).
 
     image   what is drawn together in the bootstrap: the image's path; of a page drawn in memory, which page
     """
@@ -56,83 +80,144 @@ class Asked:
         return sum(values) / len(values) if values else None
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Row `a` minus row `b` in one measure of one task, over the questions that both answered; `p` of a paired test."""
+def pool(records: Mapping[str, Sequence[Record]]) -> tuple[PooledQuestion, ...]:
+    """The questions in records by folder, each once, sorted by number."""
+    found: dict[Key, list[Record]] = defaultdict(list)
+    for name in sorted(records):
+        for record in records[name]:
+            found[_key(record)].append(record)
+    return tuple(
+        PooledQuestion(
+            key,
+            min(map(image_key, found[key])),
+            next((record["field"] for record in found[key] if record["field"]), None),
+            tuple(filter(answered, found[key])),
+        )
+        for key in sorted(found)
+    )
 
-    a: str
-    b: str
-    task: str
-    measure: str
-    estimate: Estimate
-    p: float | None = None
+
+def estimate(
+    questions: Iterable[PooledQuestion], measure: Measure, seed: int = 0, interval: Interval = by_image
+) -> Estimate:
+    """Mean over the questions that have a value, and its 95 % interval."""
+    values = ((each.image, each.value(measure)) for each in questions)
+    return interval([(image, value) for image, value in values if value is not None], seed)
 
 
-BY_FIELD = ("recall", "iou")  # measures told by field beside the scores: what a region covers depends on what is asked
+def _key(record: Record) -> Key:
+    return record["index"], record["question"], tuple(record["accepted"])
+
+
+# ---- one setting
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One row on one task.
+    """One task under one look.
 
-    asked     questions, sorted; a question counts once, however many folders asked it
-    answered, failed, skipped   records of all folders together
-    measures  estimate by name: the scores that any record has, `MEASURES`, and what only a split has (over all
-              answers, drawn one by one)
-    fields    estimates of the scores and of `BY_FIELD` by the question's field
-    seeds     by folder: the plain means of the scores
-    errors    the first few failures in words
-    uneven    whether the folders asked different questions
-    unscored  answers that a score is missing for (a judge that failed), by score; none of its estimates counts them
+    questions  pooled and sorted; `asked` counts records: answered + failed
+    skipped    records that the look does not apply to (nothing annotated, for `oracle`)
+    unscored   answers that a score is missing for (a judge that failed); `missing` counts them by score. A score's
+               mean and n leave them out
+    measures   estimate by name: scores, also those that only a split has (F1); recall (share of the annotated area
+               that was seen) and iou (of the cells named, before any widening), both over answers with a region look;
+               looked, malformed (shares of answers); costs
+    fields     estimates by the question's field
+    kinds      how often each kind of look was taken
+    errors     the first few failures in words
+    seeds      by folder: the plain means of the scores
+    uneven     whether the folders asked different questions
     """
 
-    asked: tuple[Asked, ...]
+    task: str
+    look: str
+    questions: tuple[PooledQuestion, ...]
     answered: int
     failed: int
     skipped: int
+    unscored: int
+    missing: dict[str, int]
     measures: dict[str, Estimate]
     fields: dict[str, dict[str, Estimate]]
-    seeds: dict[str, dict[str, float]] = field(default_factory=dict)
-    errors: tuple[str, ...] = ()
-    uneven: bool = False
-    unscored: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, int]
+    errors: list[str]
+    seeds: dict[str, dict[str, float]]
+    uneven: bool
+
+    @property
+    def asked(self) -> int:
+        return self.answered + self.failed
 
     @property
     def images(self) -> int:
-        return len({asked.image for asked in self.asked if asked.answers})
+        return len({each.image for each in self.questions if each.answers})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What results.json says of it."""
+        names = ("task", "look", "answered", "failed", "skipped", "unscored", "measures", "fields", "kinds", "errors")
+        plain = {name: getattr(self, name) for name in (*names, "asked")}
+        fields = {name: _plain(each) for name, each in self.fields.items()}
+        return plain | {"measures": _plain(self.measures), "fields": fields}
 
 
-def summarise(records: Mapping[str, Sequence[Record]], seed: int = 0) -> Summary:
-    """The records of one task and look, by folder, pooled."""
-    asked = pool(records)
-    every = [record for name in sorted(records) for record in records[name]]
-    answered = [record for record in every if record["failed"] is None and record["skipped"] is None]
-    scores = scored(answered)
-    failed = sorted(f"{record['where']}: {record['failed']}" for record in every if record["failed"] is not None)
-    skipped = sum(record["skipped"] is not None for record in every)
-    fields = sorted({each.field for each in asked if each.field and each.answers})
+def _plain(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
+    return {name: asdict(each) for name, each in estimates.items()}
+
+
+def summarize(
+    task: str,
+    look: str,
+    records: Mapping[str, Sequence[Record]],
+    *,
+    scores: Sequence[str] | None = None,
+    by_field: Sequence[str] = BY_FIELD,
+    seed: int = 0,
+    interval: Interval = by_image,
+) -> Summary:
+    """The summary of one task under one look.
+
+    Args:
+        records: by folder; pooled.
+        scores: None for those that any record has.
+        by_field: measures that are given by field beside the scores.
+        seed: of the resamples.
+        interval: `by_image` or `by_question`.
+    """
+    questions = pool(records)
+    every = sorted((record for name in sorted(records) for record in records[name]), key=_key)
+    answers = [record for name in sorted(records) for record in records[name] if answered(record)]
+    scores = scored(answers) if scores is None else scores
+    failed = [record for record in every if record["failed"] is not None]
+    names = (*scores, *MEASURES)
+    measures = {name: estimate(questions, measure_of(name), seed, interval) for name in names}
+    fields = {}
+    for name in sorted({each.field for each in questions if each.field and each.answers}):
+        there = [each for each in questions if each.field == name]
+        fields[name] = {each: estimate(there, measure_of(each), seed, interval) for each in (*scores, *by_field)}
+    missing = {name: sum(name not in record["scores"] for record in answers) for name in scores}
+    kinds = Counter(look["kind"] for record in answers for look in record["looks"] if look["problem"] is None)
     return Summary(
-        asked=asked,
-        answered=len(answered),
+        task,
+        look,
+        questions,
+        answered=len(answers),
         failed=len(failed),
-        skipped=skipped,
-        measures={
-            name: estimate(asked, measure, seed)
-            for name, measure in {**{score: measure_of(score) for score in scores}, **MEASURES}.items()
-        }
-        | split_scores(answered, seed),
-        fields={
-            name: {
-                score: estimate([each for each in asked if each.field == name], measure_of(score), seed)
-                for score in (*scores, *BY_FIELD)
-            }
-            for name in fields
-        },
+        skipped=sum(record["skipped"] is not None for record in every),
+        unscored=sum(any(name not in record["scores"] for name in scores) for record in answers),
+        missing={name: count for name, count in missing.items() if count},
+        measures=measures | split_scores(answers, seed),
+        fields=fields,
+        kinds=dict(kinds.most_common()),
+        errors=[f"{record['where']}: {record['failed']}" for record in failed[:5]],
         seeds={name: _means(records[name], scores) for name in sorted(records) if records[name]},
-        errors=tuple(failed[:5]),
         uneven=len({frozenset(map(_key, each)) for each in records.values()}) > 1,
-        unscored={name: n for name in scores if (n := sum(name not in record["scores"] for record in answered))},
     )
+
+
+def summarize_run(task: str, look: str, records: Sequence[Record], scores: Sequence[str], seed: int = 0) -> Summary:
+    """The summary of one task's records under one look in one run, as results.json has it."""
+    return summarize(task, look, {"": records}, scores=scores, by_field=(), seed=seed, interval=by_question)
 
 
 def scored(records: Iterable[Record]) -> tuple[str, ...]:
@@ -141,88 +226,102 @@ def scored(records: Iterable[Record]) -> tuple[str, ...]:
     return (*(name for name in SCORERS if name in names), *sorted(names - SCORERS.keys()))
 
 
-def measure_of(name: str) -> Measure:
-    """The measure of that name; a name that no table knows is a score."""
-    return MEASURED.get(name) or _score(name)
-
-
-def pool(records: Mapping[str, Sequence[Record]]) -> tuple[Asked, ...]:
-    """The questions of several folders, each once, sorted by number."""
-    found: dict[Key, list[Record]] = defaultdict(list)
-    for name in sorted(records):
-        for record in records[name]:
-            found[_key(record)].append(record)
-    return tuple(
-        Asked(
-            key,
-            min(str(record["image"] or record["where"]) for record in found[key]),
-            next((record["field"] for record in found[key] if record["field"]), None),
-            tuple(record for record in found[key] if record["failed"] is None and record["skipped"] is None),
-        )
-        for key in sorted(found)
-    )
-
-
-def estimate(asked: Sequence[Asked], measure: Measure, seed: int = 0) -> Estimate:
-    """Mean over the questions that have a value, and its 95 % interval, images drawn with replacement."""
-    values = ((each.image, each.value(measure)) for each in asked)
-    return clustered([(image, value) for image, value in values if value is not None], seed)
-
-
-def difference(a: Sequence[Asked], b: Sequence[Asked], measure: Measure, seed: int = 0) -> Estimate:
-    """Mean of a - b over the questions that both answered, and its 95 % interval: the paired bootstrap.
-
-    The same images are drawn on both sides, so what is hard about a page falls out of the difference.
-    """
-    return clustered([(image, x - y) for image, x, y in _pairs(a, b, measure)], seed)
-
-
-def chance(a: Sequence[Asked], b: Sequence[Asked], measure: Measure, seed: int = 0) -> float | None:
-    """p of a two-sided paired test of that difference (`paired`); None where no question was answered by both."""
-    return paired_test(_pairs(a, b, measure), seed).p
-
-
-def _pairs(a: Sequence[Asked], b: Sequence[Asked], measure: Measure) -> list[tuple[str, float, float]]:
-    """(image, a's value, b's) of the questions that have both."""
-    others = {each.key: each for each in b}
-    both = ((each.image, each.value(measure), others[each.key].value(measure)) for each in a if each.key in others)
-    return [(image, x, y) for image, x, y in both if x is not None and y is not None]
-
-
-def clustered(values: Sequence[tuple[str, float]], seed: int = 0, resamples: int = 2000) -> Estimate:
-    """Mean of (cluster, value) pairs with its 95 % percentile interval, clusters drawn with replacement.
-
-    One cluster gives an interval without width; so do values that are all the same.
-    """
-    if not values:
-        return Estimate(None, None, None, 0)
-    places = {name: place for place, name in enumerate(dict.fromkeys(name for name, _ in values))}
-    owner = np.array([places[name] for name, _ in values])
-    sums = np.bincount(owner, weights=[value for _, value in values])
-    sizes = np.bincount(owner).astype(float)
-    draws = _draws(len(places), seed, resamples)
-    means = (draws @ sums) / (draws @ sizes)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(sums.sum() / sizes.sum()), float(low), float(high), len(values))
-
-
-@lru_cache(maxsize=8)
-def _draws(n: int, seed: int, resamples: int) -> np.ndarray:
-    """How often each of n clusters is drawn in each resample: float (resamples, n); each row adds up to n."""
-    rng = np.random.default_rng(seed)
-    counts = np.zeros((resamples, n))
-    for start in range(0, resamples, _DRAWS_AT_ONCE):
-        block = counts[start : start + _DRAWS_AT_ONCE]
-        drawn = rng.integers(0, n, block.shape)
-        np.add.at(block, (np.arange(len(block))[:, None], drawn), 1)
-    return counts
-
-
 def _means(records: Sequence[Record], scores: Sequence[str]) -> dict[str, float]:
     ordered = sorted(records, key=_key)  # a sum of floats depends on their order
     values = {name: [v for record in ordered if (v := measure_of(name)(record)) is not None] for name in scores}
     return {name: sum(each) / len(each) for name, each in values.items() if each}
 
 
-def _key(record: Record) -> Key:
-    return record["index"], record["question"], tuple(record["accepted"])
+# ---- one setting against another
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One score of one task under `a` and under `b`, over the `n` questions that both answered.
+
+    only_a, only_b, both, neither   how many questions are right so
+    gain      mean of a - b: the paired bootstrap, what is hard about an image falls out of the difference
+    looked    the same over the questions in which a look was taken under `a` ("gain given a look")
+    p         of a two-sided paired test, None where there is nothing to compare
+    """
+
+    task: str
+    score: str
+    a: str
+    b: str
+    n: int
+    only_a: int
+    only_b: int
+    both: int
+    neither: int
+    gain: Estimate
+    looked: Estimate
+    p: float | None
+
+
+def compare(
+    task: str,
+    score: str,
+    a: tuple[str, Sequence[PooledQuestion]],
+    b: tuple[str, Sequence[PooledQuestion]],
+    seed: int = 0,
+    interval: Interval = by_image,
+) -> Comparison:
+    """Compare two rows or looks, each its name and its questions, in one score."""
+    measure, others = measure_of(score), {each.key: each for each in b[1]}
+    pairs = [(each, each.value(measure), others[each.key].value(measure)) for each in a[1] if each.key in others]
+    found = [(each, x, y) for each, x, y in pairs if x is not None and y is not None]
+    right = Counter((x >= RIGHT, y >= RIGHT) for _, x, y in found)
+    looked = [(each.image, x - y) for each, x, y in found if any(map(took_a_look, each.answers))]
+    return Comparison(
+        task,
+        score,
+        a[0],
+        b[0],
+        n=len(found),
+        only_a=right[True, False],
+        only_b=right[False, True],
+        both=right[True, True],
+        neither=right[False, False],
+        gain=interval([(each.image, x - y) for each, x, y in found], seed),
+        looked=interval(looked, seed),
+        p=paired_test([(each.image, x, y) for each, x, y in found], seed),
+    )
+
+
+def compare_looks(records: Sequence[Record], seed: int = 0) -> list[Comparison]:
+    """Did the looks matter: every look of every task of one run against `none`, then the model's own looks against the
+    same look with a part taken away (`WITHOUT`), in the task's first score. Empty for a task under one look only.
+
+    Against `blank`, `random` or `clip-unconditioned`, the model's own look shows what is left of its gain when it sees
+    nothing, something else, or features that do not depend on the question.
+    """
+    found = []
+    for task in dict.fromkeys(record["task"] for record in records):
+        looks: dict[str, list[Record]] = defaultdict(list)
+        for record in records:
+            if record["task"] == task:
+                looks[record["look"]].append(record)
+        score = next((name for each in looks.values() for record in each for name in record["scores"]), None)
+        if score is not None:
+            pooled = {look: pool({"": each}) for look, each in looks.items()}
+            found += [
+                compare(task, score, (a, pooled[a]), (b, pooled[b]), seed, by_question) for a, b in _pairs(list(looks))
+            ]
+    return found
+
+
+def _pairs(looks: Sequence[str]) -> list[tuple[str, str]]:
+    plain = [(look, NONE) for look in looks if look != NONE and NONE in looks]
+    own = [look for look in looks if look != NONE and look not in WITHOUT]
+    return plain + [(look, less) for look in own for less in WITHOUT if less in looks and _comparable(look, less)]
+
+
+def _comparable(look: str, less: str) -> bool:
+    """Whether two settings differ in one part: a look and the same unconditioned; regions, and a free choice.
+
+    >>> _comparable("clip", "clip-unconditioned"), _comparable("region", "clip-unconditioned")
+    (True, False)
+    """
+    kind, _, unconditioned = less.partition("-")
+    return look in (kind, "auto") if unconditioned else look in ("region", "auto")

@@ -1,35 +1,62 @@
-"""Tasks: what is asked, and how each answer is scored. A task is a row of `TASKS`, or any file of questions.
+"""Tasks: what is asked, and how each answer is scored.
 
-Knows where questions come from; refuses to know models and looks.
+A task is a row of `TASKS` (benchmarks of others, of which neither questions nor images are part of relook), an entry
+point of an installed package (`relook.tasks`), a dotted path, a file of questions, or a line of a YAML file:
+
+    my-task: {questions: q.jsonl, scores: [exact, anls]}
+
+`questions` is a file of questions (JSON lines of image, question, answer, bboxs), relative to the YAML file; `scores`
+are rows of `SCORERS` (or of `SPLIT_SCORES`, which bring the item score they sum up). Also: `about`, `images` (a folder
+that image paths are below; else the questions' own), `n` (how many are asked where nobody says).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from relook import plugins
 from relook.data.items import Question, read_questions
 from relook.errors import UserError
-from relook.evaluate.benchmarks import BENCHMARKS, Places, benchmark
+from relook.evaluate import benchmark_readers as readers
+from relook.evaluate.metrics import SCORERS
+from relook.evaluate.split_metrics import SPLIT_SCORES
+from relook.io import nearest, read_yaml, validate
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from relook.evaluate.records import Record
 
+Reader = Callable[[Path], Iterator[Question]]
+
+VPT = "rp-yu/VPT_Datasets on the Hugging Face hub"
+VISCOT = "https://github.com/deepcs233/Visual-CoT (viscot_benchmark/benchmark)"
+POPE = "https://github.com/RUCAIBox/POPE (output/coco)"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where files of tasks lie. data: folder with the benchmarks' files; images: folder of each image set."""
+
+    data: Path | None = None
+    images: Mapping[str, Path] = field(default_factory=dict)
+
 
 @dataclass(frozen=True)
 class Task:
-    """One row: its name, what it is, its questions for a seed and places (possibly without end), and its scores.
+    """Its name, what it is, its questions for a seed and places (possibly without end), and its scores.
 
-    `usual` is how many questions are asked where nobody says; None for all of them. `tokens` is how long a turn may be
-    where neither the user nor the protocol says. `image` draws the image of a record
-    again, for reports, where a task's images are not files; it raises UserError where it cannot.
+    usual    how many questions are asked where nobody says; None for all of them
+    tokens   how long a turn may be where neither the user nor the protocol says
+    image    draws the image of a record again, for reports, where a task's images are not files; it raises UserError
+             where it cannot
     """
 
     name: str
@@ -45,27 +72,137 @@ class Task:
         return islice(self.questions(seed, places or Places()), self.usual if n is None else n)
 
 
-def _benchmark(name: str, seed: int, places: Places) -> Iterator[Question]:
-    return benchmark(name, places)  # the same questions for every seed
+@dataclass(frozen=True)
+class PublishedFiles:
+    """The questions of a benchmark, the same for every seed.
+
+    files    (pattern, how a file of it is read), the first that is there counts; below the folder or one level deeper.
+             Several files of one pattern are asked one after the other
+    source   where they are published
+    """
+
+    task: str
+    files: tuple[tuple[str, Reader], ...]
+    source: str
+
+    def __call__(self, seed: int, places: Places) -> Iterator[Question]:
+        """Questions, lazily; images are found by set and file name (`data.images`), else beside the questions.
+
+        An image that is not found keeps its published path below the folder of the questions: asking says which is
+        missing.
+
+        Raises:
+            UserError: no folder was given, or it lacks the files.
+        """
+        from relook.data.images import ImageFinder
+
+        finder = ImageFinder(places.images)
+        paths, read = self._found(places.data)
+        for path in paths:
+            for question in read(path):
+                if isinstance(question.image, str):
+                    image = finder.find(question.image) or str(path.parent / question.image)
+                    question = replace(question, image=image)
+                yield question
+
+    def _found(self, folder: Path | None) -> tuple[list[Path], Reader]:
+        wanted = " or ".join(pattern for pattern, _ in self.files)
+        if folder is None:
+            raise UserError(
+                f"task {self.task} needs {wanted} of {self.source}; give the folder that holds it (--data FOLDER)"
+            )
+        for pattern, read in self.files:
+            if found := sorted(folder.glob(pattern)) or sorted(folder.glob(f"*/{pattern}")):
+                return found, read
+        raise UserError(f"task {self.task}: there is no {wanted} in {folder}; it is part of {self.source}")
 
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
+# ---- benchmarks
+
+TEXT = ("exact", "vqa_exact", "anls")
+
+
+def _benchmark(
+    name: str, about: str, source: str, scores: tuple[str, ...], *files: tuple[str, Reader], tokens: int = 64
+) -> Task:
+    return Task(name, about, PublishedFiles(name, files, source), scores, tokens=tokens)
+
+
+def _paper(name: str, about: str, split: str, file: str, reader: Reader = readers.viscot) -> Task:
+    """A row of the paper's table: the published split, or else what it was made of."""
+    source = f"{VPT} ({split}.json) or {VISCOT} ({file})"
+    return _benchmark(name, about, source, TEXT, (f"{split}*.json", readers.published), (file, reader))
+
+
+def _viscot(name: str, about: str, *scores: str) -> Task:
+    return _benchmark(name, about, VISCOT, (*TEXT, *scores), (f"{name}.json", readers.viscot))
+
+
+def _llava(kind: str, about: str) -> Task:
+    split = f"LLaVA_COCO_{kind}_action_test"
+    files = (f"{split}*.json", readers.published)
+    return _benchmark(f"llava-{kind}", about, f"{VPT} ({split}.json)", ("rouge_l",), files, tokens=512)
+
+
+def _pope(name: str, about: str, *files: tuple[str, Reader]) -> Task:
+    return _benchmark(name, about, POPE, ("yes_no",), *files)
+
+
+def _choice(name: str, about: str, source: str, reader: Reader, *patterns: str) -> Task:
+    files = ((pattern, reader) for pattern in patterns)
+    return _benchmark(name, f"{about}, multiple choice", f"{source} on the Hugging Face hub", ("choice",), *files)
+
+
+def _hr_bench(size: str) -> Task:
+    about, patterns = f"small things in images of {size.upper()} pixels", ("parquet", "tsv")
+    files = (f"hr_bench_{size}.{kind}" for kind in patterns)
+    return _choice(f"hr-bench-{size}", about, "DreamMr/HR-Bench", readers.hr_bench, *files)
+
+
+BENCHMARKS: dict[str, Task] = {
+    row.name: row
+    for row in (
+        _paper("gqa", "relations and attributes in photos", "GQA_region_test", "gqa.json"),
+        _paper("openimages", "relations in photos", "OI_region_test", "openimages.json"),
+        _paper("vsr", "spatial relations in photos", "VSR_region_test", "vsr.json"),
+        _llava("free", "questions about photos, answered at length"),
+        _llava("single", "questions about photos, answered shortly"),
+        _paper("flickr30k", "photos, asked for what they show", "Flickr30k_action_test", "flickr30k.json",
+               readers.viscot_again),
+        _paper("cub", "birds: attributes of a part", "CUB_Birds_action_test", "cub.json", readers.viscot_again),
+        _paper("docvqa", "scanned documents", "DocVQA_region_test", "docvqa.json"),
+        _paper("textvqa", "text in photos", "TextVQA_region_test", "textvqa.json"),
+        _paper("textcaps", "text in photos, from captions", "TextCap_region_test", "textcap.json"),
+        _paper("dude", "pages of documents", "DUDE_region_test", "dude.json"),
+        _pope("pope", "is something there that is not", ("POPE_action_test*.json", readers.published),
+              ("coco_pope_*.json", readers.pope)),
         *(
-            Task(row.name, row.about, partial(_benchmark, row.name), row.scores, tokens=row.tokens or 64)
-            for row in BENCHMARKS.values()
+            _pope(f"pope-{kind}", f"the same, {kind} things", (f"coco_pope_{kind}.json", readers.pope))
+            for kind in ("random", "popular", "adversarial")
         ),
+        _choice("vstar", "V*Bench: small things in large photos", "craigwu/vstar_bench", readers.vstar,
+                "test_questions.jsonl"),
+        _hr_bench("4k"),
+        _hr_bench("8k"),
+        _choice("cv-bench", "counting, relations, depth and distance", "nyu-visionx/CV-Bench", readers.cv_bench,
+                "test_[23]d.jsonl", "test_[23]d.parquet"),
+        _viscot("sroie", "receipts", "amount"),
+        _viscot("infographicsvqa", "infographics"),
+        _viscot("visual7w", "photos"),
+        _viscot("emotic", "people's feelings in photos"),
     )
-}
+}  # fmt: skip
+
+TASKS: dict[str, Task] = BENCHMARKS
 
 
+# ---- by name
+
+
+@cache
 def named_task(name: str) -> Task | None:
     """The task of that name, relook's own or of an installed package; None where there is none (a file's name)."""
-    try:
-        return plugins.find("task", name, TASKS)
-    except UserError:
-        return None
+    return plugins.find("task", name, TASKS) if name in plugins.names("task", TASKS) else None
 
 
 def find_task(name: str) -> Task:
@@ -81,13 +218,11 @@ def find_task(name: str) -> Task:
 
 
 def find_tasks(names: Iterable[str]) -> list[Task]:
-    """The tasks of these names, paths of question files, and paths of YAML files of tasks (`own`); each name once.
+    """The tasks of these names, paths of question files, and paths of YAML files of tasks; each name once.
 
     Raises:
         UserError: neither a task nor a file, or two tasks of one name.
     """
-    from relook.evaluate.own import SUFFIXES, own_tasks  # which makes tasks
-
     found: list[Task] = []
     for name in dict.fromkeys(names):
         path = Path(name)
@@ -96,10 +231,53 @@ def find_tasks(names: Iterable[str]) -> list[Task]:
             if name not in known and name not in plugins.ZOO and ":" not in name:
                 raise UserError(f"{name!r} is neither a task ({', '.join(known)}) nor a file of questions or tasks")
             found.append(plugins.find("task", name, TASKS))
-        elif path.suffix in SUFFIXES:
-            found += own_tasks(path)
+        elif path.suffix in (".yaml", ".yml"):
+            found += tasks_of_yaml(path)
         else:
             found.append(Task(path.stem, str(path), lambda *_, path=path: read_questions(path)))
     if len({task.name for task in found}) < len(found):
         raise UserError("two of the tasks have the same name; rename a file, or a task in its YAML")
     return found
+
+
+class _Line(BaseModel):
+    """What stands behind a task's name in YAML."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    questions: Path
+    scores: list[str] = Field(["exact", "anls"], min_length=1)
+    about: str = ""
+    images: Path | None = None
+    n: int | None = Field(None, ge=1)
+
+
+def tasks_of_yaml(path: Path) -> list[Task]:
+    """The tasks of a YAML file.
+
+    Raises:
+        UserError: not such a file; an unknown key or score (with the nearest known one), a file that is not there.
+    """
+    raw = read_yaml(path)
+    if not isinstance(raw, dict) or not raw:
+        raise UserError(f"{path}: holds no tasks; expected lines of name: {{questions: FILE, scores: [exact, anls]}}")
+    return [_task(path, str(name), line) for name, line in raw.items()]
+
+
+def _task(path: Path, name: str, raw: Any) -> Task:
+    where = f"{path}: {name}"
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: holds {raw!r}; expected {{questions: FILE, scores: [exact, anls]}}")
+    line = validate(_Line, raw, where)
+    questions = path.parent / line.questions
+    if not questions.is_file():
+        raise UserError(f"{where}: there is no file {questions}; its path is relative to the YAML file")
+    images = None if line.images is None else path.parent / line.images
+    scores: list[str] = []
+    for score in line.scores:
+        if score in SPLIT_SCORES:
+            SPLIT_SCORES[score].require()
+        elif score not in SCORERS:
+            raise UserError(f"{where}: score {score!r} is unknown; {nearest(score, [*SCORERS, *SPLIT_SCORES])}")
+        scores.append(score if score in SCORERS else SPLIT_SCORES[score].of)
+    about = line.about or str(questions)
+    return Task(name, about, lambda *_: read_questions(questions, images), tuple(dict.fromkeys(scores)), line.n)

@@ -1,13 +1,13 @@
-"""A report's records as the data that its page browses: plain lists for JSON, questions once, answers apart.
+"""The record browser's data: a report's records as plain lists for JSON, questions once, answers apart.
 
     rows       name, title, look, the look in words
     questions  task, index, where, field, text, accepted, boxes, size, picture (number of a picture; null: `why` not)
     answers    row, folder, question (numbers), text, scores, looks, recall, iou, cost, judge, failed, skipped, said
     pictures   src (a data URI), width, height of the original
-    heat       the colours of a map, from low to high
+    heat       the colors of a map, from low to high
 
 Boxes are x1, y1, x2, y2 in pixels of the upright original, x2 and y2 exclusive. What is null, empty or unknown is left
-out. Knows records; refuses to know HTML.
+out.
 """
 
 from __future__ import annotations
@@ -16,21 +16,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from relook.evaluate.report.pictures import Pictures, gather, key
+from relook.evaluate.records import Record, image_key
+from relook.evaluate.report.pictures import Pictures, gather
 from relook.evaluate.report.rows import Report
 from relook.evaluate.settings import SETTINGS
 from relook.looks import LOOKS
 from relook.regions import cells_to_box, token_area
 from relook.render import HEAT
 
-Record = Mapping[str, Any]
-Answered = tuple[int, str, Record]  # number of the row, folder's name, record
-
-BLANK = "blank"  # the way to look whose crops are shown blank
+BLANK = "blank"  # the setting whose crops are shown blank
 
 
-def browse(report: Report, images: int) -> tuple[dict[str, Any], Pictures]:
-    """The page's data, with at most `images` pictures in it, and what is known of the pictures."""
+def browser_data(report: Report, images: int) -> tuple[dict[str, Any], Pictures]:
+    """The page's data, with at most `images` pictures in it, and the pictures."""
     answered = list(_answered(report))
     pictures = gather((record for *_, record in answered), images)
     numbers = {name: number for number, name in enumerate(pictures.shown)}
@@ -38,28 +36,31 @@ def browse(report: Report, images: int) -> tuple[dict[str, Any], Pictures]:
     asked: list[dict[str, Any]] = []
     answers = []
     for row, folder, record in answered:
-        same = record["task"], record["index"], record["question"], tuple(record["accepted"]), key(record)
+        image = image_key(record)
+        size = pictures.shown[image][1] if image in pictures.shown else record.get("size")
+        same = record["task"], record["index"], record["question"], tuple(record["accepted"]), image
         if same not in questions:
             questions[same] = len(asked)
-            asked.append(_question(record, numbers, pictures))
-        size = pictures.shown[key(record)][1] if key(record) in pictures.shown else _size(record)
+            asked.append(_question(record, size, numbers, pictures))
         answers.append(_clean(_answer(record, size) | {"row": row, "folder": folder, "question": questions[same]}))
+    first = [report.scores(task)[0] for task in report.tasks]  # the scores that decide in a task come first
     data = {
         "tasks": list(report.tasks),
-        "scores": _scores(report),
+        "scores": list(dict.fromkeys([*first, *(name for task in report.tasks for name in report.scores(task))])),
         "rows": [
             {"name": row.name, "title": row.title, "look": row.look, "about": _about(row.look)} for row in report.rows
         ],
         "questions": asked,
         "answers": answers,
         "pictures": [{"src": src, "width": w, "height": h} for src, (w, h) in pictures.shown.values()],
-        "heat": [list(colour) for colour in HEAT],
+        "heat": [list(color) for color in HEAT],
     }
     return data, pictures
 
 
-def _answered(report: Report) -> Iterator[Answered]:
-    """Every record of every row, task by task, question by question, the rows' answers to one beside each other."""
+def _answered(report: Report) -> Iterator[tuple[int, str, Record]]:
+    """Every record with the number of its row and its folder's name, task by task, question by question, the rows'
+    answers to one question beside each other."""
     for task in report.tasks:
         found = [
             (number, folder.name if len(row.folders) > 1 else "", record)
@@ -70,24 +71,13 @@ def _answered(report: Report) -> Iterator[Answered]:
         yield from sorted(found, key=lambda each: (each[2]["index"], each[2]["question"], each[0], each[1]))
 
 
-def _question(record: Record, numbers: Mapping[str, int], pictures: Pictures) -> dict[str, Any]:
-    name = key(record)
-    why = None if name in numbers else pictures.why.get(name, "beyond the number of pictures this page was made with")
-    return _clean(
-        {
-            "task": record["task"],
-            "index": record["index"],
-            "where": record["where"],
-            "image": record["image"],
-            "field": record["field"],
-            "text": record["question"],
-            "accepted": record["accepted"],
-            "boxes": record.get("boxes"),
-            "size": pictures.shown[name][1] if name in pictures.shown else _size(record),
-            "picture": numbers.get(name),
-            "why": why,
-        }
-    )
+def _question(
+    record: Record, size: Sequence[int] | None, numbers: Mapping[str, int], pictures: Pictures
+) -> dict[str, Any]:
+    image, why = image_key(record), "beyond the number of pictures this page was made with"
+    found: dict[str, Any] = {name: record[name] for name in ("task", "index", "where", "image", "field", "accepted")}
+    found |= {"text": record["question"], "boxes": record.get("boxes"), "size": size, "picture": numbers.get(image)}
+    return _clean(found | {"why": None if image in numbers else pictures.why.get(image, why)})
 
 
 def _answer(record: Record, size: Sequence[int] | None) -> dict[str, Any]:
@@ -109,7 +99,7 @@ def _answer(record: Record, size: Sequence[int] | None) -> dict[str, Any]:
     }
 
 
-def _look(look: Record, size: Sequence[int] | None, blank: bool, grid: int | None) -> dict[str, Any]:
+def _look(look: Mapping[str, Any], size: Sequence[int] | None, blank: bool, grid: int | None) -> dict[str, Any]:
     """One look: what was seen (`box`), what was named (`named`, where the grid is known), and its map in percent."""
     found: dict[str, Any] = {"kind": look["kind"], "cells": look["cells"], "problem": look["problem"]}
     region = look["cells"] is not None
@@ -130,18 +120,8 @@ def _percent(heat: Sequence[Sequence[float | None]]) -> list[list[int]]:
     return [[round(100 * (value - low) / (high - low)) if high > low else 0 for value in row] for row in sizes]
 
 
-def _scores(report: Report) -> list[str]:
-    """All scores, those that decide in a task first."""
-    first = [report.scores(task)[0] for task in report.tasks]
-    return list(dict.fromkeys([*first, *(name for task in report.tasks for name in report.scores(task))]))
-
-
 def _about(look: str) -> str:
     return SETTINGS[look].about if look in SETTINGS else ""
-
-
-def _size(record: Record) -> list[int] | None:
-    return record.get("size")
 
 
 def _digits(value: float | None) -> float | None:

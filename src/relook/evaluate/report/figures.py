@@ -1,174 +1,162 @@
-"""The two pictures of a report, drawn by matplotlib's Agg into PNG bytes. Without matplotlib: a UserError that says so.
+"""The figures of a report, by matplotlib: cost.png and fields.png for documents, and small SVGs for the page.
 
-matplotlib is imported when a picture is drawn, never before, and its global state (pyplot) is not used.
+matplotlib is imported when a figure is drawn, never before, and its global state (pyplot) is not used. In an SVG, what
+has to be light or dark as the page is drawn in stand-in colors, which become the style sheet's variables.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
-from itertools import islice, product
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from relook.errors import UserError
+from relook.evaluate.report.heat_maps import HeatMap
 from relook.evaluate.report.rows import Report, Row
-from relook.evaluate.report.tables import field_counts, score_name
+from relook.evaluate.report.tables import field_counts
+from relook.evaluate.results import score_name
 from relook.evaluate.statistics import Estimate
 
-# Six of Okabe and Ito's colours, told apart with any colour vision, and four more for long reports; markers differ too.
-COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#7A5195", "#999999", "#444444", "#B8A000")
+# Six of Okabe and Ito's colors, told apart with any color vision, and four more for long reports; markers differ too.
+COLORS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#7A5195", "#999999", "#444444", "#B8A000")
 MARKERS = "osD^vh>p<*"
-GREY, INK, EDGE = "#666666", "#222222", "#ffffff"
-DPI = 150
-FIELDS_WIDTH, FIELD_SIZE = 9.5, 8.5  # inches; points
-BAR, LETTER = 8.0, 5.2  # points: the least room a bar with its name has, and what a letter of a field's name takes
-Rectangle = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels, y upwards
+INK, SOFT, CARD = "#010203", "#666666", "#ffffff"  # text and lines, quiet lines, paper: variables of the page's theme
+THEME = {INK: "var(--ink)", SOFT: "var(--soft)", CARD: "var(--card)"}
+SETTINGS: Any = {
+    "text.parse_math": False,  # a name is written as it is, dollar signs and all
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "relook",  # the same report gives the same bytes
+    "font.family": ["sans-serif"],
+    "font.size": 10,
+    **{name: INK for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
+}
+DPI, WIDTH = 150, 5.2  # of PNGs; inches of a panel
+NAMED = 6  # the most points that have their names beside them; more are told apart by the key or legend
 Interval = tuple[float, float, float]  # mean, low, high
-Point = tuple[Interval, Interval, str, str]  # x, y, name, colour
-MARKER, LABEL_ROOM = 10.0, 3.0  # pixels: half the side of a point's square, and what is kept free around a label
+Draw = Callable[[Any, Report, str], None]  # (matplotlib axes, report, task)
 
 
-def cost_png(report: Report) -> bytes:
-    """Score (y, %) against LM positions an answer (x): a panel a task, a labelled point a row, 95 % intervals."""
-    with plain_text():
-        figure, panels = _figure(report, 1, max(len(report.tasks), 1), (5.2, 4.6))
-        points = [cost_panel(panel, report, task) for panel, task in zip(panels, report.tasks, strict=False)]
-        _legend(figure, report, _dot)
-        figure.draw_without_rendering()  # the layout is settled now: what is placed in pixels stays
-        for panel, each in zip(panels, points, strict=False):
-            label(panel, each)
-        return _png(figure)
+# ---- panels: one task each
 
 
-def cost_panel(panel: Any, report: Report, task: str) -> list[Point]:
-    """One task's rows as points; what comes back is for `label`, once the layout is settled."""
-    score, points = report.scores(task)[0], []
-    for place, row in enumerate(report.rows):
-        measures = row.results[task].measures if task in row.results else {}
+def bars_panel(panel: Any, report: Report, task: str) -> None:
+    """A bar a row: the score that decides (%), with its interval."""
+    score, rows = report.scores(task)[0], _rows(report, task)
+    for at, (place, row) in enumerate(rows):
+        value = scaled(row.results[task].measures.get(score), 100)
+        if value is not None:
+            panel.barh(at, value[0], 0.7, color=color(place))
+            panel.errorbar(value[0], at, xerr=whiskers(value), lw=1, capsize=2.5, color=INK)
+            panel.annotate(f"{value[0]:.1f}", (max(value[2], value[0]), at), (5, 0), textcoords="offset points",
+                           va="center", fontsize=9)  # fmt: skip
+    panel.set_yticks(range(len(rows)), [short(row.name, 22) for _, row in rows])
+    panel.invert_yaxis()
+    panel.set_xlim(0, max(panel.get_xlim()[1] * 1.12, 5))
+    panel.set_xlabel(f"{score_name(score)}, %")
+    panel.grid(axis="x", alpha=0.25)
+    panel.set_axisbelow(True)
+
+
+def cost_panel(panel: Any, report: Report, task: str) -> None:
+    """Score (y, %) against LM positions an answer (x): a point a row, with 95 % intervals."""
+    score, rows, furthest = report.scores(task)[0], _rows(report, task), 0.0
+    for place, row in rows:
+        measures = row.results[task].measures
         x, y = scaled(measures.get("lm_positions")), scaled(measures.get(score), 100)
         if x is None or y is None:
             continue
-        panel.errorbar(
-            x[0], y[0], xerr=whiskers(x), yerr=whiskers(y), fmt=MARKERS[place % len(MARKERS)],
-            ms=7, lw=1.1, capsize=2.5, color=colour(place), mec=EDGE, mew=0.6,
-        )  # fmt: skip
-        points.append((x, y, short(row.name), colour(place)))
-    panel.set_title(short(task, 60), loc="left", fontsize=11, weight="bold")
+        furthest = max(furthest, x[2])
+        panel.errorbar(x[0], y[0], xerr=whiskers(x), yerr=whiskers(y), fmt=marker(place), ms=7, lw=1.1, capsize=2.5,
+                       color=color(place), mec=CARD, mew=0.6)  # fmt: skip
+        if len(rows) <= NAMED:
+            panel.annotate(short(row.name), (x[0], y[0]), (7, 5), textcoords="offset points", fontsize=9.5,
+                           color=color(place), weight="bold")  # fmt: skip
     panel.set_xlabel("LM positions per answer")
     panel.set_ylabel(f"{score_name(score)}, %")
-    panel.set_xlim(0, 1.12 * max((x[2] for x, *_ in points), default=1.0))
-    top = _top(panel.get_ylim()[1])
-    panel.set_ylim(-0.05 * top, top)  # room under zero, so that a point there is whole and has a name beside it
-    panel.axhline(0, lw=0.8, color=GREY, zorder=0)
+    panel.set_xlim(0, 1.12 * furthest or 1.0)
+    top = min(max(panel.get_ylim()[1] * 1.05, 5.0), 104.0)  # of an axis of percentages: a little air
+    panel.set_ylim(-0.05 * top, top)  # room under zero, so that a point there is whole
+    panel.axhline(0, lw=0.8, color=SOFT, zorder=0)
     panel.grid(alpha=0.25)
-    return points
+
+
+def fields_panel(panel: Any, report: Report, task: str) -> None:
+    """A line a field, a point a row: the score that decides (%), with its interval."""
+    score, rows = report.scores(task)[0], _rows(report, task)
+    counts = field_counts(report, task, score)
+    step = 0.8 / max(len(rows), 1)
+    for slot, (place, row) in enumerate(rows):
+        for at, name in enumerate(counts):
+            value = scaled(row.results[task].fields.get(name, {}).get(score), 100)
+            if value is not None:
+                panel.errorbar(value[0], at - 0.4 + (slot + 0.5) * step, xerr=whiskers(value), lw=1, capsize=0,
+                               fmt=marker(place), ms=5.5, color=color(place), mec=CARD, mew=0.4,
+                               clip_on=False)  # fmt: skip
+    for at in range(1, len(counts)):
+        panel.axhline(at - 0.5, lw=0.5, color=SOFT, alpha=0.35)
+    panel.set_yticks(range(len(counts)), [f"{short(name, 18)} ({count})" for name, count in counts.items()])
+    panel.tick_params(axis="y", length=0)
+    panel.set_ylim(max(len(counts), 1) - 0.5, -0.5)
+    panel.set_xlim(0, max(panel.get_xlim()[1], 5))
+    panel.set_xlabel(f"{score_name(score)}, %")
+    panel.grid(axis="x", alpha=0.25)
+
+
+def _fields_height(report: Report, task: str) -> float:
+    """Inches of a `fields_panel`."""
+    fields = len(field_counts(report, task, report.scores(task)[0]))
+    return 0.7 + fields * max(0.28, 0.1 * len(_rows(report, task)) + 0.08)
+
+
+def _rows(report: Report, task: str) -> list[tuple[int, Row]]:
+    """The rows that have results for a task, with their number in the report."""
+    return [(place, row) for place, row in enumerate(report.rows) if task in row.results]
+
+
+# ---- files for documents
+
+
+def cost_png(report: Report) -> bytes:
+    """A `cost_panel` for each task, side by side."""
+    with _matplotlib():
+        return _png(_document(report, cost_panel, 4.6))
 
 
 def fields_png(report: Report) -> bytes:
-    """Score by field (%): a group of bars a field, a bar a row, 95 % intervals; a panel a task, or several where its
-    bars would be too narrow for their names."""
-    with plain_text():
+    """A `fields_panel` for each task, side by side."""
+    with _matplotlib():
         return _png(fields_figure(report))
 
 
 def fields_figure(report: Report) -> Any:
-    """`fields_png` before it is a picture."""
-    plan = [part for task in report.tasks for part in _field_parts(report, task)]
-    figure, panels = _figure(report, max(len(plan), 1), 1, (FIELDS_WIDTH, 3.1))
-    for panel, (task, title, fields) in zip(panels, plan, strict=False):
-        _field_panel(panel, report, task, title, fields)
-    _legend(figure, report, _patch)
-    return figure
+    return _document(report, fields_panel, max(2.5, *(_fields_height(report, task) for task in report.tasks)))
 
 
-def _field_parts(report: Report, task: str) -> list[tuple[str, str, dict[str, int]]]:
-    """(task, title, fields with their numbers of questions) of each panel: even parts in which every name has room."""
-    counts = field_counts(report, task, report.scores(task)[0])
-    if not counts:
-        return [(task, f"{task}: no questions with a field", {})]
-    points = 72 * (FIELDS_WIDTH - 0.8)
-    bars = max(sum(task in row.results for row in report.rows), 1)
-    longest = max(len(name) for name in counts)
-    most = max(int(points / max(BAR * bars / 0.84, LETTER * (longest + 1))), 1)
-    parts = math.ceil(len(counts) / most)
-    each = math.ceil(len(counts) / parts)
-    names = [list(islice(counts, start, start + each)) for start in range(0, len(counts), each)]
-    return [
-        (task, task if not i else f"{task}, continued", {n: counts[n] for n in some}) for i, some in enumerate(names)
-    ]
+def _document(report: Report, draw: Draw, height: float) -> Any:
+    """A figure of a panel for each task, `height` inches high, with a legend of all rows under them."""
+    from matplotlib.lines import Line2D
 
-
-def _field_panel(panel: Any, report: Report, task: str, title: str, fields: dict[str, int]) -> None:
-    score = report.scores(task)[0]
-    rows = [(place, row, row.results[task]) for place, row in enumerate(report.rows) if task in row.results]
-    width = 0.84 / max(len(rows), 1)
-    for slot, (place, row, result) in enumerate(rows):
-        for group, name in enumerate(fields):
-            value = scaled(result.fields.get(name, {}).get(score), 100)
-            if value is not None:
-                at = group - 0.42 + (slot + 0.5) * width
-                panel.bar(at, value[0], width * 0.92, color=colour(place))
-                if not value[0]:  # a bar without height is seen too
-                    ends = at - 0.46 * width, at + 0.46 * width
-                    panel.plot(ends, (0, 0), lw=2.5, color=colour(place), solid_capstyle="butt")
-                panel.errorbar(at, value[0], yerr=whiskers(value), lw=0.9, capsize=1.5, color=INK)
-                panel.text(at, -0.02, short(row.name), transform=panel.get_xaxis_transform(), ha="center", va="top",
-                           fontsize=6.5, rotation=90, color=GREY)  # fmt: skip
-    room = 6 + 4.0 * max((len(short(row.name)) for _, row, _ in rows), default=0)  # points: the rows' names stand here
-    panel.set_xticks(range(len(fields)), [f"{short(name)}\nn = {count}" for name, count in fields.items()])
-    panel.tick_params(axis="x", length=0, pad=room, labelsize=FIELD_SIZE)
-    panel.set_ylabel(f"{score_name(score)}, %")
-    panel.set_ylim(0, _top(panel.get_ylim()[1]))
-    panel.set_xlim(-0.55, max(len(fields), 1) - 0.45)
-    panel.set_title(short(title, 80), loc="left", fontsize=11, weight="bold")
-    panel.grid(axis="y", alpha=0.25)
-    panel.set_axisbelow(True)
-
-
-# ---- parts of a figure
-
-
-def plain_text(**settings: Any) -> Any:
-    """A context in which matplotlib takes a name as it is written, dollar signs and all, with these settings besides.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib import rc_context
-    except ImportError:
-        raise UserError("the figures need matplotlib, which is not installed; pip install 'relook[eval]'") from None
-    changed: Any = {"text.parse_math": False, **settings}
-    return rc_context(changed)
-
-
-def _figure(report: Report, down: int, across: int, size: tuple[float, float]) -> tuple[Any, Sequence[Any]]:
-    """A figure of down x across panels of `size` inches each, with room for the legend under them."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    width = size[0] * max(across, 1)
-    legend = 0.22 * math.ceil(len(report.rows) / _legend_columns(width)) + 0.25
-    figure = Figure(figsize=(width, size[1] * down + legend), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = list(figure.subplots(down, across, squeeze=False).flat)
-    for panel in panels:
+    width = WIDTH * len(report.tasks)
+    columns = max(1, int(width // 4.5))
+    figure = _figure(width, height + 0.22 * math.ceil(len(report.rows) / columns) + 0.5, DPI)
+    panels = figure.subplots(1, len(report.tasks), squeeze=False).flat
+    for panel, task in zip(panels, report.tasks, strict=True):
+        draw(panel, report, task)
+        panel.set_title(short(task, 60), loc="left", fontsize=11, weight="bold")
         panel.spines[["top", "right"]].set_visible(False)
-    return figure, panels
-
-
-def _legend(figure: Any, report: Report, handle: Any) -> None:
-    """Every row by name and title, those that were not run as such, under the panels."""
-    entries = [(handle(place), _entry(row)) for place, row in enumerate(report.rows)]
-    figure.legend(
-        [each for each, _ in entries], [text for _, text in entries], loc="outside lower center", fontsize=8.5,
-        ncols=_legend_columns(figure.get_figwidth()), frameon=False,
-    )  # fmt: skip
-
-
-def _legend_columns(width: float) -> int:
-    return max(1, int(width // 4.5))
+    handles = [
+        Line2D([], [], ls="", marker=marker(place), ms=7, color=color(place), mec=CARD, mew=0.6)
+        for place in range(len(report.rows))
+    ]
+    names = [_entry(row) for row in report.rows]
+    figure.legend(handles, names, loc="outside lower center", fontsize=8.5, ncols=columns, frameon=False)
+    return figure
 
 
 def _entry(row: Row) -> str:
@@ -176,70 +164,114 @@ def _entry(row: Row) -> str:
     return short(text, 70) + ("" if row.results else " (not run)")
 
 
-def _dot(place: int) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], ls="", marker=MARKERS[place % len(MARKERS)], ms=7, color=colour(place), mec=EDGE, mew=0.6)
-
-
-def _patch(place: int) -> Any:
-    from matplotlib.patches import Patch
-
-    return Patch(color=colour(place))
+def _png(figure: Any) -> bytes:
+    data = io.BytesIO()
+    figure.savefig(data, format="png", metadata={"Software": None})
+    return data.getvalue()
 
 
-def label(panel: Any, points: Sequence[Point]) -> None:
-    """Names beside their points, each at the nearest place where it covers no other name, no point and no interval.
-
-    Two rows may lie on top of each other (the same model under two looks), so names try places farther and farther out,
-    with a thin line back to their point where they had to move away.
-    """
-    lines = [  # each interval as a thin rectangle
-        panel.transData.transform(ends)
-        for x, y, _, _ in points
-        for ends in (((x[1], y[0]), (x[2], y[0])), ((x[0], y[1]), (x[0], y[2])))
-    ]
-    spots = [tuple(panel.transData.transform((x[0], y[0]))) for x, y, _, _ in points]
-    taken: list[Rectangle] = [(x - MARKER, y - MARKER, x + MARKER, y + MARKER) for x, y in spots]
-    taken += [(x0 - 2, y0 - 2, x1 + 2, y1 + 2) for (x0, y0), (x1, y1) in lines]
-    frame = panel.get_window_extent()
-    for (x, y), (_, _, name, colour) in zip(spots, points, strict=True):
-        style = {"fontsize": 9.5, "color": colour, "weight": "bold"}
-        measured = panel.annotate(name, (0, 0), xycoords="figure pixels", **style)
-        size = measured.get_window_extent()
-        measured.remove()
-        box, distance = _place(x, y, size.width, size.height, taken, (frame.x0, frame.y0, frame.x1, frame.y1))
-        taken.append(box)
-        panel.annotate(
-            name, panel.transData.inverted().transform((x, y)), xycoords="data", textcoords="offset pixels",
-            xytext=(box[0] + LABEL_ROOM - x, box[1] + LABEL_ROOM - y), va="bottom", **style,
-            arrowprops={"arrowstyle": "-", "lw": 0.7, "color": colour} if distance else None,
-        )  # fmt: skip
+# ---- figures of the page
 
 
-def _place(
-    x: float, y: float, width: float, height: float, taken: Sequence[Rectangle], frame: Rectangle
-) -> tuple[Rectangle, int]:
-    """The label's box, with its room, beside (x, y), and how many steps out it lies (0: right beside the point).
+@dataclass(frozen=True)
+class Chart:
+    """A figure: what it shows in words (its caption, and for those who do not see it), its SVG, and by number the rows
+    that it does not name itself."""
 
-    Where nothing is free within the frame, the first place: a label that covers something is better than none.
-    """
-    wide, high = width + 2 * LABEL_ROOM, height + 2 * LABEL_ROOM
-    boxes = []
-    for distance, (right, up) in product(range(8), ((1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))):
-        step = MARKER + 13 * distance
-        left = x + (step if right > 0 else -step - wide)
-        low = y + (-high / 2, step, -step - high)[up]
-        box = (left, low, left + wide, low + high)
-        inside = frame[0] <= box[0] and frame[1] <= box[1] and box[2] <= frame[2] and box[3] <= frame[3]
-        if inside and not any(_meet(box, other) for other in taken):
-            return box, distance
-        boxes.append(box)
-    return boxes[0], 0
+    about: str
+    svg: str
+    kind: str = ""
+    key: tuple[tuple[int, str], ...] = ()
 
 
-def _meet(a: Rectangle, b: Rectangle) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+def charts(report: Report, task: str) -> list[Chart]:
+    """The figures of a task: all rows, accuracy against cost, and by field where there are several fields."""
+    rows = _rows(report, task)
+    if not rows:
+        return []
+    name = f"{task}: {score_name(report.scores(task)[0])}"
+    key = tuple((place, row.name) for place, row in rows)
+    with _drawing(WIDTH, 0.75 + 0.34 * len(rows)) as (panel, svg):
+        bars_panel(panel, report, task)
+    found = [Chart(f"{name} of every row, with 95 % intervals", svg())]
+    with _drawing(WIDTH, 3.9) as (panel, svg):
+        cost_panel(panel, report, task)
+    about = f"{name} against what an answer costs, 95 % intervals"
+    found.append(Chart(about, svg(), key=key if len(rows) > NAMED else ()))
+    if len(field_counts(report, task, report.scores(task)[0])) > 1:
+        with _drawing(WIDTH, _fields_height(report, task)) as (panel, svg):
+            fields_panel(panel, report, task)
+        found.append(Chart(f"{name} by field (questions), with 95 % intervals", svg(), key=key))
+    return found
+
+
+def heat(found: HeatMap) -> Chart:
+    """Where on the page the boxes lay; over looks, a line around where half of the annotated boxes' peak is reached."""
+    high = min(max(found.aspect, 0.5), 2.2)
+    with _drawing(2.5, 2.3 * high + 0.1) as (panel, svg):
+        panel.imshow(found.density, cmap="magma", vmin=0, extent=(0, 1, 1, 0), interpolation="none", aspect="auto")
+        if found.annotated is not None and found.annotated.max() > 0:
+            centers = (np.arange(len(found.annotated)) + 0.5) / len(found.annotated)
+            panel.contour(centers, centers, found.annotated, [found.annotated.max() / 2], colors="#35d0ba",
+                          linewidths=1.6)  # fmt: skip
+        panel.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(1, 0))
+    return Chart(found.about, svg(), "heat")
+
+
+def unique(charts: Sequence[Chart]) -> list[Chart]:
+    """The same charts with ids that no two of them share."""
+    ids = re.compile(r'(\bid="|href="#|url\(#)')
+    return [replace(chart, svg=ids.sub(rf"\g<1>c{number}-", chart.svg)) for number, chart in enumerate(charts)]
+
+
+@contextmanager
+def _drawing(width: float, height: float) -> Iterator[tuple[Any, Callable[[], str]]]:
+    """A panel of its own to draw on, and a function that returns the SVG once the context has ended."""
+    with _matplotlib():
+        figure = _figure(width, height, 72)
+        panel = figure.subplots()
+        panel.spines[["top", "right"]].set_visible(False)
+        made: list[str] = []
+        yield panel, lambda: made[0]
+        out = io.StringIO()
+        nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(out, format="svg", metadata=nothing, transparent=True)
+        made.append(_inline(out.getvalue()))
+
+
+def _inline(text: str) -> str:
+    """An SVG file as a part of a page: no head, no style for the whole page, no fixed size, colors of the theme."""
+    svg = text[text.index("<svg") :]
+    svg = re.sub(r"<(metadata|defs)>\s*(<style.*?</style>)?\s*</\1>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 aria-hidden="true"', svg, count=1)
+    for stand_in, variable in THEME.items():
+        svg = svg.replace(stand_in, variable)
+    for place, each in enumerate(COLORS):
+        svg = svg.replace(each.lower(), f"var(--row-{place})")
+    return svg
+
+
+# ---- parts
+
+
+@contextmanager
+def _matplotlib() -> Iterator[None]:
+    try:
+        from matplotlib import rc_context
+    except ImportError:
+        raise UserError("the figures need matplotlib, which is not installed; pip install 'relook[eval]'") from None
+    with rc_context(SETTINGS):
+        yield
+
+
+def _figure(width: float, height: float, dpi: int) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def scaled(value: Estimate | None, factor: float = 1) -> Interval | None:
@@ -260,16 +292,9 @@ def short(name: str, most: int = 24) -> str:
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
 
 
-def _top(seen: float) -> float:
-    """The upper end of an axis of percentages: a little air, never past 104, never less than 5."""
-    return min(max(seen * 1.05, 5.0), 104.0)
+def color(place: int) -> str:
+    return COLORS[place % len(COLORS)]
 
 
-def colour(place: int) -> str:
-    return COLOURS[place % len(COLOURS)]
-
-
-def _png(figure: Any) -> bytes:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", metadata={"Software": None})
-    return data.getvalue()
+def marker(place: int) -> str:
+    return MARKERS[place % len(MARKERS)]

@@ -1,4 +1,9 @@
-"""The page put together: what `report.html.jinja` shows, and the policy under which a browser shows it."""
+"""A report as one HTML page with everything in it: tables, figures, heat maps, and a browser of the records.
+
+The page fetches nothing, and its content security policy forbids it to. Text of records reaches it escaped by the
+template (report.html.jinja), or as JSON that report.js puts into text nodes; the only script that may run is report.js,
+by its hash. Without JavaScript, tables and figures stand and the browser of records says what it lacks.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from relook.errors import UserError
-from relook.evaluate.report import charts
-from relook.evaluate.report.browser import browse
-from relook.evaluate.report.charts import Chart
-from relook.evaluate.report.heat_maps import places
+from relook.evaluate.report import figures
+from relook.evaluate.report.browser import browser_data
+from relook.evaluate.report.heat_maps import heat_maps
 from relook.evaluate.report.pictures import SIDE, Pictures
 from relook.evaluate.report.rows import Report
-from relook.evaluate.report.tables import CAPTION, NOT_RUN, WORDS, Table, heading, notes, tables
+from relook.evaluate.report.tables import CAPTION, NOT_RUN, heading, notes, tables
+from relook.evaluate.results import WORDS, Table
 
 HERE = Path(__file__).parent
 IMAGES = 100  # pictures on a page where nobody says: some five megabytes
@@ -29,11 +34,11 @@ def page_html(report: Report, images: int = IMAGES) -> bytes:
     Raises:
         UserError: matplotlib or Jinja is not installed.
     """
-    data, pictures = browse(report, images)
+    data, pictures = browser_data(report, images)
     script = (HERE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     tasks = [_task(report, task, pictures) for task in report.tasks]
-    every = iter(charts.unique([chart for task in tasks for chart in (*task["charts"], *task["heat"])]))
+    every = iter(figures.unique([chart for task in tasks for chart in (*task["charts"], *task["heat"])]))
     for task in tasks:
         task["charts"], task["heat"] = ([next(every) for _ in task[name]] for name in ("charts", "heat"))
     text = _template().render(
@@ -55,16 +60,13 @@ def page_html(report: Report, images: int = IMAGES) -> bytes:
 
 
 def _task(report: Report, task: str, pictures: Pictures) -> dict[str, Any]:
-    found: list[Chart | None] = []
-    if any(task in row.results for row in report.rows):
-        found = [charts.bars(report, task), charts.cost(report, task), charts.fields(report, task)]
-    maps, left = places(report, task, pictures)
+    maps, left = heat_maps(report, task, pictures)
     return {
         "name": task,
         "heading": heading(report, task),
         "tables": [_table(report, table) for table in tables(report, task)],
-        "charts": [chart for chart in found if chart is not None],
-        "heat": [charts.heat(each) for each in maps],
+        "charts": figures.charts(report, task),
+        "heat": [figures.heat(each) for each in maps],
         "left": left,
     }
 

@@ -1,7 +1,7 @@
-"""The pictures of a report's page: which there are, which are shown, and their bytes.
+"""The pictures of a report's page: which images there are, which are shown, and their bytes.
 
-A record names its image by a path, or by the page of a synthetic world it is about ("receipts page 3 of seed 7"), which
-is drawn again. Sizes are (width, height) in pixels of the upright original.
+A record names its image by a path; where it has none, its task draws it again (`Task.image`). Sizes are (width, height)
+in pixels of the upright original.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from relook.errors import UserError
+from relook.evaluate.records import Record, image_key
 from relook.evaluate.tasks import named_task
 from relook.views import load_item_image
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Record = Mapping[str, Any]
 Size = tuple[int, int]
 
 SIDE, QUALITY = 1024, 65  # longest side in pixels, JPEG quality: letters of a receipt can be read
-COLOURS = 64  # the most that an image has which is kept as PNG
+COLORS = 64  # the most that an image has which is kept as PNG
 
 
 @dataclass
 class Pictures:
-    """What is shown of the images, by `key` of their records.
+    """What is shown of the images, by `image_key` of their records.
 
     shown   data URI and size of the original
     why     why an image is not there, in words
@@ -40,16 +40,11 @@ class Pictures:
     left: int = 0
 
 
-def key(record: Record) -> str:
-    """What is one image: its path, or of a page drawn in memory which page."""
-    return str(record["image"] or record["where"])
-
-
 def gather(records: Iterable[Record], most: int) -> Pictures:
     """At most `most` of the records' images, each once: those that most records are about, evenly among equals."""
     asked: dict[str, list[Record]] = {}
     for record in records:
-        asked.setdefault(key(record), []).append(record)
+        asked.setdefault(image_key(record), []).append(record)
     chosen = _chosen({name: len(each) for name, each in asked.items()}, max(most, 0))
     found = Pictures(left=len(asked) - len(chosen))
     for name in chosen:
@@ -85,15 +80,17 @@ def find(records: Sequence[Record]) -> Image.Image:
     """
     first = records[0]
     image = load_item_image(first["image"]) if first["image"] else _drawn(records)
-    size = next((tuple(record["size"]) for record in records if record.get("size")), image.size)
+    size = next((tuple(known) for record in records if (known := record.get("size"))), image.size)
     if image.size != size:
-        raise UserError(f"{key(first)} is {image.width} x {image.height} pixels now, and was {size[0]} x {size[1]}")
+        raise UserError(
+            f"{image_key(first)} is {image.width} x {image.height} pixels now, and was {size[0]} x {size[1]}"
+        )
     return image
 
 
 def _drawn(records: Sequence[Record]) -> Image.Image:
     """The image, drawn again by the task of its records; each record must be answered by it."""
-    task = named_task(str(records[0]["task"]))
+    task = named_task(records[0]["task"])
     draw = None if task is None else task.image
     if draw is None:
         raise UserError("the image was in memory only")
@@ -102,13 +99,13 @@ def _drawn(records: Sequence[Record]) -> Image.Image:
 
 
 def data_uri(image: Image.Image) -> str:
-    """The image, small, as a data URI: PNG where it has few colours (drawn pages), else JPEG."""
+    """The image, small, as a data URI: PNG where it has few colors (drawn pages), else JPEG."""
     small = image if image.mode == "RGB" else image.convert("RGB")
     if max(small.size) > SIDE:
         small = small.copy()
         small.thumbnail((SIDE, SIDE))
     out = io.BytesIO()
-    if small.getcolors(COLOURS):
+    if small.getcolors(COLORS):
         form = "png"
         small.save(out, "PNG", optimize=True)
     else:

@@ -1,22 +1,18 @@
-"""A report as tables: headings and cells in words, which `writers` sets as Markdown and `page` as HTML.
-
-Formats what `rows` collected; computes nothing.
-"""
+"""A report as tables: for people as Markdown (`table_md`), and every number in long form (`table_csv`)."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
-from relook.evaluate.report.rows import Report, Row
-from relook.evaluate.results import COLUMNS as PRINTED
+from relook.evaluate.report.rows import FACTS, Report, Row
+from relook.evaluate.results import Column, Table, cell, escaped, p_value, points, score_name
 from relook.evaluate.split_metrics import SPLIT_SCORES
 from relook.evaluate.statistics import Estimate
-from relook.evaluate.summary import BY_FIELD, Difference
+from relook.evaluate.summary import BY_FIELD, Comparison
 from relook.evaluate.tasks import named_task
-
-SCORE_NAMES = {score: name.removesuffix(" %") for name, (score, *_) in PRINTED.items()} | {"exact": "exact match"}
-Column = tuple[str, float, int, bool]  # measure, factor, decimals, interval shown
 
 # column heading -> its measure; the scores' columns stand before these
 COLUMNS: dict[str, Column] = {
@@ -32,7 +28,6 @@ FACT_HEADINGS: dict[str, tuple[str, Callable[[float], str]]] = {
     "train_seconds": ("training s", lambda value: f"{value:,.0f}"),
 }
 NOT_RUN = "not run"
-WORDS = ("row", "what", "difference")  # headings of columns that hold words; all others hold numbers
 
 CAPTION = """\
 Means, with 95 % intervals in brackets. An interval comes from 2,000 bootstrap resamples of the images, all questions of
@@ -42,15 +37,6 @@ gives the lowest and highest exact match of the single seeds. Failed answers are
 Region recall is the share of the annotated area that was seen, IoU that of the cells named, both over the answers with
 a region look. LM positions are token positions pushed through the language model for an answer; seconds are wall
 time."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table: what stands above it, the columns' headings, and lines with a cell for each."""
-
-    caption: str
-    heading: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
 
 
 def heading(report: Report, task: str) -> str:
@@ -77,7 +63,7 @@ def _main(report: Report, task: str) -> Table:
         if result is None:
             cells = ["-", NOT_RUN, *("-" for _ in columns)]
         else:
-            shown = [cell(result.measures.get(name), by, digits, wide) for name, by, digits, wide in columns.values()]
+            shown = [cell(result.measures.get(column[0]), column) for column in columns.values()]
             count = result.measures[scores[0]].n if scores[0] in result.measures else 0
             cells = [str(count), _seeds(result.seeds, scores[0]), *shown]
         lines.append((row.name, row.title, *cells, *facts))
@@ -91,9 +77,9 @@ def _differences(report: Report, task: str) -> Table:
     found = [each for each in report.differences if each.task == task]
     lines = []
     for a, b in report.compare:
-        pair = {each.measure: each for each in found if (each.a, each.b) == (a, b)}
+        pair = {each.score: each for each in found if (each.a, each.b) == (a, b)}
         shown = [_difference(pair.get(score)) if pair else NOT_RUN for score in scores]
-        count = str(max(each.estimate.n for each in pair.values())) if pair else "-"
+        count = str(max(each.n for each in pair.values())) if pair else "-"
         lines.append((f"{a} - {b}", *shown, count))
     names = ("difference", *(f"{score_name(score)}, points" for score in scores), "questions")
     text = (
@@ -104,12 +90,12 @@ def _differences(report: Report, task: str) -> Table:
     return Table(text, names, tuple(lines))
 
 
-def _difference(found: Difference | None) -> str:
+def _difference(found: Comparison | None) -> str:
     """A difference in points with its interval and the p of a paired test."""
-    if found is None or found.estimate.mean is None or found.p is None:
+    if found is None or found.gain.mean is None or found.p is None:
         return "-"
-    p = f"p = {found.p:.3f}" if found.p >= 0.001 else "p < 0.001"
-    return f"{cell(found.estimate, 100, 1, True, signed=True)}, {p}"
+    p = p_value(found.p)
+    return f"{points(found.gain)}, p {p if p.startswith('<') else f'= {p}'}"
 
 
 def _by_field(report: Report, task: str, measure: str) -> Table:
@@ -121,11 +107,10 @@ def _by_field(report: Report, task: str, measure: str) -> Table:
         return Table(caption, (), ())
     lines = []
     for row in report.rows:
-        found = (
-            {name: each.get(measure) for name, each in row.results[task].fields.items()} if task in row.results else {}
-        )
+        fields = row.results[task].fields if task in row.results else {}
+        found = {name: each.get(measure) for name, each in fields.items()}
         if any(estimate is not None and estimate.n for estimate in found.values()):
-            lines.append((row.name, row.title, *(cell(found.get(name), 100, 1, True) for name in counts)))
+            lines.append((row.name, row.title, *(cell(found.get(name), (measure, 100, 1, True)) for name in counts)))
     return Table(caption, ("row", "what", *(f"{name} (n = {n})" for name, n in counts.items())), tuple(lines))
 
 
@@ -157,7 +142,7 @@ def _row_notes(report: Report, row: Row, task: str) -> Iterator[str]:
             f"{row.name}, {task}: {result.answered} answered, {result.failed} failed, "
             f"{result.skipped} skipped (the look does not apply){first}"
         )
-    for score, count in result.unscored.items():
+    for score, count in result.missing.items():
         yield f"{row.name}, {task}: {count} answers have no {score_name(score)} score; its means leave them out."
     if result.uneven:
         yield f"{row.name}, {task}: the seeds were asked different questions, so their means do not compare."
@@ -182,24 +167,6 @@ def machines(report: Report) -> dict[str, list[str]]:
     return found
 
 
-def score_name(score: str) -> str:
-    """A score as people call it; its own name where none is known."""
-    return SCORE_NAMES.get(score, score)
-
-
-def cell(value: Estimate | None, factor: float, digits: int, interval: bool, signed: bool = False) -> str:
-    """An estimate as text, "-" where there was nothing to average.
-
-    >>> cell(Estimate(0.125, 0.05, 0.25, 8), 100, 1, True)
-    '12.5 (5.0-25.0)'
-    """
-    if value is None or value.mean is None or value.low is None or value.high is None:
-        return "-"
-    sign, to = ("+", " to ") if signed else ("", "-")
-    mean, low, high = (f"{each * factor:{sign}.{digits}f}" for each in (value.mean, value.low, value.high))
-    return f"{mean} ({low}{to}{high})" if interval else mean
-
-
 def _seeds(seeds: dict[str, dict[str, float]], score: str) -> str:
     values = [100 * means[score] for means in seeds.values() if score in means]
     return f"{len(seeds)} ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else str(len(seeds))
@@ -208,3 +175,69 @@ def _seeds(seeds: dict[str, dict[str, float]], score: str) -> str:
 def _fact(values: Sequence[float], form: Callable[[float], str]) -> str:
     texts = list(dict.fromkeys(form(value) for value in sorted(values)))
     return "-" if not texts else texts[0] if len(texts) == 1 else f"{texts[0]} to {texts[-1]}"
+
+
+def table_md(report: Report) -> str:
+    """The tables as Markdown."""
+    parts = [f"# {report.title}", report.note, CAPTION]
+    for task in report.tasks:
+        parts.append(f"## {heading(report, task)}")
+        for table in tables(report, task):
+            parts += [table.caption, table.markdown()]
+    lines = [f"- {escaped(note)}" for note in notes(report)]
+    parts += ["## Notes", "\n".join(lines)] if lines else []
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+# ---- the long form
+
+CSV_COLUMNS = ("row", "title", "look", "task", "field", "against", "folder", "measure", "value", "low", "high", "n")
+
+
+def table_csv(report: Report) -> str:
+    """Every number, one a line: `CSV_COLUMNS`. Shares are 0 to 1; `n` is what was averaged (questions, or records).
+
+    A line with `field` is of that field, with `folder` of one seed alone, with `against` the paired difference
+    row - against; a task that a row did not run has the line `not run`.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CSV_COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in report.rows:
+        for line in _row_lines(report, row):
+            writer.writerow({"row": row.name, "title": row.title, "look": row.look, **line})
+    for each in report.differences:
+        row = report.row(each.a)
+        line = {"task": each.task, "against": each.b, "measure": each.score, **_numbers(each.gain)}
+        writer.writerow({"row": row.name, "title": row.title, "look": row.look, **line})
+    return text.getvalue()
+
+
+def _row_lines(report: Report, row: Row) -> Iterator[dict[str, Any]]:
+    for name in FACTS:
+        known = len(row.facts[name]) == len(row.folders)  # one a folder, unless the row's own was taken
+        folders = [folder.name for folder in row.folders] if known else []
+        for place, fact in enumerate(row.facts[name]):
+            yield {"measure": name, "value": fact, "folder": folders[place] if folders else ""}
+    for task in report.tasks:
+        result = row.results.get(task)
+        if result is None:
+            if report.planned:
+                yield {"task": task, "measure": NOT_RUN}
+            continue
+        for measure, value in result.measures.items():
+            yield {"task": task, "measure": measure, **_numbers(value)}
+        for name, scores in result.fields.items():
+            for score, value in scores.items():
+                yield {"task": task, "field": name, "measure": score, **_numbers(value)}
+        for folder, means in result.seeds.items():
+            for score, mean in means.items():
+                yield {"task": task, "folder": folder, "measure": score, "value": mean}
+        counts = {name: getattr(result, name) for name in ("answered", "failed", "skipped", "images")}
+        for name, count in counts.items():
+            yield {"task": task, "measure": name, "value": count}
+
+
+def _numbers(value: Estimate) -> dict[str, Any]:
+    empty = value.mean is None
+    return {"n": value.n} if empty else {"value": value.mean, "low": value.low, "high": value.high, "n": value.n}
