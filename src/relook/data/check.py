@@ -1,8 +1,7 @@
-"""The table of faults (`relook.data.faults`) run over a file: counted, told with file and line, and mended into a copy.
+"""The table of faults (`relook.data.faults`) run over a file: counted, named with file and line, mended into a copy.
 
-One pass: each item is read, held against every row, mended where a copy is wanted, and written. What is kept is 24
-to 48 bytes for an item (to know it again), the facts of each image file, and the first findings of each row. It
-refuses to know any fault by name.
+One pass: each item is read, checked by every row, mended where a copy is wanted, and written. What is kept is a hash
+and a number for each item, the facts of each image file, and the first findings of each row.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -215,64 +215,55 @@ def _context(
     against: Sequence[str | Path],
     report: CheckReport,
 ) -> Context:
-    root = str(image_root if image_root is not None else folder_of(path))
+    root = str(folder_of(path) if image_root is None else image_root)
     context = Context(grid=grid, root=root, strict=image_root is not None)
-    if images:
-        context.facts = _counted(facts_below(root, context.strict, look=bool(against)), report)
+    if images or against:
+        met: set[str] = set()
+        facts_of = facts_below(root, context.strict, look=bool(against))
+
+        def counted(file: str) -> ImageFacts | None:
+            facts = facts_of(file)
+            if facts is not None:
+                met.add(file)
+                report.images = len(met)
+            return facts
+
+        context.facts = counted
     if against:
-        context.other_file, context.other_look = _others(against, image_root, report)
+        context.other_file, context.other_look = _evaluation_images(against, image_root, report)
     return context
 
 
-def _counted(facts: Callable[[str], ImageFacts | None], report: CheckReport) -> Callable[[str], ImageFacts | None]:
-    met: set[str] = set()
-
-    def counted(file: str) -> ImageFacts | None:
-        found = facts(file)
-        if found is not None and file not in met:
-            met.add(file)
-            report.images = len(met)
-        return found
-
-    return counted
-
-
-def _others(
+def _evaluation_images(
     against: Sequence[str | Path], image_root: str | Path | None, report: CheckReport
 ) -> tuple[Callable[[bytes], str | None], Callable[[bytes], str | None]]:
-    """Which evaluation image has these bytes, and which looks like this."""
+    """Functions that name the evaluation image with these bytes (by their digest), and the one that looks like this."""
     import numpy as np
 
     by_digest: dict[bytes, str] = {}
-    names: list[str] = []
-    looks: list[np.ndarray] = []
-    for file in against:
-        home, before = folder_of(Path(file)), report.compared
-        roots = [home] if image_root is None else [Path(image_root), home]
-        ways = [facts_below(root, strict=root is not home, look=True) for root in roots]
-        for name in _image_files(Path(file)):
-            seen = (way(name) for way in ways)
-            facts = next((each for each in seen if each is not None and each.problem is None), None)
+    looks: dict[str, np.ndarray] = {}
+    for path in map(Path, against):
+        roots = [folder_of(path)] if image_root is None else [Path(image_root), folder_of(path)]
+        facts_of = [facts_below(root, strict=root is not roots[-1], look=True) for root in roots]
+        before = report.compared
+        for name in _image_files(path):
+            found = (facts(name) for facts in facts_of)
+            facts = next((each for each in found if each is not None and each.problem is None), None)
             if facts is None:
                 report.not_compared.append(name)
                 continue
             report.compared += 1
-            if facts.digest not in by_digest:
-                by_digest[facts.digest] = name
-                if facts.look is not None:
-                    names.append(name)
-                    looks.append(np.frombuffer(facts.look, dtype=np.uint8))
+            if by_digest.setdefault(facts.digest, name) is name and facts.look is not None:
+                looks[name] = np.frombuffer(facts.look, dtype=np.uint8)
         if report.compared == before:
             places = " or ".join(map(str, roots))
-            raise UserError(f"{file}: none of its images can be read below {places}; give the folder that holds them")
-    all_looks = np.stack(looks) if looks else np.empty((0, 72), dtype=np.uint8)
-    found: dict[bytes, str | None] = {}
+            raise UserError(f"{path}: none of its images can be read below {places}; give the folder that holds them")
+    names, all_looks = list(looks), np.stack([*looks.values()]) if looks else np.empty((0, 72), dtype=np.uint8)
 
+    @cache
     def nearest(look: bytes) -> str | None:
-        if look not in found:
-            at = near(look, all_looks)
-            found[look] = None if at is None else names[at]
-        return found[look]
+        at = near(look, all_looks)
+        return None if at is None else names[at]
 
     return by_digest.get, nearest
 

@@ -1,27 +1,25 @@
-"""Crops of an item held against the calls that asked for them: which disagree, and what they should be.
+"""Crops of an item compared with the region calls that asked for them: which disagree, and what they should be.
 
-Calls and crops are paired in order of appearance. Without the image, a crop is held against its call in its own
-scale: on each axis its edges leave few sides that the image can have (`_sides`), and where the region reaches the last
-cell, only one. This module knows grid and pixels; what a fault is called is the table's (`relook.data.faults`).
+Calls and crops are paired in order of appearance. Without the image, a crop is compared with its call in its own scale:
+on each axis its edges leave few sides that the image can have (`_sides`), and where the region reaches the last cell,
+only one. The names of faults are rows of `relook.data.faults`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from relook.data.images import ImageFacts, split_ref, turned_cells
-from relook.data.items import Item, Message
+from relook.data.items import Item
 from relook.looks import ANSWER_PREFIX, Call, parse_calls, write_call, x_token, y_token
 from relook.regions import Box, Cells, cells_to_box, join_crop_suffix, widen
 
-if TYPE_CHECKING:
-    from relook.data.faults import Context
-
 GLYPH = 4 * 6  # pixels of the smallest legible character, 3 x 5 and a gap
+
+FactsOf = Callable[[str], ImageFacts | None]  # the facts of an image file; None where it was not looked at
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,11 @@ class Region:
     turn: int
     span: tuple[int, int]
     cells: Cells
+
+    def clamped(self, grid: int) -> Cells:
+        """The cells on the grid."""
+        x0, y0, x1, y1 = (min(cell, grid - 1) for cell in self.cells)
+        return x0, y0, x1, y1
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,104 @@ class Crop:
     box: Box
     region: Region | None
     facts: ImageFacts | None
+    grid: int
 
     @property
     def size(self) -> tuple[int, int] | None:
         """(width, height) of the upright image where it is at hand."""
         return self.facts.size if self.facts is not None and self.facts.problem is None else None
+
+    @property
+    def too_far(self) -> bool:
+        """Whether the call names a cell beyond the last."""
+        return self.region is not None and max(self.region.cells) >= self.grid
+
+    def fault(self) -> tuple[str, str] | None:
+        """(row of the table, what was seen), or None."""
+        x1, y1, x2, y2 = self.box
+        name, size, region = join_crop_suffix(self.file, self.box), self.size, self.region
+        if x1 > x2 or y1 > y2:
+            return "crop-swapped", f"{name} has min and max swapped"
+        if self._as_stored():
+            assert self.facts is not None
+            turn = self.facts.orientation
+            return "exif-rotation", f"{name} was cut before EXIF orientation {turn} turned the image"
+        if x1 == x2 or y1 == y2 or min(x1, y1) < 0:
+            return "crop-outside", f"{name} is empty or starts outside the image"
+        if size is not None and (x2 > size[0] or y2 > size[1]):
+            return "crop-outside", f"{name} leaves the image of {size[0]} x {size[1]} pixels"
+        if region is None or self._fits(region.cells, size):
+            return None
+        if self.too_far and self._fits(region.clamped(self.grid), size):
+            return None  # the label alone reaches too far
+        image = f" of an image of {size[0]} x {size[1]}" if size else ""
+        return "crop-region", f"{name} is not the region {region.cells}{image}"
+
+    def mended(self, rule: str) -> Box | None:
+        """The box that the crop should have; None where that takes an image that is not at hand."""
+        x1, y1, x2, y2 = self.box
+        size, region, grid = self.size, self.region, self.grid
+        if rule == "crop-swapped":
+            return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
+        if size is None:
+            return self.on_the_grid() if region is not None and self._fits(region.cells, None) else None
+        if rule == "exif-rotation" and region is not None and self.facts is not None:
+            margin = _margin(self.box, region.cells, self.facts.stored, grid) or 0
+            return cells_to_box(widen(self.turned(), margin, grid), size, grid)
+        if region is not None:
+            return cells_to_box(region.clamped(grid), size, grid)
+        box = max(x1, 0), max(y1, 0), min(x2, size[0]), min(y2, size[1])
+        return box if box[0] < box[2] and box[1] < box[3] else None
+
+    def turned(self) -> Cells:
+        """The cells of a call on the picture as stored, as those of the upright one."""
+        assert self.region is not None and self.facts is not None
+        return turned_cells(self.region.cells, self.facts.orientation, self.grid)
+
+    def on_the_grid(self) -> Box | None:
+        """The crop of a call that reaches one cell too far, cut back to the last cell; as it is where it need not be.
+
+        None where several boxes are possible: from the first cell to one after the last, only the image can tell.
+        """
+        if self.region is None or not self.too_far:
+            return self.box
+        cells, grid = self.region.clamped(self.grid), self.grid
+        if self.size is not None:
+            return cells_to_box(cells, self.size, grid)
+        axes: list[tuple[int, int]] = []
+        for low, high in ((0, 2), (1, 3)):
+            near, far = self.box[low], self.box[high]
+            written = _sides(near, far, self.region.cells[low], self.region.cells[high], grid)
+            edges = {_edges(side, cells[low], cells[high], grid) for side in written}
+            if _sides(near, far, cells[low], cells[high], grid):  # cut right, and only the label is wrong
+                edges.add((near, far))
+            if len(edges) > 1:
+                return None
+            axes += edges
+        if len(axes) == 2:
+            return axes[0][0], axes[1][0], axes[0][1], axes[1][1]
+        return self.box if self._fits(cells, None) else None
+
+    def _as_stored(self) -> bool:
+        """Whether the crop is right for the picture as stored and wrong for the one that EXIF makes of it.
+
+        Without a call nothing shows it.
+        """
+        facts, (x1, y1, x2, y2) = self.facts, self.box
+        if facts is None or self.region is None or self.size is None or not facts.sideways:
+            return False
+        if facts.stored == facts.size or not (0 <= x1 < x2 <= facts.stored[0] and 0 <= y1 < y2 <= facts.stored[1]):
+            return False
+        return self._fits(self.region.cells, facts.stored) and not self._fits(self.region.cells, facts.size)
+
+    def _fits(self, cells: Cells, size: tuple[int, int] | None) -> bool:
+        """Whether the box is that of `cells`, widened or not, in an image of this size, or of any where it is None."""
+        if size is not None:
+            return _margin(self.box, cells, size, self.grid) is not None
+        return any(
+            all(_sides(self.box[axis], self.box[axis + 2], wide[axis], wide[axis + 2], self.grid) for axis in (0, 1))
+            for wide in _widenings(cells, self.grid)
+        )
 
 
 def region_calls(item: Item, grid: int) -> list[Region]:
@@ -60,169 +156,70 @@ def region_calls(item: Item, grid: int) -> list[Region]:
 
 @lru_cache(maxsize=1 << 14)  # a set of any size has few distinct calls: 1296 regions on 8 x 8 cells
 def _regions(content: str, grid: int) -> tuple[tuple[Cells, tuple[int, int]], ...]:
-    far = x_token(grid) in content or y_token(grid) in content
-    calls = parse_calls(content, grid + 1 if far else grid)
-    return tuple((call.cells, call.span) for call in calls if _reads_as_region(call))  # type: ignore[misc]
+    too_far = x_token(grid) in content or y_token(grid) in content
+    calls = parse_calls(content, grid + 1 if too_far else grid)
+    return tuple((call.cells, call.span) for call in calls if _is_region(call))  # type: ignore[misc]
 
 
-def _reads_as_region(call: Call) -> bool:
+def _is_region(call: Call) -> bool:
     return call.look == "region" and call.cells is not None and call.problem is None
 
 
-def crops(item: Item, context: Context) -> tuple[list[Crop], int]:
+def crops_of(item: Item, grid: int, facts_of: FactsOf) -> tuple[list[Crop], int]:
     """The crops of an item, each with its call where there are as many of them; and the number of calls."""
-    found: list[tuple[int, str, Box, ImageFacts | None]] = []
-    for index, ref in enumerate(item.images["images"]):
-        file, box = split_ref(ref) if isinstance(ref, str) else ("", None)
-        if box is not None:
-            found.append((index, file, box, context.facts(file)))
-    regions = region_calls(item, context.grid)
-    paired = len(regions) == len(found)
-    together = [
-        Crop(index, file, box, regions[i] if paired else None, facts)
-        for i, (index, file, box, facts) in enumerate(found)
-    ]
-    return together, len(regions)
+    refs = [(i, *split_ref(ref)) for i, ref in enumerate(item.images["images"]) if isinstance(ref, str) and "," in ref]
+    found = [(i, file, box) for i, file, box in refs if box is not None]
+    regions = region_calls(item, grid)
+    paired: list[Region | None] = [*regions] if len(regions) == len(found) else [None] * len(found)
+    return [
+        Crop(i, file, box, region, facts_of(file), grid) for (i, file, box), region in zip(found, paired, strict=True)
+    ], len(regions)
 
 
-def crop_faults(item: Item, context: Context) -> Iterator[tuple[str, str]]:
-    """(row of the table, what was seen): one fault at most for each crop, and one where calls and crops do not pair."""
-    if not any(isinstance(ref, str) and "," in ref for ref in item.images["images"]) and not region_calls(
-        item, context.grid
-    ):
-        return
-    found, calls = crops(item, context)
-    if calls != len(found) != _written_regions(item, context.grid):
-        yield "crop-region", f"{calls} region calls that can be read for {len(found)} crops"
+def crop_faults(item: Item, grid: int, facts_of: FactsOf) -> Iterator[tuple[str, str]]:
+    """(row of the table, what was seen): one fault at most for each crop, and one where calls and crops do not pair.
+
+    Calls that cannot be read are another row's fault, and are counted as calls.
+    """
+    found, calls = crops_of(item, grid, facts_of)
+    if calls != len(found):
+        said = (call for turn in item.messages if turn.role == "assistant" for call in parse_calls(turn.content, grid))
+        if len(found) != sum(call.look == "region" for call in said):
+            yield "crop-region", f"{calls} region calls that can be read for {len(found)} crops"
     for crop in found:
-        fault = _fault(crop, context.grid)
+        fault = crop.fault()
         if fault is not None:
             yield fault
 
 
-def _written_regions(item: Item, grid: int) -> int:
-    """Region calls of an item, whether they can be read or not: those that cannot are another row's fault."""
-    said = (turn.content for turn in item.messages if turn.role == "assistant")
-    return sum(call.look == "region" for text in said for call in parse_calls(text, grid))
-
-
-def _fault(crop: Crop, grid: int) -> tuple[str, str] | None:
-    x1, y1, x2, y2 = crop.box
-    name = join_crop_suffix(crop.file, crop.box)
-    if x1 > x2 or y1 > y2:
-        return "crop-swapped", f"{name} has min and max swapped"
-    if _as_stored(crop, grid):
-        assert crop.facts is not None
-        return "exif-rotation", f"{name} was cut before EXIF orientation {crop.facts.orientation} turned the image"
-    far = crop.region is not None and max(crop.region.cells) >= grid
-    if x1 == x2 or y1 == y2 or min(x1, y1) < 0:
-        return "crop-outside", f"{name} is empty or starts outside the image"
-    if crop.size is not None and (x2 > crop.size[0] or y2 > crop.size[1]):
-        return "crop-outside", f"{name} leaves the image of {crop.size[0]} x {crop.size[1]} pixels"
-    if crop.region is not None and not _fits(crop.box, crop.region.cells, crop.size, grid):
-        if far and _fits(crop.box, _clamped(crop.region.cells, grid), crop.size, grid):
-            return None  # the label alone reaches too far
-        image = f" of an image of {crop.size[0]} x {crop.size[1]}" if crop.size else ""
-        return "crop-region", f"{name} is not the region {crop.region.cells}{image}"
-    return None
-
-
-def mend_crops(item: Item, context: Context, rule: str) -> Item | None:
+def mend_crops(item: Item, grid: int, facts_of: FactsOf, rule: str) -> Item | None:
     """The item with every crop that shows fault `rule` as it should be; None where that cannot be known."""
-    found, calls = crops(item, context)
+    found, calls = crops_of(item, grid, facts_of)
     if rule == "crop-region" and calls != len(found):
         return None
     images, turns = list(item.images["images"]), list(item.messages)
     for crop in reversed(found):  # from the back, so that spans in front stay where they are
-        fault = _fault(crop, context.grid)
-        if rule == "off-edge":
-            box = _inside(crop, context.grid)
-        elif fault is None or fault[0] != rule:
+        fault = crop.fault()
+        if rule != "off-edge" and (fault is None or fault[0] != rule):
             continue
-        else:
-            box = _mended(crop, rule, context.grid)
+        box = crop.on_the_grid() if rule == "off-edge" else crop.mended(rule)
         if box is None:
             return None
-        if rule == "exif-rotation" and crop.region is not None and crop.facts is not None:
-            cells = turned_cells(crop.region.cells, crop.facts.orientation, context.grid)
+        if rule == "exif-rotation" and crop.region is not None:
             turn, (start, end) = turns[crop.region.turn], crop.region.span
-            text = turn.content[:start] + write_call("region", cells, context.grid) + turn.content[end:]
-            turns[crop.region.turn] = Message(turn.role, text)
+            text = turn.content[:start] + write_call("region", crop.turned(), grid) + turn.content[end:]
+            turns[crop.region.turn] = replace(turn, content=text)
         images[crop.index] = join_crop_suffix(crop.file, box)
     return replace(item, messages=tuple(turns), images=item.images | {"images": tuple(images)})
 
 
-def _mended(crop: Crop, rule: str, grid: int) -> Box | None:
-    """The box that the crop should have; None where that takes an image that is not at hand."""
-    x1, y1, x2, y2 = crop.box
-    if rule == "crop-swapped":
-        return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
-    if crop.size is None:
-        return (
-            _inside(crop, grid) if crop.region is not None and _fits(crop.box, crop.region.cells, None, grid) else None
-        )
-    if rule == "exif-rotation" and crop.region is not None and crop.facts is not None:
-        margin = _margin(crop.box, crop.region.cells, crop.facts.stored, grid) or 0
-        cells = turned_cells(crop.region.cells, crop.facts.orientation, grid)
-        return cells_to_box(widen(cells, margin, grid), crop.size, grid)
-    if crop.region is not None:
-        return cells_to_box(_clamped(crop.region.cells, grid), crop.size, grid)
-    box = max(x1, 0), max(y1, 0), min(x2, crop.size[0]), min(y2, crop.size[1])
-    return box if box[0] < box[2] and box[1] < box[3] else None
-
-
-def _inside(crop: Crop, grid: int) -> Box | None:
-    """The crop of a call that reaches one cell too far, cut back to the last cell; as it is where it need not be."""
-    if crop.region is None or max(crop.region.cells) < grid:
-        return crop.box
-    cells = _clamped(crop.region.cells, grid)
-    if crop.size is not None:
-        return cells_to_box(cells, crop.size, grid)
-    axes: list[tuple[int, int]] = []
-    for low, high in ((0, 2), (1, 3)):
-        near, far = crop.box[low], crop.box[high]
-        written = _sides(near, far, crop.region.cells[low], crop.region.cells[high], grid)
-        edges = {_edges(side, cells[low], cells[high], grid) for side in written}
-        if _sides(near, far, cells[low], cells[high], grid):  # cut right, and only the label is wrong
-            edges.add((near, far))
-        if len(edges) > 1:
-            return None  # from the first cell to one after the last: both readings fit, and only the image can tell
-        axes += edges
-    if len(axes) == 2:
-        return axes[0][0], axes[1][0], axes[0][1], axes[1][1]
-    return crop.box if _fits(crop.box, cells, None, grid) else None
-
-
-def answer_room(item: Item, context: Context) -> Iterator[str]:
+def answer_room(item: Item, grid: int) -> Iterator[str]:
     """Where the answer has more characters than fit into the item's crops, however small they are set."""
     text = re.sub(r"\s+", " ", item.messages[-1].content.removeprefix(ANSWER_PREFIX)).strip()
-    found, _ = crops(item, context)
-    area = sum(abs(crop.box[2] - crop.box[0]) * abs(crop.box[3] - crop.box[1]) for crop in found)
-    if found and len(text) * GLYPH > area:
+    boxes = [crop.box for crop in crops_of(item, grid, lambda file: None)[0]]
+    area = sum(abs(x2 - x1) * abs(y2 - y1) for x1, y1, x2, y2 in boxes)
+    if boxes and len(text) * GLYPH > area:
         yield f"an answer of {len(text)} characters for crops of {area} pixels, which hold {area // GLYPH} at most"
-
-
-def _as_stored(crop: Crop, grid: int) -> bool:
-    """Whether the crop is right for the picture as stored and wrong for the one that EXIF makes of it."""
-    facts = crop.facts
-    if facts is None or crop.size is None or not facts.sideways or facts.stored == facts.size:
-        return False
-    x1, y1, x2, y2 = crop.box
-    inside = 0 <= x1 < x2 <= facts.stored[0] and 0 <= y1 < y2 <= facts.stored[1]
-    if crop.region is None:  # without a call, only a crop that leaves the upright image shows it
-        return False
-    cells = crop.region.cells
-    return inside and _fits(crop.box, cells, facts.stored, grid) and not _fits(crop.box, cells, facts.size, grid)
-
-
-def _fits(box: Box, cells: Cells, size: tuple[int, int] | None, grid: int) -> bool:
-    """Whether `box` is the region `cells`, widened or not, of an image of this size, or of any where it is None."""
-    if size is not None:
-        return _margin(box, cells, size, grid) is not None
-    return any(
-        all(_sides(box[axis], box[axis + 2], wide[axis], wide[axis + 2], grid) for axis in (0, 1))
-        for wide in _widenings(cells, grid)
-    )
 
 
 def _margin(box: Box, cells: Cells, size: tuple[int, int], grid: int) -> int | None:
@@ -252,8 +249,3 @@ def _edges(side: int, low: int, high: int, grid: int) -> tuple[int, int]:
     """Near and far pixel edge of cells low..high on an axis of `side` pixels (as `regions.cells_to_box`)."""
     near = low * side // grid
     return near, max((high + 1) * side // grid, near + 1)
-
-
-def _clamped(cells: Cells, grid: int) -> Cells:
-    x0, y0, x1, y1 = (min(cell, grid - 1) for cell in cells)
-    return x0, y0, x1, y1

@@ -1,18 +1,18 @@
 """The table of faults: what can be wrong with an item, how it is found, and how it is mended.
 
-A fault is a row of `RULES`. `find` yields what it sees, in words; `mend` gives the item without the fault, or None
-where it must be left out of the set; a row without `mend` is for people to judge. `relook.data.check` runs the table
-over a file and knows no fault by name. What must be known besides the item (the grid, its images, what was seen before)
-comes as an `Context`.
+A fault is a row of `RULES`: `find` yields what it sees, in words; `mend` gives the item without the fault, or None
+where it must be left out of the set. A row without `mend` is for people to judge. `relook.data.check` runs the table over a
+file. What is needed besides the item (the grid, its images, earlier items) is a `Context`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from relook.data.crops import answer_room, crop_faults, mend_crops, region_calls
+from relook.data.crops import FactsOf, answer_room, crop_faults, mend_crops, region_calls
 from relook.data.images import ImageFacts, place_image, split_ref
 from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item, Message
 from relook.errors import UserError
@@ -22,15 +22,24 @@ from relook.regions import GRID
 
 @dataclass
 class Context:
-    """What the rules may ask besides the item: `number` is the item's (from 1), `facts` tells of an image file."""
+    """What rules look up besides the item.
+
+    Attributes:
+        root, strict: folder of the image paths; whether they may not leave it.
+        facts: of an image file.
+        other_file: an evaluation image with the same bytes, by their digest.
+        other_look: an evaluation image that looks nearly the same, by the perceptual hash.
+        first_seen: number of the first item with the same hash (`item_key`).
+        number: of the current item, from 1.
+    """
 
     grid: int = GRID
     root: str = "."
-    strict: bool = False  # paths may not leave the root
-    facts: Callable[[str], ImageFacts | None] = lambda file: None  # None: not looked at
-    other_file: Callable[[bytes], str | None] = lambda digest: None  # an evaluation image with the same bytes
-    other_look: Callable[[bytes], str | None] = lambda look: None  # one that looks nearly the same
-    first_seen: dict[int, int] = field(default_factory=dict)  # hash of an item -> number of the first such item
+    strict: bool = False
+    facts: FactsOf = lambda file: None
+    other_file: Callable[[bytes], str | None] = lambda digest: None
+    other_look: Callable[[bytes], str | None] = lambda look: None
+    first_seen: dict[int, int] = field(default_factory=dict)
     number: int = 0
     _last: tuple[Item, list[str], list[tuple[str, str]]] | None = None
 
@@ -43,11 +52,10 @@ class Context:
         return self._of(item)[1]
 
     def _of(self, item: Item) -> tuple[list[str], list[tuple[str, str]]]:
-        """What several rows ask of the same item, found once."""
-        if self._last is None or self._last[0] is not item:
+        if self._last is None or self._last[0] is not item:  # several rows ask about the same item
             refs = (ref for key in IMAGE_KEYS for ref in item.images[key] if isinstance(ref, str))
             files = list(dict.fromkeys(split_ref(ref)[0] for ref in refs))
-            self._last = item, files, list(crop_faults(item, self))
+            self._last = item, files, list(crop_faults(item, self.grid, self.facts))
         return self._last[1:]
 
     def known(self, item: Item) -> Iterator[tuple[str, ImageFacts]]:
@@ -62,15 +70,9 @@ Find = Callable[[Item, Context], Iterator[str]]
 Mend = Callable[[Item, Context], Item | None]
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A row: what is found, what `--fix` does about it, and the two functions.
+class Rule(NamedTuple):
+    """A row: `find` is None where the fault shows before there is an item; `mend` where the item stays as it is."""
 
-    `find` is None where the fault shows before there is an item; `mend` is None where the item stays as it is.
-    """
-
-    finds: str
-    mends: str
     find: Find | None
     mend: Mend | None
 
@@ -80,7 +82,7 @@ def leave_out(item: Item, context: Context) -> None:
     return None
 
 
-# ---- the turns
+# -- turns
 
 
 def _placeholders(item: Item, context: Context) -> Iterator[str]:
@@ -91,7 +93,7 @@ def _placeholders(item: Item, context: Context) -> Iterator[str]:
 
 
 def _mend_placeholders(item: Item, context: Context) -> Item | None:
-    """Write the turns after calls anew, and an `<image>` above the question where there is one image and none said."""
+    """Write the turns after calls anew, and an `<image>` above the question where one image has no placeholder."""
     turns = list(item.messages)
     for i, turn in enumerate(turns[:-1]):
         calls = parse_calls(turn.content, context.grid) if turn.role == "assistant" else []
@@ -112,32 +114,29 @@ def _off_edge(item: Item, context: Context) -> Iterator[str]:
     for token in (x_token(context.grid), y_token(context.grid)):
         count = sum(turn.content.count(token) for turn in item.messages if turn.role == "assistant")
         if count:
-            yield f"{token} names a cell beyond the last of {context.grid}" + (f", {count} times" if count > 1 else "")
+            times = f", {count} times" if count > 1 else ""
+            yield f"{token} names a cell beyond the last of {context.grid}{times}"
 
 
 def _mend_off_edge(item: Item, context: Context) -> Item | None:
-    mended = mend_crops(item, context, "off-edge")
+    mended = mend_crops(item, context.grid, context.facts, "off-edge")
     return None if mended is None else _clamped_turns(mended, context.grid)
 
 
 def _clamped_turns(item: Item, grid: int) -> Item:
-    turns = list(item.messages)
-    for i, turn in enumerate(turns):
-        if turn.role == "assistant":
-            text = turn.content.replace(x_token(grid), x_token(grid - 1)).replace(y_token(grid), y_token(grid - 1))
-            turns[i] = Message(turn.role, text)
+    def clamped(text: str) -> str:
+        return text.replace(x_token(grid), x_token(grid - 1)).replace(y_token(grid), y_token(grid - 1))
+
+    turns = (replace(t, content=clamped(t.content)) if t.role == "assistant" else t for t in item.messages)
     return replace(item, messages=tuple(turns))
 
 
 def _malformed(item: Item, context: Context) -> Iterator[str]:
-    """Calls that do not parse, apart from those that only need `_off_edge`."""
-    if any(_off_edge(item, context)):
-        item = _clamped_turns(item, context.grid)
-    for turn in item.messages:
+    """Calls that do not parse, apart from those that only need `_mend_off_edge`."""
+    for turn in _clamped_turns(item, context.grid).messages:
         if turn.role == "assistant" and "<|" in turn.content:
-            for call in parse_calls(turn.content, context.grid):
-                if call.problem:
-                    yield f"{call.look} call: {call.problem}"
+            calls = parse_calls(turn.content, context.grid)
+            yield from (f"{call.look} call: {call.problem}" for call in calls if call.problem)
 
 
 def _role_order(item: Item, context: Context) -> Iterator[str]:
@@ -165,25 +164,22 @@ def _empty_answer(item: Item, context: Context) -> Iterator[str]:
             yield "the last answer is empty" if number == len(said) else f"assistant's turn {number} is empty"
 
 
-# ---- crops and their calls (relook.data.crops)
+# -- crops and their calls
 
 
-def _crop_rule(name: str) -> tuple[Find, Mend]:
-    def find(item: Item, context: Context) -> Iterator[str]:
-        return (detail for rule, detail in context.crop_faults(item) if rule == name)
-
-    def mend(item: Item, context: Context) -> Item | None:
-        return mend_crops(item, context, name)
-
-    return find, mend
+def _crop_rule(name: str) -> Rule:
+    return Rule(
+        lambda item, context: (detail for rule, detail in context.crop_faults(item) if rule == name),
+        lambda item, context: mend_crops(item, context.grid, context.facts, name),
+    )
 
 
 def _crowded(item: Item, context: Context) -> Iterator[str]:
     if region_calls(item, context.grid) and item.messages[-1].role == "assistant":
-        yield from answer_room(item, context)
+        yield from answer_room(item, context.grid)
 
 
-# ---- images
+# -- images
 
 
 def _leaving(item: Item, context: Context) -> Iterator[str]:
@@ -196,19 +192,18 @@ def _leaving(item: Item, context: Context) -> Iterator[str]:
 
 def _image_problem(problem: str) -> Find:
     def find(item: Item, context: Context) -> Iterator[str]:
-        for file in context.files(item):
-            facts = context.facts(file)
-            if facts is not None and facts.problem == problem:
-                yield f"{file}: {facts.detail}"
+        facts = ((file, context.facts(file)) for file in context.files(item))
+        return (f"{file}: {found.detail}" for file, found in facts if found is not None and found.problem == problem)
 
     return find
 
 
-def item_key(item: Item, digests: Mapping[str, bytes]) -> int:
+def item_key(item: Item, context: Context) -> int:
     """64 bits of an item's turns, and of its images, by content where that is known, else by name.
 
     Among a million items the chance that any two different ones share a key is 3 in 100 million.
     """
+    digests = {file: facts.digest for file, facts in context.known(item)}
     parts: list[object] = [(turn.role, turn.content) for turn in item.messages]
     for key in IMAGE_KEYS:
         for ref in item.images[key]:
@@ -218,8 +213,7 @@ def item_key(item: Item, digests: Mapping[str, bytes]) -> int:
 
 
 def _duplicate(item: Item, context: Context) -> Iterator[str]:
-    digests = {file: facts.digest for file, facts in context.known(item)}
-    first = context.first_seen.setdefault(item_key(item, digests), context.number)
+    first = context.first_seen.setdefault(item_key(item, context), context.number)
     if first != context.number:
         yield f"the same turns and images as item {first}"
 
@@ -239,46 +233,22 @@ def _nearly_evaluated(item: Item, context: Context) -> Iterator[str]:
                 yield f"{file} looks like the evaluation image {other}"
 
 
-_LEFT_OUT = "the item is left out"
-
-RULES: dict[str, Rule] = {
-    "form": Rule("a record that is broken, or is not an item", _LEFT_OUT, None, leave_out),
-    "role-order": Rule(
-        "roles out of order, or no answer at the end", "turns after the last answer are cut, else left out",
-        _role_order, _mend_roles,
-    ),
-    "empty-answer": Rule("an assistant's turn that says nothing", _LEFT_OUT, _empty_answer, leave_out),
-    "off-edge": Rule(
-        "<|x_8|> or <|y_8|>: a cell beyond the last", "the last cell, and a crop inside the image",
-        _off_edge, _mend_off_edge,
-    ),
-    "malformed-call": Rule("a call that cannot be read", _LEFT_OUT, _malformed, leave_out),
-    "placeholder-count": Rule(
-        "placeholders that disagree with the image lists", "written anew where turns and lists allow, else left out",
-        _placeholders, _mend_placeholders,
-    ),
-    "crop-swapped": Rule("a crop with min and max swapped", "put in order", *_crop_rule("crop-swapped")),
-    "exif-rotation": Rule(
-        "a crop and cells of the picture as stored, which EXIF turns", "crop and cells turned with it",
-        *_crop_rule("exif-rotation"),
-    ),
-    "crop-outside": Rule(
-        "a crop that is empty or leaves the image", "cut anew from the call's cells, or at the border, else left out",
-        *_crop_rule("crop-outside"),
-    ),
-    "crop-region": Rule(
-        "a crop that is not the region of its call", "cut anew where the image's size is known, else left out",
-        *_crop_rule("crop-region"),
-    ),
-    "answer-room": Rule("an answer longer than its crops could show", "kept: look at it", _crowded, None),
-    "path-outside": Rule("an image path that leaves the given root", _LEFT_OUT, _leaving, leave_out),
-    "missing-image": Rule("an image that is not there", _LEFT_OUT, _image_problem("missing"), leave_out),
-    "unreadable-image": Rule(
-        "an image that cannot be decoded to its end", _LEFT_OUT, _image_problem("unreadable"), leave_out
-    ),
-    "duplicate": Rule("an item that was there before", "the later one is left out", _duplicate, leave_out),
-    "evaluated": Rule("an image of the evaluation set, by its bytes", _LEFT_OUT, _evaluated, leave_out),
-    "nearly-evaluated": Rule(
-        "an image that looks like one of the evaluation set", "kept: look at both", _nearly_evaluated, None
-    ),
-}  # fmt: skip
+RULES: dict[str, Rule] = {  # in the order in which faults are mended
+    "form": Rule(None, leave_out),  # a record that is broken, or is not an item
+    "role-order": Rule(_role_order, _mend_roles),  # or no answer at the end
+    "empty-answer": Rule(_empty_answer, leave_out),
+    "off-edge": Rule(_off_edge, _mend_off_edge),  # <|x_8|> or <|y_8|>: a cell beyond the last
+    "malformed-call": Rule(_malformed, leave_out),
+    "placeholder-count": Rule(_placeholders, _mend_placeholders),  # that disagrees with the image lists
+    "crop-swapped": _crop_rule("crop-swapped"),  # min and max
+    "exif-rotation": _crop_rule("exif-rotation"),  # a crop and cells of the picture as stored, which EXIF turns
+    "crop-outside": _crop_rule("crop-outside"),  # empty, or leaves the image
+    "crop-region": _crop_rule("crop-region"),  # not the region of its call
+    "answer-room": Rule(_crowded, None),  # an answer longer than its crops could show
+    "path-outside": Rule(_leaving, leave_out),  # an image path that leaves the given root
+    "missing-image": Rule(_image_problem("missing"), leave_out),
+    "unreadable-image": Rule(_image_problem("unreadable"), leave_out),
+    "duplicate": Rule(_duplicate, leave_out),
+    "evaluated": Rule(_evaluated, leave_out),  # an image of the evaluation set, by its bytes
+    "nearly-evaluated": Rule(_nearly_evaluated, None),  # an image that looks like one of the evaluation set
+}

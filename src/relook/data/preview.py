@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relook.data.crops import crops
+from relook.data.crops import crops_of
 from relook.data.faults import RULES, Context
 from relook.data.images import facts_below, place_image, split_ref
 from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item
@@ -142,7 +142,7 @@ def _text(text: str) -> str:
 
 def _pictures(item: Item, context: Context) -> str:
     """Every image of the item once with its grid and regions, then every crop, then the images encoded again."""
-    found, _ = crops(item, context)
+    found, _ = crops_of(item, context.grid, context.facts)
     cut = {crop.index: (i, crop) for i, crop in enumerate(found)}
     figures = []
     for index, ref in enumerate(item.images["images"]):
