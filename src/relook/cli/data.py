@@ -1,4 +1,4 @@
-"""`relook data`: published sets, image paths, and training items from questions with boxes."""
+"""`relook data`: published sets, image paths, training items from questions with boxes, and what is done with items."""
 
 import json
 from pathlib import Path
@@ -7,14 +7,17 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from relook.cli import sets
-from relook.cli.work import ListOptions
+from relook.cli.work import ListOptions, progress
 
 app = typer.Typer(help="Training items: where they come from, building and checking them.")
 
+AsJson = Annotated[bool, Option("--json", help="Print as JSON.")]
+
+# -- where items come from
+
 
 @app.command("sources")
-def sources(as_json: Annotated[bool, Option("--json", help="Print as JSON.")] = False) -> None:
+def sources(as_json: AsJson = False) -> None:
     """List the published sets and the forms of file that can be read, with sizes, licences and image sets."""
     from relook.data.forms import FORMATS
     from relook.data.published import listing, table
@@ -28,7 +31,7 @@ def images(
     copies: Annotated[
         list[str] | None, Argument(metavar="NAME=FOLDER", help="Copies of image sets to check, such as gqa=/data/gqa.")
     ] = None,
-    as_json: Annotated[bool, Option("--json", help="Print as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the eleven image sets with their pages and archives, or check copies of them; exit 1 where one is faulty."""
     from relook.data.images import check_copy
@@ -55,7 +58,7 @@ def remap(
         float, Option(min=0, max=1, metavar="SHARE", help="Share of items that may be left out for a missing image.")
     ] = 0.0,
     missing: Annotated[Path | None, Option(metavar="FILE", help="Write every missing path here, by dataset.")] = None,
-    as_json: Annotated[bool, Option("--json", help="Print as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Replace the image paths of published items by yours, found by dataset and file name."""
     from relook.data.published import parse_folders
@@ -65,62 +68,77 @@ def remap(
     print(json.dumps(report.to_dict(), indent=2) if as_json else f"{report}\nwritten: {target}")
 
 
+# -- building
+
+Source = Annotated[
+    str, Argument(metavar="SOURCE", help="A file, a dataset or a published set (`relook data sources`).")
+]
+Target = Annotated[Path, Argument(metavar="TARGET", help="Where the items go: .json (an array) or .jsonl.")]
+LookOption = Annotated[
+    str, Option(metavar="LOOK", help="region, clip, detection, seg, none (direct), or shares: region=0.6,clip=0.4.")
+]
+Cells = Annotated[int, Option(metavar="N", help="Cells per side.")]
+Margin = Annotated[int, Option(metavar="N", help="Cells by which each crop is widened.")]
+FreeChoice = Annotated[bool, Option(help="Leave out the sentence that asks for the look.")]
+AnswerPrefix = Annotated[bool, Option(help="Open answers with 'Now answer the question.'.")]
+QuestionFirst = Annotated[bool, Option(help="Question before image, as the tiny models were trained.")]
+Align = Annotated[bool, Option(help="Alignment pairs: the re-encoded view alone, then the answer.")]
+Boxes = Annotated[str, Option(metavar="RULE", help="each box a region, their union one, or merge those that overlap.")]
+Outside = Annotated[
+    str, Option(metavar="RULE", help="A box that is empty or outside the image: drop, or clamp to its edge.")
+]
+NoBox = Annotated[
+    str, Option(metavar="RULE", help="A question without a box: skip, direct, error, clip, detection or seg.")
+]
+Whole = Annotated[
+    float | None, Option(metavar="SHARE", help="Answer directly where a box covers this share of the image.")
+]
+Seed = Annotated[int, Option(metavar="N", help="Of shares and of the split.")]
+Val = Annotated[float, Option(metavar="SHARE", help="Share of the images whose items go to TARGET's .val file.")]
+Folders = Annotated[
+    list[str] | None, Option(metavar="NAME=FOLDER...", help="Your folders of images, to find published paths in.")
+]
+ImageRoot = Annotated[Path | None, Option(metavar="FOLDER", help="Folder of the images; of SOURCE unless told.")]
+Form = Annotated[str | None, Option(metavar="FORM", help="The form of SOURCE; seen from the file unless told.")]
+Split = Annotated[str | None, Option(metavar="NAME", help="Split of a dataset of the hub; train unless told.")]
+Columns = Annotated[
+    list[str] | None, Option(metavar="OURS=THEIRS", help="Columns of a dataset, such as question=prompt.")
+]
+Limit = Annotated[int | None, Option(min=1, metavar="N", help="Stop after this many items.")]
+Paper = Annotated[
+    str | None,
+    Option(
+        metavar="LOOK",
+        help="SOURCE and TARGET are folders: build the paper's evaluation splits, with LOOK "
+        "(clip, detection, seg) for those that re-encode.",
+    ),
+]
+
+
 @app.command("build", cls=ListOptions)
 def build(
-    source: Annotated[
-        str, Argument(metavar="SOURCE", help="A file, a dataset or a published set (`relook data sources`).")
-    ],
-    target: Annotated[Path, Argument(metavar="TARGET", help="Where the items go: .json (an array) or .jsonl.")],
-    look: Annotated[
-        str,
-        Option(metavar="LOOK", help="region, clip, detection, seg, none (direct), or shares: region=0.6,clip=0.4."),
-    ] = "region",
-    grid: Annotated[int, Option(metavar="N", help="Cells per side.")] = 8,
-    margin: Annotated[int, Option(metavar="N", help="Cells by which each crop is widened.")] = 0,
-    free_choice: Annotated[bool, Option(help="Leave out the sentence that asks for the look.")] = False,
-    answer_prefix: Annotated[bool, Option(help="Open answers with 'Now answer the question.'.")] = False,
-    question_first: Annotated[bool, Option(help="Question before image, as the tiny models were trained.")] = False,
-    align: Annotated[bool, Option(help="Alignment pairs: the re-encoded view alone, then the answer.")] = False,
-    boxes: Annotated[
-        str, Option(metavar="RULE", help="each box a region, their union one, or merge those that overlap.")
-    ] = "each",
-    outside: Annotated[
-        str, Option(metavar="RULE", help="A box that is empty or outside the image: drop, or clamp to its edge.")
-    ] = "drop",
-    no_box: Annotated[
-        str, Option(metavar="RULE", help="A question without a box: skip, direct, error, clip, detection or seg.")
-    ] = "skip",
-    whole: Annotated[
-        float | None, Option(metavar="SHARE", help="Answer directly where a box covers this share of the image.")
-    ] = None,
-    seed: Annotated[int, Option(metavar="N", help="Of shares and of the split.")] = 0,
-    val: Annotated[
-        float, Option(metavar="SHARE", help="Share of the images whose items go to TARGET's .val file.")
-    ] = 0.0,
-    images: Annotated[
-        list[str] | None, Option(metavar="NAME=FOLDER...", help="Your folders of images, to find published paths in.")
-    ] = None,
-    image_root: Annotated[
-        Path | None, Option(metavar="FOLDER", help="Folder of the images; of SOURCE unless told.")
-    ] = None,
-    format: Annotated[
-        str | None, Option(metavar="FORM", help="The form of SOURCE; seen from the file unless told.")
-    ] = None,
-    split: Annotated[
-        str | None, Option(metavar="NAME", help="Split of a dataset of the hub; train unless told.")
-    ] = None,
-    columns: Annotated[
-        list[str] | None, Option(metavar="OURS=THEIRS", help="Columns of a dataset, such as question=prompt.")
-    ] = None,
-    limit: Annotated[int | None, Option(min=1, metavar="N", help="Stop after this many items.")] = None,
-    paper: Annotated[
-        str | None,
-        Option(
-            metavar="LOOK",
-            help="SOURCE and TARGET are folders: build the paper's evaluation splits, with LOOK "
-            "(clip, detection, seg) for those that re-encode.",
-        ),
-    ] = None,
+    source: Source,
+    target: Target,
+    look: LookOption = "region",
+    grid: Cells = 8,
+    margin: Margin = 0,
+    free_choice: FreeChoice = False,
+    answer_prefix: AnswerPrefix = False,
+    question_first: QuestionFirst = False,
+    align: Align = False,
+    boxes: Boxes = "each",
+    outside: Outside = "drop",
+    no_box: NoBox = "skip",
+    whole: Whole = None,
+    seed: Seed = 0,
+    val: Val = 0.0,
+    images: Folders = None,
+    image_root: ImageRoot = None,
+    format: Form = None,
+    split: Split = None,
+    columns: Columns = None,
+    limit: Limit = None,
+    paper: Paper = None,
 ) -> None:
     """Build items in the published format from any source: boxes become region turns, shares or rules other looks."""
     from relook.data.published import parse_folders
@@ -163,7 +181,111 @@ def pairs(texts: list[str]) -> dict[str, str]:
     return {ours: theirs for ours, _, theirs in (text.partition("=") for text in texts)}
 
 
-app.command("check")(sets.check)
-app.command("preview")(sets.preview)
-app.command("stats")(sets.stats)
-app.command("convert")(sets.convert)
+# -- what is done with items
+
+Items = Annotated[Path, Argument(metavar="ITEMS", help="Items: a JSON array, JSON lines, or Parquet.")]
+Grid = Annotated[int, Option(min=1, metavar="N", help="Cells per side.")]
+Root = Annotated[
+    Path | None,
+    Option(metavar="FOLDER", help="Folder of the images, which no path may leave; that of ITEMS unless told."),
+]
+
+
+@app.command("check")
+def check(
+    items: Items,
+    grid: Grid = 8,
+    images: Annotated[bool, Option(help="Decode every image; without, only what the items say is checked.")] = True,
+    image_root: Root = None,
+    against: Annotated[
+        list[Path] | None,
+        Option(
+            metavar="FILE", help="Evaluation items or questions whose images must not be in ITEMS; may be repeated."
+        ),
+    ] = None,
+    fix: Annotated[bool, Option("--fix", help="Write a mended copy; ITEMS itself is never changed.")] = False,
+    out: Annotated[
+        Path | None, Option(metavar="TARGET", help="Where --fix writes; NAME.fixed.json(l) beside ITEMS unless told.")
+    ] = None,
+    report: Annotated[Path | None, Option(metavar="FILE", help="Also write the report as JSON here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find faults in items (labels off the grid, wrong crops, bad images, duplicates, ...); exit 1 where there are any.
+
+    With --fix, faults are mended in a copy, or their items left out of it; exit 1 where some are still in the copy.
+    """
+    from relook.data.check import check as check_file
+    from relook.errors import UserError
+    from relook.io import replacing
+
+    if out is not None and not fix:
+        raise UserError(f"--out {out} without --fix: nothing would be written there; add --fix")
+    target = (out or _fixed(items)) if fix else None
+    found = check_file(
+        items, grid, images=images, image_root=image_root, against=against or (), fix=target, progress=_count
+    )
+    progress("")
+    told = json.dumps(found.to_dict(), indent=2)
+    if report is not None:
+        with replacing(report) as file:
+            file.write(told + "\n")
+    print(told if as_json else found)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command("preview")
+def preview(
+    items: Items,
+    page: Annotated[Path, Argument(metavar="PAGE.html", help="Where the page goes.")],
+    n: Annotated[int, Option("--n", min=1, metavar="N", help="Items to show, drawn from all.")] = 24,
+    seed: Annotated[int, Option(metavar="N", help="Of the draw.")] = 0,
+    grid: Grid = 8,
+    image_root: Root = None,
+) -> None:
+    """Write a page of sampled items to look at: image, grid, regions, crops, turns, faults. One file."""
+    from relook.data.preview import preview as write
+
+    print(f"written: {write(items, page, n=n, seed=seed, grid=grid, image_root=image_root)}")
+
+
+@app.command("stats")
+def stats(
+    items: Items,
+    grid: Grid = 8,
+    plot: Annotated[Path | None, Option(metavar="FILE", help="Also draw it: .png, .svg or .pdf.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count looks, region sizes, cells used (a heat map) and lengths."""
+    from relook.data.stats import plot as draw
+    from relook.data.stats import stats as count
+
+    found = count(items, grid, _count)
+    progress("")
+    if plot is not None:
+        draw(found, plot)
+    print(json.dumps(found.to_dict(), indent=2) if as_json else found)
+
+
+@app.command("convert")
+def convert(
+    items: Items,
+    target: Annotated[Path, Argument(metavar="FOLDER", help="Where the Parquet files go.")],
+    image_root: Root = None,
+    rows: Annotated[int, Option(min=1, metavar="N", help="Items of a file.")] = 50_000,
+) -> None:
+    """Write items as Parquet files, which load faster; a rerun after a stop goes on where it was."""
+    from relook.data.remap import convert as write
+
+    done = write(items, target, image_root=image_root, rows=rows, progress=_count)
+    progress("")
+    print(f"written: {done}")
+
+
+def _fixed(items: Path) -> Path:
+    suffix = items.suffix if items.suffix in (".json", ".jsonl") else ".jsonl"
+    return items.with_name(f"{items.stem}.fixed{suffix}")
+
+
+def _count(items: int) -> None:
+    progress(f"{items} items")

@@ -10,8 +10,7 @@ becomes, for look="region", an image of 640 x 400 and 8 x 8 cells of 80 x 50 pix
     assistant  ACME
 
 No crop needs to exist: it is written as a suffix and cut from the original when the item is encoded. A box edge on
-the image's border belongs to the last cell, so `<|x_8|>` never arises. This module refuses to know token ids and
-pixel values.
+the image's border belongs to the last cell, so `<|x_8|>` never arises.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 from relook.data.forms import Found, is_dataset, read
 from relook.data.images import ImageFinder, ImageRef, file_size, place_image, relative, split_ref, with_file
-from relook.data.items import Item, Message, Question, image_size, naming, variant, write_items
+from relook.data.items import IMAGE_KEYS, Item, Message, Question, image_size, naming, variant, write_items
 from relook.data.published import EVAL_SPLITS
 from relook.data.reader import folder_of, writing_records
 from relook.data.rules import DIRECT, REENCODINGS, BuildOptions, Note, draw, question_boxes, region_cells
@@ -48,9 +47,6 @@ class BuildReport:
         self.counts[what] += 1
         if len(self.examples.setdefault(what, [])) < 5:
             self.examples[what].append(where)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"items": self.items, "val": self.val, "counts": dict(self.counts), "examples": self.examples}
 
     def __str__(self) -> str:
         notes = [f"{n} {what} (first: {self.examples[what][0]})" for what, n in sorted(self.counts.items())]
@@ -78,10 +74,10 @@ def build(
     stated one, since boxes of a resized copy would name the wrong cells.
 
     Args:
-        format: a row of `sources.FORMATS`; seen from the file unless told.
+        format: a row of `forms.FORMATS`; recognized from the file unless given.
         images: folders by dataset, in which images are looked up by name (see `images.ImageFinder`).
         val: share of the *images* whose items go to `val_path(dst)` instead; none is in both.
-        split, columns: of a dataset (see `hub.read_hub`).
+        split, columns: of a dataset (see `forms.table.read_hub`).
         options: the fields of `BuildOptions`.
 
     Raises:
@@ -156,7 +152,7 @@ def build_items(
 ) -> Iterator[Item]:
     """The items of questions, lazily; what was skipped, dropped or clamped is counted in `report`.
 
-    Conversations that a source holds already as items are only changed where the options say so (`variants.variant`).
+    Conversations that a source holds already as items are only changed where the options say so (`items.variant`).
     """
     options, report = options or BuildOptions(), report if report is not None else BuildReport()
     for thing in things:
@@ -204,7 +200,7 @@ def _region(question: Question, options: BuildOptions, boxes: Sequence[Box], not
         return _direct(question, options)
     crops = [crop_ref(question.image, each, size, grid=grid, margin=options.margin) for each in cells]
     call = "".join(write_call("region", each, grid) for each in cells)
-    item = _looking(question, options, "region", call, {"images": crops})
+    item = _looking(question, options, "region", call, {"images": [question.image, *crops]})
     if question.slack == (0, 0):
         return item
     note("sizes worked out from boxes, crops may be some pixels off", question.where)
@@ -221,44 +217,42 @@ def crop_ref(image: ImageRef, cells: Cells, size: tuple[int, int], *, grid: int 
     return join_crop_suffix(image, box) if isinstance(image, str) else (image, box)
 
 
-def _direct(question: Question, options: BuildOptions) -> Item:
-    turns = (_first_turn(question.text, options), Message("assistant", question.answer))
-    return Item(turns, _image_lists(question, {}))
+def _item(texts: Sequence[str], images: dict[str, list[ImageRef]]) -> Item:
+    """An item of these turns, user and assistant alternating."""
+    turns = (Message(role, text) for role, text in zip(cycle(("user", "assistant")), texts, strict=False))
+    return Item(tuple(turns), {key: tuple(images.get(key, ())) for key in IMAGE_KEYS})
 
 
-def _first_turn(text: str, options: BuildOptions) -> Message:
+def _first_turn(text: str, options: BuildOptions) -> str:
     lines = [LOOKS["region"].placeholder, text]
-    return Message("user", "\n".join(reversed(lines) if options.question_first else lines))
+    return "\n".join(reversed(lines) if options.question_first else lines)
 
 
-def _reencoding(question: Question, options: BuildOptions, look: str) -> Item:
-    return _looking(question, options, look, write_call(look), {LOOKS[look].item_key: [question.image]})
+def _direct(question: Question, options: BuildOptions) -> Item:
+    return _item([_first_turn(question.text, options), question.answer], {"images": [question.image]})
 
 
 def _aligned(question: Question, look: str) -> Item:
     """An alignment pair: the view that the projector must learn to show, and what is to be said of it."""
     spec = LOOKS[look]
-    turns = (Message("user", f"{spec.placeholder}\n{question.text}"), Message("assistant", question.answer))
-    lists = {key: () for key in _image_lists(question, {})}
-    return Item(turns, lists | {spec.item_key: (question.image,)})
+    return _item([f"{spec.placeholder}\n{question.text}", question.answer], {spec.item_key: [question.image]})
 
 
-def _looking(question: Question, options: BuildOptions, look: str, call: str, seen: dict[str, list[ImageRef]]) -> Item:
+def _reencoding(question: Question, options: BuildOptions, look: str) -> Item:
+    images = {"images": [question.image], LOOKS[look].item_key: [question.image]}
+    return _looking(question, options, look, write_call(look), images)
+
+
+def _looking(
+    question: Question, options: BuildOptions, look: str, call: str, images: dict[str, list[ImageRef]]
+) -> Item:
     """The four turns of an item with a look: question, call, what the look shows, answer."""
     trigger = "" if options.free_choice else f" {LOOKS[look].trigger}"
     prefix = ANSWER_PREFIX if options.answer_prefix else ""
-    turns = (
-        _first_turn(f"{question.text}{trigger}", options),
-        Message("assistant", call),
-        Message("user", look_turn(parse_calls(call, options.grid))),
-        Message("assistant", f"{prefix}{question.answer}"),
+    shown = look_turn(parse_calls(call, options.grid))
+    return _item(
+        [_first_turn(f"{question.text}{trigger}", options), call, shown, f"{prefix}{question.answer}"], images
     )
-    return Item(turns, _image_lists(question, seen))
-
-
-def _image_lists(question: Question, seen: dict[str, list[ImageRef]]) -> dict[str, tuple[ImageRef, ...]]:
-    first: dict[str, list[ImageRef]] = {spec.item_key: [] for spec in LOOKS.values()} | {"images": [question.image]}
-    return {key: tuple(first[key] + seen.get(key, [])) for key in first}
 
 
 def _refuse_marks(question: Question) -> None:
@@ -348,10 +342,6 @@ class SplitsReport:
 
     built: dict[str, BuildReport]
     absent: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        built = {name: report.to_dict() for name, report in self.built.items()}
-        return {"built": built, "absent": self.absent}
 
     def __str__(self) -> str:
         lines = []
