@@ -250,9 +250,7 @@ def _looking(
     trigger = "" if options.free_choice else f" {LOOKS[look].trigger}"
     prefix = ANSWER_PREFIX if options.answer_prefix else ""
     shown = look_turn(parse_calls(call, options.grid))
-    return _item(
-        [_first_turn(f"{question.text}{trigger}", options), call, shown, f"{prefix}{question.answer}"], images
-    )
+    return _item([_first_turn(f"{question.text}{trigger}", options), call, shown, f"{prefix}{question.answer}"], images)
 
 
 def _refuse_marks(question: Question) -> None:

@@ -46,7 +46,7 @@ class CheckReport:
     path: str
     items: int = 0
     images: int = 0  # image files looked at
-    compared: int = 0  # evaluation images that these were held against
+    compared: int = 0  # evaluation images that these were compared with
     not_compared: list[str] = field(default_factory=list)  # those that could not be read
     counts: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
@@ -68,7 +68,7 @@ class CheckReport:
             self.findings.append(Finding(rule, where, self.items, _printable(detail)))
 
     def to_dict(self) -> dict[str, Any]:
-        told: dict[str, Any] = {
+        found: dict[str, Any] = {
             "path": self.path,
             "items": self.items,
             "images": self.images,
@@ -79,8 +79,8 @@ class CheckReport:
         }
         if self.target is not None:
             counts = {"mended": self.mended, "left_out": self.left_out, "remaining": self.remaining}
-            told["fixed"] = {"path": self.target, "items": self.written} | {k: dict(v) for k, v in counts.items()}
-        return told
+            found["fixed"] = {"path": self.target, "items": self.written} | {k: dict(v) for k, v in counts.items()}
+        return found
 
     def __str__(self) -> str:
         """One screen: a line for each rule with its count and first example; what was mended."""
@@ -99,10 +99,10 @@ class CheckReport:
             lines.append(_cut(f"held against {self.compared} evaluation images{but}"))
         if self.target is not None:
             lines.append(_cut(f"written: {self.target}, {self.written} items"))
-            told = (("mended", self.mended), ("left out", self.left_out), ("still there", self.remaining))
+            groups = (("mended", self.mended), ("left out", self.left_out), ("still there", self.remaining))
             lines += [
                 _cut(f"{what:>11}: " + ", ".join(f"{count} {rule}" for rule, count in counts.most_common()))
-                for what, counts in told
+                for what, counts in groups
                 if counts
             ]
         return "\n".join(lines)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -169,9 +169,7 @@ class Collator:
 
     Args:
         processor: has `encode_item(item, labels=True, image_root=)` and `tokenizer.pad_token_id`.
-        max_length: cutoff in tokens; None for no cutoff. A cut through an image's pads would leave pixels without a
-            place, so a longer sample is never cut: it is left out with a warning (`too_long="drop"`) or stops the
-            work (`"error"`).
+        max_length: cutoff in tokens; longer samples are left out with a warning, never cut (see `EncodedDataset`).
         image_root: folder of relative image paths.
         pad_to_multiple_of: round the padded length up to a multiple of this.
         pack: most tokens of a row that holds several conversations (see `join_packed`); 0: a row each.
@@ -184,21 +182,21 @@ class Collator:
 
     processor: Any
     max_length: int | None = None
-    too_long: Literal["drop", "error"] = "drop"
     image_root: str | Path | None = None
     pad_to_multiple_of: int | None = None
     pack: int = 0
-    skipped: list[SkippedSample] = field(default_factory=list)
 
     def __call__(self, samples: Sequence[Item | Row | SkippedSample]) -> dict[str, torch.Tensor]:
-        rows = [row for row in map(self.encode, samples) if not isinstance(row, SkippedSample)]
+        encoded = [self.encode(sample) for sample in samples]
+        rows = [row for row in encoded if not isinstance(row, SkippedSample)]
         pad = self.processor.tokenizer.pad_token_id
         if not rows and any(isinstance(sample, SkippedSample) for sample in samples):
             rows = [{"input_ids": [pad] * 2, "labels": [IGNORED] * 2}]  # nothing to learn: steps stay in step
         if not rows:
+            first = next(row for row in encoded if isinstance(row, SkippedSample))
             raise RelookError(
-                f"all {len(samples)} items of a batch are longer than the cutoff of {self.max_length} tokens "
-                f"(the first: {self.skipped[-1].what}); raise the cutoff or let images be smaller"
+                f"all {len(samples)} items of a batch are too long (the first, {first.where}: {first.what}); "
+                "raise the cutoff or let images be smaller"
             )
         return join_packed(rows, pad, self.pack) if self.pack else join_rows(rows, pad, self.pad_to_multiple_of)
 
@@ -211,13 +209,9 @@ class Collator:
         if "input_ids" not in data:
             row = self.processor.encode_item(data, labels=True, image_root=self.image_root)
         over = SkippedSample.too_long(-1, _name(data), row, self.max_length)
-        if over is None:
-            return row
-        if self.too_long == "error":
-            raise UserError(f"{over.where}: {over.what}; raise the cutoff or let images be smaller")
-        self.skipped.append(over)
-        logger.warning("%s: %s; left out (%d so far)", over.where, over.what, len(self.skipped))
-        return over
+        if over is not None:
+            logger.warning("left out: %s: %s", over.where, over.what)
+        return over or row
 
 
 def join_rows(rows: Sequence[Row], pad_id: int, multiple: int | None = None) -> dict[str, torch.Tensor]:

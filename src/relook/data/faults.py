@@ -1,8 +1,8 @@
 """The table of faults: what can be wrong with an item, how it is found, and how it is mended.
 
 A fault is a row of `RULES`: `find` yields what it sees, in words; `mend` gives the item without the fault, or None
-where it must be left out of the set. A row without `mend` is for people to judge. `relook.data.check` runs the table over a
-file. What is needed besides the item (the grid, its images, earlier items) is a `Context`.
+where it must be left out of the set. A row without `mend` is for people to judge. `relook.data.check` runs the table
+over a file. What is needed besides the item (the grid, its images, earlier items) is a `Context`.
 """
 
 from __future__ import annotations

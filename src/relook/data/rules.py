@@ -242,8 +242,8 @@ class Data(Strict):
     @model_validator(mode="before")
     @classmethod
     def _told(cls, raw: Any) -> Any:
-        told = isinstance(raw, dict) and "source" not in raw and "world" not in raw
-        return {**raw, "source": "json"} if told and (raw.get("path") or raw.get("sources")) else raw
+        implied = isinstance(raw, dict) and "source" not in raw and "world" not in raw
+        return {**raw, "source": "json"} if implied and (raw.get("path") or raw.get("sources")) else raw
 
     @model_validator(mode="after")
     def _complete(self) -> Data:

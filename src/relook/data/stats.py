@@ -6,9 +6,11 @@ is opened and no model asked: sizes are in cells and shares of the image, length
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,16 +123,14 @@ class Stats:
                 lines.append(f"  {what:<22}{least:>7}{median:>9}{high:>9}{most:>9}")
         regions = sum(self.sizes.values())
         if regions:
-            lines += ["", f"cells used by {regions} regions, % of them" + self._unread()]
+            off_grid = f" ({self.unread} calls are not on the grid)" if self.unread else ""
+            lines += ["", f"cells used by {regions} regions, % of them{off_grid}"]
             most = max(max(row) for row in self.cells)
             lines += [
                 "  " + "".join(f"{_shade(cell / most)}{100 * cell / regions:3.0f} " for cell in row).rstrip()
                 for row in self.cells
             ]
         return "\n".join(lines)
-
-    def _unread(self) -> str:
-        return f" ({self.unread} calls are not on the grid)" if self.unread else ""
 
 
 def stats(path: str | Path, grid: int = GRID, progress: Callable[[int], None] | None = None) -> Stats:
@@ -192,23 +192,10 @@ def _spread(counts: Counter[int]) -> dict[str, int]:
     """Least, median, 95th percentile and most of counted numbers; {} for none."""
     if not counts:
         return {}
-    values, total = sorted(counts), sum(counts.values())
-    return {
-        "least": values[0],
-        "median": _at(counts, total * 0.5),
-        "p95": _at(counts, total * 0.95),
-        "most": values[-1],
-    }
-
-
-def _at(counts: Counter[int], rank: float) -> int:
-    """The smallest number such that `rank` of the counted ones are no larger."""
-    passed = 0
-    for value in sorted(counts):
-        passed += counts[value]
-        if passed >= rank:
-            return value
-    return max(counts)
+    values = sorted(counts)
+    passed = list(accumulate(counts[value] for value in values))  # how many are no larger
+    median, high = (values[bisect_left(passed, passed[-1] * share)] for share in (0.5, 0.95))
+    return {"least": values[0], "median": median, "p95": high, "most": values[-1]}
 
 
 def _shade(share: float) -> str:
