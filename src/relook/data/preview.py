@@ -112,11 +112,11 @@ def _article(record: Record, number: int, context: Context) -> str:
         why = escape(str(error).removeprefix(f"{record.where}: "))
         return f'<article>{head}<ul class="faults"><li><b>form</b> {why}</li></ul></article>\n'
     faults = [(name, detail) for name, rule in RULES.items() if rule.find for detail in rule.find(item, context)]
-    shown = "".join(f"<li><b>{name}</b> {_text(detail)}</li>" for name, detail in faults)
-    shown = f'<ul class="faults">{shown}</ul>' if shown else ""
+    rows = "".join(f"<li><b>{name}</b> {_text(detail)}</li>" for name, detail in faults)
+    listed = f'<ul class="faults">{rows}</ul>' if rows else ""
     turns = "".join(_turn(turn.role, turn.content) for turn in item.messages)
     shown = f'{_pictures(item, context)}<div class="turns">{turns}</div>'
-    return f'<article>{head}{shown}<div class="item">{shown}</div></article>\n'
+    return f'<article>{head}{listed}<div class="item">{shown}</div></article>\n'
 
 
 def _turn(role: str, content: str) -> str:
