@@ -1,16 +1,13 @@
 """Benchmarks in the layouts in which they are published, read as questions: one function a layout.
 
-Image paths come out as published (or as images in memory, where a file holds them); where they lie here is
-`benchmarks`' business. Multiple choice: the accepted answers are the letter and then the option's text
-(`scores.choice`).
+Image paths come out as published (or as images in memory, where a file holds them); `tasks` places them. Multiple
+choice: the accepted answers are the letter and then the option's text (`metrics.choice`).
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import csv
-import io
 import json
 import re
 import string
@@ -20,9 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from relook.data.forms.table import stored_image
 from relook.data.images import split_ref
 from relook.data.items import Item, Question
-from relook.data.reader import read_records
+from relook.data.reader import import_pyarrow, read_records
 from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX, LOOKS
 
@@ -126,12 +124,11 @@ def cv_bench(path: Path) -> Iterator[Question]:
         options = dict(zip(string.ascii_uppercase, choices, strict=False))
         accepted = _letter_and_words(_text(row, "answer", where), options, where)
         text = f"{_text(row, 'prompt', where)}\n{BY_LETTER}"
-        image: Any = row.get("image")
+        image = row.get("image")
         if isinstance(image, Mapping) and image.get("bytes"):
-            image = _opened(image["bytes"], where)
+            image = stored_image(image, where)
         else:
-            image = _text(row, "filename", where)
-            image = image if image.startswith("img/") else f"img/{image}"
+            image = f"img/{_text(row, 'filename', where).removeprefix('img/')}"
         yield Question(image, text, accepted, field=_text(row, "source", where), where=where)
 
 
@@ -156,29 +153,18 @@ def _table(path: Path) -> Iterator[dict[str, Any]]:
         with path.open(encoding="utf-8", newline="") as file:
             yield from csv.DictReader(file, delimiter="\t")
         return
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise UserError(f"{path}: Parquet needs pyarrow, which is not installed; pip install 'relook[train]'") from None
+    arrow, parquet = import_pyarrow()
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
                 yield from batch.to_pylist()
-    except (ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]}); get it again") from None
 
 
 def _decoded(value: Any, where: str) -> Any:
     try:
-        return _opened(base64.b64decode(value, validate=True), where)
-    except (binascii.Error, TypeError, ValueError):
+        data = base64.b64decode(value, validate=True)
+    except (TypeError, ValueError):  # binascii.Error is one
         raise UserError(f"{where}: 'image' is no base64; expected an image file in base64") from None
-
-
-def _opened(data: bytes, where: str) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        raise UserError(f"{where}: its image cannot be read") from None
+    return stored_image({"bytes": data}, where)

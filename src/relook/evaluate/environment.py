@@ -91,10 +91,12 @@ def processor_hash(processor: Any) -> str | None:
     return None if to_json is None else hashlib.blake2b(to_json().encode(), digest_size=16).hexdigest()
 
 
-def questions_hash(records: Sequence[Record]) -> str:
-    """A hash of what was asked: question, accepted answers, boxes and the image's name, in order."""
-    digest = hashlib.blake2b(digest_size=16)
+def questions_hashes(records: Sequence[Record]) -> dict[str, str]:
+    """By task, a hash of what was asked: question, accepted answers, boxes and the image's name, in order."""
+    digests: dict[str, Any] = {}
     for record in records:
-        asked = [record[name] for name in ("index", "image", "where", "question", "accepted", "boxes")]
-        digest.update(json.dumps(asked, ensure_ascii=False).encode())
-    return digest.hexdigest()
+        if record["look"] == records[0]["look"]:
+            asked = [record[name] for name in ("index", "image", "where", "question", "accepted", "boxes")]
+            digest = digests.setdefault(record["task"], hashlib.blake2b(digest_size=16))
+            digest.update(json.dumps(asked, ensure_ascii=False).encode())
+    return {task: digest.hexdigest() for task, digest in digests.items()}

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from relook.errors import RelookError, UserError
-from relook.evaluate.records import RECORDS, RESULTS, Record, answered, read_folder, to_lines, write_files
+from relook.evaluate.records import RECORDS, RESULTS, answered, read_folder, to_lines, write_files
 from relook.evaluate.results import Evaluation
-from relook.evaluate.summary import compare_looks, summarize_run
 
 SYSTEM = (
     "You grade answers to questions about images. You are given a question, the standard answer and the answer of a "
@@ -257,21 +256,13 @@ def judge_folder(
         record["scores"] = {name: score for name, score in record["scores"].items() if name != SCORE}
         if judgement.score is not None:
             record["scores"][SCORE] = judgement.score
-    evaluation = _evaluation({**folder.run, SCORE: _account(judge, judgements, prices)}, folder.records)
+    names = dict.fromkeys(name for record in folder.records for name in record["scores"] if name != SCORE)
+    scores = {record["task"]: (*names, SCORE) for record in folder.records}
+    run = {**folder.run, SCORE: _account(judge, judgements, prices)}
+    evaluation = Evaluation.of(run, folder.records, scores, int(run.get("seed", 0)))
     results = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False)
     write_files({path / RECORDS: to_lines(folder.records).encode(), path / RESULTS: results.encode()})
     return evaluation
-
-
-def _evaluation(run: dict[str, Any], records: Sequence[Record]) -> Evaluation:
-    """A result for each task and look, sorted; with all scores that occur, the judge's last."""
-    seed = int(run.get("seed", 0))
-    scores = [*dict.fromkeys(n for record in records for n in record["scores"] if n != SCORE), SCORE]
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        groups.setdefault((record["task"], record["look"]), []).append(record)
-    results = [summarize_run(task, look, those, scores, seed) for (task, look), those in groups.items()]
-    return Evaluation(run, results, compare_looks(records, seed))
 
 
 def _account(

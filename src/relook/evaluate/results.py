@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
+from relook.evaluate.records import Record
 from relook.evaluate.statistics import Estimate
-from relook.evaluate.summary import Comparison, Summary
+from relook.evaluate.summary import Comparison, Summary, compare_looks, summarize_run
 
 Column = tuple[str, float, int, bool]  # measure, factor, decimals, interval shown
 
@@ -47,6 +48,15 @@ class Evaluation:
     run: dict[str, Any]
     results: list[Summary]
     compared: list[Comparison] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, run: dict[str, Any], records: Sequence[Record], scores: Mapping[str, Sequence[str]], seed: int) -> Self:
+        """The results of records in their order, a summary for each task and look, with these scores by task."""
+        groups: dict[tuple[str, str], list[Record]] = {}
+        for record in records:
+            groups.setdefault((record["task"], record["look"]), []).append(record)
+        results = [summarize_run(task, look, each, scores[task], seed) for (task, look), each in groups.items()]
+        return cls(run, results, compare_looks(records, seed))
 
     def to_dict(self) -> dict[str, Any]:
         results = [result.to_dict() for result in self.results]

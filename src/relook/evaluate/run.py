@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from relook import plugins
-from relook.errors import RelookError, UserError
-from relook.evaluate.environment import questions_hash, versions
+from relook.errors import RelookError
+from relook.evaluate.environment import questions_hashes, versions
 from relook.evaluate.executors import EXECUTORS, Executor, Progress, find_executor
-from relook.evaluate.record_writer import RecordWriter, begun
-from relook.evaluate.records import RESULTS, Record
+from relook.evaluate.record_writer import begun
+from relook.evaluate.records import RESULTS
 from relook.evaluate.results import Evaluation
 from relook.evaluate.runner import Plan, in_order
-from relook.evaluate.settings import SETTINGS, find_protocol
-from relook.evaluate.summary import compare_looks, summarize_run
-from relook.evaluate.tasks import TASKS, Places
+from relook.evaluate.tasks import Places
 from relook.io import replacing
 
 AUTO = "auto"  # a batch size that is measured
+# Everything that the records depend on: a run that was cut goes on only if none of it has changed.
+DECISIVE = (
+    *("model", "weights", "processor", "tasks", "scores", "looks", "protocol", "n", "seed", "batch"),
+    *("max_new_tokens", "versions"),
+)
 
 
 def evaluate(
@@ -70,54 +71,33 @@ def evaluate(
             run of other settings.
         RelookError: not one question was answered.
     """
-    plan = _plan(tasks, looks, n, seed, batch, max_new_tokens, protocol, places)
+    first: Any = 1 if batch == AUTO else batch
+    plan = Plan(tuple(tasks), tuple(looks), n, seed, first, max_new_tokens, protocol, places).checked()
     with EXECUTORS[find_executor(engine)](model, dtype, replicas) as executor:
         run: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions()}
         run |= executor.about(plan, hashed=out is not None)
         if batch == AUTO:
             plan, run["measured"] = _with_fastest_batch(plan, executor, out)
-        run |= _settings(plan) | {"engine": find_executor(engine)}
-        with executor.writer(out, _decisive(run)) as writer:
+        run |= plan.to_dict() | {"engine": find_executor(engine)}
+        with executor.writer(out, {name: run.get(name) for name in DECISIVE}) as writer:
             records = in_order(executor.records(plan, writer, progress), plan)
             run["taken_up"] = writer.taken_up
-            evaluation = _summarized(run, plan, records)
-            if executor.main:
-                _write(evaluation, records, out, writer)
-        if not _answered(evaluation):
+            run["seconds"] = sum(record["seconds"] or 0.0 for record in records)
+            run["questions"] = questions_hashes(records)
+            evaluation = Evaluation.of(run, records, run["scores"], plan.seed)
+            silent = not any(result.answered for result in evaluation.results)
+            if executor.main and silent:
+                writer.discard()
+            elif executor.main:  # results, then records: until these have their name the run goes on
+                if out is not None:
+                    with replacing(Path(out) / RESULTS) as results_file:
+                        json.dump(evaluation.to_dict(), results_file, indent=2, ensure_ascii=False)
+                writer.finish(records)
+        if silent:
             errors = [error for result in evaluation.results for error in result.errors]
             why = errors[0] if errors else "no setting applied to any question"
             raise RelookError(f"not one question was answered; the first failure: {why}")
     return evaluation
-
-
-def _plan(
-    tasks: Sequence[str],
-    looks: Sequence[str],
-    n: int | None,
-    seed: int,
-    batch: int | str,
-    max_new_tokens: int | None,
-    protocol: str,
-    places: Places | None,
-) -> Plan:
-    """The checked plan. A batch that is yet to be measured is 1 in it.
-
-    Raises:
-        UserError: what is wrong with it, as far as that can be known without the model.
-    """
-    if not tasks:
-        known = ", ".join(plugins.names("task", TASKS))
-        raise UserError(f"no task was named; give --tasks with some of {known}, or files of questions")
-    if not looks:
-        raise UserError(f"no look was named; expected some of {', '.join(SETTINGS)}")
-    if batch == AUTO:
-        batch = 1
-    elif not isinstance(batch, int) or batch < 1 or (n is not None and n < 1):
-        raise UserError(f"n={n} questions with batch={batch}; expected 1 or more of both (or batch='auto')")
-    n = find_protocol(protocol).n if n is None else n
-    plan = Plan(tuple(tasks), tuple(looks), n, seed, batch, max_new_tokens, protocol, places)
-    plan.rows()
-    return plan
 
 
 def _with_fastest_batch(plan: Plan, executor: Executor, out: str | Path | None) -> tuple[Plan, dict[str, float]]:
@@ -130,48 +110,3 @@ def _with_fastest_batch(plan: Plan, executor: Executor, out: str | Path | None) 
         return plan, {}
     best = min(seconds, key=lambda size: seconds[size])
     return replace(plan, batch=best), {str(size): round(value, 6) for size, value in seconds.items()}
-
-
-def _settings(plan: Plan) -> dict[str, Any]:
-    return {
-        "tasks": [task.name for task in plan.rows()],
-        "scores": {task.name: list(task.scores) for task in plan.rows()},
-        "looks": list(dict.fromkeys(plan.looks)),
-        **{key: getattr(plan, key) for key in ("protocol", "n", "seed", "batch", "max_new_tokens")},
-    }
-
-
-def _decisive(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that the records depend on: a run that was cut goes on only if none of it has changed."""
-    decisive = ("model", "weights", "processor", "tasks", "scores", "looks", "protocol", "n", "seed", "batch")
-    return {key: run.get(key) for key in (*decisive, "max_new_tokens", "versions")}
-
-
-def _summarized(run: dict[str, Any], plan: Plan, records: Sequence[Record]) -> Evaluation:
-    found: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record in records:
-        found[record["task"], record["look"]].append(record)
-    looks = run["looks"]
-    run["seconds"] = sum(record["seconds"] or 0.0 for record in records)
-    run["questions"] = {task.name: questions_hash(found[task.name, looks[0]]) for task in plan.rows()}
-    results = [
-        summarize_run(task.name, look, found[task.name, look], task.scores, plan.seed)
-        for task in plan.rows()
-        for look in looks
-    ]
-    return Evaluation(run, results, compare_looks(records, plan.seed))
-
-
-def _write(evaluation: Evaluation, records: Sequence[Record], out: str | Path | None, writer: RecordWriter) -> None:
-    """Results, then records: until these have their name the run goes on. A run without an answer leaves nothing."""
-    if not _answered(evaluation):
-        writer.discard()
-        return
-    if out is not None:
-        with replacing(Path(out) / RESULTS) as results_file:
-            json.dump(evaluation.to_dict(), results_file, indent=2, ensure_ascii=False)
-    writer.finish(records)
-
-
-def _answered(evaluation: Evaluation) -> bool:
-    return any(result.answered for result in evaluation.results)

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import isfinite
 from typing import Any
 
+from relook import plugins
 from relook.data.items import Question, image_size
 from relook.errors import RelookError, UserError
 from relook.evaluate.metrics import SCORERS, region_overlap
 from relook.evaluate.records import Record
-from relook.evaluate.settings import Case, Setting, find_protocol, find_settings
-from relook.evaluate.tasks import Places, Task, find_tasks
+from relook.evaluate.settings import SETTINGS, Case, Setting, find_protocol, find_settings
+from relook.evaluate.tasks import TASKS, Places, Task, find_tasks
 from relook.io import rng
 from relook.looks import ANSWER_PREFIX
 from relook.regions import cells_to_box
@@ -35,14 +36,41 @@ class Plan:
     looks: tuple[str, ...]
     n: int | None
     seed: int
-    batch: int
+    batch: int  # 1 where it is yet to be measured
     max_new_tokens: int | None
     protocol: str
     places: Places | None = None
 
+    def checked(self) -> Plan:
+        """The plan, with the protocol's number of questions where none is given.
+
+        Raises:
+            UserError: what is wrong with it, as far as that can be known without the model.
+        """
+        if not self.tasks:
+            known = ", ".join(plugins.names("task", TASKS))
+            raise UserError(f"no task was named; give --tasks with some of {known}, or files of questions")
+        if not self.looks:
+            raise UserError(f"no look was named; expected some of {', '.join(SETTINGS)}")
+        if not isinstance(self.batch, int) or self.batch < 1 or (self.n is not None and self.n < 1):
+            raise UserError(
+                f"n={self.n} questions with batch={self.batch}; expected 1 or more of both (or batch='auto')"
+            )
+        self.rows()
+        return replace(self, n=find_protocol(self.protocol).n if self.n is None else self.n)
+
     def rows(self) -> list[Task]:
         """The tasks, each once."""
         return find_tasks(self.tasks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as results.json has it."""
+        return {
+            "tasks": [task.name for task in self.rows()],
+            "scores": {task.name: list(task.scores) for task in self.rows()},
+            "looks": list(dict.fromkeys(self.looks)),
+            **{key: getattr(self, key) for key in ("protocol", "n", "seed", "batch", "max_new_tokens")},
+        }
 
     def questions(self, task: Task) -> Iterator[Question]:
         return task.items(self.n, self.seed, self.places)

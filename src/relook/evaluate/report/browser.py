@@ -75,9 +75,11 @@ def _question(
     record: Record, size: Sequence[int] | None, numbers: Mapping[str, int], pictures: Pictures
 ) -> dict[str, Any]:
     image, why = image_key(record), "beyond the number of pictures this page was made with"
-    found: dict[str, Any] = {name: record[name] for name in ("task", "index", "where", "image", "field", "accepted")}
-    found |= {"text": record["question"], "boxes": record.get("boxes"), "size": size, "picture": numbers.get(image)}
-    return _clean(found | {"why": None if image in numbers else pictures.why.get(image, why)})
+    found: dict[str, Any] = {name: record[name] for name in ("task", "index", "where", "image", "field")}
+    found |= {"text": record["question"], "accepted": record["accepted"], "boxes": record.get("boxes"), "size": size}
+    return _clean(
+        found | {"picture": numbers.get(image), "why": None if image in numbers else pictures.why.get(image, why)}
+    )
 
 
 def _answer(record: Record, size: Sequence[int] | None) -> dict[str, Any]:
