@@ -33,7 +33,6 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from relook.looks import LOOKS
 from relook.model import VPTQwen2VLConfig, VPTQwen2VLForConditionalGeneration
 from relook.model.encoders import encoder_config
-from relook.model.loading import encoder_name
 from relook.model.published import BASES, look_token_ids
 from relook.train.learnable import let_learn
 
@@ -73,7 +72,7 @@ def shape(tiny: bool) -> dict[str, Any]:
 def config(tiny: bool) -> VPTQwen2VLConfig:
     """The 2B shape with all looks."""
     looks = ("clip", "detection", "seg")
-    values: dict[str, Any] = {"vision_encoder_ls": [encoder_name(look) for look in looks], "region": True}
+    values: dict[str, Any] = {"vision_encoder_ls": [LOOKS[look].encoder for look in looks], "region": True}
     for number, look in enumerate(looks):
         values |= look_token_ids(look, first=FIRST[tiny] + 25 * number)
     encoders = {look: encoder_config(look, None).to_diff_dict() for look in ("detection", "seg")}

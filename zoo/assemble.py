@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from relook.errors import CheckpointError, UserError
+from relook.looks import LOOKS
 from relook.model.configuration import VPTQwen2VLConfig
 from relook.model.loading import _quiet as quiet
-from relook.model.loading import check_free, encoder_name, load_model, load_processor, resolve, save_new
+from relook.model.loading import check_free, load_model, load_processor, resolve, save_new
 from relook.model.modeling import VPTQwen2VLForConditionalGeneration
 from relook.model.new import build
 from relook.model.start import new_token_rows
@@ -182,7 +183,7 @@ def _config(text: Any, vision: Any, processor: Any) -> VPTQwen2VLConfig:
             "vision_config": {**vision.vision_config.to_dict(), "hidden_size": text.hidden_size},
             "tie_word_embeddings": text.tie_word_embeddings,
             "initializer_range": text.initializer_range,
-            "vision_encoder_ls": [encoder_name(look) for look in processor.looks if look != "region"],
+            "vision_encoder_ls": [LOOKS[look].encoder for look in processor.looks if look != "region"],
             "encoders": vision.encoders,
             "region": "region" in processor.looks,
             "num_inner_forward_run": 2,

@@ -110,7 +110,7 @@ def test_what_is_wrong_with_the_data_is_told(made, items, mend, words) -> None:
 def test_published_starts_are_known_without_weights(items, monkeypatch) -> None:
     """No hub here: the shapes are those of the published models, and it says what it could not do."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("relook.train.blueprint.resolve", _no_hub)
+    monkeypatch.setattr("relook.model.start.resolve", _no_hub)
     lora = dry_run(RECIPES / "7b-clip-lora.yaml", small(items, f"data.image_root={items.parent}")).stages[0]
     width, kv, inner, layers, vocabulary, r = 3584, 512, 18944, 28, 152064, 512
     attention = 2 * (width + width) + 2 * (width + kv)

@@ -158,8 +158,7 @@ def test_an_adapter_that_has_no_base_or_another(plain, trained, tmp_path) -> Non
 
 def test_a_later_stage_does_not_name_a_base(plain, tmp_path) -> None:
     model, _ = new_model(plain, ("region", "clip"))
-    lora.adapt(model, Lora.model_validate(SMALL))
-    lora.save(model, tmp_path)
+    lora.adapt(model, Lora.model_validate(SMALL)).save(tmp_path)
     with pytest.raises(UserError, match="--base"):
         load_adapted(tmp_path)
 
@@ -169,14 +168,14 @@ def test_untied_weights_stay_apart(plain, tmp_path) -> None:
     model, _ = new_model(plain, ("region", "clip"))
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    lora.adapt(model, Lora.model_validate(SMALL))
+    adapter = lora.adapt(model, Lora.model_validate(SMALL))
     learns = {name for name, p in model.named_parameters() if p.requires_grad}
     assert [n for n in learns if "lm_head" in n] and [n for n in learns if "embed_tokens" in n]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "lm_head" in name:
                 parameter.add_(1.0)
-    lora.merge(model)
+    adapter.merge()
     assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
 
 
@@ -193,11 +192,11 @@ def test_few_bits_rest_and_the_exact_weights_come_back(plain, bits: int) -> None
     pytest.importorskip("bitsandbytes")
     model, processor = new_model(plain, ("region", "clip"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    lora.adapt(model, Lora.model_validate(SMALL | {"bits": bits}))
+    adapter = lora.adapt(model, Lora.model_validate(SMALL | {"bits": bits}))
     held = {type(m).__name__ for m in model.modules() if "4bit" in type(m).__name__ or "8bit" in type(m).__name__}
     assert held
     model(**batch_of(processor)).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for n, p in model.named_parameters() if "lora_" in n)
-    lora.merge(model)  # updates that learnt nothing are zero
+    adapter.merge()  # updates that learnt nothing are zero
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())

@@ -17,6 +17,7 @@ from relook.cli.app import app
 from relook.data import EncodedDataset, open_items
 from relook.errors import UserError
 from relook.model.loading import load_model, load_processor
+from relook.model.start import Start, open_start
 from relook.train.learnable import let_learn, set_forward
 from relook.train.optimiser import build_optimiser
 from relook.train.recipe import Data, Stage, load_recipe
@@ -90,10 +91,8 @@ def test_two_steps_of_each_recipe(name: str, made, tmp_path: Path) -> None:
     source = given[0].removeprefix("model.start=")
     before, after = load_model(source, device="cpu") if not recipe.model.looks else None, model.state_dict()
     if before is None:
-        from relook.model.start import start_model
-
-        start = {"start": source, "looks": recipe.model.looks, "detection": made["detection"], "seg": made["seg"]}
-        before, _ = start_model(**start, seed=recipe.seed)
+        start = Start(start=source, looks=recipe.model.looks, detection=made["detection"], seg=made["seg"])
+        before, _ = open_start(start, seed=recipe.seed)
     moved = {key for key, value in before.state_dict().items() if not torch.equal(value, after[key])}
     assert moved == {key for key in moved if expected(name, key)} and moved
     assert ("lm_head.weight" in moved) == ("alignment" not in name)

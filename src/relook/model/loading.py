@@ -20,13 +20,14 @@ from transformers.utils import logging
 
 from relook.errors import CheckpointError, UserError
 from relook.io import replacing_folder
+from relook.looks import LOOKS
 
+from .adapters import is_adapter
 from .configuration import VPTQwen2VLConfig
 from .encoders import ENCODERS, encoder_config
 from .modeling import VPTQwen2VLForConditionalGeneration
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"
-ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -58,11 +59,6 @@ def resolve(name_or_path: str | Path) -> Path:
     raise UserError(
         f"unknown model {name!r}; expected a shipped model ({known}), a folder, or a hub id like owner/name"
     )
-
-
-def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds low-rank updates of a model (peft's format)."""
-    return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
 def _from_hub(name: str) -> Path:
@@ -173,8 +169,8 @@ def read_config(folder: str | Path, encoder_configs: dict[str, Any] | None = Non
         values["encoders"] = {}
         given = encoder_configs or _encoder_configs_beside(Path(folder))
         for look, spec in ENCODERS.items():
-            if encoder_name(look) in (values.get("vision_encoder_ls") or []):
-                values["encoders"][look] = _full_encoder_config(look, given.get(spec.legacy_key))
+            if LOOKS[look].encoder in (values.get("vision_encoder_ls") or []):
+                values["encoders"][look] = encoder_config(look, given.get(spec.legacy_key)).to_diff_dict()
         values["provenance"] = {"layout": "published", "source": Path(folder).name}
     try:
         return VPTQwen2VLConfig.from_dict(values)
@@ -189,17 +185,6 @@ def _encoder_configs_beside(folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
-
-
-def encoder_name(look: str) -> str | None:
-    """The published name of a look's encoder ("dino", "sam", "clip")."""
-    from relook.looks import LOOKS
-
-    return LOOKS[look].encoder
-
-
-def _full_encoder_config(look: str, values: dict[str, Any] | None) -> dict[str, Any]:
-    return encoder_config(look, values).to_diff_dict()
 
 
 def torch_device(device: torch.device | str | None) -> torch.device:

@@ -10,11 +10,19 @@ Knows sizes and vocabularies; not how anything is trained.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
+from relook import looks
+from relook.looks import LOOKS
 from relook.plugins import find
+
+from .configuration import VPTQwen2VLConfig
+from .modeling import VPTQwen2VLForConditionalGeneration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,8 +69,6 @@ class Size:
 
 def phrases(size: Size) -> list[str]:
     """All sentences the tokenizer learns its merges from, without doubles, in a fixed order."""
-    from relook import looks
-
     sentences = ["system", "user", "assistant", "\n", looks.DEFAULT_SYSTEM, looks.ANSWER_PREFIX, "Region 0: \n"]
     sentences += [spec.trigger for spec in looks.LOOKS.values()]
     return list(dict.fromkeys([*sentences, *size.phrases]))
@@ -74,13 +80,9 @@ def build_tokenizer(size: Size) -> PreTrainedTokenizerBase:
     Ids: bytes and merges first, then the end of turn and padding, the rest of `SPECIALS`, and the control tokens of the
     size's looks in the published order.
     """
-    import json
-
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-
-    from relook import looks
 
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.NFC()
@@ -102,8 +104,6 @@ def build_tokenizer(size: Size) -> PreTrainedTokenizerBase:
 
 def build_config(size: Size, tokenizer: PreTrainedTokenizerBase, **extra: Any) -> Any:
     """The VPTQwen2VLConfig of a row, with the token ids of `tokenizer`."""
-    from relook.looks import LOOKS
-    from relook.model import VPTQwen2VLConfig
 
     def token_id(token: str) -> int:
         return int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
@@ -132,7 +132,8 @@ def build_config(size: Size, tokenizer: PreTrainedTokenizerBase, **extra: Any) -
                 f"{name}_action_start_id": token_id(spec.start),
                 f"{name}_action_id": token_id(spec.action),
             }
-    return VPTQwen2VLConfig(
+    make: Any = VPTQwen2VLConfig  # the fields it inherits are not in its signature
+    return make(
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=True,
@@ -153,8 +154,7 @@ def build_processor(size: Size, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The VPTQwen2VLProcessor of a row: patch size, views and grid of the row, around `tokenizer`."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from relook.model import VPTQwen2VLProcessor
-    from relook.processing import View
+    from relook.processing import View, VPTQwen2VLProcessor
 
     patch = size.vit["patch_size"]
     images = Qwen2VLImageProcessorPil(
@@ -185,10 +185,6 @@ def build(size: Size | str, seed: int, **extra: Any) -> tuple[Any, Any]:
         seed: of the initial weights.
         extra: further config fields (`domain=`, `provenance=`).
     """
-    import torch
-
-    from relook.model import VPTQwen2VLForConditionalGeneration
-
     row: Size = find("size", size, {}) if isinstance(size, str) else size
     tokenizer = build_tokenizer(row)
     config = build_config(row, tokenizer, **extra)

@@ -1,12 +1,12 @@
-"""What a model is opened from: a shipped model, a folder, a hub id, an adapter, or a plain Qwen2-VL given looks.
+"""What a model is opened from, and the one way to open it.
 
-An adapter is a folder with low-rank updates of a model (peft's format) and a record of the model under them:
+    open_model("receipts-tiny")                                             a model: shipped, folder, hub id, adapter
+    open_start(Start(start="Qwen/Qwen2-VL-2B-Instruct", looks=["clip"]))    a plain Qwen2-VL that is given looks
+    open_start(Start(size="cards-tiny"), seed=1)                            a new tiny model (`new.Size`)
 
-    adapter_config.json, adapter_model.safetensors    peft's
-    base.json                                         {"start", "looks", "detection", "seg", "seed"}: see `start_model`
-    config.json, tokenizer and processor files        of the whole model, so that it can be run
+`describe_start` gives the config and processor of a start without its weights.
 
-Merged, an adapter is a model like any other.
+Adapters (`adapters`) are opened by name like any other model: merged into their base.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from relook.errors import CheckpointError, UserError
+from relook.looks import LOOKS
 
+from . import new
+from .adapters import ADAPTER_CONFIG, BASE, is_adapter, merge_updates
 from .configuration import VPTQwen2VLConfig
+from .encoders import ENCODERS, encoder_config
 from .loading import (
-    ADAPTER_CONFIG,
     check_free,
     default_dtype,
-    encoder_name,
-    is_adapter,
     load_model,
     load_processor,
     load_with_report,
@@ -37,128 +39,47 @@ from .loading import (
     save_new,
     torch_device,
     torch_dtype,
+    weight_files,
 )
 from .modeling import VPTQwen2VLForConditionalGeneration
+from .published import BASES, PUBLISHED, look_token_ids, published_config
 
-BASE = "base.json"
-
-# -- new models and starts
+BASE_KEYS = ("start", "looks", "detection", "seg")
 
 
-def new_model(
-    base: str | Path,
-    looks: tuple[str, ...] = ("region", "clip"),
-    detection: str | Path | None = None,
-    seg: str | Path | None = None,
-    dtype: torch.dtype | str = torch.float32,
-    seed: int = 0,
-) -> tuple[VPTQwen2VLForConditionalGeneration, Any]:
-    """A new model that may look again, from a plain Qwen2-VL folder plus DINOv2 and SAM folders.
+class Start(BaseModel):
+    """What a model is opened from; the `model:` section of a recipe.
 
-    Control tokens are added to the tokenizer; their embeddings start at the mean of the old ones; projectors are
-    Xavier-uniform from `seed`; everything else is the given weights.
-
-    Returns:
-        (model, processor)
+    A new tiny model (`size`), or weights to go on from (`start`: shipped name, folder, hub id or adapter). A new model
+    may take its vision encoder from other weights (`visual`). A `start` that is a plain Qwen2-VL is given `looks`, new
+    tokens and new projectors; looks with an encoder of their own need its weights (`detection`: DINOv2, `seg`: SAM).
     """
-    from transformers import Dinov2Model, SamModel
 
-    sources: dict[str, tuple[str | Path | None, Callable[[Any], Any]]] = {
-        "detection": (detection, lambda path: Dinov2Model.from_pretrained(path, dtype=dtype)),
-        "seg": (seg, lambda path: SamModel.from_pretrained(path, dtype=dtype).vision_encoder),
-    }
-    lacking = [look for look, (path, _) in sources.items() if look in looks and path is None]
-    if lacking:
-        raise UserError(f"look {lacking[0]!r} needs its encoder: give {lacking[0]}=FOLDER (DINOv2 or SAM weights)")
-    folder = resolve(base)
-    encoders = {look: _read(load, path) for look, (path, load) in sources.items() if look in looks}
-    config, processor, known = plain_config(folder, looks, {look: each.config for look, each in encoders.items()})
-    config.provenance = {"base": Path(folder).name, "seed": seed}
-    torch.manual_seed(seed)
-    model, report = load_with_report(folder, config, torch_dtype(dtype), None)
-    foreign = [k for k in report.missing if not k.startswith(("encoders.", "projectors."))]
-    if foreign or report.unexpected or report.mismatched:
-        raise CheckpointError(f"{base}: not a whole Qwen2-VL checkpoint: {report}")
-    for look, encoder in encoders.items():
-        model.encoders[look].load_state_dict(encoder.state_dict())
-    new_token_rows(model, known, len(processor.tokenizer))
-    return model.eval(), processor
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
+    size: str | None = None
+    start: str | None = None
+    visual: str | None = None
+    looks: list[str] | None = Field(None, description="of a plain Qwen2-VL: region, clip, detection, seg")
+    detection: str | None = Field(None, description="folder or hub id of a DINOv2, for the look detection")
+    seg: str | None = Field(None, description="folder or hub id of a SAM, for the look seg")
 
-def plain_config(folder: Path, looks: Sequence[str], encoders: Mapping[str, Any]) -> tuple[VPTQwen2VLConfig, Any, int]:
-    """Config and processor of a plain Qwen2-VL that is given looks, and how many tokens it knew before.
+    @model_validator(mode="after")
+    def _one(self) -> Start:
+        if (self.size is None) == (self.start is None):
+            raise ValueError("give exactly one of size: (a fresh tiny model) and start: (weights to go on from)")
+        if self.visual is not None and self.size is None:
+            raise ValueError("visual: goes with size: (a fresh model that takes over a vision tower)")
+        if self.size is not None and (self.looks or self.detection or self.seg):
+            raise ValueError("looks:, detection: and seg: go with start: (a plain Qwen2-VL that is given looks)")
+        return self
 
-    Args:
-        encoders: look -> the config of its encoder.
-
-    Raises:
-        UserError: it is not plain, or no looks are given.
-    """
-    from transformers import AutoConfig
-
-    from relook.processing import VPTQwen2VLProcessor
-
-    base_config = AutoConfig.from_pretrained(folder)
-    if base_config.model_type != "qwen2_vl":
-        raise UserError(f"{folder}: model_type is {base_config.model_type!r}; a plain 'qwen2_vl' was expected")
-    if not looks:
-        raise UserError(f"{folder} is a plain Qwen2-VL; say which looks it is given, e.g. looks: [region, clip]")
-    processor = VPTQwen2VLProcessor.from_pretrained(folder)
-    known = len(processor.tokenizer)
-    processor.add_look_tokens(looks)
-    values = base_config.to_dict()
-    values.pop("architectures", None)
-    config = VPTQwen2VLConfig.from_dict(
-        {
-            **values,
-            "model_type": VPTQwen2VLConfig.model_type,
-            **processor.config_token_ids(),
-            "vision_encoder_ls": [encoder_name(look) for look in looks if look != "region"],
-            "encoders": {look: config.to_diff_dict() for look, config in encoders.items()},
-            "region": "region" in looks,
-            "num_inner_forward_run": 2,
-        }
-    )
-    return config, processor, known
+    def base_record(self, seed: int) -> dict[str, Any] | None:
+        """What an adapter of this start keeps of it in base.json; None for a new model, which has no name."""
+        return None if self.start is None else {**self.model_dump(include=set(BASE_KEYS)), "seed": seed}
 
 
-def _read(load: Callable[[Any], Any], path: str | Path | None) -> Any:
-    try:
-        return load(path)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: no encoder could be read there ({first}); give a folder or a hub id") from error
-
-
-def start_model(
-    start: str | Path,
-    looks: Sequence[str] | None = None,
-    detection: str | Path | None = None,
-    seg: str | Path | None = None,
-    seed: int = 0,
-    dtype: torch.dtype | str = torch.float32,
-) -> tuple[VPTQwen2VLForConditionalGeneration, Any]:
-    """What training starts from: a model that may look again as it is, or a plain Qwen2-VL that is given `looks`.
-
-    A start that has its looks keeps its own encoders; `detection` and `seg` are for a plain one.
-
-    Returns:
-        (model, processor), on the CPU.
-
-    Raises:
-        UserError: no such model, or it lacks one of `looks` and is not plain.
-    """
-    folder = resolve(start)
-    if is_plain(folder):
-        return new_model(folder, tuple(looks or ()), detection, seg, dtype, seed)
-    config = read_config(folder)
-    lacking = [look for look in looks or () if look not in config.looks]
-    if lacking:
-        raise UserError(
-            f"{start} has the looks {', '.join(config.looks)}, not {lacking[0]!r}; start from a plain Qwen2-VL to give "
-            "it other looks"
-        )
-    return open_model(folder, dtype=dtype, device="cpu")
+# -- opening ----------------------------------------------------------------------------------------------------------
 
 
 def open_model(
@@ -186,6 +107,58 @@ def open_model(
     return model, load_processor(folder)
 
 
+def open_start(
+    start: Start, *, seed: int = 0, domain: str | None = None, dtype: torch.dtype | str = torch.float32
+) -> tuple[VPTQwen2VLForConditionalGeneration, Any]:
+    """The model that training starts from, on the CPU, and its processor.
+
+    A start that has its looks keeps its own encoders; `detection` and `seg` are for a plain one.
+
+    Args:
+        start: what to open.
+        seed: of the weights that are drawn: all of a new model, or the projectors of a plain Qwen2-VL.
+        domain: what a new model is trained on, for its config.
+        dtype: of weights that are loaded.
+
+    Raises:
+        UserError: no such model, or it lacks one of `start.looks` and is not plain.
+    """
+    if start.size is not None:
+        model, processor = new.build(start.size, seed, domain=domain)
+        if start.visual is not None:
+            _take_vision_encoder(model, start.visual)
+        return model, processor
+    folder = resolve(str(start.start))
+    if is_plain(folder):
+        return new_model(folder, tuple(start.looks or ()), start.detection, start.seg, dtype, seed)
+    config = read_config(folder)
+    lacking = [look for look in start.looks or () if look not in config.looks]
+    if lacking:
+        raise UserError(
+            f"{start.start} has the looks {', '.join(config.looks)}, not {lacking[0]!r}; start from a plain Qwen2-VL "
+            "to give it other looks"
+        )
+    return open_model(folder, dtype=dtype, device="cpu")
+
+
+def _take_vision_encoder(model: Any, source: str) -> None:
+    """Copy the vision encoder of other weights into a new model; its config keeps where it came from.
+
+    Raises:
+        UserError: the encoders differ in shape.
+    """
+    other, _ = open_model(source, dtype=torch.float32)
+    try:
+        model.model.visual.load_state_dict(other.model.visual.state_dict())
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise UserError(f"the vision tower of {source} does not fit into this model: {first}") from error
+    model.config.tower = {"from": Path(source).name, **(getattr(other.config, "provenance", None) or {})}
+
+
+# -- a plain Qwen2-VL that is given looks -----------------------------------------------------------------------------
+
+
 def is_plain(folder: Path) -> bool:
     """Whether a folder holds a Qwen2-VL without looks."""
     try:
@@ -193,6 +166,88 @@ def is_plain(folder: Path) -> bool:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: not a readable config.json ({error})") from error
     return values.get("model_type") == "qwen2_vl"
+
+
+def new_model(
+    base: str | Path,
+    looks: tuple[str, ...] = ("region", "clip"),
+    detection: str | Path | None = None,
+    seg: str | Path | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    seed: int = 0,
+) -> tuple[VPTQwen2VLForConditionalGeneration, Any]:
+    """A plain Qwen2-VL folder plus DINOv2 and SAM folders as one model with looks, in eval mode, and its processor.
+
+    Control tokens are added to the tokenizer; their embeddings start at the mean of the old ones; projectors are
+    Xavier-uniform from `seed`; everything else is the given weights.
+    """
+    from transformers import Dinov2Model, SamModel
+
+    sources: dict[str, tuple[str | Path | None, Callable[[Any], Any]]] = {
+        "detection": (detection, lambda path: Dinov2Model.from_pretrained(path, dtype=dtype)),
+        "seg": (seg, lambda path: SamModel.from_pretrained(path, dtype=dtype).vision_encoder),
+    }
+    lacking = [look for look, (path, _) in sources.items() if look in looks and path is None]
+    if lacking:
+        raise UserError(f"look {lacking[0]!r} needs its encoder: give {lacking[0]}=FOLDER (DINOv2 or SAM weights)")
+    folder = resolve(base)
+    encoders = {look: _read(load, path) for look, (path, load) in sources.items() if look in looks}
+    config, processor, known = plain_config(folder, looks, {look: each.config for look, each in encoders.items()})
+    config.provenance = {"base": Path(folder).name, "seed": seed}
+    torch.manual_seed(seed)
+    model, report = load_with_report(folder, config, torch_dtype(dtype), None)
+    foreign = [k for k in report.missing if not k.startswith(("encoders.", "projectors."))]
+    if foreign or report.unexpected or report.mismatched:
+        raise CheckpointError(f"{base}: not a whole Qwen2-VL checkpoint: {report}")
+    for look, encoder in encoders.items():
+        model.encoders[look].load_state_dict(encoder.state_dict())
+    new_token_rows(model, known, len(processor.tokenizer))
+    return model.eval(), processor
+
+
+def plain_config(folder: Path, looks: Sequence[str], encoders: Mapping[str, Any]) -> tuple[VPTQwen2VLConfig, Any, int]:
+    """(config, processor, number of tokens before) of a plain Qwen2-VL that is given looks.
+
+    Args:
+        encoders: look -> the config of its encoder.
+
+    Raises:
+        UserError: it is not plain, or no looks are given.
+    """
+    from transformers import AutoConfig
+
+    from relook.processing import VPTQwen2VLProcessor
+
+    base_config = AutoConfig.from_pretrained(folder)
+    if base_config.model_type != "qwen2_vl":
+        raise UserError(f"{folder}: model_type is {base_config.model_type!r}; a plain 'qwen2_vl' was expected")
+    if not looks:
+        raise UserError(f"{folder} is a plain Qwen2-VL; say which looks it is given, e.g. looks: [region, clip]")
+    processor = VPTQwen2VLProcessor.from_pretrained(folder)
+    known = len(processor.tokenizer)
+    processor.add_look_tokens(looks)
+    values = base_config.to_dict()
+    values.pop("architectures", None)
+    config = VPTQwen2VLConfig.from_dict(
+        {
+            **values,
+            "model_type": VPTQwen2VLConfig.model_type,
+            **processor.config_token_ids(),
+            "vision_encoder_ls": [LOOKS[look].encoder for look in looks if look != "region"],
+            "encoders": {look: config.to_diff_dict() for look, config in encoders.items()},
+            "region": "region" in looks,
+            "num_inner_forward_run": 2,
+        }
+    )
+    return config, processor, known
+
+
+def _read(load: Callable[[Any], Any], path: str | Path | None) -> Any:
+    try:
+        return load(path)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: no encoder could be read there ({first}); give a folder or a hub id") from error
 
 
 @torch.no_grad()
@@ -204,13 +259,99 @@ def new_token_rows(model: VPTQwen2VLForConditionalGeneration, known: int, total:
         layer.weight[known:total] = layer.weight[:known].mean(0)
 
 
-# -- adapters
+# -- a start without its weights --------------------------------------------------------------------------------------
 
 
-def write_start(start: dict[str, Any] | None, folder: str | Path) -> None:
-    """Keep how the base came about; nothing is kept where it has no name of its own (a later stage of a run)."""
-    if start is not None:
-        (Path(folder) / BASE).write_text(json.dumps(start, indent=1), encoding="utf-8")
+@dataclass
+class StartInfo:
+    """Config and processor of a start.
+
+    Attributes:
+        processor: None where it is not on this machine.
+        missing: why weights (or more) are not on this machine; "" where all is.
+    """
+
+    config: VPTQwen2VLConfig
+    processor: Any
+    missing: str
+
+    def meta_model(self) -> VPTQwen2VLForConditionalGeneration:
+        """The model on the meta device: names and shapes without numbers."""
+        with torch.device("meta"):
+            model = VPTQwen2VLForConditionalGeneration(self.config)
+        model.tie_weights()
+        return model
+
+
+def describe_start(start: Start, *, seed: int = 0, domain: str | None = None) -> StartInfo:
+    """What `open_start` would open. Published models and their bases are known by name where they are not at hand.
+
+    Raises:
+        UserError: the start is neither at hand nor known by name.
+    """
+    if start.size is not None:
+        model, processor = new.build(start.size, seed, domain=domain)
+        return StartInfo(model.config, processor, _why_missing(start.visual))
+    try:
+        folder = resolve(str(start.start))
+    except UserError as error:
+        return _known_by_name(start, str(error))
+    missing = ""
+    if not is_adapter(folder):
+        try:
+            weight_files(folder)
+        except CheckpointError as error:
+            missing = str(error)
+    if is_plain(folder):
+        config, processor, _ = plain_config(folder, start.looks or (), _encoder_configs(start))
+        parts = [*map(_why_missing, (start.detection, start.seg)), missing]
+        return StartInfo(config, processor, "; ".join(filter(None, parts)))
+    return StartInfo(read_config(folder), load_processor(folder), missing)
+
+
+def _known_by_name(start: Start, why: str) -> StartInfo:
+    name = str(start.start)
+    short = name.removeprefix("rp-yu/")
+    looks = [look for look in start.looks or () if look != "region"]
+    if short in PUBLISHED:
+        values, looks = published_config(short), [PUBLISHED[short].look]
+    elif name in BASES:
+        values = {**BASES[name], "vision_encoder_ls": [LOOKS[look].encoder for look in looks]}
+        for number, look in enumerate(looks):  # any ids will do, but distinct ones
+            values |= look_token_ids(look, first=151657 + 25 * number)
+    else:
+        raise UserError(why)
+    encoders = {look: encoder_config(look, None).to_diff_dict() for look in looks if look in ENCODERS}
+    return StartInfo(VPTQwen2VLConfig.from_dict({**values, "encoders": encoders, "region": True}), None, why)
+
+
+def _encoder_configs(start: Start) -> dict[str, Any]:
+    """look -> its encoder's config, the published one where the folder or hub id does not answer."""
+    from transformers import AutoConfig
+
+    found: dict[str, Any] = {}
+    for look, path in (("detection", start.detection), ("seg", start.seg)):
+        if path is None:
+            continue
+        try:
+            config = AutoConfig.from_pretrained(path)
+            found[look] = getattr(config, "vision_config", config) if look == "seg" else config
+        except (OSError, ValueError):
+            found[look] = encoder_config(look, None)
+    return found
+
+
+def _why_missing(path: str | None) -> str:
+    """Why weights that a start takes a part of are not at hand; "" where they are, or where `path` is None."""
+    if path is not None:
+        try:
+            resolve(path)
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
 
 
 def load_adapted(
@@ -231,21 +372,39 @@ def load_adapted(
     from peft import PeftConfig
     from peft.utils import load_peft_weights
 
-    start = _base_of(folder, base)
-    model, processor = start_model(**start, dtype=dtype)
+    start, seed = _base_of(folder, base)
+    model, processor = open_start(start, seed=seed, dtype=dtype)
     try:
         merge_updates(model, PeftConfig.from_pretrained(str(folder)), load_peft_weights(str(folder), device="cpu"))
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         first = " ".join(str(error).split()[:40])
-        raise CheckpointError(f"{folder}: this adapter does not fit {start['start']}: {first}") from error
-    config = folder / "config.json"
-    if config.is_file():  # how the looks are run was the training's to say
-        said = read_config(folder)
+        raise CheckpointError(f"{folder}: this adapter does not fit {start.start}: {first}") from error
+    if (folder / "config.json").is_file():  # how the looks are run was decided in training
+        trained = read_config(folder)
         for name in ("num_inner_forward_run", "alignment", "position_mode", "domain"):
-            setattr(model.config, name, getattr(said, name))
+            setattr(model.config, name, getattr(trained, name))
     if (folder / "processor_config.json").is_file():
         processor = load_processor(folder)
     return model.eval(), processor
+
+
+def _base_of(folder: Path, base: str | Path | None) -> tuple[Start, int]:
+    """The start under an adapter and its seed, with `base` for its name where that is given."""
+    try:
+        if (folder / BASE).is_file():
+            values = json.loads((folder / BASE).read_text(encoding="utf-8"))
+        else:
+            values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+            values = {"start": values.get("base_model_name_or_path")}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: not a readable adapter ({error})") from error
+    name = values.get("start") if base is None else str(base)
+    if not name:
+        raise UserError(
+            f"{folder}: the adapter does not say which model it belongs to (a later stage of a run: RUN/final is "
+            "that model, merged); give --base MODEL"
+        )
+    return Start(**{**{key: values.get(key) for key in BASE_KEYS}, "start": name}), values.get("seed") or 0
 
 
 def merge(
@@ -258,7 +417,7 @@ def merge(
     Raises:
         UserError: `adapter` is none, there is something at `target`; and as `load_adapted`.
     """
-    check_free(Path(target))
+    check_free(target)
     if not is_adapter(adapter):
         raise UserError(
             f"{adapter}: no adapter here ({ADAPTER_CONFIG} is missing); relook train writes stages/NAME/adapter"
@@ -267,57 +426,3 @@ def merge(
     model, processor = load_adapted(adapter, base)
     model.config.provenance = {**(model.config.provenance or {}), "adapter": Path(adapter).name}
     return save_new(model.to(kind), processor, target)
-
-
-def _base_of(folder: Path, base: str | Path | None) -> dict[str, Any]:
-    """How the base came about, `base` in its place where that is given."""
-    try:
-        if (folder / BASE).is_file():
-            start = json.loads((folder / BASE).read_text(encoding="utf-8"))
-        else:
-            start = {
-                "start": json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get(
-                    "base_model_name_or_path"
-                )
-            }
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: not a readable adapter ({error})") from error
-    if base is not None:
-        start["start"] = str(base)
-    if not start["start"]:
-        raise UserError(
-            f"{folder}: the adapter does not say which model it belongs to (a later stage of a run: RUN/final is "
-            "that model, merged); give --base MODEL"
-        )
-    return start
-
-
-def merge_updates(model: Any, config: Any, weights: dict[str, torch.Tensor]) -> None:
-    """Merge an adapter into a model, in place.
-
-    Raises:
-        RuntimeError, ValueError: the adapter has other layers, or layers of another shape.
-    """
-    from peft import get_peft_model, set_peft_model_state_dict
-
-    config.inference_mode, config.base_model_name_or_path = False, getattr(model, "name_or_path", None)
-    adapter: Any = get_peft_model(model, config)
-    result: Any = set_peft_model_state_dict(adapter, weights)
-    lacking = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
-    if result.unexpected_keys or lacking:
-        odd = (result.unexpected_keys or lacking)[0]
-        raise ValueError(f"{'a weight that the model has no place for' if result.unexpected_keys else 'no'} {odd}")
-    merge_and_unload(adapter, model)
-
-
-def merge_and_unload(adapter: Any, model: Any) -> None:
-    """Merge in place and leave nothing of peft behind; tied weights are tied again."""
-    with torch.no_grad():
-        adapter.merge_and_unload()
-    head = model.lm_head
-    if isinstance(head, nn.Linear):  # peft makes the tied head anew, with its sides exchanged
-        head.out_features, head.in_features = head.weight.shape
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)

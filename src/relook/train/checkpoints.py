@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from relook.train import lora
 from relook.train.faults import GO_ON, writing
 from relook.train.recipe import Recipe, Stage
 
@@ -207,8 +206,8 @@ def write_weights(objective: Any, folder: str | Path, state: dict[str, torch.Ten
     from safetensors.torch import save_file
 
     with _quiet():
-        if lora.adapted(objective.model):
-            lora.save(objective.model, folder)
+        if objective.adapter is not None:
+            objective.adapter.save(folder)
         else:
             whole = state and {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
             objective.model.save_pretrained(folder, state_dict=whole)
@@ -224,8 +223,8 @@ def read_weights(objective: Any, folder: str | Path) -> None:
     from relook.model.loading import load_model
 
     model: Any = objective.model
-    if lora.adapted(model):
-        lora.restore(model, folder)
+    if objective.adapter is not None:
+        objective.adapter.restore(folder)
     else:
         with _quiet():
             kept = load_model(folder, dtype=model.dtype, device="cpu")

@@ -5,7 +5,7 @@ one. Every item is read: its images must be there, its placeholders must have th
 the model's. Of a sample the tokens are counted, from headers of images. Where the weights are here (and there is room),
 three steps are really taken and thrown away, to tell how long the whole will be.
 
-Knows recipes, feeds and blueprints; what memory costs is `memory`'s business.
+Knows recipes and feeds; what memory costs is `memory`'s business.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from relook.data.items import PLACEHOLDERS, Item
 from relook.data.reader import Unreadable
 from relook.errors import UserError
 from relook.looks import LOOKS
+from relook.model.start import StartInfo, describe_start, open_start
 from relook.train import lora, memory
-from relook.train.blueprint import Blueprint, blueprint
 from relook.train.learnable import by_part, check_parts, let_learn, set_forward
 from relook.train.objective import make_objective
 from relook.train.optimiser import build_optimiser
 from relook.train.recipe import Recipe, Stage, load_recipe
-from relook.train.runner import source_of, start_model_of, steps_of
+from relook.train.runner import source_of, steps_of
 
 SAMPLE = 1000  # items whose tokens are counted
 PAGES = 32  # of a world
@@ -145,10 +145,10 @@ def dry_run(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, [o for o in overrides if not o.startswith("out=")])
     torch.set_num_threads(recipe.threads)
-    plan = blueprint(recipe)
+    plan = describe_start(recipe.model, seed=recipe.seed, domain=recipe.domain)
     source = recipe.model
     found = DryRun(recipe.name, source.start or f"a fresh {source.size}", plan.missing, [])
-    check_parts(plan.model(), recipe.stages)
+    check_parts(plan.meta_model(), recipe.stages)
     seen: Looked = {}
     for stage in recipe.stages:
         found.stages.append(_stage(recipe, stage, plan, seen, note))
@@ -162,9 +162,9 @@ def dry_run(
     return found
 
 
-def _stage(recipe: Recipe, stage: Stage, plan: Blueprint, seen: Looked, note: Callable[[str], None]) -> StageDry:
+def _stage(recipe: Recipe, stage: Stage, plan: StartInfo, seen: Looked, note: Callable[[str], None]) -> StageDry:
     data, seed = stage.data or recipe.data, recipe.seed if stage.seed is None else stage.seed
-    model = plan.model()
+    model = plan.meta_model()
     set_forward(model.config, stage)
     items = None
     if data.source == "json":
@@ -204,7 +204,7 @@ def _drawn(objective: Any) -> list[int]:
 # -- items ------------------------------------------------------------------------------------------------------------
 
 
-def look_through(fed: SampledItems, plan: Blueprint, note: Callable[[str], None] = lambda text: None) -> Items:
+def look_through(fed: SampledItems, plan: StartInfo, note: Callable[[str], None] = lambda text: None) -> Items:
     """Every item of a feed's sources; lengths of `SAMPLE` of them, chosen at random, where the tokenizer is here."""
     found, files, draw = Items(held=len(fed.validation)), dict[str, bool](), random.Random(fed.seed)
     sample: list[tuple[str, Item]] = []
@@ -237,7 +237,7 @@ def look_through(fed: SampledItems, plan: Blueprint, note: Callable[[str], None]
     return found
 
 
-def _problems(item: Item, plan: Blueprint, vocabulary: Any, files: dict[str, bool]) -> list[tuple[str, str]]:
+def _problems(item: Item, plan: StartInfo, vocabulary: Any, files: dict[str, bool]) -> list[tuple[str, str]]:
     """(kind, what was seen) of one item. `files` remembers which image files are there."""
     found = []
     for key, count in item.placeholder_counts().items():
@@ -272,7 +272,7 @@ def _measure(recipe: Recipe, stage: Stage, dry: StageDry, seen: Looked) -> None:
         return
     data, seed = stage.data or recipe.data, recipe.seed if stage.seed is None else stage.seed
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = start_model_of(recipe)
+    model, processor = open_start(recipe.model, seed=recipe.seed, domain=recipe.domain)
     fed = seen[repr((data, seed))][0] if data.source == "json" else None
     objective: Any = make_objective(
         model, processor, source_of(data, seed), stage, seed, fed, fed.validation if fed is not None else ()
@@ -280,7 +280,7 @@ def _measure(recipe: Recipe, stage: Stage, dry: StageDry, seen: Looked) -> None:
     set_forward(model.config, stage)
     let_learn(model, stage.freeze, stage.train)
     if stage.lora is not None:
-        lora.adapt(model, stage.lora)
+        objective.adapter = lora.adapt(model, stage.lora)
     if stage.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     objective.to(device).train()

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from relook.errors import UserError
+from relook.model.adapters import Adapter
 from relook.train.learnable import PARTS, in_part, never_used
 from relook.train.recipe import Lora
 
@@ -36,11 +35,11 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if n.startswith(f"{LAYERS}.") and isinstance(m, nn.Linear)}
 
 
-def adapt(model: Any, plan: Lora, start: dict[str, Any] | None = None) -> None:
+def adapt(model: Any, plan: Lora, base: dict[str, Any] | None = None) -> Adapter:
     """Put low-rank updates into `model`, in place; only they and `plan.modules_to_save` learn.
 
     Args:
-        start: how the model that is adapted came about (kept with the adapter, see `model.adapters`).
+        base: record of the model that is adapted (`Start.base_record`), kept with the adapter.
 
     Raises:
         UserError: a package is missing, or the model has no such layers.
@@ -63,12 +62,11 @@ def adapt(model: Any, plan: Lora, start: dict[str, Any] | None = None) -> None:
     idle = {name for name, parameter in model.named_parameters() if id(parameter) in unused}
     adapter = get_peft_model(model, config, low_cpu_mem_usage=model.device.type == "meta")
     named: Any = adapter.peft_config["default"]
-    named.base_model_name_or_path = start["start"] if start else ""  # else peft takes the model's, whoever changed it
+    named.base_model_name_or_path = base["start"] if base else ""  # else peft takes the model's, whoever changed it
     for name, parameter in model.named_parameters():
         if name.replace(".modules_to_save.default.", ".") in idle:
             parameter.requires_grad_(False)
-    # Beside the module's own attributes: the adapter holds the model, which must not come to hold it in turn.
-    model.__dict__["_adapter"] = {"peft": adapter, "start": start, "exact": exact}
+    return Adapter(model, adapter, base, exact)
 
 
 def _targets(model: nn.Module, plan: Lora) -> list[str]:
@@ -95,59 +93,6 @@ def saved_modules(model: Any, plan: Lora) -> list[str]:
         if any(in_part(name, piece) for piece in pieces):
             found.append(name)
     return found
-
-
-def adapted(model: Any) -> bool:
-    """Whether low-rank updates are in the model."""
-    return "_adapter" in model.__dict__
-
-
-def save(model: Any, folder: str | Path) -> None:
-    """Write the adapter in place: peft's own files, the model's config, and how its base came about."""
-    from relook.model.start import write_start
-
-    held = model.__dict__["_adapter"]
-    held["peft"].save_pretrained(folder, save_embedding_layers=False)
-    model.config.save_pretrained(folder)
-    write_start(held["start"], folder)
-
-
-def keep(model: Any, processor: Any, folder: Path) -> None:
-    """`save` with the processor beside it, whole or not at all, in place of what was there."""
-    aside = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    save(model, aside)
-    processor.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-
-
-def restore(model: Any, folder: str | Path) -> None:
-    """Put saved updates and parts back into an adapted model, bit by bit."""
-    from peft import set_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    set_peft_model_state_dict(model.__dict__["_adapter"]["peft"], load_peft_weights(str(folder), device="cpu"))
-
-
-def merge(model: Any) -> None:
-    """Add the updates into the weights and take the adapter out, in place; the model is whole and plain again."""
-    held = model.__dict__.pop("_adapter")
-    weights = {}
-    if held["exact"]:  # updates belong to the exact weights, not to their copies in few bits
-        from peft.utils import get_peft_model_state_dict
-
-        from relook.model.start import merge_updates
-
-        config, weights = held["peft"].peft_config["default"], get_peft_model_state_dict(held["peft"])
-        held["peft"].unload()
-        for name, layer in held["exact"].items():
-            model.set_submodule(name, layer.to(model.device))
-        merge_updates(model, config, weights)
-        return
-    from relook.model.start import merge_and_unload
-
-    merge_and_unload(held["peft"], model)
 
 
 # -- few bits ---------------------------------------------------------------------------------------------------------

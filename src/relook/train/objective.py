@@ -21,6 +21,7 @@ from relook.data.dataset import SampledItems
 from relook.data.items import Question
 from relook.errors import UserError
 from relook.io import rng, validate
+from relook.model.adapters import Adapter
 from relook.train.recipe import Stage, Strict, Validation
 from relook.train.skipped import SkippedReport
 
@@ -59,6 +60,7 @@ class Objective(nn.Module, ABC):
         self.processor, self.source, self.stage, self.seed = processor, source, stage, seed
         self.items, self.held = items, held
         self.options: Any = validate(self.Options, stage.options, f"stage {stage.name}: options")
+        self.adapter: Adapter | None = None  # low-rank updates in the model, while a stage with lora: trains
         self.log: dict[str, list[float]] = {}
         sampled = isinstance(items, SampledItems)
         self.skipped = SkippedReport(items.data.max_broken, items.unreadable) if sampled else SkippedReport(0.0)

@@ -19,35 +19,10 @@ from pydantic import Field, field_validator, model_validator
 from relook.data.rules import Data, Strict, relative_path
 from relook.errors import UserError
 from relook.io import _short, validate
+from relook.model.start import Start
 
 MOST = 2**23 - 1  # samples of a stage
 PATHS = ("path", "image_root")  # keys whose values are relative paths
-
-
-class ModelSource(Strict):
-    """A fresh tiny model (`size`) or weights to go on from (`start`: shipped name, folder or hub id).
-
-    A fresh model may take its vision tower from other weights (`visual`). A `start` that is a plain Qwen2-VL is given
-    `looks`, new tokens and fresh projectors; looks with an encoder of their own need its weights (`detection`: a
-    DINOv2, `seg`: a SAM).
-    """
-
-    size: str | None = None
-    start: str | None = None
-    visual: str | None = None
-    looks: list[str] | None = Field(None, description="of a plain Qwen2-VL: region, clip, detection, seg")
-    detection: str | None = Field(None, description="folder or hub id of a DINOv2, for the look detection")
-    seg: str | None = Field(None, description="folder or hub id of a SAM, for the look seg")
-
-    @model_validator(mode="after")
-    def _one(self) -> ModelSource:
-        if (self.size is None) == (self.start is None):
-            raise ValueError("give exactly one of size: (a fresh tiny model) and start: (weights to go on from)")
-        if self.visual is not None and self.size is None:
-            raise ValueError("visual: goes with size: (a fresh model that takes over a vision tower)")
-        if self.size is not None and (self.looks or self.detection or self.seg):
-            raise ValueError("looks:, detection: and seg: go with start: (a plain Qwen2-VL that is given looks)")
-        return self
 
 
 class Lora(Strict):
@@ -151,7 +126,7 @@ class Recipe(Strict):
     seed: int = 1
     threads: int = Field(1, gt=0, description="CPU threads for torch")
     workers: int = Field(0, ge=0, description="processes that draw examples; does not change what is drawn")
-    model: ModelSource
+    model: Start
     data: Data
     stages: list[Stage] = Field(min_length=1)
     log_every: int = Field(25, gt=0, description="optimiser steps between lines of log.jsonl")

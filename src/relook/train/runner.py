@@ -20,9 +20,9 @@ from transformers.trainer_callback import ProgressCallback
 
 from relook.data.dataset import open_items
 from relook.data.records import records
-from relook.errors import UserError
-from relook.io import replacing
+from relook.io import replacing, replacing_folder
 from relook.model.rank_sync import synchronised_ranks
+from relook.model.start import open_start
 from relook.plugins import find
 from relook.train import lora, ranks, sharding, watch
 from relook.train.checkpoints import Checkpoints, Record, digest, finished, keep_stage, restore_stage
@@ -78,7 +78,7 @@ def _begun(recipe: Recipe) -> tuple[Any, Any]:
     for stage in recipe.stages:
         ranks.divided(stage.batch, stage.accumulate, ranks.count())
     torch.set_num_threads(recipe.threads)
-    model, processor = start_model_of(recipe)
+    model, processor = open_start(recipe.model, seed=recipe.seed, domain=recipe.domain)
     check_parts(model, recipe.stages)
     if any((stage.data or recipe.data).free_choice for stage in recipe.stages):
         processor.free_choice = True
@@ -156,7 +156,7 @@ def run_stage(
     if signals.seen is not None and trainer.state.global_step < steps:
         place = checkpoints.path({"step": trainer.state.global_step})
         _stop(f"stopped at step {trainer.state.global_step} of {steps}, saved in {place}; {GO_ON}", signals.seen)
-    _put_back(model, processor, stage, checkpoints, trainer)
+    _put_back(objective, stage, checkpoints, trainer)
     best = ranks.from_main(checkpoints.best())
     done: Record = {
         "stage": stage.name,
@@ -194,7 +194,8 @@ def _made_ready(model: Any, processor: Any, recipe: Recipe, stage: Stage, seed: 
     set_forward(model.config, stage)
     let_learn(model, stage.freeze, stage.train)
     if stage.lora is not None:
-        lora.adapt(model, stage.lora, start_of(recipe) if stage == recipe.stages[0] and recipe.model.start else None)
+        first = stage == recipe.stages[0]
+        objective.adapter = lora.adapt(model, stage.lora, recipe.model.base_record(recipe.seed) if first else None)
     model.train()
     if stage.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -218,13 +219,16 @@ def _train(trainer: StageTrainer, checkpoints: Checkpoints, signals: Signals, st
         ) from error
 
 
-def _put_back(model: Any, processor: Any, stage: Stage, checkpoints: Checkpoints, trainer: StageTrainer) -> None:
+def _put_back(objective: Objective, stage: Stage, checkpoints: Checkpoints, trainer: StageTrainer) -> None:
     """The model as it was before the stage, but for what it learnt."""
-    if stage.lora is not None:
+    model: Any = objective.model
+    if objective.adapter is not None:
         with ranks.together(), writing(checkpoints.place, checkpoints.say_last):
             if ranks.main():
-                lora.keep(model, processor, checkpoints.place / "adapter")
-        lora.merge(model)
+                with replacing_folder(checkpoints.place / "adapter") as aside:
+                    objective.adapter.save(aside)
+                    objective.processor.save_pretrained(aside)
+        objective.adapter.merge()
     if stage.checkpointing:
         model.activation_checkpointing_disable()
     if sharding.form(trainer) is not None:
@@ -315,44 +319,6 @@ def save_final(model: Any, processor: Any, recipe: Recipe, history: list[dict[st
     processor.save_pretrained(aside)
     shutil.rmtree(folder, ignore_errors=True)
     return aside.rename(folder)
-
-
-def start_model_of(recipe: Recipe) -> tuple[Any, Any]:
-    """The model and processor a recipe begins with, in float32."""
-    if recipe.model.size is not None:
-        from relook.model import new
-
-        model, processor = new.build(recipe.model.size, recipe.seed, domain=recipe.domain)
-        if recipe.model.visual is not None:
-            _take_tower(model, recipe.model.visual)
-        return model, processor
-    from relook.model.start import start_model
-
-    return start_model(**start_of(recipe))
-
-
-def start_of(recipe: Recipe) -> dict[str, Any]:
-    """How a recipe's start comes about, as `building.start_model` takes it."""
-    source = recipe.model
-    return {"start": source.start, "looks": source.looks, "detection": source.detection, "seg": source.seg,
-            "seed": recipe.seed}  # fmt: skip
-
-
-def _take_tower(model: Any, source: str) -> None:
-    """Put the vision tower of other weights into a fresh model, and remember where it came from.
-
-    Raises:
-        UserError: the towers differ in shape.
-    """
-    from relook.model.start import open_model
-
-    other, _ = open_model(source, dtype=torch.float32)
-    try:
-        model.model.visual.load_state_dict(other.model.visual.state_dict())
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise UserError(f"the vision tower of {source} does not fit into this model: {first}") from error
-    model.config.tower = {"from": Path(source).name, **(getattr(other.config, "provenance", None) or {})}
 
 
 def source_of(data: Data, seed: int) -> Any:
