@@ -115,10 +115,12 @@ def shuffled(rows: Iterable[T], buffer: int, seed: str | int) -> Iterator[T]:
 
 def _placed(record: Record, image_root: str | Path | None) -> Item:
     """The item of a record that is one, its image paths below the root, or the folder of the record's file."""
-    lists = {key: record.value[key] for key in IMAGE_KEYS if isinstance(record.value.get(key), list)}
-    images = {key: [stored_image(ref, record.where) for ref in refs] for key, refs in lists.items()}
-    item = Item.from_dict(record.value | images, record.where)
-    return item.under(folder_of(record.file) if image_root is None else image_root, strict=image_root is not None)
+    value = record.value
+    lists = {key: value[key] for key in IMAGE_KEYS if isinstance(value.get(key), list)}
+    if any(isinstance(ref, dict) for refs in lists.values() for ref in refs):  # an image column of a dataset
+        value = value | {key: [stored_image(ref, record.where) for ref in refs] for key, refs in lists.items()}
+    root = folder_of(record.file) if image_root is None else image_root
+    return Item.from_dict(value, record.where).under(root, strict=image_root is not None)
 
 
 # -- the items of a recipe, by position

@@ -1,7 +1,6 @@
 """A page to look at a set of items: each sampled item with its image, grid, regions, crops, turns and faults.
 
-One HTML file with everything inside it: pictures as data, no script, nothing fetched. This module draws what an item
-says; what is wrong with it is the table's word (`relook.data.faults`).
+One HTML file with everything inside it: pictures as data, no script, nothing fetched. Its frame is `preview.html`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relook.data.crops import crops_of
+from relook.data.crops import Crop, crops_of
 from relook.data.faults import RULES, Context
 from relook.data.images import facts_below, place_image, split_ref
 from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SIDE, CROP_SIDE = 640, 300  # longest side in pixels of pictures in the page
-COLOURS = ("#e6541c", "#00897b", "#5e35b1", "#c2185b", "#0277bd", "#797900")
+COLORS = ("#e6541c", "#00897b", "#5e35b1", "#c2185b", "#0277bd", "#797900")
 _CONTROL = re.compile(r"(<\|[^<>|\s]*\|>)")
 _MARKS = re.compile("(" + "|".join(re.escape(mark) for mark in PLACEHOLDERS.values()) + ")")
 
@@ -67,30 +66,15 @@ def preview(
     context = Context(grid=grid, root=root, strict=image_root is not None)
     context.facts = facts_below(root, context.strict)
     title = f"{escape(path.name)}: {len(drawn)} of {total} items"
+    template = Path(__file__).with_name("preview.html").read_text(encoding="utf-8").replace("$title", title)
+    head, _, foot = template.partition("$articles")
     with replacing(page) as file:
-        file.write(_HEAD.format(title=title, style=_STYLE))
+        file.write(head)
         for number, record in drawn:
             context.number = number
             file.write(_article(record, number, context))
-        file.write("</main>\n</body>\n</html>\n")
+        file.write(foot)
     return Preview(str(page), len(drawn), total)
-
-
-_STYLE = Path(__file__).with_name("preview.css").read_text(encoding="utf-8")
-_HEAD = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<header><h1>{title}</h1></header>
-<main>
-"""
 
 
 def _sampled(records: Iterable[Record], n: int, seed: int) -> tuple[list[tuple[int, Record]], int]:
@@ -142,34 +126,33 @@ def _text(text: str) -> str:
 
 def _pictures(item: Item, context: Context) -> str:
     """Every image of the item once with its grid and regions, then every crop, then the images encoded again."""
-    found, _ = crops_of(item, context.grid, context.facts)
-    cut = {crop.index: (i, crop) for i, crop in enumerate(found)}
+    numbered = list(enumerate(crops_of(item, context.grid, context.facts)[0]))
+    number = {crop.index: i for i, crop in numbered}
     figures = []
     for index, ref in enumerate(item.images["images"]):
-        if index in cut:
-            i = cut[index][0]
-            figures.append(_figure(str(ref), context, f"region {i}", CROP_SIDE, COLOURS[i % len(COLOURS)], None))
-            continue
-        boxes = [
-            (i, crop.box, crop.region.cells if crop.region else None) for i, crop in cut.values() if crop.file == ref
-        ]
-        figures.append(_figure(str(ref), context, "image", SIDE, "", boxes))
+        if index in number:
+            i = number[index]
+            figures.append(_figure(str(ref), context, f"region {i}", CROP_SIDE, color=_color(i)))
+        else:
+            shown = [(i, crop) for i, crop in numbered if crop.file == ref]
+            figures.append(_figure(str(ref), context, "image", SIDE, shown))
     for key in IMAGE_KEYS[1:]:
-        for ref in item.images[key]:
-            figures.append(
-                _figure(str(ref), context, f"encoded again ({key.removesuffix('_images')})", CROP_SIDE, "", None)
-            )
+        what = f"encoded again ({key.removesuffix('_images')})"
+        figures += [_figure(str(ref), context, what, CROP_SIDE) for ref in item.images[key]]
     return f'<div class="pictures">{"".join(figures)}</div>'
 
 
-Boxes = list[tuple[int, Box, tuple[int, int, int, int] | None]]
+def _color(i: int) -> str:
+    return COLORS[i % len(COLORS)]
 
 
-def _figure(ref: str, context: Context, what: str, side: int, colour: str, boxes: Boxes | None) -> str:
-    """One picture with its caption; `boxes` (None: no grid) are drawn over it."""
+def _figure(
+    ref: str, context: Context, what: str, side: int, shown: list[tuple[int, Crop]] | None = None, color: str = ""
+) -> str:
+    """One picture with its caption; grid and numbered crops are drawn over a whole image (`shown` is not None)."""
     file, box = split_ref(ref)
-    style = f' style="--c:{colour}"' if colour else ""
-    kind = "whole" if boxes is not None else "part"
+    style = f' style="--c:{color}"' if color else ""
+    kind = "part" if shown is None else "whole"
     where = "" if box is None else f" {','.join(map(str, box))}"
     caption = f"<figcaption><b>{escape(what)}</b>{where} {_text(Path(file).name)}</figcaption>"
     try:
@@ -177,11 +160,10 @@ def _figure(ref: str, context: Context, what: str, side: int, colour: str, boxes
     except UserError as error:
         why = str(error).partition(";")[0]
         return f'<figure class="{kind} missing"{style}><p>{_text(why)}</p>{caption}</figure>'
-    overlay = "" if boxes is None else _overlay(image.size, boxes, context.grid)
+    overlay = "" if shown is None else _overlay(image.size, shown, context.grid)
     width, height = image.size
-    size = f'width="{width}" height="{height}"'
-    shown = f'<img {size} alt="{escape(what)}" src="{_data(image, side)}">'
-    return f'<figure class="{kind}"{style}><div class="frame">{shown}{overlay}</div>{caption}</figure>'
+    picture = f'<img width="{width}" height="{height}" alt="{escape(what)}" src="{_data(image, side)}">'
+    return f'<figure class="{kind}"{style}><div class="frame">{picture}{overlay}</div>{caption}</figure>'
 
 
 def _data(image: Image.Image, side: int) -> str:
@@ -192,26 +174,27 @@ def _data(image: Image.Image, side: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode('ascii')}"
 
 
-def _overlay(size: tuple[int, int], boxes: Boxes, grid: int) -> str:
-    """Grid, cells and crops as lines over a picture, in its own pixels."""
+def _overlay(size: tuple[int, int], shown: list[tuple[int, Crop]], grid: int) -> str:
+    """Grid, cells and numbered crops as lines over a picture, in its own pixels."""
     width, height = size
     lines = "".join(f"M{i * width / grid:.1f} 0V{height}M0 {i * height / grid:.1f}H{width}" for i in range(1, grid))
     shapes = [f'<path class="grid" d="{lines}"/>']
     unit = max(width, height) / 100
-    for i, (x1, y1, x2, y2), cells in boxes:
-        colour = COLOURS[i % len(COLOURS)]
-        if cells is not None and max(cells) < grid:
-            shapes.append(_rectangle("cells", cells_to_box(cells, size, grid), colour))
-        shapes.append(_rectangle("crop", (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), colour))
-        x, y = min(max(min(x1, x2), 0), width), min(max(min(y1, y2), 0), height)
-        side = f'width="{3.4 * unit:.1f}" height="{3.8 * unit:.1f}"'
+    for i, crop in shown:
+        x1, y1, x2, y2 = crop.box
+        color, box = _color(i), (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+        if crop.region is not None and not crop.too_far:
+            shapes.append(_rectangle("cells", cells_to_box(crop.region.cells, size, grid), color))
+        shapes.append(_rectangle("crop", box, color))
+        x, y = min(max(box[0], 0), width), min(max(box[1], 0), height)
         shapes.append(
-            f'<g class="badge"><rect x="{x:.1f}" y="{y:.1f}" {side} fill="{colour}"/>'
-            f'<text x="{x + 1.7 * unit:.1f}" y="{y + 2.9 * unit:.1f}" font-size="{2.8 * unit:.1f}">{i}</text></g>'
+            f'<g class="badge"><rect x="{x:.1f}" y="{y:.1f}" width="{3.4 * unit:.1f}" height="{3.8 * unit:.1f}" '
+            f'fill="{color}"/><text x="{x + 1.7 * unit:.1f}" y="{y + 2.9 * unit:.1f}" font-size="{2.8 * unit:.1f}">'
+            f"{i}</text></g>"
         )
     return f'<svg viewBox="0 0 {width} {height}">{"".join(shapes)}</svg>'
 
 
-def _rectangle(kind: str, box: Box, colour: str) -> str:
+def _rectangle(kind: str, box: Box, color: str) -> str:
     x1, y1, x2, y2 = box
-    return f'<rect class="{kind}" x="{x1}" y="{y1}" width="{x2 - x1}" height="{y2 - y1}" stroke="{colour}"/>'
+    return f'<rect class="{kind}" x="{x1}" y="{y1}" width="{x2 - x1}" height="{y2 - y1}" stroke="{color}"/>'
