@@ -17,7 +17,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -223,15 +223,13 @@ def facts_below(root: str | Path, strict: bool, look: bool = False) -> Callable[
 
     A path that leaves a strict root is not followed: None.
     """
-    known: dict[str, ImageFacts | None] = {}
 
+    @cache
     def facts(file: str) -> ImageFacts | None:
-        if file not in known:
-            try:
-                known[file] = read_facts(place_image(file, root, strict=strict), look=look)
-            except UserError:
-                known[file] = None
-        return known[file]
+        try:
+            return read_facts(place_image(file, root, strict=strict), look=look)
+        except UserError:
+            return None
 
     return facts
 
@@ -356,22 +354,16 @@ def check_copy(name: str, folder: str | Path) -> SetCheck:
     """
     if name not in IMAGE_SETS:
         raise UserError(f"{name!r} is none of the image sets; expected one of {', '.join(IMAGE_SETS)}")
-    row, folder = IMAGE_SETS[name], Path(folder)
-    faults: list[str] = []
-    unknown: list[str] = []
-    archives: dict[str, Path] = {}
-    images = 0
-    wanted = {archive.name for archive in row.archives}
-    for place, files in _walk(folder):
-        images += sum(file.lower().endswith(PICTURES) for file in files)
-        archives |= {file: Path(place, file) for file in files if file in wanted}
+    row, faults, unknown = IMAGE_SETS[name], list[str](), list[str]()
+    images, files, wanted = 0, dict[str, Path](), {archive.name for archive in row.archives}
+    for place, inside in _walk(Path(folder)):
+        images += sum(file.lower().endswith(PICTURES) for file in inside)
+        files |= {file: Path(place, file) for file in inside if file in wanted}
     for archive in row.archives:
-        if archive.name not in archives:
-            if not images:
-                faults.append(f"no image, and no {archive.name}")
-            continue
-        path = archives[archive.name]
-        if archive.bytes is not None and path.stat().st_size != archive.bytes:
+        path = files.get(archive.name)
+        if path is None:
+            faults += [] if images else [f"no image, and no {archive.name}"]
+        elif archive.bytes is not None and path.stat().st_size != archive.bytes:
             faults.append(f"{path} has {path.stat().st_size} bytes, {archive.bytes} are published ({archive.by})")
         elif archive.checksum is None:
             unknown.append(f"{archive.name}: no checksum is published")
@@ -381,9 +373,9 @@ def check_copy(name: str, folder: str | Path) -> SetCheck:
         faults.append("no image")
     if images and row.images is None:
         unknown.append("how many images there are is not published")
-    elif images and row.images is not None and images < row.images:
+    elif images and images < (row.images or 0):
         faults.append(f"{images} image files of {row.images}")
-    return SetCheck(name, str(folder), images, len(archives), tuple(faults), tuple(unknown))
+    return SetCheck(name, str(folder), images, len(files), tuple(faults), tuple(unknown))
 
 
 def _checksum(path: Path, kind: str) -> str:

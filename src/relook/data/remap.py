@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -39,8 +39,8 @@ class RemapReport:
     items: int = 0
     left_out: int = 0
     estimated: int = 0  # items kept whose crops were cut for an estimated size (see `viscot`)
-    asked: dict[str, set[str]] = field(default_factory=dict)
-    missing: dict[str, set[str]] = field(default_factory=dict)
+    asked: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    missing: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
     @property
     def share(self) -> float:
@@ -48,14 +48,13 @@ class RemapReport:
         return self.left_out / self.items if self.items else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        counts = {name: [len(paths), len(self.missing.get(name, ()))] for name, paths in self.asked.items()}
-        rows = {name: {"images": asked, "missing": missing} for name, (asked, missing) in sorted(counts.items())}
+        rows = {n: {"images": len(p), "missing": len(self.missing[n])} for n, p in sorted(self.asked.items())}
         return {"items": self.items, "left_out": self.left_out, "estimated": self.estimated, "datasets": rows}
 
     def __str__(self) -> str:
         lines = [f"{self.items} items, {self.left_out} left out for a missing image"]
         for name, asked in sorted(self.asked.items()):
-            missing = sorted(self.missing.get(name, ()))
+            missing = sorted(self.missing[name])
             first = f"  first: {missing[0]}" if missing else ""
             lines.append(f"{len(asked):8d} images of {name}, {len(missing)} missing{first}")
         if self.estimated:
@@ -76,7 +75,7 @@ def remap(
     """Write the items of `src` to `dst` with paths that hold from the folder of `dst`.
 
     Args:
-        folders: image folders by dataset (`images.parse_folders`).
+        folders: image folders by dataset (`published.parse_folders`).
         max_missing: share of the items that may be left out; above it the work stops and nothing is written.
         missing_list: where every missing path goes, a line each: dataset, tab, path. Written also when the work stops.
 
@@ -112,10 +111,10 @@ def _moved(item: Item, finder: ImageFinder, target: Path, report: RemapReport) -
     def own(path: str) -> str:
         nonlocal whole
         name = dataset_of(path, tuple(finder.folders)) or UNKNOWN
-        report.asked.setdefault(name, set()).add(path)
+        report.asked[name].add(path)
         found = finder.find(path)
         if found is None:
-            report.missing.setdefault(name, set()).add(path)
+            report.missing[name].add(path)
             whole = False
             return path
         return relative(found, target)
@@ -133,10 +132,10 @@ def _write_list(path: str | Path, report: RemapReport) -> None:
 def _refusal(report: RemapReport, allowed: float, folders: Mapping[str, Path]) -> str:
     if not report.items:
         return "the source holds no items; nothing was written"
-    rows = Counter({name: len(paths) for name, paths in report.missing.items()})
+    rows = sorted(report.missing.items(), key=lambda row: -len(row[1]))
     parts = ", ".join(
-        f"{name} {count} of {len(report.asked[name])}{'' if name in folders else ' (no folder given)'}"
-        for name, count in rows.most_common()
+        f"{name} {len(paths)} of {len(report.asked[name])}{'' if name in folders else ' (no folder given)'}"
+        for name, paths in rows
     )
     return (
         f"{report.left_out} of {report.items} items have an image missing ({report.share:.1%}, allowed {allowed:.1%}): "

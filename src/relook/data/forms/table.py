@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from relook.data.items import Question
 from relook.data.records import is_saved_dataset, saved_dataset
 from relook.errors import RelookError, UserError
+from relook.io import replacing_file
 
 COLUMNS: dict[str, tuple[str, ...]] = {  # ours: the names that others give it
     "image": ("image", "img", "picture"),
@@ -99,14 +99,11 @@ def read_hub(
     for number, row in enumerate(rows.cast_column(names["image"], Image(decode=False)), start=1):
         where = f"{source}: row {number}"
         line = {ours: row[name] for ours, name in names.items() if name}
-        if (
-            isinstance(labels, ClassLabel)
-            and isinstance(line["answer"], int)
-            and 0 <= line["answer"] < labels.num_classes
-        ):
-            line["answer"] = labels.int2str(line["answer"])
-        elif line["answer"] is not None and not isinstance(line["answer"], list):
-            line["answer"] = str(line["answer"])
+        answer = line["answer"]
+        if isinstance(labels, ClassLabel) and isinstance(answer, int) and 0 <= answer < labels.num_classes:
+            line["answer"] = labels.int2str(answer)
+        elif answer is not None and not isinstance(answer, list):
+            line["answer"] = str(answer)
         data = _bytes(line["image"], Path(source), where)
         image = _pil(data, where)
         question = row_question(line | {"image": "-"}, {}, where)
@@ -182,8 +179,6 @@ def _written(data: bytes, image: Any, folder: Path) -> str:
     """The path, from beside `folder`, of the file that holds these bytes; it is named by them and written once."""
     name = f"{hashlib.sha256(data).hexdigest()[:20]}.{(image.format or 'png').lower()}"
     if not (folder / name).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f"{name}.part"
-        aside.write_bytes(data)
-        os.replace(aside, folder / name)
+        with replacing_file(folder / name) as aside:
+            aside.write_bytes(data)
     return f"{folder.name}/{name}"
