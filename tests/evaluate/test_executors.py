@@ -213,7 +213,7 @@ def test_a_run_with_ray_bears_a_kill(cards, tmp_path, victim):
             assert run.poll() is None, run.stderr.read()
             if victim == "a replica":
                 below = psutil.Process(run.pid).children(recursive=True)
-                next(p for p in below if "ray::Map" in " ".join(p.cmdline())).kill()
+                next(p for p in below if "ray::Replica" in " ".join(p.cmdline())).kill()
                 _, problems = run.communicate(timeout=300)
                 assert run.returncode == 0, problems
         finally:

@@ -141,6 +141,11 @@ def test_from_the_command_line_with_the_published_table_beside(places):
     assert rows["2B-VPT (CLIP)"] == "56.7" and rows["7B-VPT (CLIP)"] == "65.8"
 
 
+def test_without_a_task_the_command_asks_for_one():
+    done = CliRunner().invoke(app, ["evaluate", "-m", "cards-tiny"])
+    assert done.exit_code == 2 and "no task was named; give --tasks with some of gqa" in done.stderr
+
+
 def test_judgements_stand_beside_the_published_ones_with_the_difference():
     own = {("llava-free", "auto"): 80.0, ("llava-single", "auto"): 70.0, ("gqa", "auto"): None, ("gqa", "none"): 50.0}
     table = beside(own)

@@ -40,6 +40,12 @@ def test_an_unconditioned_look_sees_and_costs_the_same(asked, look):
     assert plain.looks[0].attention is not None and without.looks[0].attention is None
 
 
+def test_old_names_are_accepted_with_a_notice():
+    with pytest.warns(DeprecationWarning, match="SETTINGS"):
+        from relook.evaluate import ARMS
+    assert ARMS is SETTINGS
+
+
 def test_regions_have_no_condition_to_leave_out():
     assert [name for name in SETTINGS if "unconditioned" in name] == [
         "clip-unconditioned",

@@ -2,18 +2,19 @@
 
 `local` asks in this process. `processes` is what `torchrun` and `accelerate launch` start: each process has the model,
 takes its share of the batches and writes its own part of the records; the first one writes the results of all. `ray`
-sends batches to replicas of the model as actors, through Ray Data: a replica finds a batch's questions itself, so the
-model, the files of questions and the images must lie under the same paths on all nodes (a shared disk).
+sends the numbers of batches to replicas of the model (actors of Ray): a replica finds a batch's questions itself, so
+the model, the files of questions and the images must lie under the same paths on all nodes (a shared disk).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,8 @@ class Processes(Executor):
 class Ray(Executor):
     """Asks in replicas of the model; starts Ray on this machine, or joins the cluster of RAY_ADDRESS.
 
+    A replica that dies is started again, and its batch is asked once more.
+
     Args:
         model: a name, folder or hub id: each replica loads it.
         dtype: of the weights.
@@ -154,25 +157,32 @@ class Ray(Executor):
             import ray
         except ImportError as error:
             raise UserError('engine "ray" needs Ray, which is not installed; pip install "relook[ray]"') from error
-        self.ray, self.model, self.dtype = ray, str(model), dtype
-        self.started = not ray.is_initialized()
+        self.ray, self.started = ray, not ray.is_initialized()
         if self.started:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         resources = ray.cluster_resources()
-        self.needs: dict[str, Any] = {"num_gpus": 1} if resources.get("GPU") else {"num_cpus": 1}
+        needs: dict[str, Any] = {"num_gpus": 1} if resources.get("GPU") else {"num_cpus": 1}
         self.replicas = replicas or max(1, int(resources.get("GPU") or resources.get("CPU", 1)))
+        start: Any = ray.remote(Replica)
+        start = start.options(max_restarts=-1, max_task_retries=3, **needs)
+        self.start = lambda: start.remote(os.getcwd(), str(model), dtype)
+        self.first = self.start()
 
     def __exit__(self, *_: object) -> None:
         if self.started:
             self.ray.shutdown()
 
     def about(self, plan: Plan, hashed: bool) -> dict[str, Any]:
-        return self._from_replica(plan, "about", hashed) | {"replicas": self.replicas}
+        with self._errors():
+            return self.ray.get(self.first.about.remote(plan, hashed)) | {"replicas": self.replicas}
 
     def measure(self, plan: Plan) -> dict[int, float]:
-        return self._from_replica(plan, "measure")
+        with self._errors():
+            return self.ray.get(self.first.measure.remote(plan))
 
     def records(self, plan: Plan, writer: RecordWriter, progress: Progress | None) -> list[Record]:
+        from ray.util import ActorPool
+
         found: list[Record] = []
         done: Counter[str] = Counter()
         totals = {task.name: plan.total(task) for task in plan.rows()}
@@ -190,77 +200,56 @@ class Ray(Executor):
                 todo.append(number)
             else:
                 collect(groups)
-        for groups in self._answers(plan, todo):
-            collect([writer.add(records) for records in groups])
+        pool = ActorPool([self.first, *(self.start() for _ in range(min(self.replicas, len(todo)) - 1))])
+        with self._errors():
+            for groups in pool.map_unordered(lambda replica, number: replica.ask.remote(plan, number), todo):
+                collect([writer.add(records) for records in groups])
         return found
 
-    def _answers(self, plan: Plan, todo: list[int]) -> Iterator[list[list[Record]]]:
-        """The records of each batch by setting, in the order in which batches come."""
-        if not todo:
-            return
-        import ray.data
-
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        rows = ray.data.from_items([{"batch": number} for number in todo], override_num_blocks=len(todo))
-        ask: Any = Replica  # a class: Ray makes an actor of it
-        answers = rows.map(
-            ask,
-            fn_constructor_args=(os.getcwd(), self.model, self.dtype, plan),
-            compute=ray.data.ActorPoolStrategy(size=min(self.replicas, len(todo))),
-            **self.needs,
-        )
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """What failed in a replica is raised here, in its own words where these are for people."""
         try:
-            for row in answers.iter_rows():
-                yield json.loads(row["records"])
+            yield
         except self.ray.exceptions.RayError as error:
-            raise _failure(error) from None
-
-    def _from_replica(self, plan: Plan, method: str, *args: Any) -> Any:
-        """What a method of a replica returns; its error, if that is for people."""
-        actor: Any = self.ray.remote(Replica).options(**self.needs).remote(os.getcwd(), self.model, self.dtype, plan)
-        try:
-            return self.ray.get(getattr(actor, method).remote(*args))
-        except self.ray.exceptions.RayError as error:
-            raise _failure(error) from None
-        finally:
-            self.ray.kill(actor)
+            cause = getattr(error, "cause", None)
+            raise cause if isinstance(cause, RelookError) else RelookError(f"a replica failed: {error}") from None
 
 
 class Replica:
     """A model in an actor. Batches mostly come in ascending order, so that it reads on where it is."""
 
-    def __init__(self, folder: str, model: str, dtype: str | None, plan: Plan) -> None:
+    def __init__(self, folder: str, model: str, dtype: str | None) -> None:
         if os.path.isdir(folder):
             os.chdir(folder)  # where the run was started: relative paths mean the same here
-        self.local, self.plan = Executor(model, dtype), plan
-        self.at, self.coming = 0, batches(plan)
+        self.model = model, dtype
+        self.plan: Plan | None = None
+        self.at = 0
+        self.coming: Iterator[Batch] = iter(())
 
-    def about(self, hashed: bool) -> dict[str, Any]:
-        return self.local.about(self.plan, hashed)
+    @cached_property
+    def local(self) -> Executor:
+        return Executor(*self.model)
 
-    def measure(self) -> dict[int, float]:
-        return self.local.measure(self.plan)
+    def about(self, plan: Plan, hashed: bool) -> dict[str, Any]:
+        return self.local.about(plan, hashed)
 
-    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row of the dataset: the number of a batch -> its records under all settings, as JSON."""
-        batch, runner = self._batch(int(row["batch"])), Runner(self.local.vlm, self.plan)
-        return {"records": json.dumps([runner.ask(batch, setting) for setting in runner.settings])}
+    def measure(self, plan: Plan) -> dict[int, float]:
+        return self.local.measure(plan)
 
-    def _batch(self, number: int) -> Batch:
-        if number < self.at:
-            self.at, self.coming = 0, batches(self.plan)
+    def ask(self, plan: Plan, number: int) -> list[list[Record]]:
+        """The records of the batch of that number, by setting."""
+        batch, runner = self._batch(plan, number), Runner(self.local.vlm, plan)
+        return [runner.ask(batch, setting) for setting in runner.settings]
+
+    def _batch(self, plan: Plan, number: int) -> Batch:
+        if number < self.at or plan != self.plan:
+            self.plan, self.at, self.coming = plan, 0, batches(plan)
         for batch in self.coming:
             self.at = batch.number + 1
             if batch.number == number:
                 return batch
         raise RelookError(f"there is no batch {number} here; the files of questions must be the same on all nodes")
-
-
-def _failure(error: Exception) -> RelookError:
-    """What failed in a replica, in its own words where these are for people."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, RelookError) else RelookError(f"a replica failed: {error}")
 
 
 def _written(
