@@ -1,19 +1,19 @@
-"""What a look costs, as ratios within one run on one machine: `relook bench`.
+"""Cost of a look, as ratios within one run on one machine: `relook bench`.
 
-Everything is measured on a random model of one size (8 layers, width 512, images of 324 tokens, one thread, float32)
-and set against stock transformers on the same weights and tokens, so that only the cost of *looking* is left. Weights
-do not matter for time; what is written is cut at a fixed length.
+All cases use one random model (8 layers, width 512, images of 324 tokens, one thread, float32) and are compared with
+stock transformers on the same weights and tokens, which leaves only the cost of the look. Weights do not affect time;
+answers have a fixed length.
 
     answer with a look   from the image to the last token, with a forced `clip` look
-    plain, read once     transformers' Qwen2-VL on the very same final sequence: vision once, one prefill of everything
-                         before the answer, then the answer token by token; no loop could do with less
-    direct answer        `ask` with look="none", as many answer tokens
+    plain, read once     transformers' Qwen2-VL on the same final sequence: encode the image once, prefill everything
+                         before the answer, then decode the answer token by token; a lower bound for any loop
+    direct answer        `ask` with look="none" and the same number of answer tokens
     training step        forward and backward of a batch in which every row looks again; plain: the same tokens with a
                          second image in place of the look
 
-Times are processor time of the one thread, which other programs on the machine stretch far less than the clock on the
-wall. Repeats are interleaved, so that a slow minute hits all cases alike; a ratio is that of medians over the repeats,
-with a bootstrap interval.
+Times are CPU time of the one thread, which depends less on other programs than wall-clock time. Repeats are
+interleaved, so that a slow minute affects all cases alike. A ratio is one of medians over the repeats, with a bootstrap
+interval.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SIDE = 504  # pixels: 36 x 36 patches, 324 tokens
 BATCH = 1  # rows of a training step
 QUESTION = "What is the code in the red box?"
 
-# what -> (case measured, case it is set against, budget of the ratio)
+# label -> (measured case, reference case, budget of the ratio)
 RATIOS: dict[str, tuple[str, str, float]] = {
     "answer with a clip look / plain, same sequence read once": ("look", "plain", 1.10),
     "answer with a clip look / direct answer": ("look", "direct", 1.5),
@@ -47,7 +47,7 @@ COMMANDS = {"import relook": (["-c", "import relook"], 0.5), "relook --help": ([
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the table: a ratio or seconds, its 95 % interval over n repeats, and what it should stay under."""
+    """One row of the table: a ratio or seconds, its 95 % interval over n repeats, and its upper limit."""
 
     what: str
     value: float
@@ -64,7 +64,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Bench:
-    """A finished benchmark: where and how it ran, and its lines."""
+    """Results of a benchmark and the machine and versions they were measured with."""
 
     machine: str
     versions: str
@@ -90,35 +90,32 @@ class Bench:
         return "\n".join(rows)
 
 
-def run(repeats: int = 7, seed: int = 0, note: Callable[[str], None] = lambda text: None) -> Bench:
-    """Measure everything; some minutes on one core. `note` hears about progress."""
+def run(repeats: int = 7, seed: int = 0, status: Callable[[str], None] = lambda text: None) -> Bench:
+    """Measure all cases, which takes some minutes on one core.
+
+    Args:
+        repeats: rounds; each measures every case once.
+        seed: of the random weights, the image and the bootstrap.
+        status: called with a short text about what is being measured.
+    """
     import torch
     import transformers
 
     with _one_thread():
-        note("building a random model (8 layers, width 512)")
+        status("building a random model (8 layers, width 512)")
         subject = Subject.build(seed)
-        cases: dict[str, Callable[[], Any]] = {
-            "look": lambda: subject.answer("clip"),
-            "direct": lambda: subject.answer("none"),
-            "plain": subject.plain_answer,
-            "step": lambda: subject.step(mask=0),
-            "masked step": lambda: subject.step(mask=1),
-            "plain step": subject.plain_step,
-        }
-        times = measure(cases, repeats, note)
+        times = measure(subject.cases(), repeats, status)
         usage = subject.answer("clip").usage
-    lines = [ratio(what, times[a], times[b], budget, seed) for what, (a, b, budget) in RATIOS.items()]
-    versions = [("Python", platform.python_version()), ("torch", torch.__version__)]
-    versions.append(("transformers", transformers.__version__))
+    lines = [line(what, times[a], budget, seed, over=times[b]) for what, (a, b, budget) in RATIOS.items()]
     positions = usage.lm_positions / usage.sequence_length
     lines.insert(2, Line("LM positions / length of the final sequence", positions, positions, positions, 1, 1.0))
     for what, (arguments, budget) in COMMANDS.items():
-        note(what)
-        lines.append(seconds(what, [_command(arguments) for _ in range(repeats)], budget, seed))
+        status(what)
+        lines.append(line(what, [_command_seconds(arguments) for _ in range(repeats)], budget, seed))
     return Bench(
         machine=f"{platform.system()} {platform.machine()}, {_processor()}",
-        versions=", ".join(f"{what} {version}" for what, version in versions),
+        versions=f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}",
         seed=seed,
         lines=lines,
         seconds={case: median(values) for case, values in times.items()},
@@ -129,12 +126,12 @@ def run(repeats: int = 7, seed: int = 0, note: Callable[[str], None] = lambda te
 
 
 def measure(
-    cases: Mapping[str, Callable[[], Any]], repeats: int, note: Callable[[str], None] = lambda text: None
+    cases: Mapping[str, Callable[[], Any]], repeats: int, status: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Processor seconds of each case, round by round; a first round warms up and does not count."""
+    """CPU seconds of each case, round by round, after one warm-up round that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(repeats + 1):
-        note(f"round {turn} of {repeats}" if turn else "warming up")
+        status(f"round {turn} of {repeats}" if turn else "warming up")
         for name, case in cases.items():
             begin = time.process_time()
             case()
@@ -143,22 +140,19 @@ def measure(
     return times
 
 
-def ratio(what: str, over: Sequence[float], under: Sequence[float], budget: float, seed: int) -> Line:
-    """median(over) / median(under); rounds are drawn whole, since both cases of a round met the same machine."""
-    low, high = bootstrap(len(over), lambda i: median(over[k] for k in i) / median(under[k] for k in i), seed)
-    return Line(what, median(over) / median(under), low, high, len(over), budget)
+def line(what: str, values: Sequence[float], budget: float, seed: int, over: Sequence[float] | None = None) -> Line:
+    """Median of `values` in seconds, or its ratio to the median of `over`, with a 95 % percentile bootstrap interval.
 
+    Rounds are resampled whole, since both cases of a round ran under the same conditions.
+    """
 
-def seconds(what: str, values: Sequence[float], budget: float, seed: int) -> Line:
-    low, high = bootstrap(len(values), lambda i: median(values[k] for k in i), seed)
-    return Line(what, median(values), low, high, len(values), budget, unit="s")
+    def statistic(rounds: Sequence[int]) -> float:
+        return median(values[k] for k in rounds) / (median(over[k] for k in rounds) if over else 1)
 
-
-def bootstrap(n: int, statistic: Callable[[list[int]], float], seed: int, draws: int = 2000) -> tuple[float, float]:
-    """The 95 % percentile interval of a statistic over indices 0..n-1 drawn with replacement."""
-    rng = random.Random(seed)
-    values = sorted(statistic(rng.choices(range(n), k=n)) for _ in range(draws))
-    return values[int(0.025 * draws)], values[int(0.975 * draws) - 1]
+    n, draws, rng = len(values), 2000, random.Random(seed)
+    samples = sorted(statistic(rng.choices(range(n), k=n)) for _ in range(draws))
+    low, high = samples[int(0.025 * draws)], samples[int(0.975 * draws) - 1]
+    return Line(what, statistic(range(n)), low, high, n, budget, unit="x" if over else "s")
 
 
 @contextmanager
@@ -173,8 +167,8 @@ def _one_thread():
         torch.set_num_threads(before)
 
 
-def _command(arguments: list[str]) -> float:
-    """Processor seconds of a Python process, its start included."""
+def _command_seconds(arguments: list[str]) -> float:
+    """CPU seconds of a Python process, including its start."""
     begin = os.times()
     subprocess.run([sys.executable, *arguments], check=True, capture_output=True, stdin=subprocess.DEVNULL)
     end = os.times()
@@ -189,18 +183,20 @@ def _processor() -> str:
         return platform.processor() or "unknown processor"
 
 
-# -- what is measured -------------------------------------------------------------------------------------------------
+# -- cases -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Subject:
-    """A random model that looks, stock Qwen2-VL with the same weights, one image, and the same tokens for both.
+    """A random relook model and stock Qwen2-VL with the same weights, and the same inputs for both.
 
-    vlm        relook's loop around the model
-    plain      transformers' Qwen2VLForConditionalGeneration
-    image      PIL, SIDE x SIDE
-    sequence   (L,) ids of a finished conversation with a look, its pads of both looks as <|image_pad|>
-    batch      a training batch for relook; `plain_batch` the same tokens for `plain`
+    Attributes:
+        vlm: the relook model.
+        plain: transformers' Qwen2VLForConditionalGeneration.
+        image: PIL image of SIDE x SIDE pixels.
+        sequence: (L,) token ids of a finished conversation with a look; the pads of both looks are <|image_pad|>.
+        batch: a training batch for relook.
+        plain_batch: the same tokens for `plain`.
     """
 
     vlm: Any
@@ -225,12 +221,26 @@ class Subject:
         batch = _batch(processor, image)
         return cls(vlm, plain, image, sequence, batch, _plain_batch(model, batch))
 
+    def cases(self) -> dict[str, Callable[[], Any]]:
+        return {
+            "look": lambda: self.answer("clip"),
+            "direct": lambda: self.answer("none"),
+            "plain": self.plain_answer,
+            "step": lambda: self.step(mask=0),
+            "masked step": lambda: self.step(mask=1),
+            "plain step": lambda: _step(self.plain, self.plain_batch),
+        }
+
     def answer(self, look: str) -> Any:
-        """One answer of exactly ANSWER_TOKENS tokens."""
+        """Generate exactly ANSWER_TOKENS tokens with a forced look."""
         return self.vlm.ask(self.image, QUESTION, look=look, max_new_tokens=ANSWER_TOKENS)
 
     def plain_answer(self) -> int:
-        """The same final sequence, read once: image encoded once, its tokens put into both places."""
+        """Process the same final sequence once, with the image encoded once and its features used twice.
+
+        Returns:
+            Length of the key-value cache.
+        """
         import torch
         from transformers import DynamicCache
 
@@ -246,7 +256,7 @@ class Subject:
             embeds = core.get_input_embeddings()(ids)
             embeds[kinds.bool()] = features.repeat(2, 1)
             cache, end = DynamicCache(), ids.shape[1]
-            answer = end - ANSWER_TOKENS - 1  # where the answer begins; it ends with <|im_end|>
+            answer = end - ANSWER_TOKENS - 1  # start of the answer, which ends with <|im_end|>
             spans = [(0, answer), *((k, k + 1) for k in range(answer, end))]
             for a, b in spans:
                 states = core.language_model(
@@ -259,7 +269,7 @@ class Subject:
         return cache.get_seq_length()
 
     def step(self, mask: int) -> float:
-        """Forward and backward; `mask` is `para_mask_id` (0 none, 1 the first user turn), applied to every row."""
+        """Forward and backward with `para_mask_id` = mask (0 none, 1 the first user turn) on every row; the loss."""
         model = self.vlm.model
         model.config.para_mask_id, model.config.para_mask_ratio = mask, 1.0
         try:
@@ -268,12 +278,9 @@ class Subject:
             model.config.para_mask_id = 0
             model.eval()
 
-    def plain_step(self) -> float:
-        return _step(self.plain, self.plain_batch)
-
 
 def _models() -> tuple[Any, Any, Any]:
-    """The model, its processor, and transformers' Qwen2-VL with the same weights."""
+    """Return the relook model, its processor, and transformers' Qwen2-VL with the same weights."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     from relook.model import VPTQwen2VLForConditionalGeneration
@@ -290,7 +297,7 @@ def _models() -> tuple[Any, Any, Any]:
     tokenizer = build_tokenizer(size)
     config = build_config(size, tokenizer)
     model = VPTQwen2VLForConditionalGeneration(config).eval()
-    model.lm_head.weight.data[config.para_end_id] = 0  # no answer ends early: its logit is 0, the largest is above
+    model.lm_head.weight.data[config.para_end_id] = 0  # logit 0, below the maximum: no answer ends early
     shared = {key: config.to_dict()[key] for key in ("text_config", "vision_config", "image_token_id", "video_token_id",
                                                      "vision_start_token_id", "vision_end_token_id")}  # fmt: skip
     plain = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**shared, tie_word_embeddings=True))
@@ -307,7 +314,7 @@ def _image(seed: int) -> Any:
 
 
 def _batch(processor: Any, image: Any) -> dict[str, Any]:
-    """BATCH rows with a clip look, as the collator makes them."""
+    """Collate BATCH rows with a clip look."""
     from relook.data.collate import Collator
     from relook.looks import LOOKS, write_call
 
@@ -319,7 +326,7 @@ def _batch(processor: Any, image: Any) -> dict[str, Any]:
 
 
 def _plain_batch(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tokens for transformers' model: every look's image is one more image. Grids interleave row by row."""
+    """The same tokens for transformers' model, with each look as one more image; images are row-major."""
     import torch
 
     ids = _as_first_looks(model, batch["input_ids"])
@@ -337,7 +344,7 @@ def _plain_batch(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_first_looks(model: Any, ids: Any) -> Any:
-    """Ids with the pads of clip looks turned into <|image_pad|>."""
+    """Replace the pads of clip looks in `ids` with <|image_pad|>."""
     return ids.where(ids != model.config.clip_image_token_id, model.config.image_token_id)
 
 

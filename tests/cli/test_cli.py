@@ -1,6 +1,7 @@
-"""The command line: what it prints, where, and with which exit code.
+"""The command line: output, output streams and exit codes.
 
-Most cases run in process through typer's runner; exit codes and signals of the installed command, in a real process.
+Most cases run in process through typer's runner; exit codes and signals of the installed command are tested in a
+subprocess.
 """
 
 import json
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 import relook
 from relook.cli import app
-from relook.cli.work import spread
+from relook.cli.common import repeat_list_options
 from relook.trace import Answer, Look, Usage
 
 QUESTION = "What is the total?"
@@ -257,8 +258,9 @@ def test_evaluate_prints_a_table_and_json(model, tmp_path) -> None:
 
 def test_list_options_take_several_values() -> None:
     given = ["--model", "m", "--tasks", "a", "b", "--json", "--looks", "c", "--n", "3"]
-    assert spread(given) == ["--model", "m", "--tasks", "a", "--tasks", "b", "--json", "--looks", "c", "--n", "3"]
-    assert spread(["--tasks"]) == ["--tasks"]
+    expected = "--model m --tasks a --tasks b --json --looks c --n 3"
+    assert " ".join(repeat_list_options(given)) == expected
+    assert repeat_list_options(["--tasks"]) == ["--tasks"]
     assert "--tasks" in refused("evaluate", "--tasks")
 
 

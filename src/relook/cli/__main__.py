@@ -1,4 +1,4 @@
-"""`python -m relook.cli`: the `relook` command where the script is not on the path."""
+"""`python -m relook.cli`: the `relook` command without its script."""
 
 from relook.cli.app import main
 

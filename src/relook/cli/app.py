@@ -1,4 +1,4 @@
-"""The commands put together, and the one place where an error becomes a line and an exit code."""
+"""The command group `relook`, which turns every error into one line on stderr and an exit code."""
 
 import sys
 from collections.abc import Sequence
@@ -7,12 +7,13 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from relook.cli import ask, data, judge, models, work
+from relook.cli import ask, bench, data, evaluate, models, train
+from relook.cli.common import ListOptions
 from relook.errors import RelookError
 
 
 class _Group(TyperGroup):
-    """The top group: runs a command and turns what it raises into one line on stderr and an exit code."""
+    """A command group that reports what a command raises as one line on stderr and an exit code."""
 
     def main(
         self,
@@ -38,7 +39,7 @@ class _Group(TyperGroup):
             return _say(_usage_line(error), error.exit_code)
         except RelookError as error:
             return error.exit_code if error.quiet else _say(str(error), error.exit_code)
-        except BrokenPipeError:  # `relook ... | head`: the reader has what it wanted
+        except BrokenPipeError:  # `relook ... | head`
             sys.stdout = None  # nothing left to flush at exit
             return 0
 
@@ -65,11 +66,11 @@ app = typer.Typer(
 app.command("ask")(ask.ask)
 app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")
-app.command("train")(work.train)
-app.command("evaluate", cls=work.ListOptions)(work.evaluate)
-app.command("judge")(judge.judge)
-app.command("report")(work.report)
-app.command("bench")(work.bench)
+app.command("train")(train.train)
+app.command("evaluate", cls=ListOptions)(evaluate.evaluate)
+app.command("judge")(evaluate.judge)
+app.command("report")(evaluate.report)
+app.command("bench")(bench.bench)
 
 
 @app.callback()
@@ -87,6 +88,6 @@ def main() -> None:
     """The `relook` command."""
     import os
 
-    if not sys.stderr.isatty():  # bars of transformers and the hub are for people who watch
+    if not sys.stderr.isatty():  # no progress bars of the hub in a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     app()

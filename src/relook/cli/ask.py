@@ -1,4 +1,4 @@
-"""`relook ask`: one image, one question, the answer and every look on the way."""
+"""`relook ask`: answer one question about one image, and print each look."""
 
 import json
 import sys
@@ -7,32 +7,27 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
+from relook.cli.common import DEFAULT_MODEL, Dtype, Model
 from relook.errors import UserError
 
 if TYPE_CHECKING:
     from relook.trace import Answer, Look
 
-DEFAULT_MODEL = "receipts-tiny"
-
 
 def ask(
     image: Annotated[str, Argument(metavar="IMAGE", help="An image file.")],
     question: Annotated[str, Argument(metavar="QUESTION", help="What to ask about it.")],
-    model: Annotated[
-        str, Option("--model", "-m", metavar="NAME", help="A shipped model, a folder, or a hub id.")
-    ] = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     look: Annotated[
         str, Option(metavar="LOOK", help="auto (the model decides), none, region, clip, detection or seg.")
     ] = "auto",
-    region: Annotated[
-        str | None, Option(metavar="X0,Y0,X1,Y1", help="Look at these grid cells (both ends in).")
-    ] = None,
+    region: Annotated[str | None, Option(metavar="X0,Y0,X1,Y1", help="Look at these grid cells (inclusive).")] = None,
     max_looks: Annotated[int, Option(min=0, metavar="N", help="At most this many second looks.")] = 1,
     max_new_tokens: Annotated[int, Option(min=1, metavar="N", help="At most this many tokens per turn.")] = 64,
     device: Annotated[
-        str | None, Option(metavar="DEVICE", help="cpu, cuda, ...; the fastest at hand unless told.")
+        str | None, Option(metavar="DEVICE", help="cpu, cuda, ...; default: the fastest available.")
     ] = None,
-    dtype: Annotated[str | None, Option(metavar="DTYPE", help="float32, bfloat16 or float16.")] = None,
+    dtype: Dtype = None,
     save: Annotated[
         Path | None, Option(metavar="PNG", help="Draw grid, box, crop, map and answer into this PNG.")
     ] = None,
@@ -42,7 +37,7 @@ def ask(
 
     Warnings, such as what a small model was trained on, go to stderr.
     """
-    # Everything that can be wrong without a model is found before the model is loaded.
+    # Check everything that needs no model before loading one.
     from relook.views import open_image
 
     check_look(look)
@@ -65,7 +60,7 @@ def ask(
 
 
 def describe(answer: "Answer", save: Path | None = None) -> str:
-    """The answer on the first line, then a line per look and one for the picture."""
+    """Format an answer: its text on the first line, then one line per look and one for the saved picture."""
     lines = [answer.text, *(f"look {i}: {describe_look(each)}" for i, each in enumerate(answer.looks, 1))]
     if not answer.looks:
         lines.append("no second look")
@@ -75,12 +70,15 @@ def describe(answer: "Answer", save: Path | None = None) -> str:
 
 
 def printable(text: str) -> str:
-    """Without control characters: what a model writes must not move a terminal's cursor."""
+    """Replace control characters, so that generated text cannot move a terminal's cursor."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def describe_look(look: "Look") -> str:
-    """As `--region` takes it: 'region, cells 2,5,6,6, box 117,800,409,1120 (x1,y1,x2,y2 pixels)'."""
+    """Format a look with its cells as `--region` takes them, and its box as x1,y1,x2,y2 in pixels.
+
+    For example 'region, cells 2,5,6,6, box 117,800,409,1120 (x1,y1,x2,y2 pixels)'.
+    """
     parts = [look.kind]
     if look.cells is not None:
         parts.append("cells " + ",".join(map(str, look.cells)))
@@ -100,7 +98,13 @@ def check_look(look: str) -> None:
 
 
 def parse_cells(text: str) -> tuple[int, int, int, int]:
-    """'2,5,6,6' -> (2, 5, 6, 6): x0,y0,x1,y1, both ends inclusive. `VLM.ask` knows the grid and its bounds."""
+    """Parse the cells x0,y0,x1,y1 (inclusive) of `--region`: '2,5,6,6' -> (2, 5, 6, 6).
+
+    `VLM.ask` checks them against the grid.
+
+    Raises:
+        UserError: not four integers.
+    """
     try:
         x0, y0, x1, y1 = (int(part) for part in text.split(","))
     except ValueError:
@@ -109,7 +113,7 @@ def parse_cells(text: str) -> tuple[int, int, int, int]:
 
 
 def check_writable(path: Path) -> None:
-    """Try the place now: after a minute of work is the wrong time to find that it cannot be written."""
+    """Raise UserError if a picture cannot be written to `path`, before any time is spent on the answer."""
     from relook.trace import picture_format
 
     picture_format(path)

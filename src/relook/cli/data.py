@@ -1,4 +1,4 @@
-"""`relook data`: published sets, image paths, training items from questions with boxes, and what is done with items."""
+"""`relook data`: list sources, find images, build training items, and check, show, count or convert them."""
 
 import json
 from pathlib import Path
@@ -7,18 +7,17 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from relook.cli.work import ListOptions, progress
+from relook.cli.common import AsJson, ListOptions, print_result, show_status
+from relook.errors import UserError
 
 app = typer.Typer(help="Training items: where they come from, building and checking them.")
 
-AsJson = Annotated[bool, Option("--json", help="Print as JSON.")]
-
-# -- where items come from
+# -- sources
 
 
 @app.command("sources")
 def sources(as_json: AsJson = False) -> None:
-    """List the published sets and the forms of file that can be read, with sizes, licences and image sets."""
+    """List the published sets and the file formats that can be read, with sizes, licenses and image sets."""
     from relook.data.forms import FORMATS
     from relook.data.published import listing, table
 
@@ -48,7 +47,7 @@ def images(
 
 @app.command("remap", cls=ListOptions)
 def remap(
-    source: Annotated[Path, Argument(metavar="ITEMS", help="Published items, with somebody else's image paths.")],
+    source: Annotated[Path, Argument(metavar="ITEMS", help="Published items, with other people's image paths.")],
     target: Annotated[Path, Argument(metavar="TARGET", help="Where the items with your paths go.")],
     images: Annotated[
         list[str] | None,
@@ -60,7 +59,7 @@ def remap(
     missing: Annotated[Path | None, Option(metavar="FILE", help="Write every missing path here, by dataset.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Replace the image paths of published items by yours, found by dataset and file name."""
+    """Replace the image paths of published items with yours, found by dataset and file name."""
     from relook.data.published import parse_folders
     from relook.data.remap import remap as remap_file
 
@@ -93,14 +92,14 @@ NoBox = Annotated[
 Whole = Annotated[
     float | None, Option(metavar="SHARE", help="Answer directly where a box covers this share of the image.")
 ]
-Seed = Annotated[int, Option(metavar="N", help="Of shares and of the split.")]
+Seed = Annotated[int, Option(metavar="N", help="Seed of shares and of the split.")]
 Val = Annotated[float, Option(metavar="SHARE", help="Share of the images whose items go to TARGET's .val file.")]
 Folders = Annotated[
     list[str] | None, Option(metavar="NAME=FOLDER...", help="Your folders of images, to find published paths in.")
 ]
-ImageRoot = Annotated[Path | None, Option(metavar="FOLDER", help="Folder of the images; of SOURCE unless told.")]
-Form = Annotated[str | None, Option(metavar="FORM", help="The form of SOURCE; seen from the file unless told.")]
-Split = Annotated[str | None, Option(metavar="NAME", help="Split of a dataset of the hub; train unless told.")]
+ImageRoot = Annotated[Path | None, Option(metavar="FOLDER", help="Folder of the images; default: that of SOURCE.")]
+Form = Annotated[str | None, Option(metavar="FORM", help="Format of SOURCE; detected by default.")]
+Split = Annotated[str | None, Option(metavar="NAME", help="Split of a hub dataset; default: train.")]
 Columns = Annotated[
     list[str] | None, Option(metavar="OURS=THEIRS", help="Columns of a dataset, such as question=prompt.")
 ]
@@ -151,9 +150,9 @@ def build(
     if paper is not None:
         from relook.data.build import build_splits
 
-        told = {"--look": look != "region", "--align": align, "--outside": outside != "drop", "--val": val,
+        fixed = {"--look": look != "region", "--align": align, "--outside": outside != "drop", "--val": val,
                 "--format": format, "--split": split, "--columns": columns}  # fmt: skip
-        refuse([name for name, given in told.items() if given], "--paper, which says itself how each split is made")
+        refuse([name for name, given in fixed.items() if given], "--paper, which says itself how each split is made")
         print(build_splits(source, target, action=paper, **options))
     else:
         from relook.data.build import build as build_file
@@ -164,30 +163,26 @@ def build(
 
 
 def refuse(options: list[str], beside: str) -> None:
-    """Raise where options were given that would have no effect."""
-    from relook.errors import UserError
-
+    """Raise UserError for options that would have no effect."""
     if options:
         raise UserError(f"{', '.join(options)} beside {beside}; leave one of the two out")
 
 
 def pairs(texts: list[str]) -> dict[str, str]:
-    """`["question=prompt"]` as {"question": "prompt"}."""
-    from relook.errors import UserError
-
+    """Parse `["question=prompt"]` into `{"question": "prompt"}`."""
     for text in texts:
         if "=" not in text:
             raise UserError(f"--columns {text!r}: expected OURS=THEIRS, such as question=prompt")
     return {ours: theirs for ours, _, theirs in (text.partition("=") for text in texts)}
 
 
-# -- what is done with items
+# -- items
 
 Items = Annotated[Path, Argument(metavar="ITEMS", help="Items: a JSON array, JSON lines, or Parquet.")]
 Grid = Annotated[int, Option(min=1, metavar="N", help="Cells per side.")]
 Root = Annotated[
     Path | None,
-    Option(metavar="FOLDER", help="Folder of the images, which no path may leave; that of ITEMS unless told."),
+    Option(metavar="FOLDER", help="Folder of the images, which no path may leave; default: that of ITEMS."),
 ]
 
 
@@ -195,7 +190,7 @@ Root = Annotated[
 def check(
     items: Items,
     grid: Grid = 8,
-    images: Annotated[bool, Option(help="Decode every image; without, only what the items say is checked.")] = True,
+    images: Annotated[bool, Option(help="Decode every image, not only check the items themselves.")] = True,
     image_root: Root = None,
     against: Annotated[
         list[Path] | None,
@@ -203,33 +198,30 @@ def check(
             metavar="FILE", help="Evaluation items or questions whose images must not be in ITEMS; may be repeated."
         ),
     ] = None,
-    fix: Annotated[bool, Option("--fix", help="Write a mended copy; ITEMS itself is never changed.")] = False,
+    fix: Annotated[bool, Option("--fix", help="Write a corrected copy; ITEMS itself is never changed.")] = False,
     out: Annotated[
-        Path | None, Option(metavar="TARGET", help="Where --fix writes; NAME.fixed.json(l) beside ITEMS unless told.")
+        Path | None, Option(metavar="TARGET", help="Where --fix writes; default: NAME.fixed.json(l) beside ITEMS.")
     ] = None,
     report: Annotated[Path | None, Option(metavar="FILE", help="Also write the report as JSON here.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Find faults in items (labels off the grid, wrong crops, bad images, duplicates, ...); exit 1 where there are any.
 
-    With --fix, faults are mended in a copy, or their items left out of it; exit 1 where some are still in the copy.
+    With --fix, write a copy in which faults are corrected or their items left out; exit 1 where faults remain in it.
     """
     from relook.data.check import check as check_file
-    from relook.errors import UserError
     from relook.io import replacing
 
     if out is not None and not fix:
         raise UserError(f"--out {out} without --fix: nothing would be written there; add --fix")
     target = (out or _fixed(items)) if fix else None
-    found = check_file(
-        items, grid, images=images, image_root=image_root, against=against or (), fix=target, progress=_count
-    )
-    progress("")
-    told = json.dumps(found.to_dict(), indent=2)
+    found = check_file(items, grid, images=images, image_root=image_root, against=against or (), fix=target,
+                       progress=_count)  # fmt: skip
+    show_status("")
     if report is not None:
         with replacing(report) as file:
-            file.write(told + "\n")
-    print(told if as_json else found)
+            file.write(json.dumps(found.to_dict(), indent=2) + "\n")
+    print_result(found, as_json)
     if not found.ok:
         raise typer.Exit(1)
 
@@ -238,8 +230,8 @@ def check(
 def preview(
     items: Items,
     page: Annotated[Path, Argument(metavar="PAGE.html", help="Where the page goes.")],
-    n: Annotated[int, Option("--n", min=1, metavar="N", help="Items to show, drawn from all.")] = 24,
-    seed: Annotated[int, Option(metavar="N", help="Of the draw.")] = 0,
+    n: Annotated[int, Option("--n", min=1, metavar="N", help="Items to show, sampled from all.")] = 24,
+    seed: Annotated[int, Option(metavar="N", help="Seed of the sample.")] = 0,
     grid: Grid = 8,
     image_root: Root = None,
 ) -> None:
@@ -261,10 +253,10 @@ def stats(
     from relook.data.stats import stats as count
 
     found = count(items, grid, _count)
-    progress("")
+    show_status("")
     if plot is not None:
         draw(found, plot)
-    print(json.dumps(found.to_dict(), indent=2) if as_json else found)
+    print_result(found, as_json)
 
 
 @app.command("convert")
@@ -272,13 +264,13 @@ def convert(
     items: Items,
     target: Annotated[Path, Argument(metavar="FOLDER", help="Where the Parquet files go.")],
     image_root: Root = None,
-    rows: Annotated[int, Option(min=1, metavar="N", help="Items of a file.")] = 50_000,
+    rows: Annotated[int, Option(min=1, metavar="N", help="Items per file.")] = 50_000,
 ) -> None:
-    """Write items as Parquet files, which load faster; a rerun after a stop goes on where it was."""
+    """Write items as Parquet files, which load faster; a rerun continues an interrupted conversion."""
     from relook.data.remap import convert as write
 
     done = write(items, target, image_root=image_root, rows=rows, progress=_count)
-    progress("")
+    show_status("")
     print(f"written: {done}")
 
 
@@ -288,4 +280,4 @@ def _fixed(items: Path) -> Path:
 
 
 def _count(items: int) -> None:
-    progress(f"{items} items")
+    show_status(f"{items} items")

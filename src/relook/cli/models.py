@@ -1,4 +1,4 @@
-"""`relook models`: what ships, what a checkpoint holds, and conversion between the published layout and ours."""
+"""`relook models`: list, inspect, convert, merge and assemble checkpoints."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from relook.cli.common import AsJson, ModelArgument
 from relook.errors import UserError
 from relook.plugins import find
 
@@ -14,7 +15,7 @@ app = typer.Typer(help="Models: what ships, what is inside, conversion.")
 
 
 @app.command("list")
-def list_models(as_json: Annotated[bool, Option("--json", help="Print as JSON.")] = False) -> None:
+def list_models(as_json: AsJson = False) -> None:
     """List the models that ship with relook."""
     from relook.model.inspect import inspect
     from relook.model.loading import shipped_models
@@ -32,8 +33,8 @@ def list_models(as_json: Annotated[bool, Option("--json", help="Print as JSON.")
 
 @app.command("inspect")
 def inspect_model(
-    model: Annotated[str, Argument(metavar="MODEL", help="A shipped model, a folder, or a hub id.")],
-    as_json: Annotated[bool, Option("--json", help="Print as JSON.")] = False,
+    model: ModelArgument,
+    as_json: AsJson = False,
 ) -> None:
     """Show a model's parts, parameters, dtype, looks and token ids, without loading its weights."""
     from relook.model.inspect import inspect
@@ -63,13 +64,14 @@ def merge_adapter(
     adapter: Annotated[Path, Argument(metavar="ADAPTER", help="A LoRA adapter's folder, as relook train writes it.")],
     out: Annotated[Path, Option("--out", metavar="FOLDER", help="A new or empty folder.")],
     base: Annotated[
-        str | None, Option(metavar="MODEL", help="The model under it, where it is not where it was: folder or hub id.")
+        str | None,
+        Option(metavar="MODEL", help="Its base model, if no longer at the recorded place: folder or hub id."),
     ] = None,
     dtype: Annotated[
-        str, Option(metavar="DTYPE", help="Of the weights written: float32, bfloat16, float16.")
+        str, Option(metavar="DTYPE", help="Of the written weights: float32, bfloat16, float16.")
     ] = "float32",
 ) -> None:
-    """Merge a LoRA adapter into its base: a checkpoint like any other, whose logits are the adapter's."""
+    """Merge a LoRA adapter into its base model and write the result as an ordinary checkpoint."""
     from relook.model.start import merge
 
     print(f"written: {merge(adapter, out, base=base, dtype=dtype)}")
@@ -80,18 +82,20 @@ def assemble_model(
     text: Annotated[str, Argument(metavar="TEXT", help="A Llama or Qwen2: a folder, a hub id, or a .gguf file.")],
     target: Annotated[Path, Argument(metavar="TARGET", help="A new or empty folder.")],
     vision: Annotated[
-        str | None, Option(metavar="MODEL", help="Take tower, views and looks of this relook model.")
+        str | None, Option(metavar="MODEL", help="Take vision encoder, views and looks of this relook model.")
     ] = None,
-    size: Annotated[str | None, Option(metavar="SIZE", help="Or of this tiny size, the tower untrained.")] = None,
-    seed: Annotated[int, Option(metavar="N", help="Of what is drawn afresh.")] = 0,
+    size: Annotated[
+        str | None, Option(metavar="SIZE", help="Or use this tiny size, with an untrained vision encoder.")
+    ] = None,
+    seed: Annotated[int, Option(metavar="N", help="Seed of new weights.")] = 0,
 ) -> None:
-    """Make a start for training from a text model and a vision tower (what joins them is untrained)."""
+    """Build a model to train from a text model and a vision encoder (the connection between them is untrained)."""
     find("command", "assemble", {})(text, target, vision=vision, size=size, seed=seed)
     print(f"written: {target}")
 
 
 def describe(found: dict[str, Any]) -> str:
-    """A table of a checkpoint's parts and parameters, then its other facts, one a line."""
+    """Format what `inspect` returns: a table of parameters per part, then the other fields, one per line."""
     parameters = found["parameters"]
     rows = [*parameters.items(), ("all", sum(parameters.values()))]
     width = max(len(part) for part, _ in rows)

@@ -1,6 +1,6 @@
-"""docs/cli.md, made from the commands' own help: `python -m relook.cli.reference > docs/cli.md` (or `make docs`).
+"""Writes docs/cli.md from the help of the commands: `python -m relook.cli.reference > docs/cli.md` (or `make docs`).
 
-A test compares the file with what this prints, so the page cannot go stale.
+A test compares the file with this output.
 """
 
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ WIDTH = 100  # columns of the help texts, whatever the terminal
 
 
 def reference() -> str:
-    """The page: an introduction and the help of every command."""
+    """Return docs/cli.md: an introduction and the help of every command."""
     from relook.cli.app import app
 
     parts = [
         "# Command line",
         "Written by `make docs` from the commands themselves; a test keeps it current. Exit codes: 0 done, 1 the work "
-        "failed, 2 the input was wrong (one line: what was seen, what to do), 130 interrupted. Results go to stdout, "
+        "failed, 2 the input was wrong (one line: what was found, what to do), 130 interrupted. Results go to stdout, "
         "everything else to stderr.",
     ]
     for path, text in _helps(typer.main.get_command(app), "relook", None):
