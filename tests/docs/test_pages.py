@@ -11,7 +11,10 @@ from relook.train.objective import OBJECTIVES
 from relook.train.recipe import load_recipe
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# a reader's own files, what commands leave, another package's
+ELSEWHERE = re.compile(r"own|shapes\.py|run\.py|(dist|final|img|viscot_benchmark|receipts)/|\.\.\.")
+PAGES += sorted((ROOT / "zoo").glob("*.md"))
 
 
 def test_command_reference_is_current() -> None:
@@ -75,10 +78,24 @@ def test_links_and_pictures_exist(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
-def test_files_named_in_the_design_exist() -> None:
-    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    for name in re.findall(r"`([a-z_/]+(?:\.py|/))`", text):
-        assert any((base / name).exists() for base in (ROOT, ROOT / "src" / "relook")), name
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "log.md"], ids=lambda page: page.name)
+def test_files_named_in_backticks_exist(page: Path) -> None:
+    """`train/recipe.py`, `recipes/`, `report.html.jinja`: below the checkout, the package, the zoo, or the page."""
+    roots = (ROOT, ROOT / "src/relook", ROOT / "zoo", page.parent)
+    endings = r"\.py|/|\.jinja|\.css|\.js|\.sh|\.yaml"
+    for name in re.findall(rf"`([A-Za-z0-9_./-]*(?:{endings}))`", page.read_text(encoding="utf-8")):
+        if not ELSEWHERE.match(name):
+            assert any((base / name).exists() for base in roots), name
+
+
+def test_each_change_of_the_design_names_one_file() -> None:
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    table = text.split("## Where to change what")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (?!to add)([^|]*) \| ([^|]*) \|$", table, re.MULTILINE)
+    assert len(rows) >= 20
+    for what, where in rows:
+        (name,) = re.findall(r"`([^`]*)`", where)
+        assert any((base / name).is_file() for base in (ROOT, ROOT / "src/relook")), (what, name)
 
 
 def test_make_help_names_every_target() -> None:
