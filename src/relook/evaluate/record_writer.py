@@ -30,7 +30,7 @@ class RecordWriter:
     Args:
         folder: of the run; made where missing.
         about: what decides the records (model, tasks, looks, ...), as JSON.
-        rank: which of the processes that share the run this is. The first opens its journal before the others do.
+        rank: which of the processes that share the run this is. The first opens its writer before the others do.
 
     Raises:
         UserError: the folder cannot be written, or holds an unfinished run about something else.
@@ -39,7 +39,6 @@ class RecordWriter:
     def __init__(self, folder: str | Path | None, about: Mapping[str, Any], rank: int = 0) -> None:
         self.folder, self.about = None if folder is None else Path(folder), json.loads(json.dumps(about))
         self.records: dict[Key, Record] = {}
-        self.written: list[Key] = []  # of the records in this process's own part, in order
         self.file: IO[bytes] | None = None
         if self.folder is not None:
             self.part = self.folder / (PART if rank == 0 else f"{PART}-{rank}")
@@ -67,32 +66,30 @@ class RecordWriter:
         return [self.records[key] for key in keys] if all(key in self.records for key in keys) else None
 
     def add(self, records: Sequence[Record]) -> Sequence[Record]:
-        """Append what one batch gave under one look; on the disk when this returns."""
+        """Append the records of one batch under one setting; on the disk when this returns."""
         if self.file is not None:
             self.file.write(to_lines(records).encode())
             self.file.flush()
             os.fsync(self.file.fileno())
-            self.written += map(_key, records)
         return records
 
     def finish(self, records: Sequence[Record]) -> None:
-        """Give the records of the whole run, in this order, their name.
+        """Write the records of the whole run, in this order, under their final name.
 
-        Called by the first process when everything else is written: until then the run goes on. Killed in the midst of
-        it, what is left is still all of the run.
+        Called by the first process when everything else is written: until then the run can be continued. Killed in the
+        midst of this, what is left is still all of the run.
         """
         if self.folder is not None and self.file is not None:
             self.file.close()
             others = [part for part in parts(self.folder) if part != self.part]
-            if others or self.written != [_key(record) for record in records]:
-                with replacing(self.part) as text:
-                    text.write(to_lines(records))
+            with replacing(self.part) as text:
+                text.write(to_lines(records))
             for part in others:
                 part.unlink()
             os.replace(self.part, self.folder / RECORDS)
 
     def discard(self) -> None:
-        """Forget the run: what it left is not to be gone on from."""
+        """Remove what the run left, so that it is not continued."""
         if self.folder is not None and self.file is not None:
             self.file.close()
             for part in parts(self.folder):
@@ -116,7 +113,6 @@ class RecordWriter:
             self.records |= {_key(record): record for record, _ in kept}
             if part == self.part:
                 end = kept[-1][1] if kept else 0
-                self.written = [_key(record) for record, _ in kept]
         file = self.part.open("r+b" if self.part.exists() else "wb")
         file.truncate(end)
         file.seek(0, os.SEEK_END)

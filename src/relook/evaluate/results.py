@@ -9,6 +9,7 @@ from typing import Any, Self
 from relook.evaluate.records import Record
 from relook.evaluate.statistics import Estimate
 from relook.evaluate.summary import Comparison, Summary, compare_looks, summarize_run
+from relook.evaluate.tasks import PUBLISHED
 
 Column = tuple[str, float, int, bool]  # measure, factor, decimals, interval shown
 
@@ -76,7 +77,7 @@ class Evaluation:
         judgements = {(r.task, r.look): r.measures.get("judge") for r in self.results}
         own = {key: None if j is None or j.mean is None else 100 * j.mean for key, j in judgements.items()}
         if published := beside(own):
-            parts += [published.text(), "published: " + "; ".join(CAVEATS)]
+            parts += [published.text(), "published: " + "; ".join(PAPER["caveats"])]
         return "\n\n".join(parts + [f"failed: {error}" for r in self.results for error in r.errors[:1]])
 
 
@@ -176,45 +177,9 @@ def _comparisons(found: Sequence[Comparison]) -> Table:
     return Table("", (*heading, "gain, points", "where it looked", "p"), tuple(lines))
 
 
-# ---- the paper's table: mean judgement in percent by model, image size and task (arXiv 2502.17425)
+# ---- the paper's table: mean judgement in percent by model, image size and task
 
-PUBLISHED_COLUMNS = (
-    "gqa",
-    "openimages",
-    "vsr",
-    "llava",
-    "flickr30k",
-    "cub",
-    "docvqa",
-    "textvqa",
-    "textcaps",
-    "dude",
-    "pope",
-)
-AS = {"llava-free": "llava", "llava-single": "llava"}  # tasks of which a column is the mean
-NOT_TRAINED_ON = ("flickr30k", "dude", "pope")
-
-# (model, longest side in pixels) -> scores in the order of PUBLISHED_COLUMNS, percent
-PUBLISHED: dict[tuple[str, int], tuple[float, ...]] = {
-    ("Qwen2-VL-2B", 224): (44.8, 41.3, 56.1, 65.5, 52.1, 62.1, 5.1, 38.3, 39.0, 6.3, 82.1),
-    ("Qwen2-VL-7B", 224): (46.4, 44.2, 63.2, 70.3, 52.4, 69.7, 6.3, 42.1, 43.1, 9.5, 82.7),
-    ("2B-VPT (DINO)", 224): (60.6, 84.2, 65.7, 70.5, 55.8, 89.2, 12.5, 53.7, 46.6, 10.3, 84.3),
-    ("Qwen2-VL-2B", 512): (48.7, 41.8, 58.0, 72.8, 55.7, 65.2, 30.1, 76.5, 71.0, 25.3, 84.7),
-    ("Qwen2-VL-7B", 512): (56.9, 45.6, 64.1, 78.0, 63.6, 68.7, 36.0, 81.6, 73.2, 32.2, 86.6),
-    ("2B-VPT (DINO)", 512): (62.5, 87.2, 73.8, 79.7, 66.3, 89.8, 57.3, 86.0, 76.6, 43.0, 89.3),
-    ("2B-VPT (DINO, free choice)", 512): (63.5, 87.4, 73.3, 80.2, 70.5, 91.1, 57.6, 86.1, 75.8, 43.8, 95.0),
-    ("2B-VPT (CLIP)", 512): (62.1, 87.2, 74.6, 79.1, 66.0, 91.3, 56.7, 85.6, 77.0, 43.3, 88.7),
-    ("2B-VPT (SAM)", 512): (61.7, 87.6, 74.6, 79.6, 65.7, 90.5, 55.8, 85.8, 75.0, 43.1, 89.4),
-    ("7B-VPT (CLIP)", 512): (63.3, 87.8, 79.0, 83.1, 68.0, 92.1, 65.8, 90.6, 78.8, 53.2, 90.3),
-}
-
-CAVEATS = (
-    "judged by gpt-4o, its version not said; another judge gives other numbers",
-    "a judgement that failed counted as 0 there and is left out here",
-    "only judgements compare with it: relook judge FOLDER",
-    "the first 1000 items at most, answers sampled, no interval given",
-    f"{', '.join(NOT_TRAINED_ON)} were not in the training mix",
-)
+PAPER = PUBLISHED["paper"]
 
 
 def beside(judged: Mapping[tuple[str, str], float | None]) -> Table | None:
@@ -224,25 +189,30 @@ def beside(judged: Mapping[tuple[str, str], float | None]) -> Table | None:
         judged: mean judgement in percent by (task, look), None where nobody has judged. Behind each published figure
             stands, in brackets, one's own under the first look minus it.
     """
-    columns = [c for c in PUBLISHED_COLUMNS if c in {AS.get(task, task) for task, _ in judged}]
+    there = {_column(task) for task, _ in judged}
+    columns = [column for column in PAPER["columns"] if column in there]
     if not columns:
         return None
     looks = list(dict.fromkeys(look for _, look in judged))
-    own = {look: {c: _mean(judged, c, look) for c in columns} for look in looks}
+    own = {look: [_mean(judged, column, look) for column in columns] for look in looks}
     lines = []
-    for look in looks:
-        if any(value is not None for value in own[look].values()):
-            cells = ["-" if (value := own[look][c]) is None else f"{value:.1f}" for c in columns]
-            lines.append((f"yours, {look}", "", *cells))
-    for (model, side), scores in PUBLISHED.items():
-        pairs = [(scores[PUBLISHED_COLUMNS.index(c)], own[looks[0]][c]) for c in columns]
+    for look, values in own.items():
+        if any(value is not None for value in values):
+            lines.append((f"yours, {look}", "", *("-" if value is None else f"{value:.1f}" for value in values)))
+    for row in PAPER["rows"]:
+        scores = dict(zip(PAPER["columns"], row["scores"], strict=True))
+        pairs = [(scores[column], value) for column, value in zip(columns, own[looks[0]], strict=True)]
         cells = [f"{x:.1f}" if v is None else f"{x:.1f} ({v - x:+.1f})" for x, v in pairs]
-        lines.append((model, str(side), *cells))
+        lines.append((row["model"], str(row["side"]), *cells))
     return Table("", ("published, judge % (yours - it)", "px", *columns), tuple(lines))
+
+
+def _column(task: str) -> str:
+    return PAPER["means_of"].get(task, task)
 
 
 def _mean(judged: Mapping[tuple[str, str], float | None], column: str, look: str) -> float | None:
     """The mean over the tasks of a column; None where one of them was not judged."""
-    values = [v for (task, asked), v in judged.items() if asked == look and AS.get(task, task) == column]
+    values = [v for (task, asked), v in judged.items() if asked == look and _column(task) == column]
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None

@@ -79,25 +79,36 @@ def evaluate(
         if batch == AUTO:
             plan, run["measured"] = _with_fastest_batch(plan, executor, out)
         run |= plan.to_dict() | {"engine": find_executor(engine)}
-        with executor.writer(out, {name: run.get(name) for name in DECISIVE}) as writer:
-            records = in_order(executor.records(plan, writer, progress), plan)
-            run["taken_up"] = writer.taken_up
-            run["seconds"] = sum(record["seconds"] or 0.0 for record in records)
-            run["questions"] = questions_hashes(records)
-            evaluation = Evaluation.of(run, records, run["scores"], plan.seed)
-            silent = not any(result.answered for result in evaluation.results)
-            if executor.main and silent:
-                writer.discard()
-            elif executor.main:  # results, then records: until these have their name the run goes on
-                if out is not None:
-                    with replacing(Path(out) / RESULTS) as results_file:
-                        json.dump(evaluation.to_dict(), results_file, indent=2, ensure_ascii=False)
-                writer.finish(records)
-        if silent:
-            errors = [error for result in evaluation.results for error in result.errors]
-            why = errors[0] if errors else "no setting applied to any question"
-            raise RelookError(f"not one question was answered; the first failure: {why}")
+        evaluation = _asked(plan, run, executor, out, progress)
+    if not _any_answer(evaluation):
+        errors = [error for result in evaluation.results for error in result.errors]
+        why = errors[0] if errors else "no setting applied to any question"
+        raise RelookError(f"not one question was answered; the first failure: {why}")
     return evaluation
+
+
+def _asked(
+    plan: Plan, run: dict[str, Any], executor: Executor, out: str | Path | None, progress: Progress | None
+) -> Evaluation:
+    """The results of the plan, written into `out`; a run without an answer leaves nothing there."""
+    with executor.writer(out, {name: run.get(name) for name in DECISIVE}) as writer:
+        records = in_order(executor.records(plan, writer, progress), plan)
+        run["taken_up"] = writer.taken_up
+        run["seconds"] = sum(record["seconds"] or 0.0 for record in records)
+        run["questions"] = questions_hashes(records)
+        evaluation = Evaluation.of(run, records, run["scores"], plan.seed)
+        if executor.main and not _any_answer(evaluation):
+            writer.discard()
+        elif executor.main:  # results, then records: until these have their name the run goes on
+            if out is not None:
+                with replacing(Path(out) / RESULTS) as results_file:
+                    json.dump(evaluation.to_dict(), results_file, indent=2, ensure_ascii=False)
+            writer.finish(records)
+    return evaluation
+
+
+def _any_answer(evaluation: Evaluation) -> bool:
+    return any(result.answered for result in evaluation.results)
 
 
 def _with_fastest_batch(plan: Plan, executor: Executor, out: str | Path | None) -> tuple[Plan, dict[str, float]]:

@@ -107,8 +107,6 @@ def find_settings(names: Sequence[str], vlm: Any) -> list[Setting]:
     Raises:
         UserError: no such setting, or one that needs a look the model lacks.
     """
-    if not names:
-        raise UserError(f"no look was named; expected some of {', '.join(SETTINGS)}")
     for name in names:
         if name not in SETTINGS:
             raise UserError(f"look {name!r} is unknown; expected some of {', '.join(SETTINGS)}")

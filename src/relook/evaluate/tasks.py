@@ -1,7 +1,8 @@
 """Tasks: what is asked, and how each answer is scored.
 
-A task is a row of `TASKS` (benchmarks of others, of which neither questions nor images are part of relook), an entry
-point of an installed package (`relook.tasks`), a dotted path, a file of questions, or a line of a YAML file:
+A task is a row of `TASKS` (benchmarks of others, in published.yaml; neither their questions nor their images are part
+of relook), an entry point of an installed package (`relook.tasks`), a dotted path, a file of questions, or a line of a
+YAML file:
 
     my-task: {questions: q.jsonl, scores: [exact, anls]}
 
@@ -35,10 +36,6 @@ if TYPE_CHECKING:
     from relook.evaluate.records import Record
 
 Reader = Callable[[Path], Iterator[Question]]
-
-VPT = "rp-yu/VPT_Datasets on the Hugging Face hub"
-VISCOT = "https://github.com/deepcs233/Visual-CoT (viscot_benchmark/benchmark)"
-POPE = "https://github.com/RUCAIBox/POPE (output/coco)"
 
 
 @dataclass(frozen=True)
@@ -117,82 +114,15 @@ class PublishedFiles:
         raise UserError(f"task {self.task}: there is no {wanted} in {folder}; it is part of {self.source}")
 
 
-# ---- benchmarks
-
-TEXT = ("exact", "vqa_exact", "anls")
-
-
 def _benchmark(
-    name: str, about: str, source: str, scores: tuple[str, ...], *files: tuple[str, Reader], tokens: int = 64
+    name: str, about: str, scores: Iterable[str], source: str, files: Mapping[str, str], tokens: int = 64
 ) -> Task:
-    return Task(name, about, PublishedFiles(name, files, source), scores, tokens=tokens)
+    read = tuple((pattern, getattr(readers, reader)) for pattern, reader in files.items())
+    return Task(name, about, PublishedFiles(name, read, source), tuple(scores), tokens=tokens)
 
 
-def _paper(name: str, about: str, split: str, file: str, reader: Reader = readers.viscot) -> Task:
-    """A row of the paper's table: the published split, or else what it was made of."""
-    source = f"{VPT} ({split}.json) or {VISCOT} ({file})"
-    return _benchmark(name, about, source, TEXT, (f"{split}*.json", readers.published), (file, reader))
-
-
-def _viscot(name: str, about: str, *scores: str) -> Task:
-    return _benchmark(name, about, VISCOT, (*TEXT, *scores), (f"{name}.json", readers.viscot))
-
-
-def _llava(kind: str, about: str) -> Task:
-    split = f"LLaVA_COCO_{kind}_action_test"
-    files = (f"{split}*.json", readers.published)
-    return _benchmark(f"llava-{kind}", about, f"{VPT} ({split}.json)", ("rouge_l",), files, tokens=512)
-
-
-def _pope(name: str, about: str, *files: tuple[str, Reader]) -> Task:
-    return _benchmark(name, about, POPE, ("yes_no",), *files)
-
-
-def _choice(name: str, about: str, source: str, reader: Reader, *patterns: str) -> Task:
-    files = ((pattern, reader) for pattern in patterns)
-    return _benchmark(name, f"{about}, multiple choice", f"{source} on the Hugging Face hub", ("choice",), *files)
-
-
-def _hr_bench(size: str) -> Task:
-    about, patterns = f"small things in images of {size.upper()} pixels", ("parquet", "tsv")
-    files = (f"hr_bench_{size}.{kind}" for kind in patterns)
-    return _choice(f"hr-bench-{size}", about, "DreamMr/HR-Bench", readers.hr_bench, *files)
-
-
-BENCHMARKS: dict[str, Task] = {
-    row.name: row
-    for row in (
-        _paper("gqa", "relations and attributes in photos", "GQA_region_test", "gqa.json"),
-        _paper("openimages", "relations in photos", "OI_region_test", "openimages.json"),
-        _paper("vsr", "spatial relations in photos", "VSR_region_test", "vsr.json"),
-        _llava("free", "questions about photos, answered at length"),
-        _llava("single", "questions about photos, answered shortly"),
-        _paper("flickr30k", "photos, asked for what they show", "Flickr30k_action_test", "flickr30k.json",
-               readers.viscot_again),
-        _paper("cub", "birds: attributes of a part", "CUB_Birds_action_test", "cub.json", readers.viscot_again),
-        _paper("docvqa", "scanned documents", "DocVQA_region_test", "docvqa.json"),
-        _paper("textvqa", "text in photos", "TextVQA_region_test", "textvqa.json"),
-        _paper("textcaps", "text in photos, from captions", "TextCap_region_test", "textcap.json"),
-        _paper("dude", "pages of documents", "DUDE_region_test", "dude.json"),
-        _pope("pope", "is something there that is not", ("POPE_action_test*.json", readers.published),
-              ("coco_pope_*.json", readers.pope)),
-        *(
-            _pope(f"pope-{kind}", f"the same, {kind} things", (f"coco_pope_{kind}.json", readers.pope))
-            for kind in ("random", "popular", "adversarial")
-        ),
-        _choice("vstar", "V*Bench: small things in large photos", "craigwu/vstar_bench", readers.vstar,
-                "test_questions.jsonl"),
-        _hr_bench("4k"),
-        _hr_bench("8k"),
-        _choice("cv-bench", "counting, relations, depth and distance", "nyu-visionx/CV-Bench", readers.cv_bench,
-                "test_[23]d.jsonl", "test_[23]d.parquet"),
-        _viscot("sroie", "receipts", "amount"),
-        _viscot("infographicsvqa", "infographics"),
-        _viscot("visual7w", "photos"),
-        _viscot("emotic", "people's feelings in photos"),
-    )
-}  # fmt: skip
-
+PUBLISHED = read_yaml(Path(__file__).with_name("published.yaml"))
+BENCHMARKS: dict[str, Task] = {name: _benchmark(name, **row) for name, row in PUBLISHED["benchmarks"].items()}
 TASKS: dict[str, Task] = BENCHMARKS
 
 
