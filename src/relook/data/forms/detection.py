@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.items import Question
-from relook.data.reader import read_members, read_records
+from relook.data.reader import Record, read_members, read_records
 from relook.errors import UserError
 
 HOW_MANY = 'How many objects of the kind "{name}" are in the image? Answer with a number.'
@@ -36,40 +36,34 @@ def read_coco(path: Path) -> Iterator[Question]:
     Kinds of an image that are annotated as a crowd have no count, and so no question.
     """
     names = {_number(r.value, "id", r.where): str(r.value.get("name", "")) for r in read_members(path, "categories")}
-    groups: dict[tuple[int, int], array[float]] = {}
+    counted: dict[int, dict[int, array[float]]] = {}  # image -> category -> its boxes
     crowds: set[tuple[int, int]] = set()
-    own: list[tuple[int, Mapping[str, Any], str]] = []
+    asked: dict[int, list[Record]] = {}  # image -> annotations with a question of their own
     for record in read_members(path, "annotations"):
-        where = record.where
-        image = _number(record.value, "image_id", where)
-        if "question" in record.value:
-            own.append((image, record.value, where))
+        value, where = record.value, record.where
+        image = _number(value, "image_id", where)
+        if "question" in value:
+            asked.setdefault(image, []).append(record)
             continue
-        key = (image, _number(record.value, "category_id", where))
-        if key[1] not in names:
-            raise UserError(f"{where}: category_id {key[1]} is not among the {len(names)} categories")
-        if record.value.get("iscrowd"):
-            crowds.add(key)
-        groups.setdefault(key, array("d")).extend(_wide(record.value.get("bbox"), where))
-    by_image: dict[int, list[int]] = {}
-    for image, category in groups:
-        by_image.setdefault(image, []).append(category)
-    asked: dict[int, list[tuple[Mapping[str, Any], str]]] = {}
-    for image, value, where in own:
-        asked.setdefault(image, []).append((value, where))
+        category = _number(value, "category_id", where)
+        if category not in names:
+            raise UserError(f"{where}: category_id {category} is not among the {len(names)} categories")
+        if value.get("iscrowd"):
+            crowds.add((image, category))
+        boxes = counted.setdefault(image, {}).setdefault(category, array("d"))
+        boxes.extend(_wide(value.get("bbox"), where))
     for record in read_members(path, "images"):
-        where = record.where
-        image = _number(record.value, "id", where)
+        image = _number(record.value, "id", record.where)
         head = {"image": record.value.get("file_name")} | _sides(record.value)
-        for category in by_image.get(image, ()):
+        for category, numbers in counted.pop(image, {}).items():
             if (image, category) not in crowds:
-                boxes, name = _boxes(groups[image, category]), names[category]
-                yield _question(head | {"field": name}, HOW_MANY.format(name=name), str(len(boxes)), boxes, where)
-        for value, place in asked.pop(image, ()):
-            boxes = _boxes(_wide(value.get("bbox"), place))
-            yield _question(head, value["question"], value.get("answer"), boxes, place)
-        by_image.pop(image, None)
-    if lost := sorted({*by_image, *asked}):
+                found, name = _boxes(numbers), names[category]
+                question = HOW_MANY.format(name=name)
+                yield _question(head | {"field": name}, question, str(len(found)), found, record.where)
+        for own in asked.pop(image, ()):
+            found = _boxes(_wide(own.value.get("bbox"), own.where))
+            yield _question(head, own.value["question"], own.value.get("answer"), found, own.where)
+    if lost := sorted({*counted, *asked}):
         raise UserError(f"{path}: annotations of {len(lost)} images that 'images' does not list (first: id {lost[0]})")
 
 
