@@ -1,4 +1,4 @@
-"""The zoo: synthetic datasets, objectives and recipes that make the two tiny models, and the tasks that test them.
+"""Synthetic datasets, training objectives and recipes of the two tiny models, and the tasks that evaluate them.
 
-It imports relook and nothing in relook imports it: what it adds is found by entry point (zoo/pyproject.toml).
+The zoo imports relook, never the reverse; relook finds it by entry points (zoo/pyproject.toml).
 """

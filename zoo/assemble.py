@@ -1,11 +1,9 @@
-"""A model that may look again from a text model and a vision tower: the middle size between tiny and published ones.
+"""Build a relook model from a text model and the vision part of another relook model.
 
-A Llama is a Qwen2 whose query, key and value biases are zero, and M-RoPE with the same number on all three axes is
-RoPE: so the language model of the new Qwen2-VL starts out as the text model itself, and the two give the same logits on
-text without an image. Everything about seeing (tower, encoders, views, grid, looks) is another relook model's. What
-joins the two is fresh: the merger's last layer, the projectors, and the rows of the new tokens.
-
-Refuses to know images, recipes and how the whole is trained.
+A Llama is a Qwen2 whose query, key and value biases are zero, and M-RoPE with equal positions on its three axes is
+RoPE. The language model of the new Qwen2-VL therefore starts as the text model itself, with equal logits on text
+without images. Vision encoder, look encoders, views, grid and looks come from another relook model. New weights are
+the last layer of the merger, the projectors, and the rows of the new tokens.
 """
 
 from __future__ import annotations
@@ -27,40 +25,41 @@ from relook.model.modeling import VPTQwen2VLForConditionalGeneration
 from relook.model.new import build
 from relook.model.start import new_token_rows
 
-FAMILIES = ("llama", "qwen2")  # model types whose layers are Qwen2-VL's, but for biases
-TAKEN_OVER = (  # fields of the text model's config that Qwen2-VL's has as well
+FAMILIES = ("llama", "qwen2")  # model types with Qwen2-VL's layers, except for biases
+TAKEN_OVER = (  # config fields copied from the text model
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
     *("use_sliding_window", "sliding_window", "max_window_layers", "tie_word_embeddings"),
 )
-QWEN_TOKENS = (  # what a Qwen2-VL conversation is written with; a text model may know some of them
+QWEN_TOKENS = (  # tokens of a Qwen2-VL conversation; added where missing
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
     *("<|image_pad|>", "<|video_pad|>"),
 )
-DIGITS_APART = ("smollm",)  # GGUF tokenizers that cut numbers into digits, of which transformers does not know
-LOOSE = ("q_proj.bias", "k_proj.bias", "v_proj.bias")  # what a Llama lacks, zero here
+DIGITS_APART = ("smollm",)  # GGUF tokenizers that split digits, which transformers ignores
+LOOSE = ("q_proj.bias", "k_proj.bias", "v_proj.bias")  # zero for a Llama, which has none
 
 
 def assemble(
     text: str | Path, model: Any, processor: Any, seed: int = 0, condition_std: float = 0.005
 ) -> tuple[VPTQwen2VLForConditionalGeneration, Any]:
-    """A new model from a text model and the vision of another relook model; both stay as they are.
+    """Combine a text model with the vision part of another relook model; neither is modified.
 
         start, processor = assemble("SmolLM2.gguf", load_model("receipts-tiny"), load_processor("receipts-tiny"))
 
     Args:
-        text: a Llama or Qwen2 with its tokenizer: a folder or hub id in Hugging Face's format, or a GGUF file (which is
-            dequantised; needs the package gguf). The tokenizer must write pieces of text as they are, as byte-level BPE
-            does: turns are encoded one by one.
-        model, processor: whose vision tower, encoders, views, grid and looks are taken.
-        seed: of what is drawn afresh.
-        condition_std: spread of Linear_c in the fresh projectors; see `relook.model.new.Size`.
+        text: a Llama or Qwen2 with its tokenizer: a folder or hub id in Hugging Face's format, or a GGUF file, which is
+            dequantized (needs the package gguf). Its tokenizer must encode the parts of a text independently, as
+            byte-level BPE does, because turns are encoded one by one.
+        model, processor: the relook model whose vision encoder, look encoders, views, grid and looks are used.
+        seed: of the new weights.
+        condition_std: standard deviation of Linear_c in the new projectors; see `relook.model.new.Size`.
 
     Returns:
-        (model, processor) in float32, in eval mode, untrained.
+        (model, processor): float32, in eval mode, untrained.
 
     Raises:
-        UserError: not a text model, or not one whose layers fit. CheckpointError: its weights cannot be read.
+        UserError: not a text model, or its layers do not fit.
+        CheckpointError: its weights cannot be read.
     """
     source, tokenizer = load_text(text)
     known = len(tokenizer)
@@ -81,10 +80,15 @@ def assemble(
 
 
 def write(text: str, target: Path, *, vision: str | None = None, size: str | None = None, seed: int = 0) -> Path:
-    """`relook models assemble`: a new model from a text model and the vision of MODEL, or of a size, into a folder.
+    """Implement `relook models assemble`: assemble a model and save it in the new folder `target`.
+
+    Args:
+        text: as for `assemble`.
+        vision: a relook model to take the vision part from.
+        size: or the name of a size, for an untrained vision part. Give exactly one of the two.
 
     Raises:
-        UserError: both or none of `vision` and `size`; there is something at `target`.
+        UserError: both or none of `vision` and `size`; `target` exists.
     """
     if (vision is None) == (size is None):
         raise UserError("give exactly one of --vision MODEL and --size SIZE")
@@ -100,10 +104,11 @@ def write(text: str, target: Path, *, vision: str | None = None, size: str | Non
 
 
 def load_text(source: str | Path) -> tuple[Any, Any]:
-    """A text model in float32 and its tokenizer, from a folder, a hub id or a GGUF file.
+    """Load a text model in float32 and its tokenizer from a folder, a hub id or a GGUF file.
 
     Raises:
-        UserError: no such model, or not of `FAMILIES`. CheckpointError: it cannot be read.
+        UserError: no such model, or its type is not in `FAMILIES`.
+        CheckpointError: it cannot be read.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -135,7 +140,7 @@ def load_text(source: str | Path) -> tuple[Any, Any]:
 
 
 def _gguf_header(path: Path) -> tuple[str, str]:
-    """Architecture of a GGUF file, and how its tokenizer cuts text before merging."""
+    """Return the architecture of a GGUF file and the name of its tokenizer's pre-tokenization."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a folder, a hub id or a .gguf file")
     if importlib.util.find_spec("gguf") is None:
@@ -154,13 +159,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _fit_processor(processor: Any, tokenizer: Any) -> Any:
-    """A processor like the one given around the text model's tokenizer, to which all tokens are added."""
+    """Copy a processor with the text model's tokenizer, to which all missing tokens are added."""
     from transformers import AddedToken
 
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in QWEN_TOKENS], special_tokens=True)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
-    tokenizer.add_bos_token = tokenizer.add_eos_token = False  # conversations say for themselves how they begin
-    tokenizer.chat_template = None  # the text model's knows no images
+    tokenizer.add_bos_token = tokenizer.add_eos_token = False  # the conversation format writes its own
+    tokenizer.chat_template = None  # the text model's has no images
     names = list(inspect.signature(type(processor).__init__).parameters)
     settings = {name: getattr(processor, name) for name in names[names.index("looks") :]}
     fitted = type(processor)(processor.image_processor, tokenizer, **settings)
@@ -169,12 +174,12 @@ def _fit_processor(processor: Any, tokenizer: Any) -> Any:
 
 
 def _config(text: Any, vision: Any, processor: Any) -> VPTQwen2VLConfig:
-    """Layers of `text`, everything about seeing from `vision`, token ids of `processor`."""
+    """Build the config: layers of `text`, vision fields of `vision`, token ids of `processor`."""
     tokenizer = processor.tokenizer
     values = {name: getattr(text, name) for name in TAKEN_OVER if hasattr(text, name)}
     half = text.hidden_size // text.num_attention_heads // 2
-    # One frequency each for t, h, w in turn: in three blocks, as Qwen2-VL has them, one axis would have only the lowest
-    # frequencies, of which the text model has made little use.
+    # Interleave the frequencies of t, h and w. With Qwen2-VL's three blocks one axis would get only the lowest
+    # frequencies, which the text model hardly uses.
     rope = {**text.rope_parameters, "mrope_section": [1] * half}
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return VPTQwen2VLConfig.from_dict(
@@ -194,7 +199,7 @@ def _config(text: Any, vision: Any, processor: Any) -> VPTQwen2VLConfig:
 
 @torch.no_grad()
 def _take_text(new: Any, source: Any, name: str) -> None:
-    """The text model's weights into the new one, whole; biases that it lacks are zero."""
+    """Copy all weights of the text model into the new model; missing biases become zero."""
     ours = new.model.language_model
     weights = source.model.state_dict()
     lacking = {k: torch.zeros_like(v) for k, v in ours.state_dict().items() if k not in weights and k.endswith(LOOSE)}
@@ -209,11 +214,11 @@ def _take_text(new: Any, source: Any, name: str) -> None:
 
 @torch.no_grad()
 def _take_vision(new: Any, source: Any, word: float) -> None:
-    """The other model's tower and encoders. The merger's last layer is drawn afresh: its width is the text model's.
+    """Copy the vision encoder and look encoders; initialize the merger's last layer, whose width is the text model's.
 
     Args:
-        word: root mean square of the text model's embeddings. Image tokens start out about half as long as words (the
-            merger's inner values were 0.5 to 0.6 in trained and in fresh towers).
+        word: root mean square of the text model's embeddings. Image tokens start about half as long as those (the
+            merger's inner activations were 0.5 to 0.6 in trained and in untrained encoders).
     """
     new.encoders.load_state_dict(source.encoders.state_dict())
     last = new.model.visual.merger.mlp[-1]

@@ -1,10 +1,10 @@
-"""Scanned receipts with their lines: the real counterpart of the receipt world, for training.
+"""Reader of scanned receipts with annotated lines, used in training beside the synthetic receipts.
 
-A folder as in `../shared/data/receipts`: `train.jsonl` (image, width, height, fields, lines of box and text) and
-`train_qa.jsonl` (question, answer, bboxs, field). Nothing of it is part of the project; without the folder a recipe
-trains on the synthetic world alone and says so. Knows files; not models, not tokens.
+A folder such as `../shared/data/receipts` holds `train.jsonl` (image, width, height, fields, lines of box and text) and
+`train_qa.jsonl` (question, answer, bboxs, field). The scans are not part of the project; without the folder a recipe
+prints a notice and trains on synthetic pages alone.
 
-Frames: boxes (x1, y1, x2, y2) in pixels of the scan, x2 and y2 exclusive.
+Boxes are (x1, y1, x2, y2) in pixels of the scan, x2 and y2 exclusive.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Scan:
-    """One receipt: its file, its lines (box, text in upper case) and its questions."""
+    """One receipt: image file, lines as (box, upper-case text), and questions."""
 
     path: Path
     lines: list[tuple[Box, str]]
@@ -32,7 +32,7 @@ class Scan:
 
     @property
     def image(self) -> Image.Image:
-        """The scan in grey, kept once read."""
+        """The grayscale scan, cached after the first access."""
         from PIL import Image
 
         if self._image is None:
@@ -42,7 +42,7 @@ class Scan:
 
 
 def read_scans(folder: str | Path | None, split: str = "train") -> list[Scan]:
-    """The receipts of a split; an empty list where the folder is None or not there (said on stderr)."""
+    """Read the receipts of a split; prints a notice and returns an empty list if `folder` does not exist."""
     if folder is None:
         return []
     if not (Path(folder) / f"{split}.jsonl").is_file():

@@ -1,4 +1,4 @@
-"""Sizes of the tiny models, and how their vision encoders start out."""
+"""Sizes of the tiny models and the initialization of their vision encoders."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from relook.model.new import Size
 from zoo.worlds.cards import Cards
 from zoo.worlds.receipts import Receipts
 
-# (down, right) in patches that each head starts out looking at, a row per layer, repeated
-NEIGHBOURS = (
+# initial offset (down, right) in patches that each head attends to; one row per layer, repeated
+NEIGHBORS = (
     ((0, -1), (0, 1), (-1, 0), (1, 0)),
     ((-1, -1), (-1, 1), (1, -1), (1, 1)),
     ((0, -2), (0, 2), (-1, 0), (1, 0)),
     ((0, -1), (0, 1), (-2, 0), (2, 0)),
 )
-SHARPNESS = (6.0, 4.0, 2.0)  # logits on the three highest frequencies of an axis: off by one patch costs 3, by two 9
+SHARPNESS = (6.0, 4.0, 2.0)  # logits at the three highest frequencies of an axis: one patch off costs 3, two cost 9
 
 
 def look_near(model: Any) -> None:
-    """Set the q and k biases of a fresh Qwen2-VL vision tower so that its heads look at neighbouring patches.
+    """Initialize the q and k biases of a Qwen2-VL vision encoder so that its heads attend to neighboring patches.
 
-    With rotary positions the product of two constant vectors depends on the distance of their patches alone:
-    q = a (cos f d, sin f d) and k = (a, 0) meet with a^2 cos(f (x - d)), largest where the other patch lies at x = d.
-    A letter is a handful of neighbouring patches; a tower should not have to find out first that neighbours matter.
-    Only the start is changed, the architecture is stock.
+    With rotary positions the product of two constant vectors depends only on the distance of their patches:
+    q = a (cos f d, sin f d) and k = (a, 0) give a^2 cos(f (x - d)), which is largest at distance x = d. A letter covers
+    a few neighboring patches, so the encoder need not learn first that neighbors matter. The architecture is unchanged.
     """
     import torch
 
@@ -33,9 +32,9 @@ def look_near(model: Any) -> None:
         attention = block.attn
         heads, size = attention.num_heads, attention.qkv.out_features // 3 // attention.num_heads
         frequencies = 1.0 / 10000.0 ** (torch.arange(0, size // 2, 2).float() / (size // 2))  # as Qwen2-VL's, per axis
-        bias = torch.zeros(3, heads, 2, 2, size // 4)  # q k v, head, cos | sin half, down | right, frequency
+        bias = torch.zeros(3, heads, 2, 2, size // 4)  # (q k v, head, cos | sin, down | right, frequency)
         for head in range(heads):
-            offset = NEIGHBOURS[number % len(NEIGHBOURS)][head % 4]
+            offset = NEIGHBORS[number % len(NEIGHBORS)][head % 4]
             for axis in range(2):
                 for i, logit in enumerate(SHARPNESS[: size // 4]):
                     a, angle = (logit * size**0.5) ** 0.5, frequencies[i] * offset[axis]
@@ -76,10 +75,10 @@ CARDS_TINY = Size(
     reencode={"longest_side": 256, "scale": 0.5},
 )  # fmt: skip
 
-# The controls of zoo/receipts.md, which may not look again: more parameters; one look with as many tokens as two.
+# Controls of zoo/receipts.md without a second look: more parameters; one look with as many tokens as two.
 RECEIPTS_LARGE = replace(RECEIPTS, lm={**RECEIPTS.lm, "num_hidden_layers": 10, "intermediate_size": 1280})
 RECEIPTS_FINE = replace(RECEIPTS, first={"longest_side": 624})
 
-# The same experiment at a scale for a GPU (zoo/tools/receipts_gpu.sh).
+# The same experiment at GPU scale (zoo/tools/receipts_gpu.sh).
 BASE_LARGE = replace(BASE, lm={**BASE.lm, "num_hidden_layers": 24, "intermediate_size": 1536})
 BASE_FINE = replace(BASE, first={"longest_side": 624})

@@ -1,4 +1,4 @@
-"""Evaluation tasks of the zoo: pages of its synthetic datasets that no training saw, and real scanned receipts."""
+"""Evaluation tasks of the zoo: held-out pages of its synthetic datasets, and real scanned receipts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from zoo.worlds import make_world
 if TYPE_CHECKING:
     from PIL import Image
 
-# Worlds of training recipes take small seeds; pages for evaluation come from seeds beyond this one, so none was seen.
+# Training recipes use small seeds; evaluation pages use seeds above this one, so none is trained on.
 UNSEEN = 1_000_000_007
 REAL_RECEIPTS = Path("../shared/data/receipts/val_qa.jsonl")
 _PAGE = re.compile(r"(?P<world>[\w-]+) page (?P<index>\d+) of seed (?P<seed>\d+)")  # as `world_questions` writes it
 
 
 def world_questions(world: str, seed: int) -> Iterator[Question]:
-    """One question about each page of a world that no training saw, which one drawn by page; without end."""
+    """Yield one randomly chosen question per held-out page of a synthetic dataset, without end."""
     pages = make_world(world, UNSEEN + seed)
     for index in count():
         page = pages.sample(index)
@@ -33,7 +33,7 @@ def world_questions(world: str, seed: int) -> Iterator[Question]:
 
 
 def real_receipts() -> Iterator[Question]:
-    """The validation questions about real scanned receipts, where the project's shared folder is at hand."""
+    """Return the validation questions on real scanned receipts, if the shared data folder exists."""
     beside = Path(__file__).parents[1] / REAL_RECEIPTS  # of the checkout this file may lie in
     path = next((path for path in (REAL_RECEIPTS, beside) if path.is_file()), None)
     if path is None:
@@ -45,10 +45,10 @@ def real_receipts() -> Iterator[Question]:
 
 
 def page_image(record: Any) -> Image.Image:
-    """The page of a record, drawn again.
+    """Render the page of a record again.
 
     Raises:
-        UserError: the record names no page, or the page is drawn differently now.
+        UserError: the record names no page, or the page no longer renders the same.
     """
     match = _PAGE.fullmatch(str(record["where"]))
     if match is None:

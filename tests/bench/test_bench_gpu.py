@@ -1,4 +1,4 @@
-"""The script that measures training on a GPU, in small on a CPU: it runs, and what it calls model FLOPs is that."""
+"""The GPU training benchmark, run small on a CPU: it completes, and its count of model FLOPs is correct."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`import relook` stays light, and announces its model type to transformers in whichever order the two are imported.
+"""`import relook` loads no heavy package and registers with transformers whichever of the two is imported first.
 
-Each case runs in a fresh interpreter: what is in sys.modules there is the whole point.
+Each case runs in a fresh interpreter, because it depends on sys.modules.
 """
 
 import subprocess

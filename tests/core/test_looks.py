@@ -1,7 +1,7 @@
-"""The look table, reading and writing calls, and the grammar.
+"""Looks, reading and writing of calls, and the grammar that constrains them.
 
-Checked against the published tokenizers and conversations (tests/fixtures/parity/data/data_pipeline.json), and with
-token soup from hypothesis: whatever is read, nothing raises and every call is either well formed or says what is wrong.
+Compared with the published tokenizers and conversations (tests/fixtures/parity/data/data_pipeline.json). Random token
+sequences from hypothesis never raise: every call is either well formed or reports what is wrong.
 """
 
 import json

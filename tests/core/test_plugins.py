@@ -1,4 +1,4 @@
-"""Rows of one's own: found by dotted path and by entry point; and what is said where the zoo is not installed."""
+"""Plugins: user-defined rows found by dotted path and by entry point, and the error where the zoo is not installed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Region geometry: cells, fractions, pixels, crops; over images from 1 x 1 to 20:1 and grids from 1 to 16.
+"""Region geometry: cells, fractions, pixels and crops, for images from 1 x 1 to 20:1 and grids from 1 to 16.
 
-The expected boxes come from spec.md, from the published conversations (their crop suffixes beside their region tokens),
-and from counting pixels one by one; the properties hold for whatever hypothesis finds.
+Expected boxes come from the published conversations (crop suffixes beside region tokens) and from counting pixels;
+properties are tested with hypothesis.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The trace as JSON, and the picture of an answer: pixels are looked for where the geometry says they must be."""
+"""The trace as JSON, and the picture of an answer, whose pixels are compared with the expected geometry."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Builds from sources and from questions with boxes."""
+"""`build`: items from all sources and from questions with boxes."""
 
 from __future__ import annotations
 

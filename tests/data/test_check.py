@@ -1,4 +1,4 @@
-"""`relook data check` as a command: each fault is found alone and mended."""
+"""`relook data check`: every kind of fault is detected alone and corrected by --fix."""
 
 from __future__ import annotations
 

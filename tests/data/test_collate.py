@@ -1,4 +1,4 @@
-"""Collator: rows become batches; held against the recorded ids and labels, and against rows one by one."""
+"""Collator: batches equal the recorded ids and labels, and equal their rows collated one by one."""
 
 from __future__ import annotations
 

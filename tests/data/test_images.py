@@ -1,4 +1,4 @@
-"""Where the images of a source are, and whether they are all there."""
+"""Image sets of a source: where the images are, and whether they are complete."""
 
 from __future__ import annotations
 

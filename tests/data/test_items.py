@@ -1,4 +1,4 @@
-"""Items, builder, dataset and linter: held against the published pipeline's recorded items."""
+"""Items, builder, dataset and linter, compared with the published pipeline's recorded items."""
 
 from __future__ import annotations
 

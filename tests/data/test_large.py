@@ -1,4 +1,4 @@
-"""Sets of any size: memory that does not grow with them, shuffling, Parquet that resumes, and files that are broken."""
+"""Large datasets: constant memory, shuffling, resumable Parquet conversion, and corrupt files."""
 
 from __future__ import annotations
 

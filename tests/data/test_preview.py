@@ -1,4 +1,4 @@
-"""`relook data preview` and `stats`: what the page shows and what it never fetches; numbers that add up."""
+"""`relook data preview` and `stats`: content of the page, no external requests, consistent counts."""
 
 from __future__ import annotations
 

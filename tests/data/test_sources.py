@@ -1,4 +1,4 @@
-"""Sources: small files of every form, and the real Visual-CoT benchmark."""
+"""Sources: small files in every format, and the real Visual-CoT benchmark."""
 
 from __future__ import annotations
 

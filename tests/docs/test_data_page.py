@@ -1,4 +1,4 @@
-"""docs/data.md: its commands, run one after another in an empty folder, print what the page says they print."""
+"""docs/data.md: every command, run in order in an empty folder, prints what the page shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/extending.md as it is written: its module, imported from the working directory, and the commands on it."""
+"""docs/extending.md: its example module imports from the working directory, and its commands run."""
 
 from __future__ import annotations
 

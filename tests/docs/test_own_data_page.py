@@ -1,4 +1,4 @@
-"""docs/own-data.md as it is written: its commands, in its order, on a few receipts and two training steps."""
+"""docs/own-data.md: its commands run in order, on a few pages and two training steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documentation cannot lie: its code runs, its file names exist, and the command reference is what --help says."""
+"""The documentation: its code runs, its file names exist, and the command reference equals the output of --help."""
 
 import re
 from pathlib import Path

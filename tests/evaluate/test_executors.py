@@ -1,4 +1,4 @@
-"""Engines: wherever batches are asked, the records are those of one process; and so after a cut."""
+"""Executors: records do not depend on the executor, nor on an interruption."""
 
 from __future__ import annotations
 

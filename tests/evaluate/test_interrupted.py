@@ -1,4 +1,4 @@
-"""Evaluations that are killed and given again: no item lost, none twice, the same result."""
+"""Interrupted evaluations: after a kill and a rerun no item is lost or repeated, and the result is the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The judge, over real HTTP: a server that answers, fails, stalls, refuses and talks nonsense."""
+"""The judge, against a local HTTP server that answers, fails, stalls, rejects requests or returns nonsense."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Did the second look matter: looks held against each other item by item, and paired tests against known values."""
+"""Effect of the second look: looks compared item by item, and paired tests against known values."""
 
 from __future__ import annotations
 

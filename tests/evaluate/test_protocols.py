@@ -1,4 +1,4 @@
-"""The paper's tasks and protocol: questions out of the benchmark's own form, images found here, views and sampling."""
+"""The paper's tasks and protocol: benchmark files, image lookup, views and sampling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reports: records made by hand, numbers worked by hand or by another implementation, and files a person can read."""
+"""Reports on hand-made records: figures computed by hand or by another implementation, and readable output files."""
 
 from __future__ import annotations
 

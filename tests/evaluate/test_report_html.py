@@ -1,4 +1,4 @@
-"""The page of a report: what stands in it, what cannot get out of its place, and how it behaves in a real browser."""
+"""report.html: content, escaping of record texts, and behavior in a real browser."""
 
 from __future__ import annotations
 

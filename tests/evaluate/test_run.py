@@ -1,4 +1,4 @@
-"""Evaluation: scores against hand-worked values and other implementations, runs against a model of plain Python."""
+"""`evaluate`: scores against hand-computed values and other implementations, and runs with a plain Python model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores against what others published or computed: official scripts' outputs, tables of papers, textbook examples."""
+"""Scores, compared with official scripts' outputs, tables of papers and textbook examples."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Arms of the real loop: what differs between two arms is what their names say, and nothing else.
+"""Evaluation settings on the real loop: two settings differ exactly in what their names state.
 
-Arms as the model sees the regions and records them are in test_run.py.
+The regions that a model sees and records are tested in test_run.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Tasks from files in the layouts in which others publish them, and tasks of one's own.
+"""Tasks from files in their published layouts, and user-defined tasks.
 
-None of the real files is here (but Visual-CoT's, see test_protocols): each layout is written down small, as its
+Except for Visual-CoT (test_protocols) the real files are not available: each layout is written in small as its
 publisher documents it, and read back.
 """
 

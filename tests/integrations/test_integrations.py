@@ -1,6 +1,6 @@
-"""Others' harnesses: the classes through the documented interface, with a stand-in for each package; slow: for real.
+"""lmms-eval and VLMEvalKit: our classes through their documented interfaces, on stubs; slow: on the real packages.
 
-The packages want an environment of their own (docs/integrations.md). Name its Python to run the slow tests:
+The packages need an environment of their own (docs/integrations.md). Give its Python to run the slow tests:
 RELOOK_LMMS_EVAL=/path/bin/python RELOOK_VLMEVAL=/path/bin/python pytest -m slow tests/integrations/test_integrations.py
 """
 

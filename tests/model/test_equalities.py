@@ -1,4 +1,4 @@
-"""Equalities: without looks the model is transformers' Qwen2-VL, and how a batch is run never changes its numbers."""
+"""Without looks the model equals transformers' Qwen2-VL; batching, padding and caching never change its numbers."""
 
 from __future__ import annotations
 

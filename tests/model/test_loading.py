@@ -1,4 +1,4 @@
-"""Checkpoints: strict, self-describing, in both layouts, and known to transformers' Auto classes."""
+"""Checkpoints: strict loading, self-describing, both layouts, transformers' Auto classes."""
 
 from __future__ import annotations
 

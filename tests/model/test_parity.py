@@ -1,4 +1,4 @@
-"""Our model against the published implementation's recorded logits, loss, gradients and generations (float32, CPU)."""
+"""Parity with the published implementation's recorded logits, loss, gradients and generations (float32, CPU)."""
 
 from __future__ import annotations
 

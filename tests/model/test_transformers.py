@@ -1,4 +1,4 @@
-"""The model in other people's tools: pipeline, Trainer, peft. Nothing here is ours but the model and its processor."""
+"""The model in other tools: transformers' pipeline and Trainer, and peft."""
 
 from __future__ import annotations
 

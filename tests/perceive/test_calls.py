@@ -1,4 +1,4 @@
-"""Calls that go wrong; streaming, conversations, sampling."""
+"""Malformed calls, streaming, conversations and sampling."""
 
 from __future__ import annotations
 

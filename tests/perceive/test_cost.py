@@ -1,4 +1,4 @@
-"""What an answer costs: tokens through the language model, patches through the encoders."""
+"""Cost of an answer: tokens through the language model and patches through the encoders."""
 
 from __future__ import annotations
 

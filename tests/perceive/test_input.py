@@ -1,4 +1,4 @@
-"""Wrong input is refused at the door; models that were loaded, and that know one thing only."""
+"""Input validation of `VLM`, models with a single look, and loaded models."""
 
 from __future__ import annotations
 

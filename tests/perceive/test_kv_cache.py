@@ -1,4 +1,4 @@
-"""The batched cache: rows that join, grow and part hold exactly what they would hold alone."""
+"""The batched key-value cache: after appending, selecting and merging, every row equals the row run alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a look shows and is asked for, and what is left when a part of it is left out."""
+"""Looks: their views and prompts, and the effect of leaving out one part of a look."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The loop. The judge of every position, splice and condition is one full `forward` over the final conversation, with
-inputs that the data pipeline (`encode_item`) makes from the transcript: nothing of the loop is used to check the loop.
+"""The generation loop, compared at every position with one full `forward` over the final conversation.
+
+The inputs of that forward are made from the transcript by the data pipeline (`encode_item`), without any code of the
+loop.
 """
 
 from __future__ import annotations

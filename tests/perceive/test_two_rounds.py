@@ -1,14 +1,12 @@
-"""The published evaluation in two rounds against our one pass: the same tokens, greedily, on the parity models.
+"""The published two-round evaluation generates the same greedy tokens as one pass of ours, on the parity models.
 
-Published (spec.md sections 6 and 10, and the evaluation script beside the published code): round 1 answers the
-question; the perception tokens found in its *text* decide round 2, a fresh conversation with the whole prompt again
-(question and image, the call, the images of the look); more than one kind of look, or none, and round 1's text is the
-answer. At every step the language model runs twice over everything: unconditioned for the control token's state, then
-with it.
+Published procedure (the evaluation script beside the published code): round 1 answers the question; the perception
+tokens in its text determine round 2, a new conversation with the whole prompt (question and image, the call, the images
+of the look). With no look, or looks of several kinds, round 1's text is the answer. At every step the language model
+runs twice over the whole sequence: unconditioned for the control token's state, then conditioned on it.
 
-Both rounds are written again here, from the prompts on, without anything of `relook.perceive`, and each is decoded in
-two ways: by transformers' own `generate`, and by the two full passes a token. What models trained to look need not be
-told is told to all alike: a call is written well formed (`allowed`), structure is not the model's to write.
+Both rounds are implemented here without `relook.perceive`, and decoded both by transformers' `generate` and by two full
+passes per token. Both sides are constrained alike to well-formed calls (`allowed`) and to no structural tokens.
 """
 
 from __future__ import annotations

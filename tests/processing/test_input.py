@@ -1,4 +1,4 @@
-"""Images from anywhere, and what is wrong with them: every mistake is one sentence."""
+"""Image input from paths, URLs, bytes and arrays; every invalid input gives a one-sentence error."""
 
 import io
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""The processor: parity with the published data pipeline, one way of writing ids, saving and loading, bad input.
+"""The processor: parity with the published data pipeline, one encoding of ids, saving and loading, invalid input.
 
-What it is measured against: parity/data/data_pipeline.json, recorded from the published code with the real Qwen2-VL
-vocabulary (built here from the ranks that dashscope carries, see qwen_vocab.py). torchvision is not installed where
-these tests normally run, so everything here also says that the processor needs none.
+The reference, parity/data/data_pipeline.json, was recorded from the published code with the real Qwen2-VL vocabulary,
+which is built here from dashscope's BPE ranks (qwen_vocab.py). torchvision is normally absent where these tests run, so
+they also show that the processor does not need it.
 """
 
 import json

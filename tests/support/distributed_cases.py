@@ -1,7 +1,7 @@
-"""What two processes do in the tests of scale, as a script under torchrun: `distributed_cases.py CASE OUT.json`.
+"""Distributed training cases, run as a script under torchrun: `distributed_cases.py FOLDER CASE...`.
 
-Each process learns from its own half of every step's conversations (`ROWS`); the first writes the losses of all steps,
-averaged over the processes, and the gradients of the first step. `alone` does the same in one process.
+Each process trains on its own half of every step's conversations (`ROWS`); rank 0 saves the losses of all steps,
+averaged over processes, and the gradients of the first step. `alone` does the same in one process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from support import ROOT
 from support.tiny_model import conversation, stack, tiny_config, tiny_model
 
 LOOKS = ("clip", "detection")
-# For each step the looks of process 0's two conversations, and of process 1's: as unlike as can be.
+# Per step, the looks of the two conversations of process 0 and of process 1, chosen to be dissimilar.
 ROWS = [
     [[("clip", "clip"), ("region",)], [(), ()]],
     [[("clip",), ("clip", "detection", "region")], [("detection",), ()]],
@@ -46,17 +46,17 @@ def batch(step: int, process: int) -> dict[str, torch.Tensor]:
 
 
 def alone(**kind: Any) -> dict[str, Any]:
-    """Losses of all steps and gradients of the first, the loss of a step being the mean of its two batches' losses."""
+    """Losses of all steps and gradients of the first; a step's loss is the mean over its two batches."""
     made = model(**kind)
-    optimiser = torch.optim.SGD(made.parameters(), lr=LR)
+    optimizer = torch.optim.SGD(made.parameters(), lr=LR)
     losses, gradients = [], {}
     for step in range(len(ROWS)):
         parts = [made(**batch(step, process), use_cache=False).loss for process in (0, 1)]
         loss = sum(parts) / 2
         loss.backward()
         gradients = gradients or {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(float(loss.detach()))
     weights = {n: p.detach() for n, p in made.named_parameters()}
     return {"losses": losses, "gradients": gradients, "weights": weights}
@@ -71,13 +71,13 @@ def report(losses: list[torch.Tensor], gradients: dict, weights: dict, out: str)
 
 
 def ddp(out: str, **kind: Any) -> None:
-    """torch's own, around a model that knows of nothing."""
+    """DistributedDataParallel around a model without rank synchronization."""
     made = torch.nn.parallel.DistributedDataParallel(model(**kind), find_unused_parameters=True)
     train(made, torch.optim.SGD(made.parameters(), lr=LR), out)
 
 
 def fsdp(out: str, **kind: Any) -> None:
-    """Every decoder layer sharded by itself and gathered anew for each stretch; all else with the root."""
+    """Each decoder layer is its own FSDP unit, gathered anew for each segment; the rest belongs to the root."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -89,11 +89,11 @@ def fsdp(out: str, **kind: Any) -> None:
 
 
 def zero(out: str, settings: str, **kind: Any) -> None:
-    """DeepSpeed, with the part `zero_optimization` of a config in recipes/launch."""
+    """DeepSpeed with the `zero_optimization` section of a config in recipes/launch."""
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for minutes; gloo will do
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for minutes; gloo suffices
     made = model(**kind)
     shipped = json.loads((ROOT / "recipes" / "launch" / settings).read_text())
     config = {
@@ -101,11 +101,11 @@ def zero(out: str, settings: str, **kind: Any) -> None:
         "train_micro_batch_size_per_gpu": 1,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "gradient_clipping": 0.0,  # it would be 1.0
+        "gradient_clipping": 0.0,  # default: 1.0
         "zero_optimization": {k: v for k, v in shipped["zero_optimization"].items() if v != "auto"},
     }
     if config["zero_optimization"]["stage"] == 3:
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else so small a model is not shared
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else nothing is partitioned
     with sharding.gathering_by_layer(made):
         engine, *_ = deepspeed.initialize(
             model=made, optimizer=torch.optim.SGD(made.parameters(), lr=LR), config=config
@@ -122,14 +122,14 @@ def zero(out: str, settings: str, **kind: Any) -> None:
     report(losses, gradients, {n: p.detach().clone() for n, p in made.named_parameters()}, out)
 
 
-def train(made: torch.nn.Module, optimiser: torch.optim.Optimizer, out: str) -> None:
+def train(made: torch.nn.Module, optimizer: torch.optim.Optimizer, out: str) -> None:
     losses, gradients = [], {}
     for step in range(len(ROWS)):
         loss = made(**batch(step, dist.get_rank()), use_cache=False).loss
         loss.backward()
         gradients = gradients or whole(made)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss)
     bare = getattr(made, "module", made)
     sharding.end(bare)
@@ -137,7 +137,7 @@ def train(made: torch.nn.Module, optimiser: torch.optim.Optimizer, out: str) -> 
 
 
 def whole(made: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Gradients by name, put together again where they are sharded."""
+    """Gradients by name, gathered if sharded."""
     named = {n.removeprefix("module."): p.grad for n, p in made.named_parameters() if p.grad is not None}
     return {n: g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for n, g in named.items()}
 

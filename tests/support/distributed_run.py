@@ -1,7 +1,7 @@
-"""A short run, as `torchrun ... distributed_run.py FOLDER [FAULT]` trains it: two steps of four batches of two.
+"""A training run for `torchrun ... distributed_run.py FOLDER [FAULT]`: two steps of four accumulated batches of two.
 
-FAULT happens in one process alone, in the first batch of the second step: to the last a signal or a loss that is no
-number, to the first, which writes, a full disk.
+FAULT occurs in one process, in the first batch of the second step: a signal or a NaN loss in the last process, a full
+disk in rank 0, which writes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from relook.train.trainer import StageTrainer
 
 
 def recipe(items: str | None = None, **changes) -> Recipe:
-    """Pages with a region or a clip look, whichever comes; or items of a file."""
+    """A recipe on synthetic pages with region or clip looks, or on a file of items."""
     world = {"mix": {"region": 0.5, "clip": 0.5}, "place": 1.0}
     stage = {"name": "talk", "objective": "instruct" if items else "pages",
              "samples": 24, "batch": 2, "accumulate": 4, "lr": 1e-3,
@@ -41,11 +41,11 @@ def spoil(trainer: StageTrainer) -> None:
 
 
 def fill(_: StageTrainer) -> None:
-    """No file may grow past 100 kB: the kernel refuses the rest, in the middle of a write."""
+    """Limit files to 100 kB, so that the kernel aborts a write in the middle."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-FAULTS = {"signal": (1, stop), "nan": (1, spoil), "disk": (0, fill)}  # in which of two processes
+FAULTS = {"signal": (1, stop), "nan": (1, spoil), "disk": (0, fill)}  # (rank, fault)
 
 
 def failing(fault: str) -> None:
@@ -62,7 +62,7 @@ def failing(fault: str) -> None:
 
 
 def attempt(made: Recipe, folder: str, fault: str | None = None) -> None:
-    """Train; how it ended is left in a file for each process."""
+    """Train, and write the outcome to a file per process."""
     from relook.errors import RelookError
 
     if fault is not None:

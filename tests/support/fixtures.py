@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Fixtures shared by several test files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _tiny_vlm(looks: tuple[str, ...], seed: int, settings: tuple):
             f"{look}_action_start_id": ids(spec.start),
             f"{look}_action_id": ids(spec.action),
         }
-    # not through tiny_config's own token ids, which belong to a vocabulary without text
+    # tiny_config's token ids belong to a vocabulary without text
     model = tiny_model(
         seed,
         looks=reencoding,
@@ -68,10 +68,10 @@ def _tiny_vlm(looks: tuple[str, ...], seed: int, settings: tuple):
 
 @pytest.fixture(scope="session")
 def tiny_vlm():
-    """Makes a random VLM of a few thousand parameters: `tiny_vlm(looks=("region", "clip"), seed=0, **settings)`.
+    """A factory of random VLMs of a few thousand parameters: `tiny_vlm(looks=("region", "clip"), seed=0, **settings)`.
 
-    `settings` are the processor's (`free_choice=True`, `reencode_look=View(96)`).
-    Made once per set of arguments; VLMs keep no state, so tests may share them.
+    `settings` are the processor's (`free_choice=True`, `reencode_look=View(96)`). VLMs are stateless, so the one made
+    for a set of arguments is cached and shared.
     """
 
     def make(looks=tuple(LOOKS), seed=0, **settings):
@@ -85,7 +85,7 @@ def qwen_folder(request, tmp_path_factory):
     """A plain Qwen2-VL folder as on the hub: tokenizer, preprocessor_config.json, no processor_config.json."""
     if qwen_vocab.ranks_file() is None:
         pytest.fail("dashscope is not installed, which carries the Qwen vocabulary: pip install -e '.[dev]'")
-    kept = getattr(request.config, "cache", None)  # building takes seconds: done once where pytest keeps things
+    kept = getattr(request.config, "cache", None)  # building takes seconds: cache if possible
     folder = Path(kept.mkdir("qwen-vocab-1") if kept else tmp_path_factory.mktemp("qwen"))
     if not (folder / "done").exists():
         qwen_vocab.write_folder(folder)

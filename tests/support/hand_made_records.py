@@ -1,4 +1,4 @@
-"""Evaluation records made by hand, folders of them, and the command line that reads them."""
+"""Hand-made evaluation records, folders of them, and a runner of the command line on them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from relook.cli import app
 
 
 def record(index: int, exact: float | None, image: str = "", look: str = "none", **changes) -> dict:
-    """One record as `relook evaluate` writes it; `exact` None is a failed one."""
+    """One record as `relook evaluate` writes it; `exact=None` is a failed one."""
     answered = exact is not None
     return {
         "task": "own",

@@ -1,7 +1,7 @@
-"""As a script (`interrupted_evaluation.py FOLDER N [RANK]`): an evaluation that kills itself at its N-th event.
+"""An evaluation that kills itself at its N-th event: `interrupted_evaluation.py FOLDER N [RANK]`.
 
-Events are a batch that is asked, a write, a sync and a rename; with N = 0 nothing happens. Prints how many batches were
-asked, and how many events there were. Under torchrun the process of that rank kills itself.
+Events are batches, writes, syncs and renames; N = 0 disables the kill. Prints the number of batches and of events.
+Under torchrun only the process of that rank kills itself.
 """
 
 import json
@@ -19,7 +19,7 @@ from relook.trace import Answer, Usage
 
 
 class Echo:
-    """Answers with the last word of the question, and says how many were asked beside it."""
+    """A model that answers with the last word of the question and the size of the batch."""
 
     name, looks, processor = "echo", ["region"], SimpleNamespace(grid_size=8)
     asked = 0
@@ -71,7 +71,7 @@ def main() -> None:
     add = RecordWriter.add
 
     def torn(self, records):
-        """The write itself, as a kill in its midst leaves it."""
+        """Write a partial record, as a kill in the middle of a write leaves it."""
         if LAST == EVENTS + 1:
             self.file.write(json.dumps(records[0]).encode() + b"\n" + json.dumps(records[-1]).encode()[:20])
             self.file.flush()

@@ -1,4 +1,4 @@
-"""A short run that its tests cut: two stages, the second with random numbers, several optimisers and throwaway heads.
+"""A short training run to interrupt: two stages, the second with random numbers, two optimizers, auxiliary heads.
 
 As a script (`interrupted_run.py FOLDER N`) it kills itself at its N-th event: a batch, a write or a rename.
 """
@@ -19,7 +19,7 @@ from zoo.objectives.conversation import Read
 
 
 class Noisy(Read):
-    """Reading with torch's own random numbers in the loss: a run goes on exactly only if their state is kept."""
+    """Adds random numbers to the loss, so that resuming is exact only if the generator's state is restored."""
 
     def forward(self, **batch):
         loss = super().forward(**batch)["loss"]

@@ -1,4 +1,4 @@
-"""Items in a folder with two pictures, how to spoil them, and the pages made of them, for tests of `relook data`."""
+"""A folder of items with two pictures, functions that corrupt them, and pages of them, for tests of `relook data`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def refused(*argv: object) -> str:
 
 
 def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """A picture that looks like no other seed's: eight rectangles."""
+    """Eight random rectangles, different for each seed."""
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     for i in range(8):
@@ -40,7 +40,7 @@ def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 
 def pictures_in(folder: Path) -> Path:
-    """wide.png (640 x 400), and turned.jpg: stored 640 x 400, upright 400 x 640, its left top quarter (stored) red."""
+    """Write wide.png (640 x 400) and turned.jpg (stored 640 x 400, upright 400 x 640, stored top-left quarter red)."""
     picture(WIDE).save(folder / "wide.png")
     stored = Image.new("RGB", WIDE, "blue")
     stored.paste("red", (0, 0, 320, 200))
@@ -62,14 +62,14 @@ def write(path: Path, *items: dict) -> Path:
 
 
 def x8(good: dict) -> dict:
-    """What the published builder made of a box that ends on the right border: the label, and a crop beyond it."""
+    """The published builder's output for a box at the right border: the label, and a crop beyond it."""
     good["messages"][1]["content"] = write_call("region", (5, 2, 7, 4)).replace("x_7", "x_8")
     good["images"][1] = "wide.png_400,100,720,250"
     return good
 
 
 def as_stored(good: dict) -> dict:
-    """Cells and crop of the red quarter, counted in the picture before its turn."""
+    """Cells and crop of the red quarter before the EXIF rotation."""
     good["messages"][1]["content"] = write_call("region", (0, 0, 3, 3))
     good["images"] = ["turned.jpg", "turned.jpg_0,0,320,200"]
     return good
@@ -89,7 +89,7 @@ def with_images(*refs: str):
 
 
 class Page(HTMLParser):
-    """Checks that tags are closed in order; keeps elements and text."""
+    """Parses a page, checks that tags are closed in order, and keeps elements and text."""
 
     VOID = ("meta", "img", "rect", "path", "br")
 

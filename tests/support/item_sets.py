@@ -1,4 +1,4 @@
-"""Small sets of items on disk and what a feed makes of them, for the tests of feeding."""
+"""Small item files and the examples that the sampler makes of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def said(item: Item) -> str:
 
 
 def numbered(folder: Path, name: str, count: int) -> Path:
-    """Items whose answers are their names: "a0", "a1", ... (no pictures)."""
+    """Items without images whose answers are their names: "a0", "a1", ..."""
     path = folder / f"{name}.jsonl"
     turns = lambda n: [{"role": "user", "content": "What?"}, {"role": "assistant", "content": f"{name}{n}"}]  # noqa: E731
     path.write_text("".join(json.dumps({"messages": turns(n)}) + "\n" for n in range(count)))

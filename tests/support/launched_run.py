@@ -1,8 +1,9 @@
-"""`distributed_run.py` as a shipped configuration launches it.
+"""`distributed_run.py` launched by a shipped accelerate configuration.
 
     accelerate launch --config_file recipes/launch/... launched_run.py FOLDER ITEMS PRECISION [FAULT]
 
-accelerate shards on GPUs only. Here it is told that two CPU processes are two GPUs, over gloo; all else is as shipped.
+accelerate shards on GPUs only: here two CPU processes with gloo are presented to it as two GPUs. The rest is
+as shipped.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for minutes; gloo will do
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for minutes; gloo suffices
     torch.set_num_threads(1)
     pretend_gpus()
     folder, items, precision, *fault = sys.argv[1:]

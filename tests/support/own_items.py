@@ -1,4 +1,4 @@
-"""Small published items with pictures drawn here: a question, calls of any looks, an answer."""
+"""Small items in the published format with generated images: a question, calls of any looks, an answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def picture(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
 
 
 def conversation(looks: list[str], seed: int = 0, answer: str = "a cat", image: Any = None) -> dict[str, Any]:
-    """One item: `looks` in turn, then the answer. `image` is a path; drawn in memory unless given."""
+    """One item with the given looks and an answer. `image` is a path; an image in memory by default."""
     shown = picture(seed) if image is None else image
     trigger = LOOKS[looks[0]].trigger if looks else ""
     turns = [("user", f"<image>\nWhat is this? {trigger}".strip())]
@@ -33,7 +33,7 @@ def conversation(looks: list[str], seed: int = 0, answer: str = "a cat", image: 
 
 
 def write_items_of(path: Path, looks: list[str], count: int, answers: tuple[str, ...] = ("a cat", "two dogs")) -> Path:
-    """A file of `count` items, each with one of `looks` in turn, and its pictures beside it."""
+    """Write a file of `count` items that use `looks` in turn, and their images beside it."""
     items = []
     for number in range(count):
         name = f"{path.stem}-{number}.png"

@@ -1,7 +1,7 @@
-"""The published implementation's recorded outputs, and how to feed them to our model. Used by several test files.
+"""The published implementation's recorded outputs, and functions that run our model on the same inputs.
 
-`tests/fixtures/parity` holds `clip` whole and part of `dino` (12 MB is the limit for a clone); where `../shared/parity`
-is at hand all four models are covered.
+`tests/fixtures/parity` holds `clip` in full and part of `dino` (a clone is limited to 12 MB); with `../shared/parity`
+all four models are covered.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOTS = [p for p in (SHARED / "parity", TESTS / "fixtures" / "parity") if p.is_d
 
 
 def folder(model: str) -> Path:
-    """The fullest folder of a fixture model."""
+    """The most complete folder of a fixture model."""
     return next(root / model for root in ROOTS if (root / model).is_dir())
 
 
@@ -29,12 +29,12 @@ MODELS = sorted({p.parent.name for root in ROOTS for p in root.glob("*/model.saf
 
 
 def recorded(pattern: str) -> list[Path]:
-    """All recorded files, e.g. "out_*", over all models at hand."""
+    """All recorded files matching a pattern such as "out_*", over all available models."""
     return [p for model in MODELS for p in sorted(folder(model).glob(f"{pattern}.safetensors"))]
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
-    """One recorded file; the 64-pixel SAM images are blown up to the 1024 they stand for."""
+    """Load one recorded file; the stored 64-pixel SAM images are upsampled to the original 1024."""
     values = load_file(path)
     for key in [k for k in values if k.endswith("seg_images_64")]:
         small = values.pop(key)
@@ -48,14 +48,14 @@ def encoder_configs(model: str) -> dict[str, Any]:
 
 
 def fresh(model: str) -> Any:
-    """The fixture model as the published code ran it: embeddings and vision under no_grad."""
+    """Load the fixture model with embeddings and vision encoders frozen, as in the published code."""
     loaded = load_published(folder(model), encoder_config=encoder_configs(model))
     loaded.config.input_grads = "published"
     return loaded
 
 
 def set_mode(model: Any, runs: int = 2, mask: int = 0, positions: str = "mrope") -> Any:
-    """The switches of one recorded run; masks were always applied (ratio 1), and only training mode masks."""
+    """Apply the settings of one recorded run; masks were applied with ratio 1, and only in training mode."""
     config = model.config
     config.num_inner_forward_run, config.para_mask_id, config.para_mask_ratio = runs, mask, 1
     config.position_mode = positions

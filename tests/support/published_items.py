@@ -1,4 +1,4 @@
-"""The items that were recorded from the published data pipeline."""
+"""The items recorded from the published data pipeline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ needs_pipeline = pytest.mark.skipif(PIPELINE is None, reason="no data_pipeline.j
 
 
 def recorded_samples() -> dict[str, dict]:
-    """The recorded samples of the published pipeline by name."""
+    """The recorded samples by name."""
     assert PIPELINE is not None
     data = json.loads((PIPELINE / "data_pipeline.json").read_text(encoding="utf-8"))
     return {sample["name"]: sample for sample in data["samples"]}

@@ -1,4 +1,4 @@
-"""A plain Qwen2-VL folder as the hub holds them (model, tokenizer, image processor, template), tiny and random."""
+"""A tiny random Qwen2-VL in a folder as on the hub (model, tokenizer, image processor, chat template)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPECIALS = (
 
 
 def plain_qwen2_vl(folder: Path) -> list[int]:
-    """Write the folder; returns the ids of a text it can read."""
+    """Write the folder; returns the ids of a text in its vocabulary."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     vocab = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}

@@ -1,8 +1,8 @@
-"""The real Qwen2-VL tokenizer, built from the BPE ranks that the PyPI package `dashscope` carries.
+"""The real Qwen2-VL tokenizer, built from the BPE ranks in the PyPI package `dashscope`.
 
-No test downloads a model: resources/qwen.tiktoken holds the 151,643 byte-level tokens in rank order. A rank says which
-pairs merge first, so the merges of a Hugging Face BPE follow from the ranks alone: the pair that makes a token is what
-is left of it when it is merged with only the tokens before it. The package is located, not imported (that is slow).
+No test downloads a model: resources/qwen.tiktoken holds the 151,643 byte-level tokens in rank order. Merges follow from
+the ranks alone: the pair that makes a token is what remains of it after merging with only the lower ranks. The package
+is located without importing it, which is slow.
 """
 
 import base64
@@ -10,7 +10,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-# after the BPE's ids, in this order, from 151643
+# ids from 151643 on, in this order
 SPECIAL_TOKENS = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
     *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
@@ -19,7 +19,7 @@ SPECIAL_TOKENS = [
 
 
 def ranks_file() -> Path | None:
-    """Where qwen.tiktoken is, or None without dashscope."""
+    """Path of qwen.tiktoken, or None without dashscope."""
     spec = importlib.util.find_spec("dashscope")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "resources" / "qwen.tiktoken"
@@ -29,13 +29,13 @@ def ranks_file() -> Path | None:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Token bytes -> rank."""
+    """Map token bytes to ranks."""
     lines = (line.split() for line in path.read_bytes().splitlines() if line)
     return {base64.b64decode(token): int(rank) for token, rank in lines}
 
 
 def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens whose merge is `token`: its bytes merged by rank, with ranks below its own, until two are left."""
+    """The two tokens whose merge is `token`: its bytes merged by lower ranks until two parts are left."""
     parts = [token[i : i + 1] for i in range(len(token))]
     limit = ranks[token]
     while len(parts) > 2:
@@ -49,7 +49,7 @@ def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 
 def byte_letters() -> dict[int, str]:
-    """GPT-2's printable letter for each byte, which byte-level BPE files are written in."""
+    """GPT-2's printable character for each byte, as in byte-level BPE files."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = {byte: chr(byte) for byte in printable}
     for byte in range(256):
@@ -59,7 +59,7 @@ def byte_letters() -> dict[int, str]:
 
 
 def byte_tokenizer():
-    """A small tokenizer for tests that need no words: Qwen2's, with a token per byte, then the special tokens."""
+    """A small Qwen2 tokenizer with one token per byte, followed by the special tokens."""
     from transformers import AddedToken, Qwen2Tokenizer
 
     tokenizer = Qwen2Tokenizer(
@@ -73,7 +73,7 @@ def byte_tokenizer():
 
 
 def write_folder(folder: Path) -> None:
-    """vocab.json, merges.txt and tokenizer_config.json of Qwen2-VL's tokenizer, as its hub folder has them."""
+    """Write vocab.json, merges.txt and tokenizer_config.json as in Qwen2-VL's hub folder."""
     path = ranks_file()
     if path is None:
         raise FileNotFoundError("qwen.tiktoken: install dashscope (in the dev extra)")

@@ -1,4 +1,4 @@
-"""What the tests of the loop share: pictures, a model made to write, and one full forward to compare with."""
+"""Images, a model that generates scripted texts, and a full forward to compare the loop with."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def picture(seed=0, size=(130, 90)):
 
 @contextmanager
 def writing(vlm, *texts):
-    """The model wants to write these texts, one after the other; then it wants to end its turns."""
+    """Make the model prefer these texts, one turn after the other, and then end its turns."""
     tokenizer = vlm.processor.tokenizer
     wanted = [i for text in texts for i in tokenizer.encode(text, add_special_tokens=False)]
     end = tokenizer.convert_tokens_to_ids(IM_END)
 
     def want(module, inputs, logits):
-        if logits.ndim == 1:  # the recorder's: what the model itself thinks
+        if logits.ndim == 1:  # the recorder's: unmodified logits
             return logits
         logits = logits.clone()
         logits[:, wanted.pop(0) if wanted else end] += 1e4
@@ -44,7 +44,7 @@ def writing(vlm, *texts):
 
 
 def recorded(vlm, requests):
-    """Run (image, question, options) side by side -> answers, conversations, per row {index: logits of the next}."""
+    """Run (image, question, options) as one batch; returns answers, conversations and per row {index: next logits}."""
     rows = [vlm._row(vlm._begin(), image, question, options) for image, question, options in requests]
     logits = [{} for _ in rows]
     answers = {}
@@ -55,11 +55,11 @@ def recorded(vlm, requests):
 
 
 def one_forward(vlm, ids, answers):
-    """Logits (L, V) of one full forward over a conversation's ids; its images by way of the transcript."""
+    """Logits (L, V) of one full forward over a conversation's ids, with images from its transcript."""
     item = {"messages": [{"role": t.role, "content": t.text} for t in answers[-1].transcript]}
     for spec in LOOKS.values():
         item[spec.item_key] = []
-    # images in the order of their placeholders: each question brings its own, then its looks theirs
+    # images in placeholder order: per question its own, then those of its looks
     for answer, images in answers_with_images(answers):
         item["images"] += images
         for look in answer.looks:

@@ -1,4 +1,4 @@
-"""Small processors, and what they are given, for the tests of processing."""
+"""Small processors and inputs for the tests of processing."""
 
 import numpy as np
 from PIL import Image

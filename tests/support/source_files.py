@@ -1,4 +1,4 @@
-"""What the tests of sources share: a record of every form, files of them, and the command line."""
+"""Sample records and files of every input format, and a runner of the command line, for the tests of sources."""
 
 from __future__ import annotations
 

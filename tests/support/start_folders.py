@@ -1,4 +1,4 @@
-"""Folders to start training from: a plain Qwen2-VL, a DINOv2 and a SAM as the hub holds them, and models with looks."""
+"""Checkpoints to start training from: tiny random Qwen2-VL, DINOv2 and SAM as on the hub, and models with looks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.tiny_model import DINO, SAM
 
 
 def parts(folder: Path) -> dict[str, str]:
-    """Write base, DINOv2 and SAM; returns their folders as a recipe's `model:` names them."""
+    """Write Qwen2-VL, DINOv2 and SAM; returns their folders by the keys of a recipe's `model:`."""
     plain_qwen2_vl(folder / "base")
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(**DINO)).eval().save_pretrained(folder / "dino")
@@ -22,7 +22,7 @@ def parts(folder: Path) -> dict[str, str]:
 
 
 def start(folder: Path, made: dict[str, str], looks: tuple[str, ...]) -> str:
-    """A model with `looks` as alignment leaves it (random weights), from the parts of `parts`."""
+    """Write a model with `looks` and random weights, as alignment leaves it, from the folders of `parts`."""
     model, processor = new_model(made["start"], looks, made["detection"], made["seg"])
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -1,10 +1,10 @@
-"""A judge's endpoint on this machine: real HTTP that answers, and that fails, stalls, refuses and talks nonsense.
+"""A local OpenAI-compatible endpoint that answers, fails, stalls, rejects requests or returns malformed replies.
 
-    python tests/support/stub_judge_server.py 8901        # then: relook judge FOLDER --model stub_judge --url http://127.0.0.1:8901/v1
+    python tests/support/stub_judge_server.py 8901
+    relook judge FOLDER --model stub_judge --url http://127.0.0.1:8901/v1
 
-In the tests an answer says itself what becomes of it. Run as above, the server grades by comparing letters, which is no
-judge's wit but lets all that lies between be tried: of the questions put to it, about one in ten fails at first, one in
-fifty stalls at first, one in fifty is never answered with a score.
+In the tests the answer under judgement selects the behavior. Run as above, the server compares strings; about one
+request in ten fails at first, one in fifty stalls at first, and one in fifty never gets a score.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ SAID = {"half": "score: 0.5", "babbles": "I like turtles.", "boasts": "score: 7"
 
 
 class StubJudge(BaseHTTPRequestHandler):
-    """`server.rule(message)` says by what name such requests are counted, what becomes of one (below), and the text
-    that is sent where nothing does."""
+    """Handles requests.
+
+    `server.rule(message)` returns the key by which a request is counted, its behavior, and the text to send otherwise.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -41,7 +43,7 @@ class StubJudge(BaseHTTPRequestHandler):
         try:
             self.reply(word, text, tries)
         except (BrokenPipeError, ConnectionResetError):
-            pass  # the client did not wait
+            pass  # the client disconnected
         finally:
             with self.server.lock:
                 self.server.now -= 1
@@ -83,13 +85,13 @@ class StubJudge(BaseHTTPRequestHandler):
 
 
 def by_word(message: str) -> tuple[str, str, str]:
-    """What the answer's first word asks for; a score of 1 otherwise."""
+    """The answer's first word selects the behavior; the score is 1 otherwise."""
     word = message.rsplit("answer: ", 1)[1].split()[0]
     return word, word, "Score: 1.0"
 
 
 def by_letters(message: str) -> tuple[str, str, str]:
-    """A score of 1 for the same letters, 0.5 where one of three or more holds the other, else 0; trouble by a hash."""
+    """Score 1 for equal strings, 0.5 if one of at least three letters contains the other, else 0; faults by a hash."""
     standard, answer = (
         message.rsplit(f"{whose} answer: ", 1)[1].splitlines()[0].lower() for whose in ("Standard", "Model's")
     )
@@ -101,7 +103,7 @@ def by_letters(message: str) -> tuple[str, str, str]:
 
 
 def stub_judge_at(port: int, rule: Callable[[str], tuple[str, str, str]] = by_word) -> ThreadingHTTPServer:
-    """The server, not yet serving; port 0 takes a free one."""
+    """Create the server without serving; port 0 chooses a free one."""
     server = ThreadingHTTPServer(("127.0.0.1", port), StubJudge)
     server.rule = rule
     server.lock, server.seen, server.bodies, server.now, server.most = threading.Lock(), Counter(), [], 0, 0

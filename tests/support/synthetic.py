@@ -1,6 +1,7 @@
-"""A synthetic dataset, an evaluation task and a model size of the tests' own, named by dotted path as a user's are.
+"""A synthetic dataset, an evaluation task and a model size for the tests, referenced by dotted path as a user's are.
 
-A page has colored boxes with codes; asked is the code in the box of one color. Boxes are (x1, y1, x2, y2) in pixels.
+Pages have colored boxes with codes; the question asks for the code in the box of one color. Boxes are (x1, y1, x2, y2)
+in pixels.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from relook.model.new import Size
 
 COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 QUESTION = "What is the code in the {} box?"
-PAGES = "support.synthetic:TASK"  # as `evaluate` and `--tasks` take it; in records it is called "pages"
+PAGES = "support.synthetic:TASK"  # the task's dotted path; its name in records is "pages"
 FIRST_SEED = 1_000_000_007  # of the task's pages
 
 
@@ -57,7 +58,7 @@ class Pages:
 
 
 def questions(seed: int) -> Iterator[Question]:
-    """One question about each page, without end."""
+    """Yield one question per page, without end."""
     pages = Pages(FIRST_SEED + seed)
     for index in count():
         page = pages.sample(index)

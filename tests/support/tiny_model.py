@@ -1,4 +1,4 @@
-"""Random models of a few thousand parameters with any set of looks, and conversations in ids for them."""
+"""Random models of a few thousand parameters with any set of looks, and token-id conversations for them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SAM = dict(
     num_attention_heads=2,
     mlp_dim=32,
     output_channels=12,
-    global_attn_indexes=[],  # windows only: 4096 places attending to each other would take seconds
+    global_attn_indexes=[],  # windowed attention only: global attention over 4096 positions takes seconds
     window_size=14,
-    initializer_range=0.1,  # SamVisionConfig's own 1e-10 gives features of zero, on which no condition shows
+    initializer_range=0.1,  # the default 1e-10 gives zero features, which hide the conditioning
 )
 
 
@@ -58,7 +58,7 @@ def tiny_config(looks=("clip", "detection", "seg"), **changes) -> VPTQwen2VLConf
 def tiny_model(seed=0, **changes) -> VPTQwen2VLForConditionalGeneration:
     torch.manual_seed(seed)
     model = VPTQwen2VLForConditionalGeneration(tiny_config(**changes)).eval()
-    with torch.no_grad():  # random weights large enough that a wrong position or condition changes the logits
+    with torch.no_grad():  # weights large enough that a wrong position or conditioning changes the logits
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "model." in name:
                 parameter.normal_(0, 0.15)
@@ -66,7 +66,7 @@ def tiny_model(seed=0, **changes) -> VPTQwen2VLForConditionalGeneration:
 
 
 def image(grid, seed) -> dict[str, torch.Tensor]:
-    """One image of `grid` (t, h, w) patches for the ViT."""
+    """One image of `grid` = (t, h, w) patches for the ViT."""
     generator = torch.Generator().manual_seed(seed)
     t, h, w = grid
     pixels = torch.randn(t * h * w, 3 * 2 * PATCH * PATCH, generator=generator)
@@ -74,9 +74,9 @@ def image(grid, seed) -> dict[str, torch.Tensor]:
 
 
 def conversation(looks=(), seed=0, grid=(1, 4, 6), second=(1, 6, 4), answer=5, config=None):
-    """One row: system, first look and question, then for each look a call and its second look, then an answer.
+    """One row: system, image and question, then per look a call and its images, then an answer.
 
-    "region" is a second ordinary image. Returns the forward inputs of a single row (labels: the assistant's words).
+    "region" is a second ordinary image. Returns the forward inputs of a row, with the assistant's tokens as labels.
     """
     config = config or tiny_config()
     generator = torch.Generator().manual_seed(seed)
@@ -107,7 +107,7 @@ def conversation(looks=(), seed=0, grid=(1, 4, 6), second=(1, 6, 4), answer=5, c
         else:
             token = config.reencode_ids(look)
             say([token.start, token.action, token.action + 1, IM_END], learn=True)
-            labels[-3] = -100  # the action token itself is not learnt
+            labels[-3] = -100  # the action token is no target
             pad = token.pad
             if look == "clip":
                 seen = image(second, fresh)
@@ -125,7 +125,7 @@ def conversation(looks=(), seed=0, grid=(1, 4, 6), second=(1, 6, 4), answer=5, c
 
 
 def stack(rows, side="right"):
-    """Rows of `conversation` padded into one batch, images row-major."""
+    """Pad rows of `conversation` into one batch, with images row-major."""
     width = max(row["input_ids"].shape[1] for row in rows)
 
     def pad(x, value):

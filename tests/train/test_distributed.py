@@ -1,4 +1,4 @@
-"""Several processes: what they learn is what one learns from the same examples, and none waits for another forever."""
+"""Distributed training: processes learn what one process learns from the same examples, and none of them blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""--dry-run: what it says of data, parameters, tokens, steps and memory is so, and it leaves nothing behind."""
+"""`relook train --dry-run`: its data, parameters, tokens, steps and memory are correct, and it writes nothing."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A tower that rests looks once: what is remembered is what it would have said, and only while it rests."""
+"""Feature caching of a frozen encoder: cached features equal computed ones, and are used only while it is frozen."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Runs that are cut: killed, told to stop, out of disk, out of numbers. What is on the disk is whole and goes on."""
+"""Interrupted training: after a kill, signal, full disk or NaN, files on disk are complete and training resumes."""
 
 import json
 import os

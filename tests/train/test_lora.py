@@ -1,4 +1,4 @@
-"""LoRA stages: only updates and named parts move, cut runs resume, and what is merged says what the adapter said."""
+"""LoRA stages: only adapters and named parts train, runs resume, and a merged model gives the adapter's logits."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Watching a run: what is counted is true, what is tried out is held out, and watching changes nothing."""
+"""Metrics logging: logged numbers are correct, validation items are held out, and logging changes no weight."""
 
 import json
 from pathlib import Path

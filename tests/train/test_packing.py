@@ -1,4 +1,4 @@
-"""Packed rows and looks in training: however a batch is laid out or run, its loss and gradients are the same."""
+"""Packed rows and looks in training: loss and gradients do not depend on how a batch is laid out or run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: every one in the repository loads, and every mistake is named with the nearest valid key."""
+"""Recipes: every recipe in the repository loads, and every mistake is reported with the nearest valid key."""
 
 from pathlib import Path
 

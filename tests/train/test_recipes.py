@@ -1,4 +1,4 @@
-"""The shipped recipes of the published models: their values, and two steps of each on scaled-down weights."""
+"""Recipes of the published models: their values, and two steps of each on scaled-down weights."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Sampling: what comes when is a function of the position, whatever the source, the worker or the kill."""
+"""Sampling: the order of examples depends only on the position, not on source, workers or interruptions."""
 
 from __future__ import annotations
 

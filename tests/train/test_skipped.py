@@ -1,4 +1,4 @@
-"""What cannot be taught is left out, counted and named; a run that cannot begin leaves nothing."""
+"""Skipped samples are counted and named; a run that cannot start leaves no files."""
 
 from __future__ import annotations
 

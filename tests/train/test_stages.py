@@ -1,4 +1,4 @@
-"""The paper's two stages on tiny models: alignment, then instruction; the loss on held-out items goes down."""
+"""The paper's two stages on tiny models, alignment then instruction tuning, lower the validation loss."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Training: what the stages are taught is true, runs repeat and resume, and only what should learn does."""
+"""Training: correct targets, reproducible and resumable runs, and only trainable parameters change."""
 
 import json
 from pathlib import Path

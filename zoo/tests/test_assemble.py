@@ -1,4 +1,4 @@
-"""A model assembled from a text model and a vision tower: the text model's logits, the tower's features, all tokens."""
+"""An assembled model has the text model's logits, the vision encoder's features, and all tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CHANGES = dict(rms_norm_eps=1e-2, rope_parameters={"rope_type": "default", "rope
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, ChatML's tokens, a template without images; opens every text with a token, as Llama 3's does."""
+    """A byte tokenizer with ChatML's tokens, a template without images, and a beginning-of-text token as in Llama 3."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -82,7 +82,7 @@ def assembled(llama, seeing):
 
 
 def same_logits(ours, theirs, texts: list[str], tokenizer, known: int) -> None:
-    """On a padded batch, over the tokens that both know."""
+    """Compare logits on a padded batch, over the shared vocabulary."""
     rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])

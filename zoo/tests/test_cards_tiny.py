@@ -1,4 +1,4 @@
-"""The shipped cards-tiny, loaded by name: on unseen pages it looks and reads, and without a look it cannot."""
+"""The shipped cards-tiny looks and reads correctly on held-out pages, and cannot answer without a look."""
 
 from functools import cache
 

@@ -1,4 +1,4 @@
-"""zoo/tools/receipts_tower.py: the tower in recipes/ reads receipts it was never taught; mistakes are sentences."""
+"""zoo/tools/receipts_tower.py: the shipped encoder reads held-out receipts; mistakes give one-sentence errors."""
 
 from __future__ import annotations
 

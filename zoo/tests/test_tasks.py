@@ -1,4 +1,4 @@
-"""The zoo's tasks: pages drawn again for reports, and the committed records of the shipped models replayed."""
+"""The zoo's tasks: pages rendered again for reports, and the committed records of the shipped models reproduced."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The cards world, checked by its pixels: the same page every time, boxes where the truth says, codes out of sight at
-first and in sight on looking closer."""
+"""The cards dataset, tested on pixels: same pages, correct boxes, codes illegible at first and legible in a look."""
 
 import numpy as np
 import pytest
@@ -8,7 +7,7 @@ from PIL import Image
 from relook.errors import UserError
 from relook.io import rng
 from zoo.worlds import make_world
-from zoo.worlds.cards import COLOURS, SIDE, UNIT, Cards
+from zoo.worlds.cards import COLORS, SIDE, UNIT, Cards
 
 PAGES = [Cards(3).sample(i) for i in range(12)]
 
@@ -38,9 +37,9 @@ def test_page_is_what_its_truth_says(page) -> None:
         x1, y1, x2, y2 = area.box
         assert qa.boxes == (area.box,) and qa.field == area.label and area.label in qa.question
         assert 0 <= x1 < x2 <= SIDE and 0 <= y1 < y2 <= SIDE
-        # the commonest colour inside is the named one, up to the shade of the day
-        colours, counts = np.unique(pixels[y1:y2, x1:x2].reshape(-1, 3), axis=0, return_counts=True)
-        assert np.abs(colours[counts.argmax()] - COLOURS[area.label]).max() <= 12
+        # the commonest color inside is the named one, up to the shade of the day
+        colors, counts = np.unique(pixels[y1:y2, x1:x2].reshape(-1, 3), axis=0, return_counts=True)
+        assert np.abs(colors[counts.argmax()] - COLORS[area.label]).max() <= 12
         # the code is what the glyphs inside the box spell
         inside = [g for g in page.glyphs if x1 <= g.box[0] < x2 and y1 <= g.box[1] < y2]
         assert "".join(g.char for g in sorted(inside, key=lambda g: g.box)) == qa.answer

@@ -1,4 +1,4 @@
-"""The receipt world: the same page for the same seed, ink where the boxes are, answers where the questions say."""
+"""The receipts dataset: reproducible pages, ink inside the letter boxes, and correct answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AMOUNT = re.compile(r"-?[\d,]+\.\d\d")
 
 
 def lines_in(page, box):
-    """The lines that lie in a box wholly, from top to bottom."""
+    """Lines entirely inside a box, from top to bottom."""
     x1, y1, x2, y2 = box
     lines = [
         at for at in page.meta["lines"] if at.box[0] >= x1 and at.box[1] >= y1 and at.box[2] <= x2 and at.box[3] <= y2

@@ -1,11 +1,11 @@
-"""Trains the arms of zoo/receipts.md, asks each of them the same questions, and writes the table and the figures.
+"""Train all settings of zoo/receipts.md, evaluate them on the same questions, and write the table and the figures.
 
-    python zoo/tools/receipts_arms.py                          all arms, seed 1
+    python zoo/tools/receipts_arms.py                          all settings, seed 1
     python zoo/tools/receipts_arms.py --arms region direct --seeds 1 2 3 --minutes 9
 
-What is finished is skipped (a stage of training, an evaluation), so the command can be stopped and given again; with
-`--minutes` it starts nothing new after that time. Arms, looks and tasks are zoo/tools/receipts_arms.yaml's; further
-KEY=VALUE go to the recipe of every arm. A scale without a `tower:` of its own trains one first.
+Finished stages and evaluations are skipped, so the command can be interrupted and repeated; after `--minutes` it starts
+nothing new. Settings, looks and tasks are read from zoo/tools/receipts_arms.yaml; further KEY=VALUE arguments go to the
+recipe of every setting. A scale without a `tower:` trains a vision encoder first.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 class Arms:
-    """The jobs of one scale; each leaves its result in a folder and does nothing where that is there."""
+    """The jobs of one scale; each writes its result to a folder and is skipped if that exists."""
 
     def __init__(self, plan: dict[str, Any], scale: str, overrides: list[str]) -> None:
         self.plan, self.sizes, self.overrides = plan, plan["scales"][scale], overrides
@@ -74,12 +74,12 @@ class Arms:
             "model.visual": str(self.tower),
         }
         written = [f"{key}={yaml.safe_dump(value, default_flow_style=True).strip()}" for key, value in changes.items()]
-        written = [text.removesuffix("\n...") for text in written]  # YAML's end of a bare value
+        written = [text.removesuffix("\n...") for text in written]  # YAML's end marker of a scalar document
         self.take_over(name, seed)
         relook("train", self.plan["recipe"], *written, *self.overrides, f"out={self.folder(name, seed)}")
 
     def take_over(self, name: str, seed: int) -> None:
-        """Copy the stages that another run has done and all arms of a size share; `relook train` looks at them, too."""
+        """Copy the stages that all settings of a size share from a run that has finished them."""
         mine = ROOT / self.folder(name, seed) / "stages"
         arms = self.plan["arms"]
         alike = [other for other in arms if arms[other].get("size") == arms[name].get("size")]
@@ -90,7 +90,7 @@ class Arms:
                     shutil.copytree(done.parent, mine / done.parent.name)
 
     def ask(self, name: str, seed: int) -> None:
-        """Evaluate an arm and keep its records beside the report."""
+        """Evaluate a setting and keep its records beside the report."""
         if (ROOT / self.records / f"{name}-s{seed}" / "results.json").is_file():
             return
         folder = self.folder(name, seed)

@@ -1,14 +1,15 @@
-"""How well the vision tower of receipts-tiny reads by itself, on receipts that were kept apart from its training.
+"""Reading accuracy of the vision encoder of receipts-tiny on receipts held out of its training.
 
     python zoo/tools/receipts_tower.py zoo/recipes/receipts-tower
     python zoo/tools/receipts_tower.py runs/receipts-tower/final --heads runs/receipts-tower/stages/02-sharpen
 
-A tower has no answers, so its throwaway heads are asked (`zoo.objectives.lines`): they lie in the model's folder, or in
-that of the stage that taught them. Lines are drawn at random from the validation receipts and shown as region looks
-show them, each with a little around it: what the head spells is compared with what is printed, without spaces. And in
-the first look of every receipt: does the token with the highest score for a field lie in it, or one row off?
+The encoder's auxiliary heads (`zoo.objectives.lines`) are evaluated; they lie in the model's folder, or in that of the
+stage that trained them. Two measures: lines sampled from the validation receipts, shown as region looks show them with
+a small margin, and their decoded text compared with the printed text without spaces; and, in the first look of every
+receipt, whether the highest-scoring token of a field lies in that field, or one row off.
 
-Intervals are 95 % bootstrap intervals, over lines and over receipts. Same folder, same machine: same figures.
+Intervals are 95 % bootstrap intervals over lines and over receipts. The same folder gives the same figures on the same
+machine.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from zoo.objectives.pieces import Sheet, clamp, lines_in, seen_at
 from zoo.scans import Scan, read_scans
 from zoo.worlds import make_world
 
-AROUND = 6  # pixels shown around a line, on each side
+AROUND = 6  # margin around a line in pixels
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def read_by(folder: Path, heads: Path) -> Lines:
-    """The objective that taught the tower, around the tower and its heads."""
+    """Build the objective that trained the encoder, around the encoder and its heads."""
     if not (heads / "throwaway.safetensors").is_file():
         raise UserError(
             f"{heads} holds no throwaway.safetensors; give --heads, the folder of the stage that taught it."
@@ -69,13 +70,13 @@ def read_by(folder: Path, heads: Path) -> Lines:
 
 
 def tokens_of(reader: Lines, pixels: dict[str, Any]) -> torch.Tensor:
-    """(tokens, width) of one image."""
+    """Return (tokens, width) of one image."""
     return reader.model.encode("image", pixel_values=pixels["pixel_values"], image_grid_thw=pixels["image_grid_thw"])[0]
 
 
 @torch.no_grad()
 def lines_read(reader: Lines, scans: list[Scan], number: int, seed: int) -> dict[str, list[float]]:
-    """Per line: edit distance over its letters; whether it is right; the same of lines that are mostly digits."""
+    """Return per line the edit distance relative to its length and whether it is exact; the same for numeric lines."""
     random = np.random.default_rng(seed)
     errors, digits = [], []
     while len(errors) < number:
@@ -85,7 +86,7 @@ def lines_read(reader: Lines, scans: list[Scan], number: int, seed: int) -> dict
         pixels, grid = reader.encode(scan.image.crop(window), seen_at(window, 1.0))
         found = lines_in([(box, text)], window, grid, reader.classes)
         if not found:
-            continue  # nothing printed there that the tower has a letter for
+            continue  # no character of the encoder's alphabet
         rows, slots, letters = found[0]
         seen = reader.head(tokens_of(reader, pixels)).view(grid[0], -1, len(reader.classes) + 1)
         errors.append(error_rate(spell(pool_rows(seen[rows, slots])), letters.tolist()))
@@ -101,7 +102,7 @@ def lines_read(reader: Lines, scans: list[Scan], number: int, seed: int) -> dict
 
 @torch.no_grad()
 def fields_found(reader: Lines, scans: list[Scan]) -> dict[str, list[float]]:
-    """Per receipt and field: whether the best token of the first look lies in the field, or one row beside."""
+    """Return per receipt and field whether the best token of the first look lies in the field, or one row off."""
     found: dict[str, list[float]] = {}
     for scan in scans:
         sheet = Sheet.of_scan(scan)

@@ -1,11 +1,11 @@
-"""How the fonts in src/relook/data/fonts were made: ASCII subsets of fonts that Debian packages carry.
+"""Create the bundled fonts: ASCII subsets of fonts from Debian packages.
 
-    apt-get download fonts-liberation2 fonts-courier-prime fonts-dotgothic16 fonts-3270 fonts-noto-mono fonts-ocr-b \\
+    apt-get download fonts-liberation2 fonts-courier-prime fonts-dotgothic16 fonts-3270 fonts-noto-mono fonts-ocr-b \
         fonts-spleen fonts-inconsolata
     for f in *.deb; do dpkg -x "$f" unpacked; done
-    python zoo/tools/subset_fonts.py unpacked/usr/share/fonts src/relook/data/fonts
+    python zoo/tools/subset_fonts.py unpacked/usr/share/fonts FOLDER
 
-Subsets are modified versions, so they carry names of their own (reserved font names). Needs fontTools (dev extra).
+Subsets are modified versions and carry their own names, as reserved font names require. Needs fontTools (dev extra).
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""The worlds by name. A new world is a module with a class that fits `base.World`, and one row here.
+"""Synthetic datasets by name. Add one as a module with a class that fits `base.World` and a row here.
 
-Modules are imported on first use, so that naming a world costs nothing.
+Modules are imported on first use.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ WORLDS: dict[str, tuple[str, str]] = {
 
 
 def world_class(name: str) -> type[World]:
-    """The class of a world by its name.
+    """Return the class of a synthetic dataset.
 
     Raises:
-        UserError: no world of that name.
+        UserError: unknown name.
     """
     if name not in WORLDS:
         raise UserError(f"There is no world called {name!r}; the worlds are {', '.join(sorted(WORLDS))}.")
@@ -29,7 +29,7 @@ def world_class(name: str) -> type[World]:
 
 
 def make_world(name: str, seed: int) -> World:
-    """A world, ready to sample: `make_world("cards", 1).sample(0)`."""
+    """Create a synthetic dataset: `make_world("cards", 1).sample(0)`."""
     return world_class(name)(seed)
 
 

@@ -1,8 +1,6 @@
-"""What a synthetic world is: a seed and an index in, a page with questions and the truth about every mark out.
+"""Types of a synthetic dataset: a seed and an index give a page, its questions, and the position of every mark.
 
-Knows the types only: not how a page is drawn (each world's own module), not models, not tokens.
-
-Frames: every box is (x1, y1, x2, y2) in pixels of `Page.image`, origin top left, x2 and y2 exclusive.
+Boxes are (x1, y1, x2, y2) in pixels of `Page.image`, origin top left, x2 and y2 exclusive.
 """
 
 from __future__ import annotations
@@ -18,17 +16,17 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class QA:
-    """A question a page can answer, and where: `boxes` cover all that must be read to answer it."""
+    """A question on a page, its answer, and the boxes that must be read to answer it."""
 
     question: str
     answer: str
     boxes: tuple[Box, ...]
-    field: str = ""  # what is asked for ("total", "red"): the row of an accuracy table
+    field: str = ""  # the queried field ("total", "red"): a row of the accuracy table
 
 
 @dataclass(frozen=True)
 class Glyph:
-    """One printed character and the box of its cell or ink."""
+    """One printed character and its box."""
 
     char: str
     box: Box
@@ -36,7 +34,7 @@ class Glyph:
 
 @dataclass(frozen=True)
 class Area:
-    """A labelled part of the page (a red box, the address block): what the first look should make out."""
+    """A labeled part of the page (a red box, the address block) that the first look should detect."""
 
     label: str
     box: Box
@@ -44,7 +42,7 @@ class Area:
 
 @dataclass(frozen=True)
 class Page:
-    """An RGB image, what can be asked about it, and what is printed where (for dense supervision)."""
+    """An RGB image, its questions, and the printed characters and areas (for dense supervision)."""
 
     image: Image.Image
     qas: tuple[QA, ...]
@@ -54,7 +52,7 @@ class Page:
 
 
 class World(Protocol):
-    """A distribution over pages. `World(seed).sample(i)` is the same page on every call and every machine."""
+    """A distribution over pages. `World(seed).sample(i)` returns the same page on every call and every machine."""
 
     name: str
     seed: int
@@ -67,5 +65,5 @@ class World(Protocol):
 
     @classmethod
     def phrases(cls) -> tuple[str, ...]:
-        """Sentences in which the world asks: what a small tokenizer should know by whole words."""
+        """Question texts of the dataset, whose words a small tokenizer should contain whole."""
         ...

@@ -1,10 +1,8 @@
-"""Cards: a page of coloured boxes, each with a three-digit code; asked is the code of the box of one colour.
+"""Cards: pages of colored boxes with three-digit codes; the question asks for the code in the box of one color.
 
-The smallest world in which a second look is needed: at 64 x 64 pixels the boxes and their colours can be seen, the
-codes cannot. Everything sits on a 16-pixel grid, so that at half scale one digit fills one 8-pixel patch (the
-setting in which a tiny model learns to read in minutes).
-
-Knows how pages are drawn; not who looks at them.
+The smallest dataset in which a second look is needed: at 64 x 64 pixels boxes and colors are visible, the codes are
+not. Everything is aligned to a 16-pixel grid, so that at half scale one digit fills one 8-pixel patch, which lets a
+tiny model learn to read within minutes.
 """
 
 from __future__ import annotations
@@ -19,12 +17,12 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-SIDE = 512  # of the page, pixels
-UNIT = 16  # the typographic grid, pixels
-BOX = (5, 3)  # width, height of a coloured box in units: 80 x 48 pixels
-DIGITS = 3  # per code; they stand in the middle row, in columns 1 to 3 of the box
+SIDE = 512  # page size in pixels
+UNIT = 16  # layout grid in pixels
+BOX = (5, 3)  # width and height of a box in units: 80 x 48 pixels
+DIGITS = 3  # per code, in the middle row and columns 1 to 3 of the box
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
     "orange": (243, 131, 25),
     "yellow": (248, 212, 60),
@@ -44,35 +42,35 @@ QUESTIONS = (
 
 
 class Cards:
-    """The world of cards; see the module. `Cards(1).sample(0)` is always the same page."""
+    """The cards dataset (see the module). `Cards(1).sample(0)` is always the same page."""
 
     name = "cards"
     charset = "0123456789"
-    labels = tuple(COLOURS)
+    labels = tuple(COLORS)
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     @classmethod
     def phrases(cls) -> tuple[str, ...]:
-        return tuple(question.format(colour) for question in QUESTIONS for colour in COLOURS)
+        return tuple(question.format(color) for question in QUESTIONS for color in COLORS)
 
     def sample(self, index: int) -> Page:
-        """One page of 4 to 6 boxes, all of different colours, with one question for each box."""
+        """One page of 4 to 6 boxes of different colors, with one question per box."""
         from PIL import ImageDraw
 
         random = rng(self.seed, self.name, index)
         image = _paper(random)
         draw = ImageDraw.Draw(image)
-        colours = [str(c) for c in random.permutation(list(COLOURS))]
+        colors = [str(c) for c in random.permutation(list(COLORS))]
         qas, glyphs, areas = [], [], []
-        for colour, box in zip(colours, _places(random, int(random.integers(4, 7))), strict=False):
+        for color, box in zip(colors, _places(random, int(random.integers(4, 7))), strict=False):
             code = "".join(str(d) for d in random.integers(0, 10, DIGITS))
-            _draw_box(draw, box, _shade(random, COLOURS[colour]))
-            glyphs += _draw_code(image, random, box, code, COLOURS[colour])
-            areas.append(Area(colour, box))
-            question = str(random.choice(QUESTIONS)).format(colour)
-            qas.append(QA(question, code, (box,), field=colour))
+            _draw_box(draw, box, _shade(random, COLORS[color]))
+            glyphs += _draw_code(image, random, box, code, COLORS[color])
+            areas.append(Area(color, box))
+            question = str(random.choice(QUESTIONS)).format(color)
+            qas.append(QA(question, code, (box,), field=color))
         return Page(image, tuple(qas), tuple(glyphs), tuple(areas))
 
 
@@ -91,10 +89,10 @@ def _paper(random: np.random.Generator) -> Image.Image:
 
 
 def _places(random: np.random.Generator, count: int) -> list[Box]:
-    """Boxes on the unit grid, one unit inside the page, at least one unit apart (rejection sampling).
+    """Sample boxes on the unit grid, one unit inside the page and at least one unit apart (rejection sampling).
 
-    Their left edges stand on odd columns, so that the first two digits of a code share a merged token at half scale
-    and the third has one to itself: one layout of digits to learn and not two.
+    Left edges lie on odd columns, so that at half scale the first two digits of a code share a merged token and the
+    third has its own: one layout of digits to learn instead of two.
     """
     units = SIDE // UNIT
     taken: list[tuple[int, int]] = []
@@ -105,14 +103,14 @@ def _places(random: np.random.Generator, count: int) -> list[Box]:
     return [(x * UNIT, y * UNIT, (x + BOX[0]) * UNIT, (y + BOX[1]) * UNIT) for x, y in taken]
 
 
-def _shade(random: np.random.Generator, colour: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The colour as printed today: each channel off by at most 12."""
-    r, g, b = (int(min(255, max(0, v + d))) for v, d in zip(colour, random.integers(-12, 13, 3), strict=True))
+def _shade(random: np.random.Generator, color: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Vary each channel of a color by at most 12."""
+    r, g, b = (int(min(255, max(0, v + d))) for v, d in zip(color, random.integers(-12, 13, 3), strict=True))
     return r, g, b
 
 
 def _draw_box(draw, box: Box, fill: tuple[int, int, int]) -> None:
-    """A card: a soft shadow, the colour, a darker rim. Stays inside `box` but for the shadow's 3 pixels."""
+    """Draw a card with a soft shadow (3 pixels outside `box`), its color and a darker rim."""
     x1, y1, x2, y2 = box
     draw.rounded_rectangle((x1 + 3, y1 + 3, x2 + 1, y2 + 1), radius=7, fill=(198, 198, 198))
     rim = tuple(v * 3 // 4 for v in fill)
@@ -120,10 +118,10 @@ def _draw_box(draw, box: Box, fill: tuple[int, int, int]) -> None:
 
 
 def _draw_code(
-    image: Image.Image, random: np.random.Generator, box: Box, code: str, colour: tuple[int, int, int]
+    image: Image.Image, random: np.random.Generator, box: Box, code: str, color: tuple[int, int, int]
 ) -> list[Glyph]:
-    """Print the code in the middle row of the box, one digit per unit, each off its place by at most one pixel."""
-    dark = sum(colour) < 330
+    """Print the code in the middle row of the box, one digit per unit, each shifted by at most one pixel."""
+    dark = sum(color) < 330
     ink = tuple(int(v) for v in (random.integers(225, 256, 3) if dark else random.integers(0, 50, 3)))
     bold = bool(random.integers(2))
     glyphs = []
@@ -138,7 +136,7 @@ def _draw_code(
 
 @cache
 def _digit(char: str, bold: bool) -> Image.Image:
-    """A digit's coverage (mode L, UNIT x UNIT), centred, in the face that Pillow carries."""
+    """Coverage of a digit (mode L, UNIT x UNIT), centered, in Pillow's built-in font."""
     from PIL import Image, ImageDraw, ImageFont
 
     mask = Image.new("L", (UNIT, UNIT), 0)

@@ -1,10 +1,8 @@
-"""Receipts: synthetic till receipts like the scanned Malaysian ones of SROIE, drawn on the fly from a seed.
+"""Receipts: synthetic till receipts modeled on the scanned Malaysian ones of SROIE, rendered from a seed.
 
-`Receipts(seed).sample(i)` writes a receipt (receipts_text), prints it (receipts_print), wears it (receipts_wear) and
-asks more of it than its fields (receipts_asked); the page knows its fields, the box of every letter and of every line.
-Labels are upper case, as in the real set, whatever is printed.
-
-Knows how the four parts fit; not models, not tokens. Frames as in `worlds.base`.
+`Receipts(seed).sample(i)` writes a receipt (receipts_text), prints it (receipts_print), degrades the print
+(receipts_wear) and adds questions beyond its fields (receipts_asked). A page has its fields and the box of every letter
+and line. Labels are upper case whatever is printed, as in the real set. Boxes as in `worlds.base`.
 """
 
 from __future__ import annotations
@@ -25,16 +23,17 @@ from zoo.worlds.receipts_text import Part
 if TYPE_CHECKING:
     import numpy as np
 
-LONGEST = 1280  # of a page, as in the real set
-MARGIN = 6  # pixels that stay free of print at every side
+LONGEST = 1280  # pixels, as in the real set
+MARGIN = 6  # pixels without print on every side
 
 
 @dataclass(frozen=True)
 class Line:
-    """A printed piece of text: `text` in upper case, its box, and the box of each letter (None for a space).
+    """A printed text in upper case, its box, and the box of each letter (None for a space).
 
-    centres: (x, y) of each letter on the middle line of the text, so that commas and capitals of a line share a height.
-    part: what it is of an item or of the payment, see `receipts_text.Piece`.
+    Attributes:
+        centres: (x, y) of each letter on the middle line of the text, so that commas and capitals share a height.
+        part: its role in an item or the payment, see `receipts_text.Piece`.
     """
 
     text: str
@@ -46,11 +45,11 @@ class Line:
 
 
 class Receipts:
-    """The world of receipts; see the module. `Receipts(1).sample(0)` is always the same page."""
+    """The receipts dataset (see the module). `Receipts(1).sample(0)` is always the same page."""
 
     name = "receipts"
     charset = "".join(chr(c) for c in range(33, 127) if not "a" <= chr(c) <= "z")
-    labels = tuple(text.QUESTIONS)  # and not what receipts_asked asks: its answers stand in no area of their own
+    labels = tuple(text.QUESTIONS)  # without those of receipts_asked, whose answers have no area
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -61,7 +60,7 @@ class Receipts:
         return (*known, *asked.phrases())
 
     def sample(self, index: int) -> Page:
-        """One receipt; `meta["lines"]` holds its `Line`s, top to bottom."""
+        """One receipt; `meta["lines"]` holds its `Line`s from top to bottom."""
         source = randomness.Random(int(rng(self.seed, self.name, index).integers(2**62)))
         script = text.write(source)
         sheet = _layout(script, source)
@@ -74,7 +73,7 @@ class Receipts:
             for name in text.QUESTIONS
             if name in areas and name in script.answers
         ]
-        # another generator, and after the rest: who asked less before still sees the same pages and questions
+        # a generator of its own, used last, so that pages and earlier questions stay the same
         qas += asked.ask(script, _parts(lines), rng(self.seed, "receipts-asked", index))
         glyphs = tuple(
             Glyph(char, box)
@@ -88,7 +87,7 @@ class Receipts:
 
 @dataclass(frozen=True)
 class _Sheet:
-    """Where print goes: page size, left edge and width of the print, top of each row, and the styles."""
+    """Page size, left edge and width of the print, top of each row, and styles."""
 
     size: tuple[int, int]
     left: float
@@ -99,7 +98,7 @@ class _Sheet:
 
 
 def _layout(script: text.Script, random: randomness.Random) -> _Sheet:
-    """Row pitch from the number of rows, so that pages fill the longest side as the real ones do."""
+    """Choose the row pitch from the number of rows, so that a page fills the longest side as real ones do."""
     heights = [max((piece.size for piece in row), default=random.uniform(0.3, 1.0)) for row in script.rows]
     mono = random.random() < 0.72
     top, bottom = random.uniform(10, 200), random.uniform(10, 200)
@@ -113,7 +112,7 @@ def _layout(script: text.Script, random: randomness.Random) -> _Sheet:
     side = random.uniform(12, 130)
     widest = 905 - 2 * side
     stretch = min(random.uniform(0.72, 1.15), widest / (columns * unit))
-    # quantised so that the glyph cache is hit from page to page
+    # quantized so that the glyph cache is hit from page to page
     stretch = max(0.6, round(stretch * 20) / 20)
     style = printing.Style(face, em, stretch, dots, style.strike)
     bold_face = {"mono": "mono-bold", "courier": "courier-bold", "sans": "sans-bold"}.get(face, face)
@@ -134,7 +133,7 @@ def _print(script: text.Script, sheet: _Sheet) -> tuple[np.ndarray, list[Line]]:
     ink = np.zeros((sheet.size[1], sheet.size[0]), np.uint8)
     lines = []
     for row, top in zip(script.rows, sheet.tops, strict=True):
-        taken = MARGIN  # pieces go from left to right and may not print over each other
+        taken = MARGIN  # right end of the previous piece; pieces must not overlap
         for piece in row:
             placed = _print_piece(ink, piece, top, taken, sheet)
             if placed:
@@ -144,7 +143,7 @@ def _print(script: text.Script, sheet: _Sheet) -> tuple[np.ndarray, list[Line]]:
 
 
 def _print_piece(ink: np.ndarray, piece: text.Piece, top: float, taken: float, sheet: _Sheet) -> Line | None:
-    """One piece, narrowed (never cut) where the row has too little room for it."""
+    """Print one piece, narrowed (never cut) where its row has too little space."""
     base = sheet.bold if piece.bold else sheet.style
     style = printing.Style(base.face, round(base.em * piece.size), base.stretch, base.dots, base.strike)
     content = piece.text
@@ -161,7 +160,7 @@ def _print_piece(ink: np.ndarray, piece: text.Piece, top: float, taken: float, s
     x = {"l": edge, "c": edge - wide / 2, "r": edge - wide}[piece.align]
     x = max(x, taken)
     printed = printing.print_line(ink, x, top, content, style)
-    if printed is None or printed.text != content:  # a letter fell off the sheet: its field can no longer be asked
+    if printed is None or printed.text != content:  # a letter lies outside the sheet: drop its field
         return None if printed is None else Line(printed.text.upper(), printed.box, printed.boxes)
     return Line(content.upper(), printed.box, printed.boxes, piece.field, part=piece.part)
 
@@ -174,7 +173,7 @@ def _moved(line: Line, matrix: wear.Matrix, size: tuple[int, int]) -> Line:
 
 
 def _moved_box(box: Box, matrix: wear.Matrix, size: tuple[int, int]) -> Box:
-    """Bounds of the four moved corners, inside the page, never empty."""
+    """Bounds of the four transformed corners, clipped to the page, never empty."""
     corners = [wear.apply(matrix, x, y) for x in (box[0], box[2]) for y in (box[1], box[3])]
     xs, ys = [c[0] for c in corners], [c[1] for c in corners]
     x1, y1 = min(max(0, int(min(xs))), size[0] - 1), min(max(0, int(min(ys))), size[1] - 1)
@@ -182,7 +181,7 @@ def _moved_box(box: Box, matrix: wear.Matrix, size: tuple[int, int]) -> Box:
 
 
 def _areas(lines: list[Line]) -> dict[str, Box]:
-    """Field -> the box of all its lines."""
+    """Map each field to the box of all its lines."""
     parts: dict[str, list[Box]] = {}
     for line in lines:
         if line.field:
@@ -191,7 +190,7 @@ def _areas(lines: list[Line]) -> dict[str, Box]:
 
 
 def _parts(lines: list[Line]) -> asked.Spots:
-    """What was printed whole of items and payment, and where."""
+    """Map each part of items and payment that was printed whole to its boxes."""
     spots: asked.Spots = {}
     for line in lines:
         if line.part:

@@ -1,8 +1,7 @@
-"""What can be asked of a receipt beside its fields: the price of an item, how many items, whether it was paid in cash.
+"""Questions on a receipt beyond its fields: the price of an item, the number of items, whether it was paid in cash.
 
-`ask(script, spots, random)` draws a wording for each question that this receipt answers. Answers that are printed are
-given as printed, in upper case; yes and no are "YES" and "NO". Knows what was written and where it came to stand; not
-how it was printed, not models.
+`ask(script, spots, random)` chooses a wording for each question that the receipt answers. Printed answers are upper
+case; yes and no are "YES" and "NO".
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ WORDINGS: dict[str, tuple[str, ...]] = {  # {} is the name of an item as printed
     "cash": ("Was it paid in cash?", "Did the customer pay in cash?"),
 }
 
-Spots = dict[Part, list[Box]]  # part of an item or of the payment -> boxes of what was printed of it, each whole
-Answer = tuple[str, str, tuple[Box, ...]]  # what the wording names, the answer, where it stands
+Spots = dict[Part, list[Box]]  # part of an item or of the payment -> boxes of its printed pieces
+Answer = tuple[str, str, tuple[Box, ...]]  # item name in the wording, answer, boxes
 
 
 def phrases() -> tuple[str, ...]:
-    """The wordings without names."""
+    """The question wordings without item names."""
     return tuple(wording.replace(" {}", "") for wordings in WORDINGS.values() for wording in wordings)
 
 
 def ask(script: Script, spots: Spots, random: np.random.Generator) -> list[QA]:
-    """One question each of "price", "items" and "cash", where the receipt has the answer printed whole."""
+    """One question each of "price", "items" and "cash", if the receipt has the answer printed whole."""
     found = {
         "price": _price(script, spots, random),
         "items": _items(script, spots),
@@ -48,7 +47,7 @@ def ask(script: Script, spots: Spots, random: np.random.Generator) -> list[QA]:
 
 
 def _price(script: Script, spots: Spots, random: np.random.Generator) -> Answer | None:
-    """Of one item, drawn among those with a price of their own; the box is that of the amount."""
+    """The price of a random item with an unambiguous price; the box is that of the amount."""
     items = [n for n in script.prices if ("name", n) in spots and ("amount", n) in spots]
     if not items:
         return None
@@ -58,7 +57,7 @@ def _price(script: Script, spots: Spots, random: np.random.Generator) -> Answer 
 
 
 def _items(script: Script, spots: Spots) -> Answer | None:
-    """The printed count where there is one, else all the items: a box for each."""
+    """The number of items; boxes: the printed count if there is one, else one box per item."""
     count = script.answers["items"]
     if ("count", 0) in spots:
         return "", count, (union(spots["count", 0]),)
@@ -69,7 +68,7 @@ def _items(script: Script, spots: Spots) -> Answer | None:
 
 
 def _cash(script: Script, spots: Spots) -> Answer | None:
-    """From the line that names the means of payment; the box is that of the line."""
+    """Whether it was paid in cash; the box is the line with the means of payment."""
     if "cash" not in script.answers or ("method", 0) not in spots or ("payment", 0) not in spots:
         return None
     return "", script.answers["cash"], (union(spots["method", 0] + spots["payment", 0]),)

@@ -1,6 +1,6 @@
-"""What a receipt is about before it is laid out: company, address, date, and the numbers of one sale.
+"""Contents of a receipt before layout: company, address, date, and the amounts of one sale.
 
-Every function draws from the generator it is given. Knows no rows and no places on paper (receipts_text).
+Every function samples from the given random generator.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ Random = randomness.Random
 
 
 def pick(random: Random, text: str) -> str:
-    """One of the words of a string."""
+    """Choose one of the words of a string."""
     return random.choice(text.split())
 
 
 def company(random: Random) -> str:
-    """A name, in capitals."""
+    """Generate a company name in capitals."""
     parts = [pick(random, words.FIRST) for _ in range(random.choice((1, 1, 2, 2, 3)))]
     if random.random() < 0.08:
         parts.insert(1, "&")
@@ -31,14 +31,14 @@ def company(random: Random) -> str:
 
 
 def code(random: Random, pattern: str) -> str:
-    """9 -> a digit, A -> a letter, the rest as it is."""
+    """Replace 9 by a random digit and A by a random letter."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     made = {"9": lambda: str(random.randrange(10)), "A": lambda: random.choice(letters)}
     return "".join(made[c]() if c in made else c for c in pattern)
 
 
 def address(random: Random) -> list[str]:
-    """Lines; joined by spaces they are the answer."""
+    """Generate address lines; joined by spaces they are the answer."""
     number = random.choice(
         ("NO {}", "NO.{}", "NO. {}", "{}", "{}", "LOT {}", "LOT {}-A", "{}-G", "UNIT {}", "NO {} & {}")
     )
@@ -95,13 +95,13 @@ def time(random: Random) -> str:
 
 
 def money(value: int, sep: bool = True) -> str:
-    """Cents in the way a till prints them."""
+    """Format cents as a till prints them."""
     text = f"{abs(value) // 100:,}" if sep else str(abs(value) // 100)
     return f"{'-' if value < 0 else ''}{text}.{abs(value) % 100:02}"
 
 
 class Facts:
-    """The numbers of one sale, in cents."""
+    """The amounts of one sale in cents."""
 
     def __init__(self, random: Random) -> None:
         count = random.choice((1, 1, 2, 2, 3, 3, 4, 5, 6, 8, 11))

@@ -1,10 +1,9 @@
-"""Printing text into an ink plane: glyph masks from small bundled fonts, cached, and lines that know their letters.
+"""Text rendering into an ink plane: cached glyph masks of small bundled fonts, and lines with per-letter boxes.
 
-A `Style` names a face, a size and what the printer does to it (stretch, few dots, double strike). `Printer.line` puts a
-text into an array and returns a `PrintedLine` with the ink box of every letter. Knows nothing of receipts.
+`Style` gives font, size and printer effects (stretch, dot matrix, double strike). `print_line` renders a text into an
+array and returns a `PrintedLine` with the ink box of every letter.
 
-Frames: pixels of the ink plane, origin top left, y down, boxes (x1, y1, x2, y2) with x2 and y2 exclusive. Ink is uint8,
-255 = black.
+Boxes are (x1, y1, x2, y2) in pixels of the ink plane, origin top left, x2 and y2 exclusive. Ink is uint8, 255 = black.
 """
 
 from __future__ import annotations
@@ -45,9 +44,12 @@ _CACHED_GLYPHS = 40_000  # of a few hundred bytes each
 class Style:
     """How a line is printed.
 
-    face: a row of MONO or PROPORTIONAL. em: font size, pixels. stretch: factor on widths. dots: 0 for smooth outlines,
-    else the em in printer dots at which the glyph is made of black and white dots before it is enlarged. strike: extra
-    pixels of stroke width (0 or 1).
+    Attributes:
+        face: a row of MONO or PROPORTIONAL.
+        em: font size in pixels.
+        stretch: factor on widths.
+        dots: 0 for smooth outlines, else the em in printer dots at which the glyph is binarized before it is enlarged.
+        strike: extra stroke width in pixels (0 or 1).
     """
 
     face: str
@@ -59,7 +61,7 @@ class Style:
 
 @dataclass(frozen=True)
 class PrintedLine:
-    """A printed text: `boxes[i]` is the ink of `text[i]`, None for a space; `box` covers them all."""
+    """A printed text: `boxes[i]` is the ink box of `text[i]` (None for a space); `box` covers all."""
 
     text: str
     box: Box
@@ -68,7 +70,7 @@ class PrintedLine:
 
 @lru_cache(maxsize=512)
 def font(face: str, em: int) -> ImageFont.FreeTypeFont:
-    """A face at a size in pixels; "pillow" is the font inside Pillow."""
+    """A font at a size in pixels; "pillow" is Pillow's built-in font."""
     import io
 
     from PIL import ImageFont
@@ -88,7 +90,7 @@ def _font_bytes(name: str) -> bytes:
 
 @lru_cache(maxsize=_CACHED_GLYPHS)
 def glyph(style: Style, char: str) -> tuple[np.ndarray | None, int, int, float]:
-    """(mask or None for blanks, left, top below the ascender line, advance), pixels."""
+    """Return (mask or None for a blank, left, top below the ascender line, advance) in pixels."""
     import numpy as np
     from PIL import Image
 
@@ -115,12 +117,12 @@ def glyph(style: Style, char: str) -> tuple[np.ndarray | None, int, int, float]:
 
 
 def width(style: Style, text: str) -> float:
-    """How wide a text comes out, in pixels."""
+    """Width of a rendered text in pixels."""
     return sum(glyph(style, char)[3] for char in text)
 
 
 def print_line(ink: np.ndarray, x: float, y: float, text: str, style: Style) -> PrintedLine | None:
-    """Print `text` into `ink` (height, width) with its ascender line at y; None when no letter fell inside.
+    """Render `text` into `ink` (height, width) with its ascender line at y; None if no letter lies inside.
 
     Letters that would leave the plane are left out of the line's text.
     """

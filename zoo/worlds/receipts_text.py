@@ -1,7 +1,7 @@
-"""What a Malaysian till receipt says: rows of pieces of text, with the fields marked that can be asked for.
+"""Text of a Malaysian till receipt: rows of text pieces, with the fields that questions ask for marked.
 
-`write(random)` returns a `Script`: rows in reading order and the answers. Words come from
-receipts_words, what the sale is about from receipts_facts. Knows nothing of fonts and pixels.
+`write(random)` returns a `Script`: rows in reading order and the answers. Words come from receipts_words, the contents
+of the sale from receipts_facts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from zoo.worlds import receipts_words as words
 
 Random = randomness.Random
 
-QUESTIONS: dict[str, tuple[str, ...]] = {  # the first of each is the wording of the real set
+QUESTIONS: dict[str, tuple[str, ...]] = {  # first: the wording of the real set
     "company": (
         "What is the name of the company on this receipt?",
         "Which company issued this receipt?",
@@ -42,7 +42,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {  # the first of each is the wording of
     "invoice": ("What is the invoice number on this receipt?", "What is the receipt number?"),
     "phone": ("What is the phone number on this receipt?", "What is the telephone number of the company?"),
 }
-MAIN = ("company", "date", "address", "total")  # what the real set asks
+MAIN = ("company", "date", "address", "total")  # fields of the real set
 
 
 Part = tuple[str, int]
@@ -50,10 +50,15 @@ Part = tuple[str, int]
 
 @dataclass(frozen=True)
 class Piece:
-    """A text in a row. align: l, c or r about `at`, a share of the print width. size: factor. field: what it answers.
+    """A text in a row.
 
-    part: what it is to the questions of receipts_asked: "name", "amount" or "rest" of an item and the item's number;
-    the "count" of items, the "method" and the "payment" have number 0.
+    Attributes:
+        align: l, c or r, relative to `at`.
+        at: position as a share of the print width.
+        size: factor on the font size.
+        field: the field it answers.
+        part: role in the questions of receipts_asked: "name", "amount" or "rest" with the number of the item; "count",
+            "method" and "payment" have number 0.
     """
 
     text: str
@@ -69,7 +74,8 @@ class Piece:
 class Script:
     """Rows of pieces (an empty row is a gap) and the answer of each field.
 
-    prices: number of an item -> its name and amount as printed, for items whose price nobody can take for another.
+    Attributes:
+        prices: item number -> (printed name, printed amount), for items with an unambiguous price.
     """
 
     rows: list[list[Piece]] = field(default_factory=list)
@@ -81,7 +87,7 @@ class Script:
 
 
 def write(random: Random) -> Script:
-    """A receipt in words: header, sale, items, totals, footer."""
+    """Generate the text of a receipt: header, sale, items, totals, footer."""
     script = Script()
     facts = made.Facts(random)
     date_at = random.choice(("head", "head", "head", "foot", "both_sides"))
@@ -102,7 +108,7 @@ def write(random: Random) -> Script:
 
 
 def _cased(random: Random, text: str, style: int) -> str:
-    """As printed: all capitals mostly, else title case."""
+    """Print in capitals mostly, else in title case."""
     return text.title() if style == 1 else text
 
 
@@ -154,7 +160,7 @@ def _wrapped(text: str, columns: int) -> list[str]:
 
 
 def _sale(script: Script, random: Random, facts: made.Facts, with_date: bool) -> None:
-    """Invoice number, date, time, cashier: as rows of label and value, in one or two columns, or bare."""
+    """Invoice number, date, time and cashier as rows of label and value, in one or two columns, or without labels."""
     date, time = made.date(random), made.time(random)
     script.answers["date"] = date.upper()
     shown = _cased(random, date, random.choice((0, 0, 1)))
@@ -203,7 +209,7 @@ def _rule(script: Script, random: Random) -> None:
         script.add()
 
 
-_ROOM = {"columns": 18, "quantity_first": 22, "two_rows": 36}  # letters of an item's name, by shape
+_ROOM = {"columns": 18, "quantity_first": 22, "two_rows": 36}  # maximum letters of an item's name, by layout
 
 
 def _items(script: Script, random: Random, facts: made.Facts) -> None:
@@ -250,7 +256,7 @@ def _items(script: Script, random: Random, facts: made.Facts) -> None:
             script.add(
                 Piece(f"DISC {random.randint(5, 50)}%", "l", 0.1), Piece(made.money(-random.randint(10, 300)), "r", 1.0)
             )
-        # of several at a price each, that price and the amount could both be meant
+        # with several units, unit price and amount would be ambiguous
         if not discounted and (quantity == 1 or shape == "quantity_first"):
             script.prices[number] = shown.strip().upper(), total
     names = [name[: _ROOM[shape]].upper() for name, _, _ in facts.items]
@@ -259,7 +265,7 @@ def _items(script: Script, random: Random, facts: made.Facts) -> None:
 
 
 def _totals(script: Script, random: Random, facts: made.Facts) -> None:
-    """The block that matters: rows before the total, the total, what was paid and given back."""
+    """The totals block: rows before the total, the total, payment and change."""
     currency = random.choice(("", "", "", "RM ", "RM", "$"))
     end = random.choice((1.0, 1.0, 1.0, 0.8))
     label_at = random.choice((("l", 0.0), ("l", 0.0), ("r", end - 0.3), ("l", 0.25)))
@@ -314,7 +320,7 @@ def _payment(
     )
     row(label, currency + made.money(paid), "paid")
     script.answers["paid"] = made.money(paid)
-    if label != "PAID":  # which does not say how
+    if label != "PAID":  # the means of payment is not printed
         script.answers["cash"] = "YES" if cash else "NO"
     if random.random() < 0.85:
         change = made.money(paid - facts.total)

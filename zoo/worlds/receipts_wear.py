@@ -1,7 +1,7 @@
-"""What happens to a printed receipt on its way to a file: fading, streaks, skew, blur, paper, marks, scan, JPEG.
+"""Degradation of a printed receipt: fading, streaks, skew, blur, paper, marks, scan and JPEG.
 
-`wear(ink, random)` turns an ink plane into a grey image and returns the 2 x 3 matrix that takes points of the plane to
-points of the image. Knows nothing of text.
+`wear(ink, random)` turns an ink plane into a grayscale image and returns the 2 x 3 matrix that maps points of the plane
+to points of the image.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ Matrix = tuple[float, float, float, float, float, float]  # x' = a x + b y + c, 
 
 
 def wear(ink: np.ndarray, random: random.Random) -> tuple[Image.Image, Matrix]:
-    """A worn scan of an ink plane (height, width), uint8, 255 = black; same size, mode "L"."""
+    """Degrade an ink plane.
+
+    Args:
+        ink: (height, width) uint8, 255 = black.
+
+    Returns:
+        The image (mode "L", same size) and the matrix from plane to image.
+    """
     import numpy as np
     from PIL import Image, ImageFilter
 
@@ -37,13 +44,13 @@ def wear(ink: np.ndarray, random: random.Random) -> tuple[Image.Image, Matrix]:
 
 
 def apply(matrix: Matrix, x: float, y: float) -> tuple[float, float]:
-    """A point of the ink plane in the image."""
+    """Map a point of the ink plane to the image."""
     a, b, c, d, e, f = matrix
     return a * x + b * y + c, d * x + e * y + f
 
 
 def _field(shape: tuple[int, int], low: float, high: float, cells: int, noise: np.random.Generator) -> np.ndarray:
-    """A smooth random field of values low..high, float32."""
+    """A smooth random field of values in low..high, float32."""
     import numpy as np
     from PIL import Image
 
@@ -54,7 +61,7 @@ def _field(shape: tuple[int, int], low: float, high: float, cells: int, noise: n
 
 
 def _grain(shape: tuple[int, int], noise: np.random.Generator) -> np.ndarray:
-    """Unit Gaussian noise, a tile repeated: drawing it whole would cost more than all the rest."""
+    """Unit Gaussian noise, repeated from one tile, since sampling it in full would dominate the run time."""
     import numpy as np
 
     tile = noise.standard_normal((192, 160)).astype(np.float32)
@@ -83,7 +90,7 @@ def _fade(ink: np.ndarray, random: random.Random, noise: np.random.Generator) ->
 
 
 def _skew(plane: Image.Image, random: random.Random) -> tuple[Image.Image, Matrix]:
-    """Turned by a degree or so about the middle, slightly sheared and shifted."""
+    """Rotate by about a degree around the center, with slight shear and shift."""
     from PIL import Image
 
     if random.random() < 0.35:
@@ -95,14 +102,14 @@ def _skew(plane: Image.Image, random: random.Random) -> tuple[Image.Image, Matri
     d, e = math.sin(angle), math.cos(angle)
     dx, dy = random.uniform(-0.5, 0.5), random.uniform(-0.5, 0.5)
     c, f = cx - a * cx - b * cy + dx, cy - d * cx - e * cy + dy
-    det = a * e - b * d  # PIL wants the way back, image -> plane
+    det = a * e - b * d  # PIL takes the inverse, image -> plane
     back = (e / det, -b / det, (b * f - e * c) / det, -d / det, a / det, (d * c - a * f) / det)
     turned = plane.transform(plane.size, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR)
     return turned, (a, b, c, d, e, f)
 
 
 def _marks(plane: Image.Image, random: random.Random) -> None:
-    """Pen strokes, a ring around something, punch holes, specks, dark scanner edges: drawn into the ink."""
+    """Draw pen strokes, circles, punch holes, specks and dark scanner edges into the ink."""
     from PIL import ImageDraw
 
     draw = ImageDraw.Draw(plane)
@@ -131,7 +138,7 @@ def _marks(plane: Image.Image, random: random.Random) -> None:
 
 
 def _scan(ink: np.ndarray, random: random.Random, noise: np.random.Generator) -> Image.Image:
-    """Paper and ink as greys, with shade, grain and the scanner's tone curve."""
+    """Map paper and ink to gray values, with shading, grain and the scanner's tone curve."""
     import numpy as np
     from PIL import Image
 

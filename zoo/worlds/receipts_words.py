@@ -1,8 +1,8 @@
-"""The words on a Malaysian till receipt: lists and tables to draw from, nothing else.
+"""Word lists of a Malaysian till receipt.
 
-Strings of single words are what `receipts_facts.pick` draws from; a table holds one text a row, and what stands there
-twice is drawn twice as often. In registrations, phones and invoice numbers 9 stands for a digit and A for a letter.
-Receipts are drawn by place in these lists: whoever adds or moves a word draws other receipts from the same seeds.
+`receipts_facts.pick` chooses from strings of single words; a table holds one text per row, and repeated rows are chosen
+more often. In registrations, phones and invoice numbers 9 stands for a digit and A for a letter. Words are chosen by
+index: adding or moving one changes the receipts of every seed.
 """
 
 from __future__ import annotations

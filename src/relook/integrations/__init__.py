@@ -1,5 +1,4 @@
-"""Others' harnesses ask a model of relook: a class for lmms-eval (`lmms`), and one for VLMEvalKit (`vlmeval`).
+"""Adapters to evaluation harnesses: lmms-eval (`lmms`) and VLMEvalKit (`vlmeval`), based on `answering`.
 
-Each is imported by its harness, which has to be installed; relook does not depend on either. What they share is
-`answering`.
+Each is imported by its harness, which must be installed; relook depends on neither.
 """

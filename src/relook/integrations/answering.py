@@ -1,7 +1,7 @@
-"""What a harness wants of a model: texts for images and prompts. Looks are taken on the way and not handed on.
+"""Answers for an evaluation harness: texts from images and prompts, without the looks.
 
-A harness passes options as words ("max_looks=2" on a command line), and prompts that may hold a placeholder for each
-image. Knows `relook.load` and `VLM.ask_many`; refuses to know any harness.
+Harnesses pass options as strings ("max_looks=2" on a command line), and prompts that may contain a placeholder for each
+image.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Any
 from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX
 
-PLACEHOLDERS = ("<image>", "<image 1>")  # harnesses write these into prompts; the images come first with us
-OPTIONS = ("look", "max_looks", "constrain")  # of `VLM.ask`, for every question
+PLACEHOLDERS = ("<image>", "<image 1>")  # written into prompts by harnesses; relook puts images first
+OPTIONS = ("look", "max_looks", "constrain")  # of `VLM.ask`
 
 
 class Answering:
-    """A model with the options that all its answers share.
+    """A model with fixed options for all its answers.
 
     Args:
         model: a name, folder or hub id for `relook.load`, or a loaded `VLM`.
-        dtype, device: as `relook.load` takes them.
-        batch: questions asked side by side.
+        dtype, device: passed to `relook.load`.
+        batch: batch size.
         options: some of `OPTIONS`.
 
     Raises:
-        UserError: another option, or what `relook.load` refuses.
+        UserError: an unknown option, or an error of `relook.load`.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class Answering:
         self.vlm = model
 
     def texts(self, requests: Iterable[tuple[Sequence[Any], str, Mapping[str, Any]]]) -> list[str]:
-        """The answer to each (images, prompt, options of `ask` of its own), in order.
+        """Answer each (images, prompt, options of `ask` for this request), in order.
 
         Raises:
-            UserError: a prompt without an image, or what `VLM.ask` refuses.
+            UserError: a prompt without an image, or an error of `VLM.ask`.
         """
         asked = [{"image": list(images), "question": bare(prompt), **own} for images, prompt, own in requests]
         answers = self.vlm.ask_many(asked, batch_size=self.batch, **self.options)
@@ -54,7 +54,7 @@ class Answering:
 
 
 def bare(prompt: str) -> str:
-    """A prompt without the placeholders of images.
+    """Remove image placeholders from a prompt.
 
     >>> bare("<image>\\nWhat is the total?")
     'What is the total?'
@@ -65,7 +65,7 @@ def bare(prompt: str) -> str:
 
 
 def _read(value: Any) -> Any:
-    """An option as a command line has it: "2" -> 2, "False" -> False."""
+    """Parse an option from a command line: "2" -> 2, "False" -> False."""
     if not isinstance(value, str):
         return value
     if value.lower() in ("true", "false"):

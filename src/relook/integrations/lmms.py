@@ -1,10 +1,10 @@
-"""lmms-eval asks a model of relook:
+"""Adapter to lmms-eval:
 
     python -m lmms_eval --model relook --model_args model=receipts-tiny,look=auto --tasks TASK --batch_size 8
 
-Installing relook beside lmms-eval is enough, which finds it by the entry point `lmms_eval.models`. Written against
-lmms-eval 0.7.3: a model of its "simple" kind, whose requests are (prompt, generation options, images of a document, its
-number, task, split). Questions are asked of one process.
+lmms-eval finds it by the entry point `lmms_eval.models` when both are installed. Written for lmms-eval 0.7.3, as a
+model of its "simple" kind, whose requests are (prompt, generation options, images of a document, its number, task,
+split). Runs in a single process.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ SAMPLING = ("temperature", "top_p", "top_k")
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval is told by the entry point."""
+    """The manifest that lmms-eval loads through the entry point."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest("relook", simple_class_path=f"{__name__}.Relook")
 
 
 class Relook(lmms):
-    """A model of relook. Model arguments: `model` (or `pretrained`), and those of `Answering`.
+    """A relook model. Model arguments: `model` (or `pretrained`), and those of `Answering`.
 
-    Answers are generated; the likelihood of a given answer depends on looks that are free, so there is none.
+    Only generation is supported: the likelihood of a given answer depends on the looks taken, and so is undefined.
     """
 
     is_simple = True
@@ -53,7 +53,7 @@ class Relook(lmms):
         self.answering = Answering(model or pretrained, device=device, batch=batch_size, **options)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The answer to each request, cut where one of its `until` begins."""
+        """Answer each request, cut at the first of its `until` strings."""
         asked = []
         for prompt, kwargs, doc_to_visual, number, task, split in (request.args for request in requests):
             images = doc_to_visual(self.task_dict[task][split][number])
@@ -77,7 +77,7 @@ class Relook(lmms):
 
 
 def generation(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """lmms-eval's generation options as those of `ask`; greedy unless it samples at a temperature over 0."""
+    """Translate lmms-eval's generation options to those of `ask`; greedy unless it samples at a temperature over 0."""
     own: dict[str, Any] = {}
     if kwargs.get("max_new_tokens"):
         own["max_new_tokens"] = int(kwargs["max_new_tokens"])
@@ -89,7 +89,7 @@ def generation(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cut(text: str, until: str | Sequence[str] | None) -> str:
-    """A text up to the first of the `until` that it holds.
+    """Cut a text at the first of the `until` strings that it contains.
 
     >>> cut("12.50\\n\\nThanks", ["\\n\\n"])
     '12.50'

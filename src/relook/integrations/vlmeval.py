@@ -1,11 +1,11 @@
-"""VLMEvalKit asks a model of relook:
+"""Adapter to VLMEvalKit:
 
     python -m relook.integrations.vlmeval --config config.json --work-dir out
 
-with its own `run.py` underneath and all of its options; the config names the model as
-`{"model": {"mine": {"class": "Relook", "model": "receipts-tiny", "look": "auto"}}, "data": {...}}`. Written against
-ms-vlmeval 0.0.20 (VLMEvalKit under another name on the package index): a subclass of its `BaseModel`, whose messages
-are lists of {"type": "text" or "image", "value": text or path}.
+This runs VLMEvalKit's own `run.py` with all of its options; the config names the model as
+`{"model": {"mine": {"class": "Relook", "model": "receipts-tiny", "look": "auto"}}, "data": {...}}`. Written for
+ms-vlmeval 0.0.20 (VLMEvalKit's name on the package index): a subclass of its `BaseModel`, whose messages are lists of
+{"type": "text" or "image", "value": text or path}.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from relook.integrations.answering import Answering
 
 
 class Relook(BaseModel):
-    """A model of relook; arguments as `Answering` takes them, and `max_new_tokens`.
+    """A relook model; arguments are those of `Answering`, and `max_new_tokens`.
 
-    All images of a message come before its text, whatever their order was.
+    All images of a message precede its text, whatever their order in the message.
     """
 
     INTERLEAVE = False
@@ -34,7 +34,7 @@ class Relook(BaseModel):
         self.answering = Answering(model, batch=1, **options)
 
     def generate_inner(self, message: Sequence[Mapping[str, str]], dataset: str | None = None) -> str:
-        """The answer to one message."""
+        """Answer one message."""
         images = [part["value"] for part in message if part["type"] == "image"]
         texts = [part["value"] for part in message if part["type"] == "text"]
         if not images:
@@ -45,7 +45,7 @@ class Relook(BaseModel):
 
 
 def register() -> None:
-    """Make the class known to VLMEvalKit as "Relook", for configs that name it."""
+    """Register the class with VLMEvalKit as "Relook", for configs that name it."""
     import vlmeval.vlm
 
     vlmeval.vlm.Relook = Relook
