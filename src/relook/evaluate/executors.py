@@ -25,7 +25,7 @@ from relook.evaluate.record_writer import RecordWriter
 from relook.evaluate.records import Record
 from relook.evaluate.runner import Batch, Plan, Runner, batches, fastest_batch, same_questions
 
-Progress = Callable[[str, int, int], None]  # a task's name, its questions done, and all of its questions
+Progress = Callable[[str, int, int], None]  # a task's name, how many of its questions are done, and how many there are
 PATIENCE = timedelta(days=30)  # of a process that waits for the others' shares
 
 

@@ -14,13 +14,14 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from relook.errors import RelookError, UserError
+from relook.evaluate.executors import Progress
 from relook.evaluate.records import RECORDS, RESULTS, answered, read_folder, to_lines, write_files
 from relook.evaluate.results import Evaluation
 
@@ -33,7 +34,6 @@ SYSTEM = (
 ASKED = "Question: {question}\nStandard answer: {accepted}\nModel's answer: {answer}"
 MAX_TOKENS = 64
 SCORE = "judge"
-Progress = Callable[[str, int, int], None]  # what is done, how many, of how many
 _SCORE = re.compile(r"score(?: is)?\W*?(-?\d+(?:\.\d*)?|-?\.\d+)(?![\d.]*\s*[/%])", re.IGNORECASE)
 
 
@@ -120,21 +120,17 @@ class Judge:
         Raises:
             UserError: the endpoint refuses the key or does not know the model: no answer would ever be judged.
         """
-        count, lock = iter(range(1, len(requests) + 1)), threading.Lock()
-
-        def one(request: JudgeRequest) -> Judgement:
-            judged = self._one(request)
-            with lock:
-                if progress is not None:
-                    progress("judged", next(count), len(requests))
-            return judged
-
         with ThreadPoolExecutor(self.concurrency) as pool:
+            futures = [pool.submit(self._one, request) for request in requests]
             try:
-                return list(pool.map(one, requests))
+                for count, future in enumerate(as_completed(futures), start=1):
+                    future.result()
+                    if progress is not None:
+                        progress("judged", count, len(requests))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        return [future.result() for future in futures]
 
     def _one(self, request: JudgeRequest) -> Judgement:
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": request.message()}]
@@ -171,7 +167,7 @@ class Judge:
 
 
 def _read(said: Any) -> Judgement:
-    """A reply of the API to a judgement; endpoints differ in what they leave out."""
+    """The judgement in a reply of the API; endpoints differ in what they leave out."""
     try:
         reply = said.choices[0].message.content or ""
     except (AttributeError, IndexError, TypeError):

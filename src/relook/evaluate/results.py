@@ -186,8 +186,8 @@ def beside(judged: Mapping[tuple[str, str], float | None]) -> Table | None:
     """The paper's table for one's own results; None where it has none of the tasks.
 
     Args:
-        judged: mean judgement in percent by (task, look), None where nobody has judged. Behind each published figure
-            stands, in brackets, one's own under the first look minus it.
+        judged: mean judgement in percent by (task, look), None where there is none. Behind each published figure,
+            in brackets, stands one's own under the first look minus it.
     """
     there = {_column(task) for task, _ in judged}
     columns = [column for column in PAPER["columns"] if column in there]

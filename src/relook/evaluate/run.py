@@ -47,7 +47,7 @@ def evaluate(
     engine: str | None = None,
     replicas: int | None = None,
 ) -> Evaluation:
-    """Ask the questions of `tasks` under each way to look, and score the answers.
+    """Ask the questions of `tasks` under each setting of `looks`, and score the answers.
 
     Args:
         model: a name, folder or hub id for `relook.load`, or a loaded `VLM`.

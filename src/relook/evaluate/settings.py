@@ -125,10 +125,10 @@ def find_settings(names: Sequence[str], vlm: Any) -> list[Setting]:
 class Protocol:
     """How large an image is seen, how a token is chosen, how many items are asked.
 
-    n         items of a task where nobody says otherwise (None: the task's own number)
+    n         items of a task by default (None: the task's own number)
     view      of every look through the model's own encoder; None for the checkpoint's
     options   of `VLM.ask_many`
-    tokens    of a turn where nobody says otherwise (None: the task's own)
+    tokens    of a turn at most, by default (None: the task's own)
     """
 
     name: str

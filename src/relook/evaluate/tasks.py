@@ -8,7 +8,7 @@ YAML file:
 
 `questions` is a file of questions (JSON lines of image, question, answer, bboxs), relative to the YAML file; `scores`
 are rows of `SCORERS` (or of `SPLIT_SCORES`, which bring the item score they sum up). Also: `about`, `images` (a folder
-that image paths are below; else the questions' own), `n` (how many are asked where nobody says).
+that image paths are below; else the questions' own), `n` (how many are asked by default).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Places:
 class Task:
     """Its name, what it is, its questions for a seed and places (possibly without end), and its scores.
 
-    usual    how many questions are asked where nobody says; None for all of them
-    tokens   how long a turn may be where neither the user nor the protocol says
+    usual    how many questions are asked by default; None for all of them
+    tokens   the longest turn, unless the user or the protocol sets it
     image    draws the image of a record again, for reports, where a task's images are not files; it raises UserError
              where it cannot
     """

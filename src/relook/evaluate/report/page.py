@@ -25,7 +25,7 @@ from relook.evaluate.report.tables import CAPTION, NOT_RUN, heading, notes, tabl
 from relook.evaluate.results import WORDS, Table
 
 HERE = Path(__file__).parent
-IMAGES = 100  # pictures on a page where nobody says: some five megabytes
+IMAGES = 100  # pictures on a page by default: some five megabytes
 
 
 def page_html(report: Report, images: int = IMAGES) -> bytes:
@@ -53,7 +53,7 @@ def page_html(report: Report, images: int = IMAGES) -> bytes:
         runs=[(folder.name, list(_facts(folder.run))) for folder in report.folders],
         answers=len(data["answers"]),
         questions=len(data["questions"]),
-        told=_told(pictures),
+        images_note=_images_note(pictures),
         data=_json(data),
     )
     return text.encode("utf-8", "replace")
@@ -72,7 +72,7 @@ def _task(report: Report, task: str, pictures: Pictures) -> dict[str, Any]:
 
 
 def _table(report: Report, table: Table) -> dict[str, Any]:
-    """A table with its cells as (number, interval, whether it is words); `place` is the row's colour."""
+    """A table with its cells as (number, interval, whether it is words); `place` is the row's color."""
     names = [row.name for row in report.rows]
     words = [name in WORDS for name in table.heading]
     lines = []
@@ -95,7 +95,7 @@ def _facts(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, str(value)
 
 
-def _told(pictures: Pictures) -> str:
+def _images_note(pictures: Pictures) -> str:
     """Which images are on the page and which are not, in a sentence."""
     missing = len(pictures.why)
     every = len(pictures.shown) + missing + pictures.left

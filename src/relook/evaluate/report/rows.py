@@ -1,6 +1,6 @@
 """What a report shows: its rows, from a YAML file or from plain evaluation folders, with the records of each.
 
-A row is one way of answering: some folders (one per seed) and the look under which their records were made. The YAML:
+A row is one model under one setting: some folders (one per seed) and the look of their records. The YAML:
 
     title: ...                         # and note: a paragraph under it
     tasks: [receipts-real, receipts]   # in this order; every task that the records hold where this is left out
@@ -96,7 +96,7 @@ class Row:
     """A row with what was found for it.
 
     missing   why it was not run (nothing found at all); "" where it was
-    facts     by `FACTS`, one value a folder; empty where nobody knows
+    facts     by `FACTS`, one value a folder; empty where unknown
     results   by task; a task that was not run is not in it
     """
 
