@@ -231,11 +231,13 @@ def join_rows(rows: Sequence[Row], pad_id: int, multiple: int | None = None) -> 
 
 
 def _vision(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-    """The vision tensors of rows, each joined along its first axis."""
+    """The vision tensors of rows, each joined along its first axis; what is no sequence (a name) is left out."""
     import torch
 
     joined = {}
-    for key in dict.fromkeys(key for row in rows for key in row if key not in TEXT_KEYS):
+    plain = (str, int, float)
+    keys = (key for row in rows for key in row if key not in TEXT_KEYS and not isinstance(row[key], plain))
+    for key in dict.fromkeys(keys):
         parts = [torch.as_tensor(row[key]) for row in rows if row.get(key) is not None and len(row[key])]
         if parts:
             joined[key] = torch.cat(parts)
