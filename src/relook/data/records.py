@@ -86,14 +86,14 @@ class ParquetRecords:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.unreadable: list[Unreadable] = []
-        self._parquet = import_pyarrow()[1]
         self._groups: list[tuple[Path, int, int]] = []  # file, group, rows of the file before it
         self._starts: list[int] = []  # number of the first record of each group
         self._length = 0
         self._read: dict[int, list[dict[str, Any]]] = {}
+        _, parquet = import_pyarrow()
         for file in parquet_files(path):
             before = self._length
-            with self._parquet.ParquetFile(file) as opened:
+            with parquet.ParquetFile(file) as opened:
                 for group in range(opened.metadata.num_row_groups):
                     self._groups.append((file, group, self._length - before))
                     self._starts.append(self._length)
@@ -108,7 +108,8 @@ class ParquetRecords:
         if at not in self._read:
             if len(self._read) >= GROUPS:
                 del self._read[next(iter(self._read))]
-            with self._parquet.ParquetFile(file) as opened:
+            _, parquet = import_pyarrow()
+            with parquet.ParquetFile(file) as opened:
                 self._read[at] = opened.read_row_group(group).to_pylist()
         row = number - self._starts[at]
         return Record(with_extra(dict(self._read[at][row])), str(file), before + row + 1)
