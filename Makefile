@@ -61,6 +61,7 @@ check: $(VENV)/.dev  ## the quick loop, lint and a part of the tests: make check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(sort $(wildcard $(foreach file,$(FILES),src/relook/$(word 2,$(subst /, ,$(file))))))
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/pytest $(FILES)
 
 test: lint  ## lint and the whole default suite (no network, no GPU)
