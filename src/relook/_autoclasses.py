@@ -1,4 +1,4 @@
-"""Make transformers' Auto classes know `qwen2_vl_vpt`, without importing transformers (or torch) to do so.
+"""Registration of `qwen2_vl_vpt` with transformers' Auto classes, without importing transformers or torch.
 
 transformers is itself lazy: tables of *names* say which class belongs to a model type, and the class is imported from
 `transformers.models.<model type>` when first asked for. `announce` adds our names to those tables as each table's
@@ -7,8 +7,6 @@ Nothing of relook.model is imported before somebody asks for one of its classes;
 
 Where the tables were already read (transformers' Auto classes imported before relook), torch is loaded anyway, and the
 classes are registered in the ordinary, eager way.
-
-What this module does not know: what the classes are. `relook.model` defines them.
 """
 
 import sys

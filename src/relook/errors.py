@@ -1,7 +1,7 @@
 """Errors that are shown to people. Each message is one line: what was seen, what was expected, what to do.
 
-Knows nothing of models, images or the command line; the command line maps `exit_code` to the process's exit status.
-Anything else that escapes (a `TypeError`, a `KeyError`) is a bug of ours and keeps its traceback.
+The command line maps `exit_code` to the process's exit status. Any other exception (a `TypeError`, a `KeyError`) is a
+bug and keeps its traceback.
 """
 
 

@@ -5,7 +5,7 @@ A look is a function call written in tokens:
     <|region_token_start|><|x_1|><|y_2|><|x_3|><|y_4|><|region_token_end|>
     <|clip_action_start|><|clip_action|><|clip_action_end|>
 
-This module knows tokens as strings only: no token ids, no images, no model. A fifth look is one more row of `LOOKS`.
+Tokens are strings here. A further look is one more row of `LOOKS`.
 
 Reading never raises: whatever a model wrote, malformed or cut off, comes out as a `Call` whose `problem` says what is
 wrong with it. Writing does raise `UserError`, since there the caller chose the arguments.
@@ -32,7 +32,7 @@ _TRIGGER_REENCODE = "Require additional perception features, and then answer the
 class LookSpec:
     """One row of the look table: how a look is asked for, and how its result enters the conversation.
 
-    name          region | clip | detection | seg (clip: the model's own vision tower, detection: DINOv2, seg: SAM)
+    name          region | clip | detection | seg (clip: the model's own vision encoder, detection: DINOv2, seg: SAM)
     start, end    control tokens around the call
     action        the control token between them, whose input embedding is replaced by a hidden state; None: the call
                   holds cell coordinates instead
@@ -288,7 +288,7 @@ def _text_pieces(text: str) -> list[_Piece]:
 
 
 class _Open:
-    """A call being read: collects until it is closed, then says what it was."""
+    """A call being parsed: collects tokens until it is closed, then gives the `Call`."""
 
     def __init__(self, look: str | None, start: int, grid: int) -> None:
         self.look, self.start, self.end, self.grid = look, start, start, grid

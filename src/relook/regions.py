@@ -1,4 +1,4 @@
-"""Region geometry: grid cells, fractions and pixels, and crops. Pure arithmetic; knows no tokens and no models.
+"""Region geometry: grid cells, fractions and pixels, and crops. Pure arithmetic.
 
 Frames, the same everywhere in relook:
 

@@ -1,7 +1,7 @@
 """The saved picture of an answer: question, answer, the image with its grid and boxes, and what every look saw.
 
-Draws a `trace.Answer` with Pillow and knows nothing of how it came about. Two arrangements: looks stand in a column
-beside a tall image, or in rows beneath a wide one. Positions are pixels of the picture, (0, 0) top left.
+Draws a `trace.Answer` with Pillow. Two layouts: looks stand in a column beside a tall image, or in rows below a wide
+one. Positions are pixels of the picture, (0, 0) top left.
 Pillow and NumPy are imported inside functions, so that importing relook stays quick.
 """
 

@@ -1,7 +1,7 @@
 """The record of what happened: one typed shape that library, command line, server and evaluation share.
 
-Knows nothing of models and of how a look is taken; it holds results. Images are PIL, attention maps NumPy, both only by
-reference: importing this module imports neither. Drawing is in `relook.render`, loaded when a picture is asked for.
+Images are PIL, attention maps NumPy; importing this module imports neither. Drawing is in `relook.render`, loaded when
+a picture is drawn.
 """
 
 import base64
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Look:
-    """One second look, taken or (with a `problem`) asked for in vain.
+    """One second look, taken, or (with a `problem`) called but not taken.
 
     kind        region | clip | detection | seg
     cells       (x0, y0, x1, y1) grid cells as the model wrote them, both ends inclusive; None except for a region
@@ -55,9 +55,9 @@ class Look:
 class Usage:
     """What an answer cost, counted exactly; `a + b` adds two up, stage by stage.
 
-    lm_positions      token positions pushed through the language model (real tokens, all forwards together)
+    lm_positions      token positions run through the language model (real tokens, all forwards together)
     sequence_length   tokens of the final conversation
-    vision_patches    patches pushed through vision towers (each distinct view once)
+    vision_patches    patches run through vision encoders (each distinct view once)
     generated_tokens  tokens the model chose or was made to write
     seconds           wall time per stage
     """

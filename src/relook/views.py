@@ -2,7 +2,7 @@
 
 A `View` says what one look sees of an image: a scale, a cap on the longest side, a resampling filter. Three stages of
 an answer have a view each (first look, crop of a region, re-encoding), so that a second look can be a closer one.
-This module knows PIL and nothing of tokens, models or conversations; `processing` decides which view a stage uses.
+Which view a stage uses is decided by `processing`.
 Frames: sizes are (width, height) in pixels, boxes (x1, y1, x2, y2) with x2 and y2 exclusive, origin top left, y down.
 """
 
@@ -30,7 +30,7 @@ RESAMPLES = ("nearest", "bicubic", "lanczos")
 
 @dataclass(frozen=True)
 class View:
-    """What one look sees of an image.
+    """The resolution and resampling at which one look sees an image.
 
     Attributes:
         longest_side: longer sides are scaled down to this many pixels (never up); None leaves them.
@@ -103,8 +103,8 @@ class View:
 
         Args:
             image: a PIL image, upright.
-            min_side: the least width and height that the vision tower takes, in pixels.
-            snap: moves the target size to one that the vision tower takes as it is, so that the pixels are resampled
+            min_side: the least width and height that the vision encoder takes, in pixels.
+            snap: moves the target size to one that the vision encoder takes as it is, so that the pixels are resampled
                 once and not twice. "nearest" ignores it: the published code leaves that to the image processor.
         """
         from PIL import Image

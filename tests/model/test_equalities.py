@@ -9,6 +9,7 @@ from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGener
 
 from relook.errors import UserError
 from relook.model import VPTQwen2VLForConditionalGeneration
+from relook.model.segments import find_calls, find_image_spans
 
 CLOSE = dict(atol=4e-5, rtol=1e-4)  # under one thread, sums in another order differ by 2.7e-5
 
@@ -142,6 +143,21 @@ def test_rows_without_a_call_are_never_masked():
     batch = stack([conversation((), 1), conversation(("region",), 2)])
     plain, masked = tiny_model().train(), tiny_model(para_mask_id=2, para_mask_ratio=1.0).train()
     assert torch.equal(logits(plain, batch), logits(masked, batch))
+    mixed = stack([conversation(("clip",), 3), conversation((), 1)])  # beside a row that is masked
+    real = mixed["attention_mask"].bool()
+    expected, found = logits(plain, mixed), logits(masked, mixed)
+    torch.testing.assert_close(found[1, real[1]], expected[1, real[1]], **CLOSE)
+    assert not torch.allclose(found[0, real[0]], expected[0, real[0]], **CLOSE)
+
+
+def test_an_image_answers_the_latest_call_of_its_kind_before_it(model):
+    ids = {look: model.config.reencode_ids(look) for look in ("clip", "detection")}
+    row = conversation(("clip", "detection", "clip"))["input_ids"].reshape(1, -1)
+    calls = find_calls(row, ids)
+    assert [(call.look, call.order) for call in calls] == [("clip", 0), ("detection", 1), ("clip", 2)]
+    spans = find_image_spans(row, "clip", ids["clip"].pad, [6, 6], calls)
+    assert [span.call for span in spans] == [calls[0], calls[2]]
+    assert find_image_spans(row, "clip", ids["clip"].pad, [6, 6], calls[2:])[0].call is None  # its call comes later
 
 
 def test_input_grads_published_cuts_embeddings_and_vision():

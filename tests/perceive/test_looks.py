@@ -35,12 +35,15 @@ def test_the_attention_map_is_the_projectors(tiny_vlm, look):
     np.testing.assert_allclose(seen.attention.reshape(-1), expected.numpy(), atol=1e-4)
 
 
-def test_a_region_is_cut_from_the_original_pixels(tiny_vlm):
-    vlm = tiny_vlm(second_look=View(None), region_margin=0)
+@pytest.mark.parametrize(
+    ("margin", "box", "size"), [(0, (200, 100, 400, 200), (192, 96)), (1, (100, 50, 500, 250), (400, 192))]
+)
+def test_a_region_is_cut_from_the_original_pixels(tiny_vlm, margin, box, size):
+    vlm = tiny_vlm(second_look=View(None), region_margin=margin)
     image = picture(0, (800, 400))
     look = vlm.ask(image, QUESTION, region=(2, 2, 3, 3), max_new_tokens=1).looks[0]
-    assert look.cells == (2, 2, 3, 3) and look.box == (200, 100, 400, 200)
-    assert look.image.size == (192, 96)  # multiples of a merged token, 16 px
+    assert look.cells == (2, 2, 3, 3) and look.box == box
+    assert look.image.size == size  # multiples of a merged token, 16 px
     expected = image.crop(look.box).resize(look.image.size, Image.Resampling.BICUBIC)
     assert np.array_equal(np.asarray(look.image), np.asarray(expected))
 

@@ -3,7 +3,6 @@
 Everything needed to rebuild the model without a network is here: the published keys (transformers 4.45,
 spec: `detection_action_id`, `num_inner_forward_run`, ...) under their published names and meanings, and the few
 fields the published checkpoints left to the command line (which looks, which encoders, which positions).
-It refuses to know tokenizers, images and files.
 """
 
 from __future__ import annotations
@@ -46,10 +45,14 @@ class VPTQwen2VLConfig(Qwen2VLConfig):
       another value, so there is nothing to check another one against.
     - `vision_encoder_ls`: of "clip", "dino", "sam".
 
-    relook's own: `encoders` (look -> the config of its stock encoder, as a dict), `position_mode` ("mrope" as the base
-    model generates, or "sequential" as the published training ran), `input_grads` ("full", or "published": embeddings
-    and vision towers under no_grad), `region` (whether the model was taught region tokens), `domain` (what a small
-    model was trained on) and `provenance` (free-form record of where the weights come from).
+    relook's own:
+
+    - `encoders`: look -> the config of its stock encoder, as a dict.
+    - `position_mode`: "mrope" as the base model generates, or "sequential" as the published training ran.
+    - `input_grads`: "full", or "published": embeddings and vision encoders under no_grad.
+    - `region`: whether the model was trained with region tokens.
+    - `domain`: what a small model was trained on.
+    - `provenance`: free-form record of where the weights come from.
     """
 
     model_type = "qwen2_vl_vpt"

@@ -2,7 +2,6 @@
 
 A row says which class encodes, how its output becomes the feature F of the projector and what a checkpoint of the
 published format leaves to the hub. The base model's own ViT (look "clip") needs no row: it is already there.
-This module refuses to know tokens, conditions and images files.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 A folder describes itself (config.json, safetensors, processor files). Published folders (transformers 4.45 names,
 `.bin` shards, encoder configs left to the hub) load too. A load is whole or an error that names what is missing.
-This module refuses to know images and conversations.
 """
 
 from __future__ import annotations
@@ -142,7 +141,7 @@ def load_published(
     """Load a checkpoint in the published layout (spec section 7) on the CPU.
 
     `encoder_config` is the parsed `encoder_config.json` of a tiny model (read from the folder where it lies there);
-    published checkpoints leave the DINOv2-large and SAM ViT-L configs to the hub, and relook knows those.
+    published checkpoints leave the DINOv2-large and SAM ViT-L configs to the hub; `encoders` has these.
     """
     return load_model(folder, dtype=dtype, device="cpu", encoder_config=encoder_config)
 

@@ -4,8 +4,6 @@ The tokenizer is byte-level BPE in Qwen2's own class, so it loads anywhere and e
 only from the phrases of the model's world, the published trigger sentences and the chat roles: known sentences cost
 about a token a word, while digits and text in capitals stay one token per character, which is what a tiny model can
 copy from an image.
-
-Knows sizes and vocabularies; not how anything is trained.
 """
 
 from __future__ import annotations

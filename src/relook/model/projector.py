@@ -5,7 +5,6 @@
 
 There is no softmax and no scale. Without a condition (alignment stage) y = F. The scalar <F_i, c> is where the second
 look went, token by token: it is returned, so that it can be drawn.
-It refuses to know where h and F come from.
 """
 
 from __future__ import annotations

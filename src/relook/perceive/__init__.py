@@ -1,13 +1,13 @@
-"""The loop: ask a model about an image, let it look again, get a typed record of what happened.
+"""Inference: ask a model about an image, with second looks, and get a typed record (`relook.trace`).
 
-vlm.py           load, VLM, Chat: checks what is asked, opens images
-loop.py       the loop that moves a group of rows
-row.py           the state context of one question
-conversation.py  tokens, positions and images of one conversation; the block to push next
-features.py        each distinct view through its vision encoder once
-sampling.py      which tokens may be written, and how one is drawn
-text.py         tokens to text, piece by piece
-kv_cache.py         keys and values of rows that join and part
+vlm.py           `load`, `VLM`, `Chat`: the public interface; checks requests and opens images
+loop.py          the generation loop over a group of rows
+row.py           the state machine of one question
+conversation.py  tokens, positions and images of one conversation; a forward over pending tokens
+features.py      view features: each distinct view goes through its vision encoder once
+sampling.py      constrained vocabulary and sampling
+text.py          text streamer: token ids to text, piece by piece
+kv_cache.py      keys and values of rows that are merged and extracted
 """
 
 from .vlm import VLM, Chat, load

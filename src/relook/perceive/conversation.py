@@ -1,9 +1,8 @@
-"""One conversation as the language model knows it: its tokens, their keys and values, its images, its turns.
+"""One conversation: its tokens with their keys and values, its images, its turns.
 
-A `Conversation` only grows. It is what a follow-up question continues; a question under way works on a copy (which
-costs nothing), so that an answer that is abandoned leaves no half turn behind.
-`PendingTokens` are its last tokens: already part of the text, not yet run through the language model.
-This module refuses to know who decides what is written.
+A `Conversation` only grows. A question works on a copy (which shares all tensors), so a question that is abandoned
+leaves the conversation as it was. `PendingTokens` are its last tokens: part of the text, not yet run through the
+language model.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from .kv_cache import KVRows
 
 @dataclass(eq=False)
 class ShownImage:
-    """One image in a user turn: what was seen, as which kind of encoding, and the look that asked for it (if one did).
+    """One image in a user turn: its view, the kind of encoding, and the look that it answers (None for a first look).
 
     `condition` (d,) is the hidden state of the control token, for re-encoding looks.
     """
@@ -37,12 +36,12 @@ class ShownImage:
 
 @dataclass(eq=False)
 class PendingTokens:
-    """Tokens that wait to be pushed.
+    """Tokens that are not yet run through the language model.
 
     Attributes:
         ids: token ids, in order.
         shown: (offset of the first pad in `ids`, image) of every image among them.
-        states: (offset, (d,)) input embeddings that are not the token's own: the control token's hidden state.
+        states: (offset, (d,)) input embeddings in place of the token's own: control tokens' hidden states.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -59,12 +58,12 @@ class PendingTokens:
 
 @dataclass(eq=False)
 class Conversation:
-    """Everything that a follow-up needs.
+    """Everything that a follow-up question needs.
 
     Attributes:
-        ids, sampled: every token pushed or waiting, and whether the model chose it.
-        pending: the tokens at the end of `ids` that are not pushed yet.
-        kv: keys and values of the pushed tokens, one row.
+        ids, sampled: every token, and whether the model sampled it.
+        pending: the last of `ids`, not yet run.
+        kv: keys and values of the others, one row.
         position: the next token's position (M-RoPE: larger than the largest so far).
         images: the user's images, upright, original pixels.
         turns: the transcript.
@@ -83,11 +82,11 @@ class Conversation:
 
     @classmethod
     def begin(cls, processor: Any, device: torch.device | str) -> Conversation:
-        """A conversation in which nothing has been said."""
+        """An empty conversation."""
         return cls(FeatureCache(processor), KVRows.empty(device=device))
 
     def copy(self) -> Conversation:
-        """The same conversation, to continue apart from this one."""
+        """The same conversation, to continue independently."""
         return Conversation(
             self.features.copy(),
             self.kv.copy(),
@@ -101,13 +100,13 @@ class Conversation:
         )
 
     def add(self, ids: Sequence[int], sampled: bool = False) -> None:
-        """Tokens at the end."""
+        """Append tokens."""
         self.ids += ids
         self.sampled += [sampled] * len(ids)
         self.pending.ids += ids
 
     def take_pending(self, model: Any) -> tuple[PendingTokens, Tensor]:
-        """The waiting tokens, from now on the caller's to push, and their positions (3, L)."""
+        """Take out the pending tokens; returns them and their positions (3, L)."""
         pending, self.pending = self.pending, PendingTokens()
         device = model.device
         if len(pending) == 1 and not pending.shown:

@@ -1,10 +1,9 @@
-"""What a conversation has seen: each distinct view goes through its vision encoder once.
+"""View features: each distinct view of a conversation goes through its vision encoder once.
 
-`ViewFeatures` are those of one view (an image, a box of it, a size) under one encoder. `ENCODER_OF` says which looks
-share one: the first look, region crops and `clip` looks all use the model's own ViT, so a `clip` look at the view of
-the first look costs no vision at all. Encoding is put off until the loop has collected what all its rows want to see,
-so that one call serves them.
-It refuses to know tokens, turns and caches.
+A view is an image, or a box of it, under the settings of a stage. `ENCODER_OF` says which looks share an encoder: first
+looks, region crops and `clip` looks all use the model's own ViT, so a `clip` look at the view of the first look needs
+no further encoder run. Encoding is deferred until the loop has collected the views of all its rows: one call serves
+them.
 """
 
 from __future__ import annotations
@@ -63,19 +62,19 @@ class ViewFeatures:
 
 @dataclass
 class FeatureCache:
-    """The views of one conversation, by view."""
+    """The view features of one conversation, by view."""
 
     processor: Any
     entries: dict[Hashable, ViewFeatures] = field(default_factory=dict)
 
     def copy(self) -> FeatureCache:
-        """The same views, to grow apart from these."""
+        """The same entries, to grow independently."""
         return FeatureCache(self.processor, dict(self.entries))
 
     def lookup(
         self, look: str, number: int, whole: Image.Image, stage: str, box: Box | None = None, blank: bool = False
     ) -> tuple[ViewFeatures, Image.Image]:
-        """The view of a view, new or seen before, and the view itself as an image.
+        """The features of a view (encoded later, or already), and the view itself as an image.
 
         Args:
             look: "image" for a first look or a look of the table.
@@ -100,12 +99,12 @@ class FeatureCache:
         return self.entries[key], seen_as
 
     def _mean(self) -> tuple[int, int, int]:
-        """The colour that is nearest to zero once normalised."""
+        """The colour that is nearest to zero once normalized."""
         red, green, blue = (round(255 * value) for value in self.processor.image_processor.image_mean)
         return red, green, blue
 
     def _view(self, stage: str) -> Hashable:
-        """The settings of a stage; two stages with equal settings see the same. Re-encoding's default: the first's."""
+        """The settings of a stage; equal settings give equal views. Default for re-encoding: the first look's."""
         views = {"first": self.processor.first_look, "crop": self.processor.second_look}
         return views.get(stage) or self.processor.reencode_look or self.processor.first_look
 

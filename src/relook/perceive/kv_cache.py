@@ -1,14 +1,13 @@
 """Keys and values of several conversations side by side, each growing at its own pace.
 
-A `KVRows` is a batch of rows over one key/value cache, with a mask that says which columns are tokens of which row.
-Rows can leave with their own tokens (`take`), the rest goes on (`select`), and rows that waited come together again
-(`join`). What a row attends to never depends on its neighbours: padding lies in the cache but is masked for ever.
-It refuses to know tokens, images and turns.
+`KVRows` is a batch of rows over one key/value cache, with a mask of which columns are tokens of which row. A row can be
+extracted with its own tokens, the others selected, and rows merged into a batch again. What a row attends to does not
+depend on the other rows: padding stays in the cache but is always masked.
 
 Worked example, two rows (. is padding). Row a holds 3 tokens, row b holds 5:
 
-    join([a, b])       a a a . .        push one token each    a a a . . a      take(0)    a a a a
-                       b b b b b        ------------------->   b b b b b b      ------>
+    merge([a, b])      a a a . .        forward, one token each    a a a . . a      extract(0)    a a a a
+                       b b b b b        ----------------------->   b b b b b b      --------->
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class KVRows:
     """A cache of B rows and T columns.
 
     Args:
-        layers: one (keys, values) per decoder layer, each (B, heads, T, head_dim); empty before the first push.
+        layers: one (keys, values) per decoder layer, each (B, heads, T, head_dim); empty before the first forward.
         mask: (B, T) bool, True where the column is a token of the row.
     """
 
@@ -38,7 +37,7 @@ class KVRows:
 
     @classmethod
     def empty(cls, rows: int = 1, device: torch.device | str = "cpu") -> KVRows:
-        """`rows` rows that hold nothing yet."""
+        """`rows` rows without tokens."""
         return cls([], torch.zeros(rows, 0, dtype=torch.bool, device=device))
 
     def __len__(self) -> int:
@@ -51,11 +50,11 @@ class KVRows:
         return self.mask.sum(1).tolist()
 
     def forward(self, model: Any, embeds: Tensor, position_ids: Tensor, real: Tensor) -> Tensor:
-        """Run one block of new tokens through the language model; the rows grow by it.
+        """Run new tokens through the language model; the rows grow by them.
 
         Args:
             model: has `decode(inputs_embeds, attention_mask, position_ids, past_key_values) -> (B, L, d)`.
-            embeds: (B, L, d) input embeddings, shorter blocks padded on the right.
+            embeds: (B, L, d) input embeddings, padded on the right.
             position_ids: (3, B, L).
             real: (B, L) bool, True where the place is a token.
 
@@ -71,7 +70,7 @@ class KVRows:
         return hidden
 
     def copy(self) -> KVRows:
-        """The same rows, to grow apart from these. Costs nothing: pushing never writes into existing tensors."""
+        """The same rows, to grow independently. Nothing is copied: a forward never writes into existing tensors."""
         return KVRows(self.layers, self.mask)
 
     def select_rows(self, rows: Sequence[int]) -> KVRows:
@@ -106,7 +105,7 @@ class KVRows:
         deep = next((part.layers for part in singles if part.layers), [])
         layers = []
         for number, (like, _) in enumerate(deep):
-            nothing = like.new_zeros(1, like.shape[1], 0, like.shape[3])  # a row that has not started yet
+            nothing = like.new_zeros(1, like.shape[1], 0, like.shape[3])  # of a row without tokens
             pairs = [part.layers[number] if part.layers else (nothing, nothing) for part in singles]
             layers.append(
                 (

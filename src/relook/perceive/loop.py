@@ -1,11 +1,10 @@
-"""The loop: a group of questions to their answers, with second looks on the way.
+"""The generation loop: answers a group of questions side by side, with second looks.
 
-    join      rows that wait put their caches side by side; one forward pushes all their blocks (openings, new turns)
-    decode    one token a step for all rows of the group; a row that wants to look, or is done, leaves with its tokens
-    again     when nobody decodes any more, the rows that wait join
+1. Prefill: the caches of the waiting rows are merged, and one forward runs all their pending tokens (openings, turns).
+2. Decode: one token a step for all rows. A row that looks again, or is finished, is extracted with its own tokens.
+3. When no row decodes any more, the waiting rows are merged again.
 
-Every token goes through the language model exactly once. What a row writes is the row's affair (`row.py`); this module
-refuses to know turns, calls and text.
+Every token goes through the language model exactly once. What is written is decided by `row.Row`.
 """
 
 from __future__ import annotations
@@ -24,15 +23,23 @@ from .features import encode
 from .kv_cache import KVRows
 from .row import Event, LoopContext, Row
 
-Recorder = Callable[[int, int, Tensor], None]  # (row, index of the token just pushed, logits (V,) of the next)
+Recorder = Callable[[int, int, Tensor], None]  # (row, index of the last token, logits (V,) of the next)
 
 
 @torch.inference_mode()
 def run(context: LoopContext, rows: Sequence[Row], record: Recorder | None = None) -> Iterator[tuple[int, Event]]:
-    """Answer all rows side by side; (row number, event) as things happen.
+    """Answer all rows side by side.
 
-    A row's answer, looks and counts are those it has alone. `seconds` are wall time, shared out evenly where rows
-    shared a forward. `record` gets the logits after every pushed block (tests compare them with one full forward).
+    A row's answer, looks and counts do not depend on the other rows. `seconds` are wall time, divided evenly among the
+    rows of a forward.
+
+    Args:
+        context: model, processor and vocabulary.
+        rows: the questions.
+        record: is called with the logits after every forward (tests compare them with one full forward).
+
+    Yields:
+        (index of the row, event), as they happen.
     """
     number = {id(row): i for i, row in enumerate(rows)}
     waiting = list(rows)
@@ -50,10 +57,8 @@ def run(context: LoopContext, rows: Sequence[Row], record: Recorder | None = Non
             with _timed_shared(context, live, lambda row: "decode"):
                 _sample_step(context, live, states, number, record)
             going = [i for i, row in enumerate(live) if not row.finished and not row.waiting]
-            for i, row in enumerate(live):
-                if (
-                    i not in going
-                ):  # before any event is given out: whoever stops listening then has whole conversations
+            for i, row in enumerate(live):  # before any event is yielded: a caller that stops has whole conversations
+                if i not in going:
                     row.conversation.kv = kv.extract(i)
                     waiting += [] if row.finished else [row]
             for row in live:
@@ -65,7 +70,7 @@ def run(context: LoopContext, rows: Sequence[Row], record: Recorder | None = Non
 
 
 def _forward_step(context: LoopContext, kv: KVRows, rows: Sequence[Row]) -> Tensor:
-    """One forward over what the rows have to push; (B, d) hidden states of their last tokens."""
+    """One forward over the pending tokens of the rows; (B, d) hidden states of their last tokens."""
     with _timed_shared(context, rows, lambda row: row.stage):
         return forward_pending(context.model, kv, [row.conversation for row in rows])
 
@@ -73,7 +78,7 @@ def _forward_step(context: LoopContext, kv: KVRows, rows: Sequence[Row]) -> Tens
 def _sample_step(
     context: LoopContext, live: Sequence[Row], states: Tensor, number: dict[int, int], record: Recorder | None
 ) -> None:
-    """After a push: tell every row, and draw a token for those that want one. `states` is (B, d)."""
+    """Give every row its hidden state of `states` (B, d), and sample a token for those that need one."""
     for row, state in zip(live, states, strict=True):
         if record is not None:  # every position, also those whose successor is forced
             record(number[id(row)], len(row.conversation.ids) - 1, context.model.lm_head(state).float())
@@ -92,7 +97,7 @@ def _sample_step(
 
 @contextmanager
 def _timed_shared(context: LoopContext, rows: Sequence[Row], stage: Callable[[Row], str]) -> Iterator[None]:
-    """Measures wall time of work that several rows share, and shares it out among them, each under its own stage."""
+    """Measure the wall time of work that several rows share, and divide it among them, each under its own stage."""
     stages = [stage(row) for row in rows]
     begin = time.perf_counter()
     yield

@@ -1,15 +1,12 @@
-"""One question under way: what is written next, by whom, and what it leads to.
+"""The state machine of one question; `loop` runs a group of them. A `Row` is always in one of four states:
 
-A `Row` is a state machine; the loop that moves a group of rows is `loop.py`. It is always in one of four states:
+    needs a token     everything written so far went through the language model; its logits decide the next token
+    has one token     sampled or forced: it runs together with the other rows' tokens in the next step
+    waiting           has more than one pending token (an opening, an injected turn): leaves the group until no row is
+                      decoding, then runs with the other waiting rows in one forward
+    finished          its closing token went through the language model
 
-    wants a token     everything written so far is pushed; its logits decide the next token
-    has one token     written, sampled or forced: pushed together with the other rows' tokens in the next step
-    waits             has more than one token to push (an opening, an injected turn): steps aside until no row of the
-                      group is decoding, then joins the others in one forward
-    finished          its closing token is pushed
-
-Forced tokens are not decoded one by one: they are simply written, so a call whose tokens are all known costs no step.
-This module refuses to know caches, devices and how users spell their wishes (`vlm.py`).
+Forced tokens are not decoded one by one but appended, so a call whose tokens are all known costs no step.
 """
 
 from __future__ import annotations
@@ -37,10 +34,10 @@ Event = TextDelta | LookTaken | Finished
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One question, checked (`vlm.py` checks). See `VLM.ask` for the meaning of the fields.
+    """One checked question. See `VLM.ask` for the meaning of the fields.
 
     `look`: "auto", "none" or a look the model has. `target`: number of the image that looks go to. `condition` and
-    `blank` change what a look brings, never what is written: they are for measuring.
+    `blank` are for measuring: they change the features of a look, not its tokens.
     """
 
     question: str
@@ -58,7 +55,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class LoopContext:
-    """What all rows share, and none changes."""
+    """What all rows share (read-only)."""
 
     model: Any
     processor: Any
@@ -75,7 +72,7 @@ class LoopContext:
 
     @property
     def warnings(self) -> list[str]:
-        """What holds of every answer of this model. No picture is judged: the sentence stands beside all of them."""
+        """Warnings that apply to every answer of this model, whatever its image."""
         if not self.domain:
             return []
         name = self.name or "this model"
@@ -83,18 +80,18 @@ class LoopContext:
 
 
 class Row:
-    """One question under way."""
+    """One question: its conversation, looks, events and timing."""
 
     def __init__(self, context: LoopContext, conversation: Conversation, request: Request):
         self.context, self.request = context, request
         self.conversation = conversation.copy()
         self.generator = request.sampling.generator()
         self.looks: list[Look] = []
-        self.events: deque[Event] = deque()  # events not yet given out
+        self.events: deque[Event] = deque()  # not yet yielded by the loop
         self.finished = False
         self.started = False
         self.seconds = dict.fromkeys(("vision", "prefill", "decode", "look"), 0.0)
-        self._pushed_before = len(conversation.ids)
+        self._tokens_before = len(conversation.ids)
         self._patches_before = sum(s.patches for s in conversation.features.entries.values())
         self._looks_left = 0 if request.look == "none" else request.max_looks
         self._forced: deque[int] = deque()
@@ -103,7 +100,7 @@ class Row:
         self._begin_turn()
         self._begin_question()
 
-    # -- what the loop sees ------------------------------------------------------------------------------------------
+    # -- interface of the loop ---------------------------------------------------------------------------------------
 
     @property
     def needs_token(self) -> bool:
@@ -115,18 +112,18 @@ class Row:
 
     @property
     def stage(self) -> str:
-        """Which of `seconds` the next push belongs to."""
+        """Which of `seconds` the next forward belongs to."""
         if not self.started:
             return "prefill"
         return "look" if self.waiting and not self._closing else "decode"
 
     def banned(self) -> Tensor:
-        """(V,) bool: what may not be chosen now."""
+        """(V,) bool: the tokens that may not be sampled now."""
         may_look = self._looks_left > 0
         return self.context.vocabulary.banned(self._turn, may_look, self.request.constrain)
 
     def after_forward(self, state: Tensor) -> None:
-        """The block went through the language model; `state` (d,) is the hidden state of its last token."""
+        """The pending tokens went through the language model; `state` (d,) is the hidden state of the last one."""
         self.started = True
         if self._closing:
             self.finished = True
@@ -137,7 +134,7 @@ class Row:
         self._write_forced()
 
     def accept(self, token: int) -> None:
-        """Take the token that was drawn for this row."""
+        """Append the sampled token."""
         vocabulary = self.context.vocabulary
         self._write(vocabulary.im_end if token in vocabulary.ends else token, sampled=True)
         self._write_forced()
@@ -158,7 +155,7 @@ class Row:
             self._write(self._forced.popleft(), sampled=False)
 
     def _write(self, token: int, sampled: bool, state: Tensor | None = None) -> None:
-        """One more token of the assistant's turn; `state` (d,) takes the place of its input embedding."""
+        """Append a token to the assistant's turn; `state` (d,) replaces its input embedding."""
         conversation, text = self.conversation, self.context.vocabulary.text_of(token)
         if state is not None:
             conversation.pending.states.append((len(conversation.pending), state))
@@ -180,17 +177,17 @@ class Row:
             self._forced.append(self.context.vocabulary.im_end)
 
     def _may_end(self) -> bool:
-        """Whether the turn can be cut here: not in the middle of a call, unless calls may be malformed."""
+        """Whether the turn may be cut here: not inside a call, unless calls may be malformed."""
         if not self.request.constrain or self._looks_left <= 0:
             return True
         allowed = self.context.vocabulary.allowed(self._turn)
         return allowed is None or IM_END in allowed
 
     def _condition_look(self, state: Tensor) -> None:
-        """The state at `*_action_start`: it conditions the look and is the input of the `*_action` that must follow.
+        """Use the hidden state (d,) at `*_action_start`: it conditions the look and is the input of `*_action`.
 
-        Without `request.condition` only the first of the two is left out, so that the second look's features are all
-        that changes (and the embedding of `*_action`, which conditioned training never touches, stays out of it).
+        Without `request.condition` only the first of the two is omitted, so that only the second look's features change
+        (and the embedding of `*_action`, which conditioned training never updates, is not used).
         """
         spec, vocabulary = LOOKS[self._open or ""], self.context.vocabulary
         conditioned = self.context.model.config.num_inner_forward_run == 2  # 1: alignment stage, no condition
@@ -203,7 +200,7 @@ class Row:
     # -- turns -------------------------------------------------------------------------------------------------------
 
     def _begin_question(self) -> None:
-        """The user's turn with the question, and the tokens of a look that is asked for."""
+        """The user's turn with the question, and the forced tokens of a requested look."""
         request, conversation = self.request, self.conversation
         first = len(conversation.images)
         conversation.images += request.images
@@ -221,7 +218,7 @@ class Row:
         self._write_forced()
 
     def _sentence(self) -> str:
-        """The question, with the published sentence that asks for a look where the model was trained to be asked.
+        """The question, with the published sentence that asks for a look where the model was trained with it.
 
         look="auto": prompted models were trained with the sentence of the look to take, so the region's is given to a
         model that has regions, else the re-encoding one; free-choice models decide without. A question that holds one
@@ -245,7 +242,7 @@ class Row:
         self._forced.extend(self.context.processor.tokenizer.encode(text, add_special_tokens=False))
 
     def _user_turn(self, content: str, images: Sequence[ShownImage]) -> None:
-        """A user turn with its images in the order of its placeholders, and the header of the answer to it."""
+        """A user turn with its images in the order of its placeholders, and the assistant's header."""
         conversation, processor = self.conversation, self.context.processor
         counts: dict[str, list[int]] = {}
         for shown in images:
@@ -262,7 +259,7 @@ class Row:
         conversation.turns.append(Turn("user", content))
 
     def _end_turn(self) -> None:
-        """The assistant's turn is over: look, ask again, or be done."""
+        """After the assistant's turn: look, ask again, or finish."""
         if piece := self._streamer.finish():
             self.events.append(TextDelta(piece))
         written = self.context.processor.tokenizer.decode(
@@ -289,14 +286,14 @@ class Row:
         self._begin_turn()
 
     def _check_call(self, call: Call) -> Call:
-        """A well-formed call that still cannot be followed gets its problem here."""
+        """The call, with a problem where the model lacks its look."""
         if call.problem is None and call.look not in self.context.looks:
             has = ", ".join(self.context.looks) or "none"
             return Call(call.look, call.cells, f"the model has no {call.look} look (it has: {has})", call.span)
         return call
 
     def _look(self, calls: Sequence[Call]) -> list[ShownImage]:
-        """What the calls show, in the order in which `look_turn` places it: looks grouped, by their first call."""
+        """The images that answer the calls, in the order of `look_turn`: grouped by look, in order of first call."""
         kinds = list(dict.fromkeys(call.look for call in calls))
         ordered = sorted(calls, key=lambda call: kinds.index(call.look))
         return [self._reencode(call) if LOOKS[call.look].reencodes else self._crop(call) for call in ordered]
@@ -311,7 +308,7 @@ class Row:
         return ShownImage("image", view, self._record_look(Look("region", cells=call.cells, box=box, image=seen)))
 
     def _reencode(self, call: Call) -> ShownImage:
-        """The whole image again, through the look's own encoder."""
+        """The whole image, re-encoded by the look's encoder."""
         number = self.request.target
         whole = self.conversation.images[number]
         view, seen = self.conversation.features.lookup(call.look, number, whole, "reencode")
@@ -319,7 +316,7 @@ class Row:
         return ShownImage(call.look, view, look, self._conditions.get(call.look))
 
     def _record_look(self, look: Look) -> Look:
-        """Record a look. One that will be shown is announced when it has been (its attention map is part of it)."""
+        """Record a look. Its event follows when its image has been encoded (the attention map is part of it)."""
         self.looks.append(look)
         if look.problem:
             self.events.append(LookTaken(look))
@@ -334,7 +331,7 @@ class Row:
             text=self._streamer.text,
             looks=self.looks,
             usage=Usage(
-                lm_positions=len(conversation.ids) - self._pushed_before,
+                lm_positions=len(conversation.ids) - self._tokens_before,
                 sequence_length=len(conversation.ids),
                 vision_patches=patches - self._patches_before,
                 generated_tokens=self._written,

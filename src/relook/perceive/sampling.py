@@ -1,9 +1,8 @@
-"""Choosing the next token of a row: what may be written, and how one of it is drawn.
+"""The next token of a row: which tokens are allowed, and how one is sampled.
 
-Two things that the loop combines: `Vocabulary` masks what may not be written now (structure is the loop's to write; an
-open call may only go on well formed), `Sampling` draws from what is left. Draws of a row depend on nothing but its own
-logits and its own seed, so that a batch equals its rows one by one.
-It refuses to know caches, images and models.
+`Vocabulary` masks tokens that may not be sampled now (the loop writes the structure of turns; an open call must stay
+well formed), `Sampling` samples from the rest. The samples of a row depend only on its own logits and seed, so a batch
+equals its rows one by one.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class Sampling:
                 )
 
     def generator(self) -> torch.Generator:
-        """A fresh source of randomness for one row."""
+        """A random generator for one row."""
         generator = torch.Generator()
         if self.seed is None:
             generator.seed()
@@ -78,7 +77,7 @@ class Sampling:
 
 
 class Vocabulary:
-    """The token ids that matter to the loop, and which may be written when.
+    """Ids of the control tokens, and masks of what may not be sampled.
 
     Args:
         tokenizer: with the control tokens of its looks.
@@ -127,7 +126,7 @@ class Vocabulary:
 
     @property
     def hidden_ids(self) -> frozenset[int]:
-        """Ids that are no part of an answer's text: control tokens, structure, ends."""
+        """Ids that are not part of an answer's text: control tokens, structure, ends."""
         return frozenset(self._ids.values()) | self.ends
 
     def text_of(self, token: int) -> str:
@@ -139,10 +138,10 @@ class Vocabulary:
         return allowed_next(turn, self.looks, self.grid)
 
     def banned(self, turn: Sequence[str], may_look: bool, constrain: bool) -> Tensor:
-        """(V,) bool: what may not be written next.
+        """(V,) bool: what may not be sampled next.
 
-        Pads, `<|im_start|>` and the vision brackets are never the model's to write: a pad without its image would put
-        every later position out of step. Without looks left, no control token; under `constrain` no call to a look the
+        Pads, `<|im_start|>` and the vision brackets are never sampled: a pad without its image would shift every later
+        position. Without looks left, no control token; under `constrain` no call to a look the
         model lacks, no stray piece of a call, and within a call only what keeps it well formed.
         """
         if not may_look:

@@ -1,7 +1,6 @@
-"""The front door: load a model, ask it about images, get a typed record back.
+"""The public interface: load a model, ask it about images, get a typed record.
 
-Everything a user can get wrong is found here, before any model runs; behind this module requests are known to be sound.
-It refuses to know tokens and tensors: those are `loop.py`'s and below.
+All input is checked here, before the model runs.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def load(name: str | Path, *, dtype: Any = None, device: Any = None, attn_implem
 class VLM:
     """A vision-language model that may look again.
 
-    Holds nothing that a question changes: several conversations, also from several threads, do not disturb each other.
+    Stateless: several conversations, also from several threads, do not affect each other.
 
     Args:
         model: a `VPTQwen2VLForConditionalGeneration`, in eval mode.
@@ -203,7 +202,7 @@ class VLM:
         blank: bool = False,
         look_at: int | None = None,
     ) -> Request:
-        """The checked request; every wish of the user that cannot be met is refused here."""
+        """The request, checked; raises UserError as `ask` says."""
         _whole("max_looks", max_looks, 0)
         _whole("max_new_tokens", max_new_tokens, 1)
         self._check_look(look)
@@ -310,7 +309,7 @@ def _last(events: Iterator[Event]) -> Answer:
     for event in events:
         if isinstance(event, Finished):
             return event.answer
-    raise AssertionError("a session ended without an answer")  # a bug of ours: every row finishes
+    raise AssertionError("the loop ended without an answer")  # a bug of ours: every row finishes
 
 
 def _images(image: Any) -> list[Image.Image]:

@@ -1,4 +1,4 @@
-"""Images to the tensors of the vision towers, by the PIL image processors of transformers.
+"""Images to the tensors of the vision encoders, by the PIL image processors of transformers.
 
 The PIL classes are used even where torchvision is installed: the two differ by up to 0.03 in normalised pixels, and a
 model should see the same image everywhere. (Pillow's own versions still differ by a grey level here and there: 13

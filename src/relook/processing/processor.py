@@ -1,14 +1,12 @@
 """Text, images and looks to tensors, on transformers' Qwen2-VL processor, with or without torchvision.
 
-`VPTQwen2VLProcessor` is a Qwen2VLProcessor that also knows the control tokens of the looks, the resolution of each look
-(`relook.views`) and how conversations with second looks are written down: `encode_item` for training data, `turn_ids`
-and its relatives for the loop, the usual call for transformers. All three write the same ids. It refuses to know any
-model: which tower perceives an image, and what the hidden states do to it, is `relook.model`'s affair.
+`VPTQwen2VLProcessor` is a Qwen2VLProcessor that adds the control tokens of the looks, the resolution of each look
+(`relook.views`) and the token ids of conversations with second looks: `encode_item` for training data, `turn_ids` and
+its relatives for the generation loop, the usual call for transformers. All three give the same ids.
 
 Conversations are tokenised piece by piece, as the published pipeline did: the system turn, each user turn together with
 the assistant's header, and each assistant content on its own. (As one text, an answer that begins with a newline would
 melt into the newline of its header.)
-
 """
 
 from __future__ import annotations
@@ -154,7 +152,7 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         return {kind: i for kind, i in ids.items() if i is not None}
 
     @property
-    def unlearnt_ids(self) -> frozenset[int]:
+    def ignored_ids(self) -> frozenset[int]:
         """Ids that are never a label: the `*_action` tokens, which the loop writes itself."""
         ids = (self._id(spec.action) for spec in LOOKS.values() if spec.action)
         return frozenset(i for i in ids if i is not None)
@@ -299,7 +297,7 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         Images are paths (relative to `image_root`; crops by path suffix), PIL images, arrays, bytes, or (image, box).
 
         Returns:
-            input_ids, labels (lists of one length; IGNORED where nothing is learnt: everything but assistant turns
+            input_ids, labels (lists of one length; IGNORED where there is no loss: everything but assistant turns
             with their <|im_end|>, and in them the `*_action` tokens), prompt_ids (everything before the last answer),
             and the tensors of `encode_images` for every kind of image in the item.
         """
@@ -321,8 +319,8 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         answer = next((i for i, w in enumerate(reversed(written)) if not w), 0)  # the last block, if the assistant's
         result: dict[str, Any] = {"input_ids": ids, "prompt_ids": ids[: len(ids) - answer]}
         if labels:
-            unlearnt = self.unlearnt_ids
-            result["labels"] = [i if w and i not in unlearnt else IGNORED for i, w in zip(ids, written, strict=True)]
+            ignored = self.ignored_ids
+            result["labels"] = [i if w and i not in ignored else IGNORED for i, w in zip(ids, written, strict=True)]
         return result | encoded
 
     # ---- the way transformers calls it
@@ -388,6 +386,6 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
 
 
 def _template_of(tokenizer: Any) -> str | dict | None:
-    """The tokenizer's chat template, if it knows images (a text model's does not)."""
+    """The tokenizer's chat template, if it takes images (a text model's does not)."""
     template = getattr(tokenizer, "chat_template", None)
     return template if isinstance(template, dict) or (template and "image" in template) else None

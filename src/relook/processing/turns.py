@@ -1,4 +1,4 @@
-"""The shape of a conversation: whose turn it is, how many images it names, at which stage each one is seen.
+"""The structure of a conversation: roles of its turns, number of its images, the view stage of each image.
 
 Pure functions over messages ({"role", "content"} with placeholders) and over texts as the chat template writes them.
 """

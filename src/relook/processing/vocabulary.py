@@ -1,7 +1,4 @@
-"""The words of a conversation: kinds of encodings and their pads, the chat template, the tokens of the looks.
-
-Knows strings and a tokenizer's vocabulary; no images and no ids of whole turns.
-"""
+"""Text of a conversation: kinds of encodings and their pads, the chat template, the tokens of the looks."""
 
 import json
 import re
@@ -13,7 +10,7 @@ from transformers import AddedToken
 from relook.errors import UserError
 from relook.looks import DEFAULT_SYSTEM, LOOKS, VISION_END, VISION_START, LookSpec, control_tokens
 
-IGNORED = -100  # label of positions that are not learnt
+IGNORED = -100  # label of positions without loss
 
 # What an image can be encoded as: "image" is the model's own view (first look or crop), the others are re-encodings.
 KINDS: dict[str, LookSpec] = {("image" if name == "region" else name): look for name, look in LOOKS.items()}
