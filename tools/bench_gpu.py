@@ -34,7 +34,7 @@ from relook.looks import LOOKS
 from relook.model import VPTQwen2VLConfig, VPTQwen2VLForConditionalGeneration
 from relook.model.encoders import encoder_config
 from relook.model.published import BASES, look_token_ids
-from relook.train.learnable import let_learn
+from relook.train.optim import set_trainable
 
 BASE = "Qwen/Qwen2-VL-2B-Instruct"
 WAYS = ("none", "region", "clip", "detection", "seg")
@@ -88,7 +88,7 @@ def build(device: str, tiny: bool, stock: bool) -> Any:
             model: Any = Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_dict(shape(tiny)))
         else:
             model = VPTQwen2VLForConditionalGeneration(config(tiny))
-    let_learn(model, ["visual"] if stock else ["visual", "encoders"])
+    set_trainable(model, ["visual"] if stock else ["visual", "encoders"])
     return model.train()
 
 

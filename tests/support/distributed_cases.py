@@ -16,7 +16,7 @@ import torch
 from torch import distributed as dist
 
 from relook.model.rank_sync import synchronised_ranks
-from relook.train import sharding
+from relook.train import distributed
 from support import ROOT
 from support.tiny_model import conversation, stack, tiny_config, tiny_model
 
@@ -106,7 +106,7 @@ def zero(out: str, settings: str, **kind: Any) -> None:
     }
     if config["zero_optimization"]["stage"] == 3:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else nothing is partitioned
-    with sharding.gathering_by_layer(made):
+    with distributed.gathering_by_layer(made):
         engine, *_ = deepspeed.initialize(
             model=made, optimizer=torch.optim.SGD(made.parameters(), lr=LR), config=config
         )
@@ -118,7 +118,7 @@ def zero(out: str, settings: str, **kind: Any) -> None:
         gradients = gradients or {n: g.clone() for n, g in found.items() if g is not None}
         engine.step()
         losses.append(loss)
-    sharding.end(made)
+    distributed.unshard(made)
     report(losses, gradients, {n: p.detach().clone() for n, p in made.named_parameters()}, out)
 
 
@@ -132,7 +132,7 @@ def train(made: torch.nn.Module, optimizer: torch.optim.Optimizer, out: str) -> 
         optimizer.zero_grad()
         losses.append(loss)
     bare = getattr(made, "module", made)
-    sharding.end(bare)
+    distributed.unshard(bare)
     report(losses, gradients, {n: p.detach().clone() for n, p in bare.named_parameters()}, out)
 
 

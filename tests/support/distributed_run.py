@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from relook.train import ranks
+from relook.train import distributed
 from relook.train.recipe import Recipe
 from relook.train.runner import run
 from relook.train.trainer import StageTrainer
@@ -37,7 +37,7 @@ def stop(_: StageTrainer) -> None:
 
 
 def spoil(trainer: StageTrainer) -> None:
-    trainer.model.model.lm_head.weight.data.fill_(torch.nan)
+    trainer.stage_run.trained.model.lm_head.weight.data.fill_(torch.nan)
 
 
 def fill(_: StageTrainer) -> None:
@@ -53,7 +53,7 @@ def failing(fault: str) -> None:
 
     def training_step(self, *args, **kwargs):
         number, happen = FAULTS[fault]
-        if self.state.global_step == 1 and not fired and ranks.number() == number:
+        if self.state.global_step == 1 and not fired and distributed.number() == number:
             fired.append(fault)
             happen(self)
         return inner(self, *args, **kwargs)

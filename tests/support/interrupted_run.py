@@ -15,16 +15,21 @@ from relook.train.objective import OBJECTIVES
 from relook.train.recipe import Recipe
 from relook.train.runner import run
 from relook.train.trainer import StageTrainer
-from zoo.objectives.conversation import Read
+from zoo.objectives.conversation import ConversationHeads, Read
 
 
 class Noisy(Read):
     """Adds random numbers to the loss, so that resuming is exact only if the generator's state is restored."""
 
+    def wrap(self, model):
+        return NoisyHeads(model, self.setup.heads, self.options)
+
+
+class NoisyHeads(ConversationHeads):
     def forward(self, **batch):
-        loss = super().forward(**batch)["loss"]
+        outputs = super().forward(**batch)
         bias = self.model.model.language_model.norm.weight
-        return {"loss": loss + (torch.randn(bias.shape) * bias).mean()}
+        return {**outputs, "loss": outputs["loss"] + (torch.randn(bias.shape) * bias).mean()}
 
 
 OBJECTIVES["noisy"] = "support.interrupted_run:Noisy"

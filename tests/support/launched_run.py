@@ -17,19 +17,19 @@ import torch
 import transformers.training_args
 from accelerate.utils import DistributedType
 
-from relook.train import runner
+from relook.train import trainer
 from support.distributed_run import attempt, recipe
 
 VALIDATION = {"items": 4, "examples": 2, "questions": 0}
 
 
 def pretend_gpus() -> None:
-    state, arguments = accelerate.PartialState, runner.TrainingArguments
+    state, arguments = accelerate.PartialState, trainer.TrainingArguments
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     state._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_GPU)
     accelerate.PartialState = lambda cpu: state(cpu=False)
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
-    runner.TrainingArguments = lambda **given: arguments(**{**given, "use_cpu": False})
+    trainer.TrainingArguments = lambda **given: arguments(**{**given, "use_cpu": False})
 
 
 def sharded(items: str, precision: str) -> Any:

@@ -20,7 +20,7 @@ from support.own_items import write_items_of
 from relook.data.collate import SkippedSample
 from relook.errors import UserError
 from relook.model.rank_sync import synchronised_ranks
-from relook.train import ranks
+from relook.train import distributed
 from relook.train.runner import run
 from relook.train.skipped import SkippedReport
 
@@ -73,13 +73,13 @@ def test_stretches_for_others_change_nothing(step: int, kind: dict, monkeypatch)
     [((4, 8), 1, (4, 8)), ((4, 8), 8, (4, 1)), ((4, 8), 16, (2, 1)), ((8, 1), 2, (4, 1)), ((6, 4), 12, (2, 1))],
 )
 def test_a_step_is_divided(step, processes, share) -> None:
-    assert ranks.divided(*step, processes) == share
+    assert distributed.divided(*step, processes) == share
     assert share[0] * share[1] * processes == step[0] * step[1]
 
 
 def test_a_step_that_cannot_be_divided_is_refused() -> None:
     with pytest.raises(UserError, match=r"4 x 8 examples.*over 3 processes.*accumulate be a multiple of 3"):
-        ranks.divided(4, 8, 3)
+        distributed.divided(4, 8, 3)
 
 
 def test_processes_come_to_one_account(tmp_path: Path) -> None:

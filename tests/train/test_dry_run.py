@@ -15,9 +15,8 @@ from relook.cli.app import app
 from relook.data.collate import Collator
 from relook.model.loading import load_model, load_processor
 from relook.model.modeling import VPTQwen2VLForConditionalGeneration
-from relook.train import memory
-from relook.train.dryrun import dry_run
-from relook.train.learnable import by_part, let_learn
+from relook.train.dry_run import activation_memory, dry_run, standing_memory
+from relook.train.optim import by_part, set_trainable
 from relook.train.recipe import Stage, load_recipe
 
 RECIPES = ROOT / "recipes"
@@ -51,7 +50,7 @@ def test_what_it_says_is_so(made, items, tmp_path, monkeypatch) -> None:
     assert sorted(tmp_path.rglob("*")) == before
     (stage,) = found.stages
     model, processor = load_model(made["with clip"], device="cpu"), load_processor(made["with clip"])
-    let_learn(model, ["visual"])
+    set_trainable(model, ["visual"])
     assert stage.learns == by_part(model)
     assert sum(n for n, _ in stage.learns.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert stage.steps == 3 * (7 - 2) // 2
@@ -132,9 +131,9 @@ def _no_hub(name):
 
 
 def test_a_world_is_drawn_and_measured() -> None:
-    names = [stage.name for stage in load_recipe(RECIPES / "cards-tiny.yaml").stages]
+    names = [stage.name for stage in load_recipe(ROOT / "zoo/recipes/cards-tiny.yaml").stages]
     more = [f"stages.{name}.{key}" for name in names for key in ("samples=16", "batch=2")]
-    result = CliRunner().invoke(app, ["train", str(RECIPES / "cards-tiny.yaml"), *more, "--dry-run", "--json"])
+    result = CliRunner().invoke(app, ["train", str(ROOT / "zoo/recipes/cards-tiny.yaml"), *more, "--dry-run", "--json"])
     assert result.exit_code == 0, result.output
     stages = {stage["name"]: stage for stage in json.loads(result.stdout)["stages"]}
     assert stages["dense"]["lengths"] is None and stages["instruct"]["lengths"]["mean"] > 50
@@ -152,7 +151,7 @@ def test_activations_against_what_torch_saves(precision: str, rests: list[str]) 
     )
     config.vision_config.hidden_size = 64
     model = VPTQwen2VLForConditionalGeneration(config).train()
-    let_learn(model, rests)
+    set_trainable(model, rests)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     ids = torch.randint(0, 100, (2, 256))
     kept: dict[int, torch.UntypedStorage] = {}
@@ -171,15 +170,15 @@ def test_activations_against_what_torch_saves(precision: str, rests: list[str]) 
         model(inputs_embeds=seen, labels=ids, use_cache=False, position_ids=torch.arange(256).expand(3, 2, -1))
     real = sum(storage.nbytes() for storage in kept.values())
     stage = Stage(name="s", objective="instruct", samples=2, precision=precision)
-    assert memory.activations(config, stage, ids.numel(), not rests) == pytest.approx(real, rel=1 / 3)
+    assert activation_memory(config, stage, ids.numel(), not rests) == pytest.approx(real, rel=1 / 3)
 
 
 def test_standing_memory_is_what_training_holds(made) -> None:
     """Weights, gradients and AdamW's states after a real step."""
     model = load_model(made["with clip"], device="cpu")
-    let_learn(model, train=["clip_projector", "lm_head"])
+    set_trainable(model, train=["clip_projector", "lm_head"])
     stage = Stage(name="s", objective="instruct", samples=2, weight_decay=0.0)
-    said = memory.standing(model, stage)
+    said = standing_memory(model, stage)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     batch = Collator(load_processor(made["with clip"]))([conversation(["clip"])])
     model(**batch).loss.backward()

@@ -17,7 +17,7 @@ from support import interrupted_run
 from relook.errors import RelookError
 from relook.model.loading import load_model
 from relook.train.checkpoints import RECORD, Checkpoints, digest, finished
-from relook.train.faults import Signals, Stopped
+from relook.train.distributed import Signals, Stopped
 from relook.train.runner import run
 from relook.train.trainer import StageTrainer
 
@@ -33,11 +33,11 @@ def straight(tmp_path_factory):
 
 
 def same_end(ours: Path, theirs: Path) -> None:
-    """The same weights, throwaway heads and log (but for time and memory), bit by bit."""
+    """The same weights, auxiliary heads and log (but for time and memory), bit by bit."""
     for name in (
         "final/model.safetensors",
-        "stages/01-noisy/weights.safetensors",
-        "stages/01-noisy/throwaway.safetensors",
+        "stages/01-noisy/model.safetensors",
+        "stages/01-noisy/heads.safetensors",
     ):
         assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
     logs = [[json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()] for f in (ours, theirs)]
@@ -58,7 +58,7 @@ def failing_at(monkeypatch, step: int, fault) -> None:
     inner, fired = StageTrainer.training_step, []
 
     def training_step(self, *args, **kwargs):
-        if self.model.stage.name == "noisy" and self.state.global_step + 1 == step and not fired:
+        if self.stage_run.stage.name == "noisy" and self.state.global_step + 1 == step and not fired:
             fired.append(step)
             fault(self)
         return inner(self, *args, **kwargs)
@@ -115,7 +115,7 @@ def test_a_second_signal_is_obeyed(before) -> None:
 
 def test_a_loss_that_is_no_number_stops(tmp_path: Path, monkeypatch) -> None:
     def spoil(trainer):
-        trainer.model.model.lm_head.weight.data.fill_(torch.nan)
+        trainer.stage_run.trained.model.lm_head.weight.data.fill_(torch.nan)
 
     failing_at(monkeypatch, 4, spoil)
     with pytest.raises(RelookError, match="loss of step 4 is nan") as caught:

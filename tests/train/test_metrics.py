@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.objectives import objective_of
 
+from relook.data.dataset import open_items
 from relook.data.items import Question
 from relook.errors import UserError
 from relook.looks import LOOKS, write_call
 from relook.model import new as tiny
 from relook.trace import Answer, Look
-from relook.train import watch
-from relook.train.objective import make_objective
+from relook.train import metrics
+from relook.train.checkpoints import Checkpoints, StageModel
+from relook.train.instruct import CLASSES, TokenClasses
 from relook.train.recipe import Recipe, Stage, Validation
-from relook.train.runner import _items, run
-from relook.train.token_classes import CLASSES, TokenClasses
+from relook.train.runner import run
 from relook.train.validation import ANNOTATED, Validator, from_item, picture, region_iou
 from zoo.objectives.pages import first_held_out
 
@@ -79,7 +81,7 @@ def test_pages_for_validation_are_not_taught() -> None:
             raise LookupError
 
     world = World()
-    learner = make_objective(*tiny.build("cards-tiny", 0), world, stage, 1, None)
+    learner = objective_of(tiny.build("cards-tiny", 0), stage, world, 1)
     for draw, index in ((learner.example, stage.samples - 1), (learner.held_out, 0)):
         with pytest.raises(LookupError):
             draw(index)
@@ -101,19 +103,20 @@ def test_items_are_held_out_of_a_file(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     items_file(tmp_path, 10)
     data = plan(data={"source": "json", "path": "items.json"}).data
-    taught, held = _items(data, 3, 1, None)
+    taught = open_items(data, 1, 3)
+    held = taught.validation
     numbers = [[item.extra["number"] for item in part] for part in (taught, held)]
     assert len(numbers[1]) == 3 and sorted(numbers[0] + numbers[1]) == list(range(10))
-    assert [item.extra["number"] for item in _items(data, 3, 1, None)[1]] == numbers[1]
+    assert [item.extra["number"] for item in open_items(data, 1, 3).validation] == numbers[1]
     with pytest.raises(UserError, match="would hold out most of the 10 items"):
-        _items(data, 10, 1, None)
+        open_items(data, 1, 10)
     question = from_item(held[0], grid=8)
     assert question is not None and question.text == "What?" and question.answer == "42"
     assert question.boxes == ((10, 20, 40, 50),)
     stage = Stage(name="s", objective="instruct", samples=2)
-    learner = make_objective(*tiny.build("cards-tiny", 0), None, stage, 1, taught, held)
-    assert learner.held_out(2)["input_ids"] == learner.processor.encode_item(held[2].to_dict())["input_ids"]
-    assert len(list(learner.questions(Validation(questions=9)))) == 3
+    learner = objective_of(tiny.build("cards-tiny", 0), stage, None, 1, taught, questions=9)
+    assert learner.eval[2]["input_ids"] == learner.processor.encode_item(held[2].to_dict())["input_ids"]
+    assert len(list(learner.questions())) == 3
 
 
 def test_evaluating_on_nothing_is_refused() -> None:
@@ -139,19 +142,19 @@ def test_watching_changes_no_weight(watched: Path, tmp_path: Path) -> None:
 
 
 def test_all_that_is_logged(watched: Path) -> None:
-    entries = watch.read_log(watched / watch.LOG)
+    entries = metrics.read_log(watched / metrics.LOG)
     assert [(e["step"], "eval_loss" in e) for e in entries] == [(1, False), (1, True), (2, False), (2, True)]
     learnt, tried = entries[:2]
     rates = {"samples_per_s", "tokens_per_s", "memory_mb"}
     assert {"loss", "grad_norm", "learning_rate", "token_x0", "token_y1", "token_text", *rates} <= learnt.keys()
     assert {"eval_token_start", "eval_look_rate", "eval_failed"} <= tried.keys()
     assert 0 <= tried["eval_look_rate"] <= 1 and tried["eval_failed"] == 0
-    (board,) = (watched / watch.BOARD / "00-talk").iterdir()
+    (board,) = (watched / metrics.BOARD / "00-talk").iterdir()
     written = board.read_bytes()
     assert all(tag in written for tag in (b"train/loss", b"train/token_x0", b"eval/look_rate"))
     stage = watched / "stages" / "00-talk"
     assert {p.name for p in (stage / "pictures").iterdir()} == {"step-1-1.png", "step-2-1.png"}
-    with Image.open(watched / watch.CURVES) as curves:
+    with Image.open(watched / metrics.CURVES) as curves:
         assert curves.format == "PNG"
     done = json.loads((stage / "done.json").read_text())
     least = min((e["eval_loss"], e["step"]) for e in entries if "eval_loss" in e)
@@ -163,12 +166,13 @@ def test_trying_out_leaves_no_trace_in_the_objective() -> None:
     stage = plan().stages[0]
     from zoo.worlds import make_world
 
-    learner = make_objective(*tiny.build("cards-tiny", 0), make_world("cards", 1), stage, 1, None)
-    learner.note(region=0.5)
-    tried = Validator(learner, Validation(examples=3, questions=0), Path("nowhere"), lambda: "")
+    model, processor = tiny.build("cards-tiny", 0)
+    learner = objective_of((model, processor), stage, make_world("cards", 1), 1, examples=3)
+    trained = StageModel(model, processor, learner.wrap(model).train())
+    tried = Validator(learner, trained, Validation(examples=3, questions=0), Checkpoints(Path("nowhere"), "", 1))
     first, again = tried(1, lambda batch: batch), tried(2, lambda batch: batch)
     assert first == again and "eval_loss" in first
-    assert learner.log == {"region": [0.5]} and learner.training
+    assert trained.module.training and model.training
 
 
 # -- regions and pictures
@@ -198,17 +202,17 @@ def test_a_picture_shows_the_annotated_boxes() -> None:
 
 
 def test_a_log_is_cut_where_a_run_goes_on(tmp_path: Path) -> None:
-    log = tmp_path / watch.LOG
+    log = tmp_path / metrics.LOG
     entries = [{"stage": s, "step": n} for s in ("a", "b") for n in (1, 2, 3)]
     log.write_text("\n".join(json.dumps(e) for e in entries) + '\n{"stage": "b", "st')
-    watch.cut_log(log, "b", 2)
-    assert watch.read_log(log) == entries[:5]
-    watch.cut_log(log, "b", 0)
-    assert watch.read_log(log) == entries[:3]
+    metrics.cut_log(log, "b", 2)
+    assert metrics.read_log(log) == entries[:5]
+    metrics.cut_log(log, "b", 0)
+    assert metrics.read_log(log) == entries[:3]
 
 
 def test_a_tally_goes_on_from_a_record() -> None:
-    tally = watch.Tally(4, {"samples": 8, "seconds": 5.0, "loss_sum": 2.0})
+    tally = metrics.Tally(4, {"samples": 8, "seconds": 5.0, "loss_sum": 2.0})
     tally.add(0.5, {"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])})
     tally.add(0.25, {"image_grid_thw": torch.tensor([[1, 4, 6], [1, 2, 2]])})
     assert tally.total()["samples"] == 16 and tally.total()["loss_sum"] == 2.75 and tally.seconds >= 5
@@ -218,8 +222,8 @@ def test_a_tally_goes_on_from_a_record() -> None:
 
 def test_reporters_are_known_and_installed(monkeypatch) -> None:
     with pytest.raises(UserError, match="wandbb is not supported"):
-        watch.check_reporters(["wandbb"])
-    monkeypatch.setattr(watch, "get_available_reporting_integrations", lambda: ["tensorboard"])
+        metrics.check_reporters(["wandbb"])
+    monkeypatch.setattr(metrics, "get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(UserError, match="wandb is not installed"):
-        watch.check_reporters(["tensorboard", "wandb"])
-    assert watch.reporters(["tensorboard"]) == ["none"]
+        metrics.check_reporters(["tensorboard", "wandb"])
+    assert metrics.reporters(["tensorboard"]) == ["none"]

@@ -18,9 +18,8 @@ from relook.data import EncodedDataset, open_items
 from relook.errors import UserError
 from relook.model.loading import load_model, load_processor
 from relook.model.start import Start, open_start
-from relook.train.learnable import let_learn, set_forward
-from relook.train.optimiser import build_optimiser
-from relook.train.recipe import Data, Stage, load_recipe
+from relook.train.optim import build_optimizer, set_trainable
+from relook.train.recipe import Data, Stage, load_recipe, set_forward
 from relook.train.runner import run
 
 RECIPES = ROOT / "recipes"
@@ -165,23 +164,23 @@ def test_parts_by_their_published_names() -> None:
     model = tiny_model()
     unused = ("clip.linear_feature", "clip.layernorm_feature", "seg.linear_feature")  # no forward pass touches them
     everything = {name for name, _ in model.named_parameters() if not any(part in name for part in unused)}
-    let_learn(model)
+    set_trainable(model)
     assert learning(model) == everything
-    let_learn(model, freeze=["projectors", "detection_model", "seg_model", "visual"])
+    set_trainable(model, freeze=["projectors", "detection_model", "seg_model", "visual"])
     assert learning(model) == {name for name in everything if name.startswith("model.language_model.")}
-    let_learn(model, train=["seg_projector"])
+    set_trainable(model, train=["seg_projector"])
     assert learning(model) == {name for name in everything if name.startswith("projectors.seg.")}
 
 
 def test_tied_weights_go_by_either_name() -> None:
     model = tiny_model()
-    let_learn(model, train=["lm_head"])
+    set_trainable(model, train=["lm_head"])
     assert learning(model) == {"model.language_model.embed_tokens.weight"}
-    let_learn(model, freeze=["lm_head"])
+    set_trainable(model, freeze=["lm_head"])
     assert "model.language_model.embed_tokens.weight" not in learning(model)
-    let_learn(model, train=["lm_head", "clip_projector"])
+    set_trainable(model, train=["lm_head", "clip_projector"])
     stage = Stage(name="s", objective="instruct", samples=2, lr=1.0, lr_scale={"lm_head": 0.25, "projectors": 0.5})
-    groups = build_optimiser(model.named_parameters(remove_duplicate=False), stage).param_groups
+    groups = build_optimizer(model.named_parameters(remove_duplicate=False), stage).param_groups
     embedding = model.get_input_embeddings().weight
     assert {g["lr"] for g in groups if any(p is embedding for p in g["params"])} == {0.25}
     assert {g["lr"] for g in groups if not any(p is embedding for p in g["params"])} == {0.5}

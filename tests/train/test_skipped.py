@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.item_sets import LOOKS, data, relative
+from support.objectives import loss_of, objective_of
 from support.own_items import write_items_of
 from typer.testing import CliRunner
 
@@ -19,7 +20,7 @@ from relook.data.reader import Unreadable
 from relook.data.records import records
 from relook.errors import RelookError
 from relook.model import new as tiny
-from relook.train.objective import make_objective
+from relook.train.objective import run_batch
 from relook.train.recipe import Recipe, Stage
 from relook.train.runner import run
 from relook.train.skipped import SkippedReport
@@ -66,17 +67,18 @@ def test_broken_and_long_items_are_left_out_named_and_never_cut(tmp_path, built,
 def test_a_batch_of_what_is_left_learns_as_without_the_rest_and_an_empty_one_learns_nothing(tmp_path, built) -> None:
     source = SampledItems(data(path=relative(faulty_set(tmp_path)), max_broken=1), 1)
     stage = Stage(name="s", objective="instruct", samples=8, batch=3, options={"max_length": 400})
-    learner = make_objective(*built, None, stage, 1, source)
+    learner, model = objective_of(built, stage, None, 1, source), built[0]
     examples = [learner.example(i) for i in range(9)]
     good = [one for one in examples if not isinstance(one, SkippedSample)]
     bad = [one for one in examples if isinstance(one, SkippedSample)]
-    loss = learner(**learner.collate([good[0], bad[0], good[1]]))["loss"]
-    assert torch.equal(loss, learner(**learner.collate(good[:2]))["loss"])
-    assert learner.skipped.taught == 4 and sum(learner.skipped.left_out.values()) == 1
-    empty = learner(**learner.collate(bad))["loss"]
-    learner.model.zero_grad()
+    batch, report = learner.collate([good[0], bad[0], good[1]]), SkippedReport(1.0)
+    assert torch.equal(run_batch(learner, model, batch)[0], loss_of(learner, model, good[:2]))
+    report.add(batch["info"]["taught"], batch["info"]["left_out"])
+    assert report.taught == 2 and sum(report.left_out.values()) == 1
+    empty = loss_of(learner, model, bad)
+    model.zero_grad()
     empty.backward()
-    assert empty == 0 and all(not p.grad.any() for p in learner.model.parameters() if p.grad is not None)
+    assert empty == 0 and all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 def test_more_than_a_set_share_of_broken_examples_stops_the_run(monkeypatch, tmp_path) -> None:

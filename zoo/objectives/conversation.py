@@ -8,7 +8,7 @@ relative positions only; without it, locating is learnt slowly).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from relook.io import rng
 from relook.looks import LOOKS, look_turn, parse_calls, write_call, x_token, y_token
 from relook.regions import Cells, box_to_cells, cells_to_box, union, widen
 from relook.train.instruct import Conversations
+from relook.train.objective import AuxiliaryHeads, Setup
 from zoo.objectives.pages import PageObjective, coverage, merge_order, patch_grid
 from zoo.worlds import QA, Box, Page
 
@@ -160,25 +161,24 @@ class PageConversations(PageObjective, Conversations):
     class Options(Conversations.Options):
         mix: dict[str, float] = {"region": 1.0}  # kind -> share of the batches
         jitter: float = 0.1  # chance that an edge of a shown crop is a cell off
-        place: float = 0.0  # weight of the throwaway head: asked or not, row and column of every image token
+        place: float = 0.0  # weight of the auxiliary heads: asked or not, row and column of every image token
         place_layer: int = 2  # it reads the hidden states after this many layers
         spell: int = 16  # how many of the answer's glyphs the head also numbers, patch by patch; 0: none
         places: int = 32  # most rows or columns of merged tokens an image may have under the head
         heed: int = 0  # layer (from 1) whose first head is shown where to look while the assistant writes; 0: none
         heed_weight: float = 0.5
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
         self.teller = Teller(self.processor, self.options.jitter)
         tokens = self.processor.tokens
         grid = range(self.processor.grid_size)
         self.cell_ids = [tokens[name(i)] for name in (x_token, y_token) for i in grid if name(i) in tokens]
-        width = self.model.config.text_config.hidden_size
-        if self.options.place > 0:
-            self.asked_head = self.throwaway("asked", lambda: nn.Linear(width, 4))
-            self.row_head = self.throwaway("row", lambda: nn.Linear(width, self.options.places))
-            self.column_head = self.throwaway("column", lambda: nn.Linear(width, self.options.places))
-            self.spell_head = self.throwaway("spell", lambda: nn.Linear(width, 4 * (1 + self.options.spell)))
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        if self.options.place <= 0 and self.options.heed <= 0:
+            return model
+        return ConversationHeads(model, self.setup.heads, self.options)
 
     # -- examples
 
@@ -203,7 +203,7 @@ class PageConversations(PageObjective, Conversations):
         return row
 
     def _truth(self, row: dict[str, Any], page: Page, windows: Sequence[Box], qa: QA) -> dict[str, Tensor]:
-        """The truth about every image token of the row, for the throwaway head.
+        """The truth about every image token of the row, for the auxiliary heads.
 
         asked (n, 4): share of its patches that is asked for. spelt (n, 4): number of the answer's glyph in the patch,
         from 1, else 0; -1 where glyphs are not legible (a whole page). places (n, 2): row, column.
@@ -230,7 +230,7 @@ class PageConversations(PageObjective, Conversations):
         Rows with a clip look are run in two stretches (`modeling`): their positions count from the second.
         """
         ids = np.array(row["input_ids"])
-        config, kind = self.model.config, row["kind"]
+        config, kind = self.config, row["kind"]
         pairs: list[tuple[int, list[int]]] = []
         if kind == "clip":
             start = int(np.flatnonzero(ids == config.clip_action_start_id)[0]) + 1
@@ -260,17 +260,30 @@ class PageConversations(PageObjective, Conversations):
     def collate(self, examples: Sequence[Any]) -> dict[str, Any]:
         heed = [F.pad(row["heed"], (1, 0), value=i) for i, row in enumerate(examples) if "heed" in row]
         rows = [{k: v for k, v in row.items() if k != "heed"} for row in examples]
-        return {**super().collate(rows), "heed": torch.cat(heed) if heed else None}
+        batch = super().collate(rows)
+        if batch["info"]["kind"] == "clip":  # its row is run in segments: the heads cannot see it whole
+            batch = {k: v for k, v in batch.items() if k not in ("asked", "places", "spelt")}
+        return {**batch, "heed": torch.cat(heed) if heed else None}
 
-    # -- loss
 
-    def forward(  # type: ignore[override]
-        self, kind, answer_from, asked=None, places=None, spelt=None, heed=None, **batch
-    ) -> dict[str, Tensor]:
+class ConversationHeads(AuxiliaryHeads):
+    """Heads that locate what is asked for, and attention supervision, beside the language model's own loss."""
+
+    def __init__(self, model: nn.Module, saved: Mapping[str, Tensor], options: Any) -> None:
+        super().__init__(model, saved)
+        self.options = options
+        width = self.model.config.text_config.hidden_size
+        if options.place > 0:
+            self.add_head("asked", nn.Linear(width, 4))
+            self.add_head("row", nn.Linear(width, options.places))
+            self.add_head("column", nn.Linear(width, options.places))
+            self.add_head("spell", nn.Linear(width, 4 * (1 + options.spell)))
+
+    def forward(self, asked=None, places=None, spelt=None, heed=None, **batch) -> dict[str, Any]:
         layers = self.model.model.language_model.layers
         caught: dict[str, Any] = {}
         handles = []
-        if asked is not None and kind != "clip":
+        if asked is not None:
             layer = layers[self.options.place_layer - 1]
             handles.append(layer.register_forward_hook(lambda _m, _i, o: caught.update(inner=_first(o))))
         if heed is not None and len(heed):
@@ -278,20 +291,23 @@ class PageConversations(PageObjective, Conversations):
             catch = lambda _m, args, named: caught.update(seen=(_first(args), named))  # noqa: E731
             handles.append(attention.register_forward_pre_hook(catch, with_kwargs=True))
         try:
-            loss = super().forward(kind, answer_from, **batch)["loss"]
+            outputs = self.model(**batch)
         finally:
             for handle in handles:
                 handle.remove()
+        loss, metrics = outputs["loss"], dict[str, float]()
         if "inner" in caught:
             tokens = caught["inner"][batch["input_ids"] == self.model.config.image_token_id]
-            loss = loss + self.options.place * self._place_loss(tokens, asked, places, spelt)
+            loss = loss + self.options.place * self.place_loss(metrics, tokens, asked, places, spelt)
         if "seen" in caught:
             first, named = caught["seen"]
             states = named.get("hidden_states", first)
-            loss = loss + self.options.heed_weight * self._heed_loss(attention, states, named, heed)
-        return {"loss": loss}
+            loss = loss + self.options.heed_weight * self.heed_loss(metrics, attention, states, named, heed)
+        return {"loss": loss, "logits": outputs["logits"], "metrics": metrics}
 
-    def _heed_loss(self, attention: Any, states: Tensor, named: dict[str, Any], heed: Tensor) -> Tensor:
+    def heed_loss(
+        self, metrics: dict[str, float], attention: Any, states: Tensor, named: dict[str, Any], heed: Tensor
+    ) -> Tensor:
         """Mean of -log(share of the first head's attention that falls on the tokens of `heed`).
 
         heed (m, 2 + SIGHTS): row, position of the query, positions of the tokens (see `sights`).
@@ -307,25 +323,28 @@ class PageConversations(PageObjective, Conversations):
         later = torch.arange(scores.shape[1], device=scores.device) > at[:, None]
         logs = scores.masked_fill(later, -torch.inf).log_softmax(-1)
         on = logs.gather(1, sights.clamp(min=0)).masked_fill(sights < 0, -torch.inf).logsumexp(-1)
-        self.note(heed=on.detach().exp().mean().item())
+        metrics["heed"] = on.detach().exp().mean().item()
         return -on.mean()
 
-    def _place_loss(self, tokens: Tensor, asked: Tensor, places: Tensor, spelt: Tensor) -> Tensor:
-        """tokens (n, d), asked (n, 4), places (n, 2), spelt (n, 4); see `_truth`."""
-        guess = self.asked_head(tokens)
+    def place_loss(
+        self, metrics: dict[str, float], tokens: Tensor, asked: Tensor, places: Tensor, spelt: Tensor
+    ) -> Tensor:
+        """tokens (n, d), asked (n, 4), places (n, 2), spelt (n, 4); see `PageConversations._truth`."""
+        guess = self.heads["asked"](tokens)
         inside = F.binary_cross_entropy_with_logits(guess, asked, pos_weight=guess.new_tensor(4.0))
-        rows = F.cross_entropy(self.row_head(tokens), places[:, 0])
-        columns = F.cross_entropy(self.column_head(tokens), places[:, 1])
+        rows = F.cross_entropy(self.heads["row"](tokens), places[:, 0])
+        columns = F.cross_entropy(self.heads["column"](tokens), places[:, 1])
         with torch.no_grad():
             truth = asked > 0.3
-            self.note(asked=((guess > 0)[truth]).float().mean().item(), place=(rows + columns).item() / 2)
+            metrics["asked"] = ((guess > 0)[truth]).float().mean().item()
+            metrics["place"] = (rows + columns).item() / 2
         loss = 4 * inside + 0.5 * (rows + columns)
-        numbers, truth = self.spell_head(tokens).view(-1, 1 + self.options.spell), spelt.reshape(-1)
+        numbers, truth = self.heads["spell"](tokens).view(-1, 1 + self.options.spell), spelt.reshape(-1)
         for known, weight in ((truth > 0, 1.0), (truth == 0, 0.3)):
             if self.options.spell and known.any():
                 loss = loss + weight * F.cross_entropy(numbers[known], truth[known])
         if (truth > 0).any():
-            self.note(spelt=(numbers.argmax(-1) == truth)[truth > 0].float().mean().item())
+            metrics["spelt"] = (numbers.argmax(-1) == truth)[truth > 0].float().mean().item()
         return loss
 
 
@@ -337,7 +356,7 @@ class Read(PageConversations):
 
 
 class Locate(PageConversations):
-    """Naming the cells of what is asked, with the throwaway head; reading is kept up beside it."""
+    """Naming the cells of what is asked, with the auxiliary heads; reading is kept up beside it."""
 
     class Options(PageConversations.Options):
         mix: dict[str, float] = {"locate": 0.5, "read": 0.5}

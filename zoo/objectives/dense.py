@@ -5,7 +5,7 @@ Reading end to end stays at chance for a long time; with this as the first stage
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from relook.train.objective import AuxiliaryHeads, Setup
 from zoo.objectives.pages import PageObjective, patch_grid, patch_truth
 from zoo.worlds import Box, Page
 
 
 class Dense(PageObjective):
-    """What is printed in every patch: the glyph, and the areas' shares, from throwaway heads.
+    """What is printed in every patch: the glyph, and the areas' shares, from auxiliary heads.
 
     Reading end to end stays at chance for a long time; with this as the first stage it does not. One example is a
     window of a page seen as a crop, and the whole page as at the first look (areas only: its glyphs are too small).
@@ -32,15 +33,12 @@ class Dense(PageObjective):
         empty: float = 0.3  # weight of patches without a glyph
         overview: float = 1.0  # weight of the whole page's areas
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        assert self.source is not None
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
         self.charset, self.labels = self.source.charset, self.source.labels
-        vision, text = self.model.config.vision_config, self.model.config.text_config
-        self.classes = len(self.charset) + 1
-        self.patch_head = self.throwaway("patch", lambda: nn.Linear(vision.embed_dim, self.classes))
-        self.glyph_head = self.throwaway("glyph", lambda: nn.Linear(text.hidden_size, 4 * self.classes))
-        self.area_head = self.throwaway("area", lambda: nn.Linear(text.hidden_size, 4 * len(self.labels)))
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return DenseHeads(model, self.setup.heads, self.options, len(self.charset) + 1, len(self.labels))
 
     # -- examples
 
@@ -77,31 +75,46 @@ class Dense(PageObjective):
         batch["legible"] = sum(len(e["crop"]["glyph"]) for e in examples)
         return batch
 
-    # -- loss
+
+class DenseHeads(AuxiliaryHeads):
+    """Heads on the vision encoder's patches and merged tokens, and their loss.
+
+    Args:
+        classes: of glyphs, with the class "none".
+        labels: number of the areas' labels.
+    """
+
+    def __init__(self, model: nn.Module, saved: Mapping[str, Tensor], options: Any, classes: int, labels: int) -> None:
+        super().__init__(model, saved)
+        self.options, self.classes, self.labels = options, classes, labels
+        vision, text = self.model.config.vision_config, self.model.config.text_config
+        self.add_head("patch", nn.Linear(vision.embed_dim, classes))
+        self.add_head("glyph", nn.Linear(text.hidden_size, 4 * classes))
+        self.add_head("area", nn.Linear(text.hidden_size, 4 * labels))
 
     def see(self, pixel_values: Tensor, image_grid_thw: Tensor) -> tuple[Tensor, Tensor]:
         """Patches (4 n, embed_dim) before the merger, in merge order, and merged tokens (n, d)."""
         out = self.model.model.visual(pixel_values, grid_thw=image_grid_thw)
         return out.last_hidden_state, out.pooler_output
 
-    def forward(self, pixel_values, image_grid_thw, glyph, area, legible) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, pixel_values, image_grid_thw, glyph, area, legible) -> dict[str, Any]:
         patches, tokens = self.see(pixel_values, image_grid_thw)
-        return {"loss": self.dense_loss(patches, tokens, glyph, area, legible)}
+        return self.dense_loss(patches, tokens, glyph, area, legible)
 
-    def dense_loss(self, patches: Tensor, tokens: Tensor, glyph: Tensor, area: Tensor, legible: int) -> Tensor:
+    def dense_loss(self, patches: Tensor, tokens: Tensor, glyph: Tensor, area: Tensor, legible: int) -> dict[str, Any]:
         """glyph (n, 4), area (n, 4, labels); the glyphs of the first `legible` tokens can be read."""
         target = glyph[:legible].reshape(-1)
-        by_patch = self.patch_head(patches[: 4 * legible])
-        by_token = self.glyph_head(tokens[:legible]).view(-1, self.classes)
-        areas = self.area_head(tokens).view(-1, 4, len(self.labels))
+        by_patch = self.heads["patch"](patches[: 4 * legible])
+        by_token = self.heads["glyph"](tokens[:legible]).view(-1, self.classes)
+        areas = self.heads["area"](tokens).view(-1, 4, self.labels)
         losses = F.binary_cross_entropy_with_logits(areas, area, reduction="none").sum(-1)
         colours = losses[:legible].mean() + self.options.overview * losses[legible:].mean()
-        self.note(
-            patches=_share_read(by_patch, target),
-            glyphs=_share_read(by_token, target),
-            areas=_share_named(areas[legible:], area[legible:]),
-        )
-        return self._reading(by_patch, target) + self._reading(by_token, target) + colours
+        metrics = {
+            "patches": _share_read(by_patch, target),
+            "glyphs": _share_read(by_token, target),
+            "areas": _share_named(areas[legible:], area[legible:]),
+        }
+        return {"loss": self._reading(by_patch, target) + self._reading(by_token, target) + colours, "metrics": metrics}
 
     def _reading(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross entropy, glyphs and empty patches averaged apart: glyphs are rare and would drown."""
@@ -135,11 +148,24 @@ class Align(Dense):
     class Options(Dense.Options):
         weight: float = 1.0  # of the cosine loss
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def wrap(self, model: nn.Module) -> nn.Module:
         tokenizer = self.processor.tokenizer
         chars = [tokenizer.encode(c, add_special_tokens=False)[0] for c in self.charset]
         names = [tokenizer.encode(" " + label, add_special_tokens=False)[0] for label in self.labels]
+        return AlignHeads(model, self.setup.heads, self.options, chars, names)
+
+
+class AlignHeads(DenseHeads):
+    """The heads and loss of `Dense`, and the cosine loss.
+
+    Args:
+        chars, names: token ids of the glyphs and of the areas' labels.
+    """
+
+    def __init__(
+        self, model: nn.Module, saved: Mapping[str, Tensor], options: Any, chars: list[int], names: list[int]
+    ) -> None:
+        super().__init__(model, saved, options, len(chars) + 1, len(names))
         self.register_buffer("char_ids", torch.tensor(chars), persistent=False)
         self.register_buffer("name_ids", torch.tensor(names), persistent=False)
 
@@ -152,7 +178,7 @@ class Align(Dense):
             half = slots.shape[-1] // 2
             return slots[:, 0::2].sum(1) + slots[:, 1::2].sum(1).roll(half, dims=-1)
 
-    def forward(self, pixel_values, image_grid_thw, glyph, area, legible) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, pixel_values, image_grid_thw, glyph, area, legible) -> dict[str, Any]:
         patches, tokens = self.see(pixel_values, image_grid_thw)
         readable = torch.cat([glyph[:legible], torch.zeros_like(glyph[legible:])])
         target = self.targets(readable, area)
@@ -160,6 +186,6 @@ class Align(Dense):
         with_glyph = (readable > 0).any(-1)
         with_area = (target.norm(dim=-1) > 0.2) & ~with_glyph
         glyphs, areas = (cosine[mask].sum() / mask.sum().clamp(min=1) for mask in (with_glyph, with_area))
-        self.note(cosine=glyphs.item(), cosine_areas=areas.item())
         dense = self.dense_loss(patches, tokens, glyph, area, legible)
-        return {"loss": dense + self.options.weight * (2 - glyphs - areas)}
+        metrics = {"cosine": glyphs.item(), "cosine_areas": areas.item(), **dense["metrics"]}
+        return {"loss": dense["loss"] + self.options.weight * (2 - glyphs - areas), "metrics": metrics}

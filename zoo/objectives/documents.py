@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
 
 from relook.data.collate import IGNORED
 from relook.io import rng
 from relook.regions import Cells, box_to_cells, union
-from zoo.objectives.conversation import KINDS, Conversation, PageConversations, Teller
+from relook.train.objective import Setup
+from zoo.objectives.conversation import KINDS, Conversation, ConversationHeads, PageConversations, Teller
 from zoo.objectives.lines import PAGES_AT_HAND
 from zoo.objectives.pages import coverage, merge_order
 from zoo.objectives.pieces import beside, clamp, cut, shade
@@ -85,13 +86,17 @@ class Documents(PageConversations):
         guidance: float = 0.5  # weight
         condition_std: float | None = None  # start of the clip projector's Linear_c (training-notes: .005)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
         self.teller = RowTeller(self.processor, self.options.jitter, self.options.rows, self.options.drift)
         self.scans: list[Scan] = read_scans(self.options.real)
         self.drawn = lru_cache(maxsize=2 * PAGES_AT_HAND)(self.draw)
+
+    def wrap(self, model: Any) -> nn.Module:
+        wrapped = DocumentHeads(model, self.setup.heads, self.options)
         if self.options.condition_std is not None:
-            torch.nn.init.normal_(self.model.projectors["clip"].linear_condition.weight, std=self.options.condition_std)
+            torch.nn.init.normal_(model.projectors["clip"].linear_condition.weight, std=self.options.condition_std)
+        return wrapped
 
     # -- pages
 
@@ -136,7 +141,7 @@ class Documents(PageConversations):
 
         Rows with a clip look are run in two stretches (`modeling`): their positions count from the second.
         """
-        ids, config = np.array(row["input_ids"]), self.model.config
+        ids, config = np.array(row["input_ids"]), self.config
         start, token, grids = 0, config.image_token_id, row["image_grid_thw"]
         if row["kind"] == "clip":
             start = int(np.flatnonzero(ids == config.clip_action_start_id)[0]) + 1
@@ -156,7 +161,7 @@ class Documents(PageConversations):
         """(cells named, 1 + NEAR): place of each cell token, and the first look's tokens that are asked for, or -1."""
         ids = np.array(row["input_ids"])
         rows, columns = (int(v) // 2 for v in row["image_grid_thw"][0][1:])
-        first = int(np.flatnonzero(ids == self.model.config.image_token_id)[0])
+        first = int(np.flatnonzero(ids == self.config.image_token_id)[0])
         share = coverage(qa.boxes, window, (rows, columns)).flatten()
         best = [first + int(t) for t in np.argsort(-share, kind="stable")[:NEAR] if share[t] > 0.05]
         places = np.flatnonzero(np.isin(ids, self.cell_ids)) if best else np.zeros(0, int)
@@ -179,25 +184,28 @@ class Documents(PageConversations):
             "places": torch.tensor(np.concatenate(cells)),
         }
 
-    def _place_loss(self, tokens: Tensor, asked: Tensor, places: Tensor, *_: Any) -> Tensor:
-        """tokens (n, d), asked (n, 4), places (n, 2); see `_truth`."""
-        guess = self.asked_head(tokens)
-        weight = torch.tensor(4.0, device=guess.device)
-        inside = F.binary_cross_entropy_with_logits(guess, asked, pos_weight=weight)
-        rows = F.cross_entropy(self.row_head(tokens), places[:, 0])
-        columns = F.cross_entropy(self.column_head(tokens), places[:, 1])
-        with torch.no_grad():
-            self.note(asked=(guess > 0)[asked > 0.3].float().mean().item(), place=(rows + columns).item() / 2)
-        return 4 * inside + 0.5 * (rows + columns)
-
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         none = torch.zeros((0, 1 + NEAR), dtype=torch.long)
         guides = {key: [row.get(key, none) for row in examples] for key in ("aim", "ask")}
         return super().collate([{k: v for k, v in row.items() if k not in guides} for row in examples]) | guides
 
-    # -- loss
 
-    def forward(self, aim=(), ask=(), **batch) -> dict[str, Tensor]:  # type: ignore[override]
+class DocumentHeads(ConversationHeads):
+    """The heads and loss of `PageConversations`, with three supervised attention heads."""
+
+    def place_loss(self, metrics: dict[str, float], tokens: Tensor, asked: Tensor, places: Tensor, *_: Any) -> Tensor:
+        """tokens (n, d), asked (n, 4), places (n, 2); see `Documents._truth`."""
+        guess = self.heads["asked"](tokens)
+        weight = torch.tensor(4.0, device=guess.device)
+        inside = F.binary_cross_entropy_with_logits(guess, asked, pos_weight=weight)
+        rows = F.cross_entropy(self.heads["row"](tokens), places[:, 0])
+        columns = F.cross_entropy(self.heads["column"](tokens), places[:, 1])
+        with torch.no_grad():
+            metrics["asked"] = (guess > 0)[asked > 0.3].float().mean().item()
+            metrics["place"] = (rows + columns).item() / 2
+        return 4 * inside + 0.5 * (rows + columns)
+
+    def forward(self, aim=(), ask=(), **batch) -> dict[str, Any]:  # type: ignore[override]
         caught: dict[int, tuple[Tensor, Any]] = {}
         layers = self.model.model.language_model.layers
         handles = []
@@ -220,33 +228,32 @@ class Documents(PageConversations):
             ("asking", coming, -1, ask, -1),
         ):
             if any(len(place) for place in places):
-                losses.append(self.guided(layers[layer].self_attn, *caught[layer], places, head, shift, name))
+                loss = guided_loss(layers[layer].self_attn, *caught[layer], places, head, shift)
+                result["metrics"][name] = (-loss.detach()).exp().mean().item()
+                losses.append(loss.mean())
         guidance = self.options.guidance * torch.stack(losses).sum() if losses else 0.0
-        return {"loss": result["loss"] + guidance}
+        return {**result, "loss": result["loss"] + guidance}
 
-    def guided(
-        self, attention: Any, states: Tensor, rope: Any, aims: Sequence[Tensor], head: int, shift: int, name: str
-    ) -> Tensor:
-        """Mean of -log(attention of one head of the layer on the tokens aimed at); queries at the places + shift."""
-        size, groups = attention.head_dim, attention.num_key_value_groups
-        head %= attention.num_heads
-        query = attention.q_proj(states)[..., head * size : (head + 1) * size].unsqueeze(1)
-        group = head // groups
-        key = attention.k_proj(states)[..., group * size : (group + 1) * size].unsqueeze(1)
-        query, key = (t[:, 0] for t in apply_rotary_pos_emb(query, key, *rope))
-        losses = []
-        for row, aim in enumerate(aims):
-            if len(aim):
-                aim = aim.to(states.device)
-                places = aim[:, 0] + shift
-                scores = query[row, places] @ key[row].T * size**-0.5
-                later = torch.arange(scores.shape[1], device=scores.device) > places[:, None]
-                logs = scores.masked_fill(later, -torch.inf).log_softmax(-1)
-                at = logs.gather(1, aim[:, 1:].clamp(min=0)).masked_fill(aim[:, 1:] < 0, -torch.inf)
-                losses.append(-at.logsumexp(-1))
-        loss = torch.cat(losses)
-        self.note(**{name: (-loss.detach()).exp().mean().item()})
-        return loss.mean()
+
+def guided_loss(attention: Any, states: Tensor, rope: Any, aims: Sequence[Tensor], head: int, shift: int) -> Tensor:
+    """-log(attention of one head of the layer on the tokens aimed at), one per aim; queries at the places + shift."""
+    size, groups = attention.head_dim, attention.num_key_value_groups
+    head %= attention.num_heads
+    query = attention.q_proj(states)[..., head * size : (head + 1) * size].unsqueeze(1)
+    group = head // groups
+    key = attention.k_proj(states)[..., group * size : (group + 1) * size].unsqueeze(1)
+    query, key = (t[:, 0] for t in apply_rotary_pos_emb(query, key, *rope))
+    losses = []
+    for row, aim in enumerate(aims):
+        if len(aim):
+            aim = aim.to(states.device)
+            places = aim[:, 0] + shift
+            scores = query[row, places] @ key[row].T * size**-0.5
+            later = torch.arange(scores.shape[1], device=scores.device) > places[:, None]
+            logs = scores.masked_fill(later, -torch.inf).log_softmax(-1)
+            at = logs.gather(1, aim[:, 1:].clamp(min=0)).masked_fill(aim[:, 1:] < 0, -torch.inf)
+            losses.append(-at.logsumexp(-1))
+    return torch.cat(losses)
 
 
 def _padded(values: Sequence[int]) -> list[int]:

@@ -1,6 +1,6 @@
 """Reading, taught densely: the vision tower learns which letters lie in each of its tokens, and which field.
 
-A throwaway head asks every merged token for the letters whose centres lie in it, in `SLOTS` columns from left to right.
+An auxiliary head reads from every merged token the letters whose centres lie in it, in `SLOTS` columns from the left.
 In the synthetic world the place of every letter is known (cross entropy, slot by slot). On real scans only boxes and
 texts of lines are known: the slots of a line, read along it, must spell its text (CTC, with the rows inside the box
 pooled). A second head asks each patch for the letter it lies on: blunter, and learnt first; it carries the sharp one
@@ -14,7 +14,7 @@ Letters are upper case and without spaces. Knows pages, scans and the vision tow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from relook.train.objective import AuxiliaryHeads, Setup
 from relook.views import View
 from zoo.objectives.pages import PageObjective, coverage, merge_order
 from zoo.objectives.pieces import (
@@ -40,6 +41,7 @@ from zoo.objectives.pieces import (
 from zoo.scans import read_scans
 from zoo.worlds import Box
 
+ALIGNED = 400  # examples from which `meet` takes its means
 PAGES_AT_HAND = 16  # pages that take turns; each serves `uses` examples
 RARE = 10.0  # weight of a token inside a field against one outside: a total takes one token in a hundred
 
@@ -63,52 +65,21 @@ class Lines(PageObjective):
         align: float = 0.0  # weight of drawing tokens to the language model's own embeddings of their letters
         meet: bool = False  # first bring tower and language model together, see `meet`
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        charset = self.source.charset if self.source is not None else ""
-        self.classes = {c: i + 1 for i, c in enumerate(charset)}
-        self.fields = {name: i for i, name in enumerate(self.source.labels if self.source is not None else ())}
-        width, classes = self.model.config.text_config.hidden_size, len(charset) + 1
-        self.head = self.throwaway("slots", lambda: near_zero(nn.Linear(width, SLOTS * classes)))
-        self.under_head = self.throwaway("under", lambda: nn.Linear(width, 4 * classes))
-        self.field_head = self.throwaway("field", lambda: nn.Linear(width, len(self.fields)))
-        ids = [self.processor.tokenizer.encode(c, add_special_tokens=False)[0] for c in charset]
-        self.letter_ids = torch.tensor(ids, dtype=torch.long)
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.classes = {c: i + 1 for i, c in enumerate(self.source.charset)}
+        self.fields = {name: i for i, name in enumerate(self.source.labels)}
         self.scans = [Sheet.of_scan(scan) for scan in read_scans(self.options.real)]
         self.sheets = lru_cache(maxsize=2 * PAGES_AT_HAND)(lambda i: Sheet.of_page(self.page(i), tuple(self.fields)))
         self.unit = self.processor.image_processor.patch_size * self.processor.image_processor.merge_size
-        if self.options.meet:
-            self.meet()
 
-    @torch.no_grad()
-    def meet(self, examples: int = 400) -> None:
-        """Bring the tower and a fresh language model together without teaching either.
-
-        By the tower's last layer, tokens get mean zero and mean length 1 (the heads make up for it, so that nothing is
-        forgotten), and the word of each letter becomes the mean of the tokens that hold it alone. (A penalty on the
-        tokens' length instead destroyed a trained tower within a hundred steps.)
-        """
-        drawn = (self.example(i) for i in range(examples))
-        batch = self.collate([e for e in drawn if "target" in e and e["kind"] != "small"])
-        seen = self.model.encode("image", pixel_values=batch["pixel_values"], image_grid_thw=batch["image_grid_thw"])
-        tokens = torch.cat(list(seen))
-        letters = torch.cat([part["target"].flatten() for part in batch["parts"]]).view(-1, SLOTS)
-        held = tokens[(letters > 0).any(-1)]
-        middle, length = held.mean(0), (held - held.mean(0)).norm(dim=-1).mean()
-        last: Any = self.model.model.visual.merger.mlp[-1]
-        last.bias -= middle
-        last.weight /= length
-        last.bias /= length
-        for head in (self.head, self.under_head, self.field_head):
-            head.bias.add_(head.weight @ middle)
-            head.weight.mul_(length)
-        table = self.model.get_input_embeddings().weight
-        size = table.norm(dim=-1).mean()
-        alone = (letters > 0).sum(-1) == 1
-        for number, word in enumerate(self.letter_ids.tolist(), 1):
-            mine = alone & (letters == number).any(-1)
-            if mine.sum() >= 5:
-                table[word] = size * F.normalize((tokens[mine] - middle).mean(0), dim=-1)
+    def wrap(self, model: Any) -> nn.Module:
+        letters = [self.processor.tokenizer.encode(c, add_special_tokens=False)[0] for c in self.source.charset]
+        wrapped = LineHeads(model, self.setup.heads, self.options, letters, len(self.fields))
+        if self.options.meet and model.device.type != "meta":
+            drawn = (self.example(i) for i in range(ALIGNED))
+            wrapped.meet(self.collate([e for e in drawn if "target" in e and e["kind"] != "small"]))
+        return wrapped
 
     # -- examples
 
@@ -164,17 +135,64 @@ class Lines(PageObjective):
         rows, columns = (int(v) // 2 for v in pixels["image_grid_thw"][0, 1:])
         return pixels, (rows, columns)
 
-    # -- loss
-
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = {key: torch.cat([p[key] for p in examples]) for key in ("pixel_values", "image_grid_thw")}
         return {**batch, "parts": [{k: v for k, v in p.items() if k not in batch} for p in examples]}
 
-    def forward(self, pixel_values, image_grid_thw, parts) -> dict[str, Tensor]:  # type: ignore[override]
+
+class LineHeads(AuxiliaryHeads):
+    """Heads that read every merged token of the vision encoder, and their losses; see the module.
+
+    Args:
+        letters: token ids of the letters' own words, by class.
+        fields: number of fields.
+    """
+
+    def __init__(
+        self, model: nn.Module, saved: Mapping[str, Tensor], options: Any, letters: list[int], fields: int
+    ) -> None:
+        super().__init__(model, saved)
+        self.options, self.letter_ids = options, torch.tensor(letters, dtype=torch.long)
+        width, classes = self.model.config.text_config.hidden_size, len(letters) + 1
+        self.add_head("slots", near_zero(nn.Linear(width, SLOTS * classes)))
+        self.add_head("under", nn.Linear(width, 4 * classes))
+        self.add_head("field", nn.Linear(width, fields))
+
+    @torch.no_grad()
+    def meet(self, batch: dict[str, Any]) -> None:
+        """Bring the tower and a fresh language model together without teaching either.
+
+        By the tower's last layer, tokens get mean zero and mean length 1 (the heads make up for it, so that nothing is
+        forgotten), and the word of each letter becomes the mean of the tokens that hold it alone. (A penalty on the
+        tokens' length instead destroyed a trained tower within a hundred steps.)
+        """
+        seen = self.model.encode("image", pixel_values=batch["pixel_values"], image_grid_thw=batch["image_grid_thw"])
+        tokens = torch.cat(list(seen))
+        letters = torch.cat([part["target"].flatten() for part in batch["parts"]]).view(-1, SLOTS)
+        held = tokens[(letters > 0).any(-1)]
+        middle, length = held.mean(0), (held - held.mean(0)).norm(dim=-1).mean()
+        last: Any = self.model.model.visual.merger.mlp[-1]
+        last.bias -= middle
+        last.weight /= length
+        last.bias /= length
+        heads: Any = self.heads.values()
+        for head in heads:
+            head.bias.add_(head.weight @ middle)
+            head.weight.mul_(length)
+        table = self.model.get_input_embeddings().weight
+        size = table.norm(dim=-1).mean()
+        alone = (letters > 0).sum(-1) == 1
+        for number, word in enumerate(self.letter_ids.tolist(), 1):
+            mine = alone & (letters == number).any(-1)
+            if mine.sum() >= 5:
+                table[word] = size * F.normalize((tokens[mine] - middle).mean(0), dim=-1)
+
+    def forward(self, pixel_values, image_grid_thw, parts) -> dict[str, Any]:
+        metrics: dict[str, float] = {}
         features = self.model.encode("image", pixel_values=pixel_values, image_grid_thw=image_grid_thw)
         counts = [len(f) for f in features]
         together = torch.cat(list(features))
-        logits = self.head(together).split(counts)
+        logits = self.heads["slots"](together).split(counts)
         placed, spelled, fields = [], [], []
         for part, (_, rows, columns), flat, tokens in zip(
             parts, image_grid_thw.tolist(), logits, together.split(counts), strict=True
@@ -188,47 +206,49 @@ class Lines(PageObjective):
         loss = together.new_zeros(())
         if placed:
             share = len(placed) / len(parts)
-            loss = loss + share * (self.dense_loss(placed) + self.options.under * self.under_loss(placed))
+            loss = loss + share * (
+                self.dense_loss(placed, metrics) + self.options.under * self.under_loss(placed, metrics)
+            )
             if self.options.align > 0:
-                loss = loss + share * self.options.align * self.align_loss(placed)
+                loss = loss + share * self.options.align * self.align_loss(placed, metrics)
         if spelled:
             real = sum("spelled" in part for part in parts)
-            loss = loss + real / len(parts) * self.spelling_loss(spelled)
+            loss = loss + real / len(parts) * spelling_loss(spelled, metrics)
         if fields:
-            loss = loss + self.options.field * len(fields) / len(parts) * self.field_loss(fields)
-        return {"loss": loss}
+            loss = loss + self.options.field * len(fields) / len(parts) * self.field_loss(fields, metrics)
+        return {"loss": loss, "metrics": metrics}
 
-    def field_loss(self, fields: list[tuple[Tensor, Tensor]]) -> Tensor:
-        logits, target = self.field_head(torch.cat([f[0] for f in fields])), torch.cat([f[1] for f in fields])
+    def field_loss(self, fields: list[tuple[Tensor, Tensor]], metrics: dict[str, float]) -> Tensor:
+        logits, target = self.heads["field"](torch.cat([f[0] for f in fields])), torch.cat([f[1] for f in fields])
         known, there = target >= 0, target > 0.5
         with torch.no_grad():
-            self.note(in_field=(logits[there] > 0).float().mean().item())
-            self.note(outside=(logits[known & ~there] <= 0).float().mean().item())
+            metrics["in_field"] = (logits[there] > 0).float().mean().item()
+            metrics["outside"] = (logits[known & ~there] <= 0).float().mean().item()
         weight = logits.new_tensor(RARE)
         each = F.binary_cross_entropy_with_logits(logits, target.clamp(min=0), pos_weight=weight, reduction="none")
         return (each * known).sum(-1).mean() * 2
 
-    def dense_loss(self, placed: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    def dense_loss(self, placed: Sequence[tuple[Tensor, ...]], metrics: dict[str, float]) -> Tensor:
         logits, target = torch.cat([p[0] for p in placed]), torch.cat([p[1] for p in placed])
         weight = torch.ones(logits.shape[-1], device=logits.device)
         weight[0] = self.options.blank
         there = target > 0
         with torch.no_grad():
             guess = logits.argmax(-1)
-            self.note(letters=(guess[there] == target[there]).float().mean().item())
-            self.note(empty=(guess[~there] == 0).float().mean().item())
+            metrics["letters"] = (guess[there] == target[there]).float().mean().item()
+            metrics["empty"] = (guess[~there] == 0).float().mean().item()
         return F.cross_entropy(logits, target, weight=weight, label_smoothing=0.02)
 
-    def under_loss(self, placed: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    def under_loss(self, placed: Sequence[tuple[Tensor, ...]], metrics: dict[str, float]) -> Tensor:
         target = torch.cat([p[3] for p in placed]).flatten()
-        logits = self.under_head(torch.cat([p[2] for p in placed])).view(len(target), -1)
+        logits = self.heads["under"](torch.cat([p[2] for p in placed])).view(len(target), -1)
         there = target > 0
-        self.note(under=(logits.argmax(-1)[there] == target[there]).float().mean().item())
+        metrics["under"] = (logits.argmax(-1)[there] == target[there]).float().mean().item()
         weight = torch.ones(logits.shape[-1], device=logits.device)
         weight[0] = 2 * self.options.blank
         return F.cross_entropy(logits, target, weight=weight)
 
-    def align_loss(self, placed: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    def align_loss(self, placed: Sequence[tuple[Tensor, ...]], metrics: dict[str, float]) -> Tensor:
         """1 - cosine between tokens and the sum of their letters' embeddings, each rolled by its number in the token.
 
         A token with one letter comes to look like that letter's word; the roll keeps two letters in order. The
@@ -245,21 +265,22 @@ class Lines(PageObjective):
             goal = torch.stack([w.sum(1).roll(i * step, -1) for i, w in enumerate(each)]).sum(0)
         held = (letters > 0).any(-1)
         cosine = F.cosine_similarity(tokens[held], goal[held], dim=-1).mean()
-        self.note(cosine=cosine.item())
+        metrics["cosine"] = cosine.item()
         return 1 - cosine
 
-    def spelling_loss(self, spelled: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """CTC over lines, each divided by its letters; lines with too few slots for their letters teach nothing."""
-        fitting = [(steps, text) for steps, text in spelled if len(steps) >= len(text)]
-        if not fitting:
-            return spelled[0][0].sum() * 0
-        longest = max(len(steps) for steps, _ in fitting)
-        batch = torch.stack([F.pad(steps, (0, 0, 0, longest - len(steps))) for steps, _ in fitting], 1)
-        lengths, letters = (torch.tensor([len(pair[i]) for pair in fitting]) for i in (0, 1))
-        with torch.no_grad():
-            steps, text = fitting[0]
-            self.note(cer=error_rate(spell(steps), text.tolist()))
-        return F.ctc_loss(batch, torch.cat([text for _, text in fitting]), lengths, letters, zero_infinity=True)
+
+def spelling_loss(spelled: Sequence[tuple[Tensor, Tensor]], metrics: dict[str, float]) -> Tensor:
+    """CTC over lines, each divided by its letters; lines with too few slots for their letters teach nothing."""
+    fitting = [(steps, text) for steps, text in spelled if len(steps) >= len(text)]
+    if not fitting:
+        return spelled[0][0].sum() * 0
+    longest = max(len(steps) for steps, _ in fitting)
+    batch = torch.stack([F.pad(steps, (0, 0, 0, longest - len(steps))) for steps, _ in fitting], 1)
+    lengths, letters = (torch.tensor([len(pair[i]) for pair in fitting]) for i in (0, 1))
+    with torch.no_grad():
+        steps, text = fitting[0]
+        metrics["cer"] = error_rate(spell(steps), text.tolist())
+    return F.ctc_loss(batch, torch.cat([text for _, text in fitting]), lengths, letters, zero_infinity=True)
 
 
 def near_zero(head: nn.Linear) -> nn.Linear:

@@ -6,6 +6,7 @@ Frames: boxes (x1, y1, x2, y2) in pixels of the page, x2 and y2 exclusive; grids
 from __future__ import annotations
 
 import zlib
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,33 +16,40 @@ from torch import Tensor
 from relook.data.items import Question, from_page
 from relook.errors import UserError
 from relook.io import rng
-from relook.train.objective import Objective
-from relook.train.recipe import Stage, Validation
+from relook.train.objective import Examples, Objective, Setup
+from relook.train.recipe import Stage
 from zoo.worlds import Box, Page
 
 
 class PageObjective(Objective):
     """An objective whose examples are drawn on pages of a synthetic dataset."""
 
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.train, self.eval = Examples(self.example), Examples(self.held_out, setup.validation.examples)
+
+    @classmethod
+    def check(cls, stage: Stage, from_items: bool) -> Any:
+        if from_items:
+            raise UserError(f"Stage {stage.name!r} ({stage.objective}) needs a synthetic dataset; set data.world.")
+        return super().check(stage, from_items)
+
+    @abstractmethod
+    def example(self, index: int) -> Any:
+        """One training example, a function of the seed, the stage and `index` only."""
+
     def page(self, index: int) -> Page:
         """Page `index` of the world. Indices of one stage are never those of another (each has its own 2**24)."""
-        if self.source is None:
-            raise UserError(
-                f"Stage {self.stage.name!r} ({self.stage.objective}) needs a synthetic dataset; set data.world."
-            )
         return self.source.sample(page_offset(self.stage.name) + index)
 
     def held_out(self, index: int) -> Any:
         """Example `index` for validation: drawn as the others are, from pages that no training gets to."""
         return self.example(first_held_out(self.stage) + index)
 
-    def count_held_out(self, plan: Validation) -> int:
-        return plan.examples
-
-    def questions(self, plan: Validation) -> Iterator[Question]:
+    def questions(self) -> Iterator[Question]:
         """One question about each of the pages that are held out."""
         first = page_offset(self.stage.name) + first_held_out(self.stage)
-        for number in range(plan.questions):
+        for number in range(self.setup.validation.questions):
             page = self.source.sample(first + number)
             chosen = int(rng(self.seed, "validation", number).integers(len(page.qas)))
             yield from_page(page, chosen, f"held out page {number}")

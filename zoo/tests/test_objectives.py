@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.objectives import objective_of
 
 from relook.model import new as tiny
-from relook.train.objective import make_objective
-from relook.train.optimiser import Together, build_optimiser
+from relook.train.objective import run_batch
+from relook.train.optim import CombinedOptimizer, build_optimizer
 from relook.train.recipe import Recipe, Stage
 from relook.train.runner import run
 from zoo import sizes
@@ -53,7 +54,7 @@ def test_error_rate(seen, truth, rate):
 
 
 def test_fresh_heads_look_at_their_neighbour(monkeypatch):
-    """On noise, most inner patches look where `NEIGHBOURS` says: judged on the library's own q and k."""
+    """On noise, most inner patches look where `NEIGHBORS` says: judged on the library's own q and k."""
     from transformers.models.qwen2_vl import modeling_qwen2_vl as library
 
     model, processor = tiny.build("receipts-tiny", 3)
@@ -75,7 +76,7 @@ def test_fresh_heads_look_at_their_neighbour(monkeypatch):
         seen = torch.einsum("qhd,khd->hqk", q[inner], k).argmax(-1).numpy()
         for head in range(4):
             steps = places[seen[head]] - places[inner]
-            assert (steps == sizes.NEIGHBOURS[layer][head]).all(-1).mean() > 0.6
+            assert (steps == sizes.NEIGHBORS[layer][head]).all(-1).mean() > 0.6
 
 
 # -- pieces of pages and scans
@@ -88,7 +89,7 @@ def built():
 
 def reader(built, **options):
     stage = Stage(name="reading", objective="lines", samples=100, batch=4, options=options)
-    return make_objective(*built, make_world("receipts", 5), stage, 5, None)
+    return objective_of(built, stage, make_world("receipts", 5))
 
 
 def as_scan(page, path="page.png") -> Scan:
@@ -146,16 +147,15 @@ def test_synthetic_pages_and_scans_teach_in_one_batch(built, monkeypatch):
     mix = {"strip": 0.3, "window": 0.2, "small": 0.1, "crop": 0.2, "first": 0.2}
     learner = reader(built, share=[0.5, 0.5], pieces=mix, digits=0.5)
     batch = learner.collate([learner.example(i) for i in range(12)])
-    loss = learner(**batch)["loss"]
+    loss, figures = run_batch(learner, learner.wrap(built[0]), batch)
     assert torch.isfinite(loss)
-    figures = learner.figures()
     assert {"letters", "under", "cer", "in_field"} <= figures.keys()
     again = learner.collate([learner.example(i) for i in range(12)])
     assert torch.equal(again["pixel_values"], batch["pixel_values"])  # an example is a function of its number
 
 
 def test_heads_and_tower_go_on_where_a_run_was_left(tmp_path):
-    """A run cut between two reading stages ends in the weights of the straight run: throwaway heads are kept too."""
+    """A run cut between two reading stages ends in the weights of the straight run: auxiliary heads are kept too."""
     stage = {"objective": "lines", "samples": 4, "batch": 2, "optimiser": "muon", "lr": 1e-3, "options": {"uses": 2}}
     stages = [{**stage, "name": "first"}, {**stage, "name": "second"}]
     base = {"name": "r", "model": {"size": "receipts-tiny"}, "data": {"world": "receipts"}, "save_dtype": "float32"}
@@ -202,8 +202,8 @@ def test_muon_and_adamw_share_the_work_and_a_saved_state_goes_on_alike():
     stage = Stage(name="s", objective="lines", samples=1, optimiser="muon", lr=0.01, lr_rest=0.001)
     first, second = network(), network()
     second.load_state_dict(first.state_dict())
-    ours, theirs = (build_optimiser([(f"x.{k}", p) for k, p in n.named_parameters()], stage) for n in (first, second))
-    assert isinstance(ours, Together)
+    ours, theirs = (build_optimizer([(f"x.{k}", p) for k, p in n.named_parameters()], stage) for n in (first, second))
+    assert isinstance(ours, CombinedOptimizer)
     rates = {len(p.shape) * 10 + p.numel(): g["lr"] for g in ours.param_groups for p in g["params"]}
     assert rates[20 + 36] == 0.01 and rates[20 + 18] == 0.001 and rates[10 + 6] == 0.001  # inner matrix; head; biases
     scheduler = torch.optim.lr_scheduler.LambdaLR(ours, lambda n: 0.5)
@@ -227,7 +227,7 @@ def test_muon_and_adamw_share_the_work_and_a_saved_state_goes_on_alike():
 
 def talker(built, kind, **options):
     stage = Stage(name="talk", objective="documents", samples=100, batch=1, options={"mix": {kind: 1.0}, **options})
-    return make_objective(*built, make_world("receipts", 5), stage, 5, None)
+    return objective_of(built, stage, make_world("receipts", 5))
 
 
 @pytest.mark.parametrize("kind", ["region", "clip", "snip", "line"])
@@ -325,11 +325,12 @@ def test_guided_heads_follow_what_they_are_shown(built):
     learner = talker((model, processor), "region", place=0.0, guidance=1.0)
     batch = learner.collate([row for row in map(learner.example, range(12)) if len(row.get("aim", ())) > 3][:2])
     optimiser = torch.optim.AdamW(model.model.language_model.parameters(), lr=1e-3)
-    seen = []
+    seen, module = [], learner.wrap(model)
     for _ in range(6):
         optimiser.zero_grad()
-        learner(**batch)["loss"].backward()
+        loss, figures = run_batch(learner, module, batch)
+        loss.backward()
         optimiser.step()
-        seen.append(learner.figures())
+        seen.append(figures)
     for name in ("written", "coming", "asking"):
         assert seen[-1][name] > seen[0][name]

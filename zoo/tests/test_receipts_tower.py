@@ -31,7 +31,7 @@ def test_the_tower_reads_receipts_that_were_kept_apart():
 def test_nothing_to_ask_or_to_read_is_said(tmp_path):
     for options, message in (
         (("--scans", tmp_path), f"{tmp_path} holds no receipts to read; give --scans FOLDER."),
-        (("--heads", tmp_path), f"{tmp_path} holds no throwaway.safetensors"),
+        (("--heads", tmp_path), f"{tmp_path} holds no heads.safetensors"),
     ):
         done = told(*options)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -27,9 +27,10 @@ from relook.errors import UserError
 from relook.evaluate.statistics import bootstrap
 from relook.model.loading import load_model
 from relook.processing.processor import VPTQwen2VLProcessor
-from relook.train.checkpoints import restore_heads
+from relook.train.checkpoints import read_heads
+from relook.train.objective import Setup
 from relook.train.recipe import Stage
-from zoo.objectives.lines import Lines, error_rate, pool_rows, spell
+from zoo.objectives.lines import LineHeads, Lines, error_rate, pool_rows, spell
 from zoo.objectives.pieces import Sheet, clamp, lines_in, seen_at
 from zoo.scans import Scan, read_scans
 from zoo.worlds import make_world
@@ -40,42 +41,43 @@ AROUND = 6  # margin around a line in pixels
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of the tower")
-    parser.add_argument("--heads", type=Path, help="folder with throwaway.safetensors; the model's unless given")
+    parser.add_argument("--heads", type=Path, help="folder with heads.safetensors; the model's unless given")
     parser.add_argument("--scans", default="../shared/data/receipts", help="receipts, see zoo.scans")
     parser.add_argument("--lines", type=int, default=600)
     parser.add_argument("--seed", type=int, default=5, help="of the lines drawn")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    reader = read_by(options.model, options.heads or options.model)
+    reader, heads = read_by(options.model, options.heads or options.model)
     scans = read_scans(options.scans, "val")
     if not scans:
         raise UserError(f"{options.scans} holds no receipts to read; give --scans FOLDER.")
     print(f"{options.model}: {options.lines} lines of {len(scans)} receipts, seed {options.seed}")
-    figures = {**lines_read(reader, scans, options.lines, options.seed), **fields_found(reader, scans)}
+    figures = {**lines_read(reader, heads, scans, options.lines, options.seed), **fields_found(reader, heads, scans)}
     for name, values in figures.items():
         mean = bootstrap(values)
         print(f"{name:44} {100 * mean.mean:5.1f} % ({100 * mean.low:.1f}-{100 * mean.high:.1f})  n = {len(values)}")
 
 
-def read_by(folder: Path, heads: Path) -> Lines:
-    """Build the objective that trained the encoder, around the encoder and its heads."""
-    if not (heads / "throwaway.safetensors").is_file():
-        raise UserError(
-            f"{heads} holds no throwaway.safetensors; give --heads, the folder of the stage that taught it."
-        )
+def read_by(folder: Path, heads: Path) -> tuple[Lines, LineHeads]:
+    """Build the objective that trained the encoder, and the encoder with its heads."""
+    if not (heads / "heads.safetensors").is_file():
+        raise UserError(f"{heads} holds no heads.safetensors; give --heads, the folder of the stage that taught it.")
     model = load_model(folder, dtype=torch.float32).eval()
-    restore_heads(model, heads)
-    stage = Stage(name="read", objective="lines", samples=1)
-    return Lines(model, VPTQwen2VLProcessor.from_pretrained(folder), make_world("receipts", 0), stage, 0)
+    stage, source = Stage(name="read", objective="lines", samples=1), make_world("receipts", 0)
+    processor = VPTQwen2VLProcessor.from_pretrained(folder)
+    reader = Lines(Setup(stage, model.config, processor, 0, source, heads=read_heads(heads)))
+    trained: Any = reader.wrap(model)
+    return reader, trained
 
 
-def tokens_of(reader: Lines, pixels: dict[str, Any]) -> torch.Tensor:
+def tokens_of(trained: LineHeads, pixels: dict[str, Any]) -> torch.Tensor:
     """Return (tokens, width) of one image."""
-    return reader.model.encode("image", pixel_values=pixels["pixel_values"], image_grid_thw=pixels["image_grid_thw"])[0]
+    images = {key: pixels[key] for key in ("pixel_values", "image_grid_thw")}
+    return trained.model.encode("image", **images)[0]
 
 
 @torch.no_grad()
-def lines_read(reader: Lines, scans: list[Scan], number: int, seed: int) -> dict[str, list[float]]:
+def lines_read(reader: Lines, trained: LineHeads, scans: list[Scan], number: int, seed: int) -> dict[str, list[float]]:
     """Return per line the edit distance relative to its length and whether it is exact; the same for numeric lines."""
     random = np.random.default_rng(seed)
     errors, digits = [], []
@@ -88,7 +90,7 @@ def lines_read(reader: Lines, scans: list[Scan], number: int, seed: int) -> dict
         if not found:
             continue  # no character of the encoder's alphabet
         rows, slots, letters = found[0]
-        seen = reader.head(tokens_of(reader, pixels)).view(grid[0], -1, len(reader.classes) + 1)
+        seen = trained.heads["slots"](tokens_of(trained, pixels)).view(grid[0], -1, len(reader.classes) + 1)
         errors.append(error_rate(spell(pool_rows(seen[rows, slots])), letters.tolist()))
         bare = text.replace(" ", "")
         digits.append(2 * sum(c.isdigit() for c in bare) >= len(bare))
@@ -101,14 +103,14 @@ def lines_read(reader: Lines, scans: list[Scan], number: int, seed: int) -> dict
 
 
 @torch.no_grad()
-def fields_found(reader: Lines, scans: list[Scan]) -> dict[str, list[float]]:
+def fields_found(reader: Lines, trained: LineHeads, scans: list[Scan]) -> dict[str, list[float]]:
     """Return per receipt and field whether the best token of the first look lies in the field, or one row off."""
     found: dict[str, list[float]] = {}
     for scan in scans:
         sheet = Sheet.of_scan(scan)
         pixels = reader.processor.encode_images([reader.processor.view(sheet.image.convert("RGB"), "first")], "image")
         rows, columns = (int(v) // 2 for v in pixels["image_grid_thw"][0, 1:])
-        scores = reader.field_head(tokens_of(reader, pixels))
+        scores = trained.heads["field"](tokens_of(trained, pixels))
         truth = reader.field_truth(sheet, (0, 0, *sheet.image.size), (rows, columns)).view(rows, columns, -1) > 0.5
         for field in sheet.fields:
             here = truth[..., reader.fields[field]].float()

@@ -24,15 +24,15 @@ def train(
     if dry_run:
         _dry_run(recipe, overrides or [], as_json)
         return
-    from relook.train import ranks, run
+    from relook.train import distributed, run
 
     done = run(recipe, overrides or [])
-    if ranks.main():
+    if distributed.main():
         print(f"written: {done}")
 
 
 def _dry_run(recipe: Path, overrides: list[str], as_json: bool) -> None:
-    from relook.train.dryrun import dry_run
+    from relook.train.dry_run import dry_run
 
     found = dry_run(recipe, overrides, show_status)
     show_status("")

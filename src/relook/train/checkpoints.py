@@ -1,13 +1,13 @@
 """What a run keeps on disk: the end of every stage, and checkpoints inside a stage. Nothing here is ever half-written.
 
-    stages/00-dense/                 weights.safetensors, throwaway.safetensors, done.json (its record)
-    stages/00-dense/checkpoints/     step-200/, step-400/: each a model folder that `relook.load` takes, and beside the
-                                     model what training needs to go on; checkpoint.json is its record
+    stages/00-dense/                 a model folder that `relook.load` takes; heads.safetensors where the run has
+                                     auxiliary heads; done.json is the record
+    stages/00-dense/checkpoints/     step-200/, step-400/: the same, and beside it what training needs to go on;
+                                     checkpoint.json is the record
 
 A record holds the digest of all that the recipe says about these weights. What has no record, or that of another
 recipe, does not exist: everything is written aside, the record last, and takes its name when all of it is on the disk.
-
-Knows files and digests; what writes a checkpoint's inside is transformers' Trainer (`trainer`).
+The inside of a checkpoint is written by transformers' Trainer (`trainer`).
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
-from relook.train.faults import GO_ON, writing
+from relook.errors import RelookError
+from relook.model.adapters import Adapter
 from relook.train.recipe import Recipe, Stage
 
-RECORD = "checkpoint.json"
+RECORD, DONE = "checkpoint.json", "done.json"
 HEADS = "heads.safetensors"
+GO_ON = "the same command goes on from there"
 Record = dict[str, Any]
 
 
@@ -38,13 +40,91 @@ def digest(before: str, recipe: Recipe, stage: Stage) -> str:
 
     `before` is the digest of the stage before, "" for the first.
     """
-    told: dict[str, Any] = {"exclude_defaults": True}
+    changed: dict[str, Any] = {"exclude_defaults": True}
     mended = {"max_broken"}  # when to stop: what is learnt is the same
-    parts = recipe.model.model_dump(**told), recipe.data.model_dump(**told, exclude=mended)
-    said: list[Any] = [before or [recipe.seed, *parts], stage.model_dump(**told, exclude={"data": mended})]
+    parts = recipe.model.model_dump(**changed), recipe.data.model_dump(**changed, exclude=mended)
+    said: list[Any] = [before or [recipe.seed, *parts], stage.model_dump(**changed, exclude={"data": mended})]
     if recipe.validation.items and (stage.data or recipe.data).source == "json":
         said.append(recipe.validation.items)  # fewer are left to learn from
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+# -- a model that trains, and its files
+
+
+@dataclass
+class StageModel:
+    """A model while a stage trains it.
+
+    Attributes:
+        module: what the Trainer trains: `model`, peft's wrapper around it, or a module with auxiliary heads around it
+            (whose attribute `model` it is then).
+        heads: tensors of auxiliary heads that earlier stages left.
+        free_choice: what the processor said before the stage's data had their say (`processor.free_choice`).
+    """
+
+    model: Any
+    processor: Any
+    module: nn.Module
+    adapter: Adapter | None = None
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
+    free_choice: bool = False
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether the stage has auxiliary heads."""
+        return self.module is not self.model and (self.adapter is None or self.module is not self.adapter.peft)
+
+    def merge(self) -> None:
+        """Merge the low-rank updates into the model, in place."""
+        assert self.adapter is not None
+        self.adapter.merge()
+        self.module = self.module if self.wrapped else self.model
+        self.adapter = None
+
+    def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the model (or its adapter) as a folder that `relook.load` takes, with the heads of all stages so far.
+
+        `state` is the model's, where its own weights are not whole (sharded).
+        """
+        with _no_bars():
+            if self.adapter is not None:
+                self.adapter.save(folder)
+            else:
+                self.model.save_pretrained(folder, state_dict=state)
+        self.processor.save_pretrained(folder)
+        own = self._own_heads()
+        if heads := {**self.heads, **{name: value.contiguous() for name, value in own.items()}}:
+            from safetensors.torch import save_file
+
+            save_file(heads, str(Path(folder) / HEADS))
+
+    def load(self, folder: str | Path) -> None:
+        """Load what `save` wrote into the model and heads of the same shape, strictly and bit by bit."""
+        from relook.model.loading import load_model
+
+        if self.adapter is not None:
+            self.adapter.restore(folder)
+        else:
+            with _no_bars():
+                kept = load_model(folder, dtype=self.model.dtype, device="cpu")
+            self.model.load_state_dict(kept.state_dict())
+        if own := self._own_heads():
+            found = read_heads(folder)
+            state = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+            self.module.load_state_dict(state | {name: found[name] for name in own if name in found})
+
+    def _own_heads(self) -> dict[str, Tensor]:
+        state = self.module.state_dict() if self.wrapped else {}
+        return {name: value for name, value in state.items() if not name.startswith("model.")}
+
+
+def read_heads(folder: str | Path) -> dict[str, Tensor]:
+    """The tensors of auxiliary heads beside a model; none where there are none."""
+    from safetensors.torch import load_file
+
+    path = Path(folder) / HEADS
+    return load_file(path) if path.is_file() else {}
 
 
 # -- the end of a stage
@@ -52,53 +132,27 @@ def digest(before: str, recipe: Recipe, stage: Stage) -> str:
 
 def finished(place: Path, digest: str) -> Record | None:
     """The record of a stage that is done, None where it is not or belongs to another recipe."""
-    return _read(place / "done.json", digest)
+    return _read(place / DONE, digest)
 
 
-def keep_stage(model: nn.Module, place: Path, record: Record) -> None:
-    """Weights first, the record last; an older record goes before its weights do."""
-    from safetensors.torch import save_file, save_model
-
+@contextmanager
+def finishing(place: Path, record: Record) -> Iterator[Path]:
+    """A folder for the model of a finished stage; when the block ends its files move to `place`, the record last."""
     place.mkdir(parents=True, exist_ok=True)
-    (place / "done.json").unlink(missing_ok=True)
-    heads = model.__dict__.get("_throwaway", {})
-    tensors = {f"{name}/{key}": value for name, head in heads.items() for key, value in _state(head).items()}
-    for name, save in (
-        ("weights.safetensors", lambda path: save_model(model, str(path))),
-        ("throwaway.safetensors", lambda path: save_file(tensors, str(path))),
-        ("done.json", lambda path: path.write_text(json.dumps(record, indent=1), encoding="utf-8")),
-    ):
-        aside = place / f"{name}.part"
-        try:
-            save(aside)
-            _settle(aside)
-            os.replace(aside, place / name)
-        finally:
-            aside.unlink(missing_ok=True)
-
-
-def restore_stage(model: nn.Module, place: Path) -> None:
-    """Put the weights and throwaway heads of a finished stage into the model."""
-    from safetensors.torch import load_model
-
-    load_model(model, str(place / "weights.safetensors"))
-    restore_heads(model, place)
-
-
-def restore_heads(model: nn.Module, place: Path) -> None:
-    """Give the model the throwaway heads of a finished stage, for the next objective that asks for them."""
-    from safetensors.torch import load_file
-
-    heads: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(place / "throwaway.safetensors").items():
-        name, _, inner = key.partition("/")
-        heads.setdefault(name, {})[inner] = value
-    model.__dict__["_throwaway"] = heads
-
-
-def _state(head: nn.Module | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A throwaway head's tensors: a module that a stage used, or what `restore_stage` read and no stage used yet."""
-    return head.state_dict() if isinstance(head, nn.Module) else head
+    (place / DONE).unlink(missing_ok=True)  # before the weights that it is about
+    aside = place / "model.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        yield aside
+        (aside / DONE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        _settle(aside)
+        for old in (*place.glob("*.safetensors"), *place.glob("*.json")):
+            old.unlink()
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == DONE):
+            os.replace(path, place / path.name)
+        _sync(place)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 # -- inside a stage
@@ -149,8 +203,8 @@ class Checkpoints:
 
     @contextmanager
     def written(self) -> Iterator[None]:
-        """Around what writes a checkpoint: a write that fails is told (`faults.writing`) and leaves nothing behind."""
-        with writing(self.folder, self.say_last):
+        """Around what writes a checkpoint: as `writing`, and a write that fails leaves nothing behind."""
+        with writing(self.folder, self):
             try:
                 yield
             except BaseException:
@@ -192,49 +246,31 @@ class Checkpoints:
         record = self.last()
         if record is not None:
             return f"the last good checkpoint is {self.path(record)}; {GO_ON}"
-        before = sorted(self.place.parent.glob("*/done.json")) if self.place.parent.is_dir() else []
+        before = sorted(self.place.parent.glob(f"*/{DONE}")) if self.place.parent.is_dir() else []
         if before:
             return f"the last good checkpoint is the end of the stage in {before[-1].parent}; {GO_ON}"
         return "there is no checkpoint yet (see save_every)"
 
 
-def write_weights(objective: Any, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """The model as a model folder, with its processor; and the objective's own heads beside it.
+@contextmanager
+def writing(path: Path, checkpoints: Checkpoints | None = None) -> Iterator[None]:
+    """Around what writes files: one line says what failed, the room there is and where the last checkpoint is.
 
-    `state` is the objective's, where its own weights are not whole (`sharding`).
+    Raises:
+        RelookError: the write failed; the libraries that write raise OSError, RuntimeError or SafetensorError.
     """
-    from safetensors.torch import save_file
-
-    with _quiet():
-        if objective.adapter is not None:
-            objective.adapter.save(folder)
-        else:
-            whole = state and {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-            objective.model.save_pretrained(folder, state_dict=whole)
-    objective.processor.save_pretrained(folder)
-    heads = {k: v.contiguous() for k, v in (state or objective.state_dict()).items() if not k.startswith("model.")}
-    save_file(heads, str(Path(folder) / HEADS))
-
-
-def read_weights(objective: Any, folder: str | Path) -> None:
-    """Back into a model and heads of the same shape, bit by bit."""
-    from safetensors.torch import load_file
-
-    from relook.model.loading import load_model
-
-    model: Any = objective.model
-    if objective.adapter is not None:
-        objective.adapter.restore(folder)
-    else:
-        with _quiet():
-            kept = load_model(folder, dtype=model.dtype, device="cpu")
-        model.load_state_dict(kept.state_dict())
-    heads = load_file(Path(folder) / HEADS)
-    objective.load_state_dict({f"model.{k}": v for k, v in model.state_dict().items()} | heads)
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:120]
+        there = next(place for place in (path, *path.absolute().parents) if place.is_dir())
+        free = shutil.disk_usage(there).free / 1e6
+        then = GO_ON if checkpoints is None else checkpoints.say_last()
+        raise RelookError(f"{path} could not be written: {why} ({free:.0f} MB free). Make room; {then}") from error
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _no_bars() -> Iterator[None]:
     """Without transformers' bars, of which there would be one for every checkpoint."""
     from transformers.utils import logging
 

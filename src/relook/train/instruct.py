@@ -1,12 +1,12 @@
 """Instruction tuning: next-token loss on whole conversations with looks, read from files of items.
 
 The loss is the language model's on the assistant's tokens. Beside it are logged the share of conversations whose last
-assistant turn is right under teacher forcing, and the share of right tokens by class (`token_classes`).
+assistant turn is right under teacher forcing, and the share of right tokens by class (`TokenClasses`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,63 +16,57 @@ from relook.data.collate import IGNORED, EncodedDataset, SkippedSample, join_pac
 from relook.data.dataset import SampledItems
 from relook.data.items import Question
 from relook.errors import UserError
-from relook.train.objective import Objective
-from relook.train.recipe import Validation
-from relook.train.token_classes import TokenClasses
+from relook.looks import LOOKS, x_token, y_token
+from relook.train.objective import Examples, Objective, Setup
+from relook.train.recipe import Stage
+
+CLASSES = ("x0", "y0", "x1", "y1", "start", "end", "action", "text")
 
 
 class Conversations(Objective):
-    """Next-token loss on conversations; where they come from is a subclass's business.
+    """Next-token loss on conversations; a subclass says where they come from.
 
-    A row is what `processor.encode_item` makes, with `kind` (the name under which its figures are logged) and
+    An example is what `processor.encode_item` makes, with `kind` (the name under which its figures are logged) and
     `answer_from` (the position of the last assistant turn).
     """
 
     converses = True
     packed = 0  # tokens of a row that several conversations share; 0: a row each
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
         self.classes = TokenClasses(self.processor.tokens, self.processor.grid_size)
 
     def collate(self, examples: Sequence[Any]) -> dict[str, Any]:
         left_out = [row for row in examples if isinstance(row, SkippedSample)]
         rows = [row for row in examples if not isinstance(row, SkippedSample)]
         pad, taught = self.processor.tokenizer.pad_token_id, len(rows)
-        if not rows:  # nothing to learn: a batch all the same, so that steps stay in step
+        if not rows:  # nothing to learn: a batch all the same, so that processes stay in step
             rows = [{"input_ids": [pad] * 2, "labels": [IGNORED] * 2, "kind": "items", "answer_from": 0}]
-        kind = rows[0]["kind"]
         apart = ("kind", "answer_from", "prompt_ids")
         tensors = [{k: v for k, v in row.items() if k not in apart} for row in rows]
         batch = join_packed(tensors, pad, self.packed) if self.packed else join_rows(tensors, pad)
         starts = [0] * len(batch["input_ids"]) if self.packed else [row["answer_from"] for row in rows]
-        more = {"kind": kind, "answer_from": torch.tensor(starts)}
-        return {**batch, **more, "taught": taught, "left_out": pack_up(left_out)}
+        info = {"kind": rows[0]["kind"], "answer_from": torch.tensor(starts)}
+        return {**batch, "use_cache": False, "info": {**info, "taught": taught, "left_out": pack_up(left_out)}}
 
-    def forward(self, kind, answer_from, taught=0, left_out="", **batch) -> dict[str, Tensor]:  # type: ignore[override]
-        if self.training:
-            self.skipped.add(taught, left_out)
-        out = self.model(**batch, use_cache=False)
-        loss = out.loss if (batch["labels"] >= 0).any() else 0 * out.logits.sum()
-        self._note_tokens(kind, out.logits, batch["labels"], answer_from)
-        return {"loss": loss}
-
-    @torch.no_grad()
-    def _note_tokens(self, kind: str, logits: Tensor, labels: Tensor, answer_from: Tensor) -> None:
+    def metrics(self, outputs: Any, batch: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, float]:
         """Share of rows whose last assistant turn is all right, under teacher forcing; and of the turns before it.
 
-        And, for each class of tokens (`token_classes`), the share that is right.
+        And, for each class of tokens (`TokenClasses`), the share that is right.
         """
-        right = (logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] < 0)
-        self.note(**self.classes.shares(right, labels[:, 1:]))
-        columns = torch.arange(1, labels.shape[1], device=labels.device)
-        last = columns >= answer_from.to(labels.device)[:, None]
-        said = last & (labels[:, 1:] >= 0)
+        labels, kind = batch["labels"][:, 1:], info["kind"]
+        right = (outputs["logits"][:, :-1].argmax(-1) == labels) | (labels < 0)
+        figures = self.classes.shares(right, labels)
+        columns = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+        last = columns >= info["answer_from"].to(labels.device)[:, None]
+        said = last & (labels >= 0)
         if not self.packed:  # else a row is several conversations
-            self.note(**{kind: (right | ~last).all(1).float().mean().item()})
-        self.note(**{f"{kind}_tokens": right[said].float().mean().item()})
+            figures[kind] = (right | ~last).all(1).float().mean().item()
+        figures[f"{kind}_tokens"] = right[said].float().mean().item()
         if kind in ("region", "clip"):
-            self.note(**{f"{kind}_call": (right | last).all(1).float().mean().item()})
+            figures[f"{kind}_call"] = (right | last).all(1).float().mean().item()
+        return {**figures, **super().metrics(outputs, batch, info)}
 
 
 class Instruct(Conversations):
@@ -83,33 +77,38 @@ class Instruct(Conversations):
         group: int = 0  # batches that are made of items alike in length, at a time; 0: items come as they are drawn
         pack: int = 0  # tokens of a row that several conversations share; 0: a row each
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.items is None:
+    @classmethod
+    def check(cls, stage: Stage, from_items: bool) -> Any:
+        if not from_items:
             raise UserError(
-                f"stage {self.stage.name!r}: instruct learns from items; set data.path (or data.sources). On pages of "
+                f"stage {stage.name!r}: instruct learns from items; set data.path (or data.sources). On pages of "
                 "a synthetic dataset the objective is called pages"
             )
-        if not isinstance(self.items, SampledItems):
-            self.items = SampledItems.of(self.items, self.seed)
-        self.dataset = EncodedDataset(
-            self.items, self.processor, self.options.max_length, self.options.group, self.stage.batch
-        )
-        self.packed = self.options.pack
+        return super().check(stage, from_items)
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        items = setup.items if isinstance(setup.items, SampledItems) else SampledItems.of(setup.items, self.seed)
+        options = self.options
+        self.items, self.packed = items, options.pack
+        self.dataset = EncodedDataset(items, self.processor, options.max_length, options.group, self.stage.batch)
+        self.train, self.eval = Examples(self.example), Examples(self.held_out, len(items.validation))
 
     def example(self, index: int) -> dict[str, Any] | SkippedSample:
+        """Example `index`, a function of the seed and `index` only; or why it is left out."""
         return _named(self.dataset[index])
 
     def held_out(self, index: int) -> dict[str, Any] | SkippedSample:
+        """Example `index` for validation."""
         return _named(self.dataset.validation[index])
 
-    def questions(self, plan: Validation) -> Iterator[Question]:
+    def questions(self) -> Iterator[Question]:
         """The questions of the items that are held out; those that cannot be read, or ask nothing, are left out."""
         from relook.train.validation import from_item
 
-        for number in range(len(self.held)):
+        for number in range(len(self.items.validation)):
             try:
-                question = from_item(self.held[number], self.processor.grid_size)
+                question = from_item(self.items.validation[number], self.processor.grid_size)
             except UserError:
                 continue
             if question is not None:
@@ -118,3 +117,48 @@ class Instruct(Conversations):
 
 def _named(row: dict[str, Any] | SkippedSample) -> dict[str, Any] | SkippedSample:
     return row if isinstance(row, SkippedSample) else row | {"kind": "items", "answer_from": 0}
+
+
+class TokenClasses:
+    """Classes of the tokens that an assistant writes, and the share of each that is right.
+
+    A class is a set of control tokens; all else is text. The two columns of a region (`x0`, `x1`) share their tokens,
+    as do its two rows: their place in the call tells them apart.
+
+    Args:
+        tokens: control token -> id, those the model has (`processor.tokens`).
+        grid: cells a side.
+    """
+
+    def __init__(self, tokens: Mapping[str, int], grid: int) -> None:
+        members = {
+            "x0": [x_token(i) for i in range(grid)],
+            "y0": [y_token(i) for i in range(grid)],
+            "start": [spec.start for spec in LOOKS.values()],
+            "end": [spec.end for spec in LOOKS.values()],
+            "action": [spec.action for spec in LOOKS.values() if spec.action],
+        }
+        self._class_of = {tokens[t]: CLASSES.index(name) for name, ts in members.items() for t in ts if t in tokens}
+
+    def of(self, labels: Tensor) -> Tensor:
+        """Class of each label, as an index into `CLASSES`; -1 where nothing is learnt. (B, L) to (B, L).
+
+        Example: the labels of a region call <start> <x_1> <y_2> <x_3> <y_4> <end> are start, x0, y0, x1, y1, end.
+        """
+        table = torch.full((max([*self._class_of, int(labels.max())]) + 1,), CLASSES.index("text"))
+        for token, number in self._class_of.items():
+            table[token] = number
+        found = table.to(labels.device)[labels.clamp(min=0)]
+        found[labels < 0] = -1
+        for first, second in (("x0", "x1"), ("y0", "y1")):
+            mine = found == CLASSES.index(first)
+            again = mine.clone()
+            again[:, :2] = False
+            again[:, 2:] &= mine[:, :-2]  # x y x y: a second of its kind stands two places after the first
+            found[again] = CLASSES.index(second)
+        return found
+
+    def shares(self, right: Tensor, labels: Tensor) -> dict[str, float]:
+        """`token_<class>` -> share of its tokens that are right; nan for a class without tokens. Both (B, L)."""
+        found = self.of(labels)
+        return {f"token_{name}": right[found == i].float().mean().item() for i, name in enumerate(CLASSES)}

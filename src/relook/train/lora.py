@@ -1,12 +1,9 @@
 """Low-rank updates of the language model in place of its whole weights (LoRA, QLoRA), through peft.
 
 A stage with `lora:` trains small matrices beside the linear layers of the language model, and some parts whole
-(projectors, lm_head, embed_tokens); all else rests. The layers are exchanged inside the model, which stays the class
-it is, so that objectives, looks and generation work as ever. When the stage is over the updates are merged in.
-With `bits:` the resting layers are held in 4 or 8 bits by bitsandbytes; updates are merged into the exact weights all
-the same.
-
-Knows a model's modules; not stages' objectives. The folder of an adapter is `model.adapters`' business.
+(projectors, lm_head, embed_tokens); all else is frozen. The layers are replaced inside the model, which stays the class
+it is. At the end of the stage the updates are merged into the weights (`relook.model.adapters.Adapter`). With `bits:`
+bitsandbytes holds the frozen layers in 4 or 8 bits; updates are merged into the exact weights all the same.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from torch import nn
 
 from relook.errors import UserError
 from relook.model.adapters import Adapter
-from relook.train.learnable import PARTS, in_part, never_used
+from relook.train.optim import PARTS, in_part, unused_parameters
 from relook.train.recipe import Lora
 
 LAYERS = "model.language_model.layers"
@@ -44,11 +41,9 @@ def adapt(model: Any, plan: Lora, base: dict[str, Any] | None = None) -> Adapter
     Raises:
         UserError: a package is missing, or the model has no such layers.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise UserError(NO_PEFT)
+    targets = check_lora(model, plan)
     from peft import LoraConfig, get_peft_model
 
-    targets = _targets(model, plan)
     exact = _held_in_bits(model, targets, plan.bits) if plan.bits is not None else {}
     config = LoraConfig(
         r=plan.r,
@@ -58,7 +53,7 @@ def adapt(model: Any, plan: Lora, base: dict[str, Any] | None = None) -> Adapter
         modules_to_save=saved_modules(model, plan),
         ensure_weight_tying=bool(model.config.tie_word_embeddings),
     )
-    unused = never_used(model)
+    unused = unused_parameters(model)
     idle = {name for name, parameter in model.named_parameters() if id(parameter) in unused}
     adapter = get_peft_model(model, config, low_cpu_mem_usage=model.device.type == "meta")
     named: Any = adapter.peft_config["default"]
@@ -69,7 +64,16 @@ def adapt(model: Any, plan: Lora, base: dict[str, Any] | None = None) -> Adapter
     return Adapter(model, adapter, base, exact)
 
 
-def _targets(model: nn.Module, plan: Lora) -> list[str]:
+def check_lora(model: nn.Module, plan: Lora) -> list[str]:
+    """The names of the linear layers that get updates.
+
+    Raises:
+        UserError: a package is missing, or the model has no such layers.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(NO_PEFT)
+    if plan.bits is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(NO_BITS)
     known = sorted({name.rsplit(".", 1)[1] for name in linear_layers(model)})
     if plan.targets == "all":
         return known
@@ -100,8 +104,6 @@ def saved_modules(model: Any, plan: Lora) -> list[str]:
 
 def _held_in_bits(model: Any, targets: list[str], bits: int) -> dict[str, nn.Module]:
     """Exchange the language model's linear layers for copies in few bits; returns the exact ones, on the CPU."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(NO_BITS)
     import bitsandbytes as bnb
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

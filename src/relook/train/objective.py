@@ -1,141 +1,193 @@
-"""What a stage learns: a table of objectives, each an nn.Module around the model that makes its own examples and loss.
+"""What a stage learns: the interface of objectives, relook's own and those of users.
 
-An objective has three parts, and nothing else knows what they are: `example(index)` draws one training example (from
-the seed and the index alone, so that a run can be repeated and continued), `collate(examples)` batches them, and
-`forward(**batch)` returns the loss and what to log. Throwaway heads live in the objective, not in the model.
+An objective gives examples and batches, and the module that the Trainer trains: the model itself, or the model with
+auxiliary heads around it. It is a row of `OBJECTIVES`, an entry point or a dotted path (`relook.plugins`):
 
-Objectives know a world, a processor and a model; optimisers and files are `run`'s business.
+    class Captions(Objective):
+        class Options(Objective.Options):          # what a recipe may set under `options:`
+            weight: float = 1.0
+
+        def __init__(self, setup):
+            super().__init__(setup)
+            self.train = Examples(self.example)    # entry i is a function of the seed and i alone
+
+        def example(self, index):
+            return self.processor.encode_item(...)
+
+        def collate(self, examples):               # keyword arguments of the model's forward
+            return join_rows(examples, self.processor.tokenizer.pad_token_id)
 """
 
 from __future__ import annotations
 
+import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from relook import plugins
-from relook.data.dataset import SampledItems
 from relook.data.items import Question
-from relook.errors import UserError
 from relook.io import rng, validate
-from relook.model.adapters import Adapter
 from relook.train.recipe import Stage, Strict, Validation
-from relook.train.skipped import SkippedReport
-
-
-class Objective(nn.Module, ABC):
-    """Base of all objectives: relook's own (`OBJECTIVES`) and those that `plugins` finds.
-
-    Args:
-        model: the VPT model that learns.
-        processor: its processor (views, tokens, pixels).
-        source: the synthetic dataset that examples are drawn from; None when the stage reads items from files.
-        stage: the stage of the recipe; `stage.options` must fit the class's `Options`.
-        seed: of the examples.
-        items: `SampledItems` of a stage whose data source is json; None with a synthetic source.
-        held: items of that source that are not taught (see `held_out`).
-    """
-
-    converses: ClassVar[bool] = False  # whether the model learns conversations, so that it can be asked as it learns
-    accepts_loss_kwargs: ClassVar[bool] = False  # transformers' Trainer: the loss is already a mean over the batch
-
-    class Options(Strict):
-        """What a recipe may set under `options:`; subclasses extend it."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        processor: Any,
-        source: Any,
-        stage: Stage,
-        seed: int,
-        items: Any = None,
-        held: Sequence[Any] = (),
-    ) -> None:
-        super().__init__()
-        self.model: Any = model
-        self.processor, self.source, self.stage, self.seed = processor, source, stage, seed
-        self.items, self.held = items, held
-        self.options: Any = validate(self.Options, stage.options, f"stage {stage.name}: options")
-        self.adapter: Adapter | None = None  # low-rank updates in the model, while a stage with lora: trains
-        self.log: dict[str, list[float]] = {}
-        sampled = isinstance(items, SampledItems)
-        self.skipped = SkippedReport(items.data.max_broken, items.unreadable) if sampled else SkippedReport(0.0)
-
-    @abstractmethod
-    def example(self, index: int) -> Any:
-        """One training example, a function of the seed, the stage and `index` only."""
-
-    def held_out(self, index: int) -> Any:
-        """Example `index` for validation, which no training gets to."""
-        raise UserError(f"stage {self.stage.name!r}: {self.stage.objective} holds no examples out for validation")
-
-    def count_held_out(self, plan: Validation) -> int:
-        """How many examples there are for validation."""
-        return len(self.held)
-
-    def questions(self, plan: Validation) -> Iterator[Question]:
-        """Questions for validation, where the recipe names no file of them."""
-        return iter(())
-
-    @abstractmethod
-    def collate(self, examples: Sequence[Any]) -> dict[str, Any]:
-        """Examples to the keyword arguments of `forward`."""
-
-    @abstractmethod
-    def forward(self, **batch: Any) -> dict[str, Tensor]:
-        """`{"loss": scalar}`; figures to log go through `note`."""
-
-    def throwaway(self, name: str, make: Callable[[], nn.Module]) -> Any:
-        """A head that a stage needs and nobody ships: made afresh, or as an earlier stage of the run left it.
-
-        Heads that start afresh send a trained model noise for a while, so they are handed from stage to stage beside
-        the model (`run` keeps them with each stage's weights). One of another shape starts afresh all the same.
-        """
-        head, kept = make(), self.model.__dict__.setdefault("_throwaway", {})
-        before = kept.get(name, {})
-        before = before.state_dict() if isinstance(before, nn.Module) else before
-        if {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in head.state_dict().items()}:
-            head.load_state_dict(before)
-        kept[name] = head
-        return head
-
-    def random(self, index: int) -> np.random.Generator:
-        """The generator of example `index` (apart from the page's own)."""
-        return rng(self.seed, self.stage.name, index)
-
-    def note(self, **figures: float) -> None:
-        """Remember figures of this batch; `run` logs their means."""
-        for key, value in figures.items():
-            self.log.setdefault(key, []).append(float(value))
-
-    def figures(self) -> dict[str, float]:
-        """Means since the last call (entries that were nan, e.g. no example of a kind, are left out)."""
-        means = {k: float(np.nanmean(v)) for k, v in self.log.items() if not np.all(np.isnan(v))}
-        self.log = {}
-        return means
-
 
 # relook's own; others are found by entry point (group `relook.objectives`) or dotted path, see `plugins`.
 OBJECTIVES: dict[str, str] = {"instruct": "relook.train.instruct:Instruct"}
 
 
-def make_objective(
-    model: Any,
-    processor: Any,
-    source: Any,
-    stage: Stage,
-    seed: int,
-    items: Any,
-    held: Sequence[Any] = (),
-) -> Objective:
+@dataclass(frozen=True)
+class Setup:
+    """What an objective is made from.
+
+    Attributes:
+        stage: of the recipe; `stage.options` must fit the objective's `Options`.
+        config, processor: of the model that will learn.
+        seed: of the examples.
+        source: the synthetic dataset that examples are drawn from; None when the stage reads items from files.
+        items: the items of a stage whose data source is json, with those held out for validation; else None.
+        validation: of the recipe.
+        heads: tensors of auxiliary heads as the stages before left them, by name in the wrapping module.
+    """
+
+    stage: Stage
+    config: Any
+    processor: Any
+    seed: int
+    source: Any = None
+    items: Any = None
+    validation: Validation = field(default_factory=lambda: Validation.model_validate({}))
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(ABC):
+    """Base of all objectives.
+
+    Attributes:
+        train: map-style dataset of training examples; its length does not matter. Entry i must depend on the seed, the
+            stage and i alone, so that a run can be repeated and resumed.
+        eval: the same, of examples for validation; its length does.
+        converses: whether the model learns conversations, so that it can be asked questions while it learns.
+    """
+
+    class Options(Strict):
+        """What a recipe may set under `options:`; subclasses extend it."""
+
+    converses: ClassVar[bool] = False
+    train: Any
+    eval: Any = ()
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.stage, self.seed = setup, setup.stage, setup.seed
+        self.config, self.processor, self.source = setup.config, setup.processor, setup.source
+        self.options: Any = self.check(setup.stage, setup.items is not None)
+
+    @classmethod
+    def check(cls, stage: Stage, from_items: bool) -> Any:
+        """The options as a stage sets them; called for every stage before any trains.
+
+        Args:
+            from_items: whether the stage's data are items, else pages of a synthetic dataset.
+
+        Raises:
+            UserError: an option that there is none of, a value of another kind, data that the objective cannot use.
+        """
+        return validate(cls.Options, stage.options, f"stage {stage.name}: options")
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Any]) -> dict[str, Any]:
+        """A batch: keyword arguments of the module's forward, and under "info" what else `metrics` needs."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module that is trained: the model itself, or one around it that returns the same kind of output."""
+        return model
+
+    def metrics(self, outputs: Any, batch: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, float]:
+        """Figures of a batch to log; their means are logged, entries that are nan left out."""
+        return outputs.get("metrics", {})
+
+    def questions(self) -> Iterator[Question]:
+        """Questions for validation, where the recipe names no file of them."""
+        return iter(())
+
+    def random(self, index: int) -> np.random.Generator:
+        """The generator of example `index`."""
+        return rng(self.seed, self.stage.name, index)
+
+
+class Examples(torch.utils.data.Dataset):
+    """A map-style dataset of the values of a function of the index."""
+
+    def __init__(self, example: Callable[[int], Any], length: int = 0) -> None:
+        self.example, self.length = example, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        if torch.utils.data.get_worker_info() is not None:  # a scheduler signals every process: only one decides
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return self.example(index)
+
+
+class AuxiliaryHeads(nn.Module):
+    """A model with heads that a stage needs and nobody ships, as one module to train.
+
+    New heads send a trained model noise for a while, so they are handed from stage to stage beside the model
+    (heads.safetensors): a head starts as the stages before left it, or new where there was none of its shape.
+
+    Args:
+        model: the model.
+        saved: tensors of heads by their names in this module (`Setup.heads`).
+    """
+
+    def __init__(self, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.heads = nn.ModuleDict()
+        self._saved = saved
+
+    def add_head(self, name: str, head: nn.Module) -> nn.Module:
+        """Register a head, with the weights of an earlier stage where they fit."""
+        prefix = f"heads.{name}."
+        before = {k.removeprefix(prefix): v for k, v in self._saved.items() if k.startswith(prefix)}
+        if {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in head.state_dict().items()}:
+            head.load_state_dict(before)
+        self.heads[name] = head
+        return head
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """For the Trainer: of the model inside."""
+        self.model.activation_checkpointing_enable(**kwargs)
+
+
+def find_objective(stage: Stage) -> type[Objective]:
+    """The class of a stage's objective.
+
+    Raises:
+        UserError: there is none of that name, or it cannot be imported.
+    """
+    return plugins.find("objective", stage.objective, OBJECTIVES, f"stage {stage.name}")
+
+
+def make_objective(setup: Setup) -> Objective:
     """The objective of a stage.
 
     Raises:
-        UserError: no such objective, or options it does not have.
+        UserError: no such objective, options it does not have, data that it cannot use.
     """
-    made = plugins.find("objective", stage.objective, OBJECTIVES, f"stage {stage.name}")
-    return made(model, processor, source, stage, seed, items, held)
+    return find_objective(setup.stage)(setup)
+
+
+def run_batch(objective: Objective, module: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, float]]:
+    """Loss and figures of a batch that `objective.collate` made."""
+    inputs = {key: value for key, value in batch.items() if key != "info"}
+    outputs: Any = module(**inputs)
+    loss, labels = outputs["loss"], inputs.get("labels")
+    if labels is not None and not (labels >= 0).any():  # every sample was skipped; processes stay in step all the same
+        loss = 0 * outputs["logits"].sum()
+    with torch.no_grad():
+        return loss, objective.metrics(outputs, inputs, batch.get("info", {}))

@@ -40,7 +40,7 @@ class Lora(Strict):
 
 
 class Stage(Strict):
-    """One stretch of training with one objective (a row of `objective.OBJECTIVES`, or of an installed package)."""
+    """A part of a run with one objective (a row of `objective.OBJECTIVES`, or one that `relook.plugins` finds)."""
 
     name: str
     objective: str
@@ -63,12 +63,13 @@ class Stage(Strict):
     freeze: list[str] = Field([], description="parts that do not learn, e.g. visual, language_model.layers")
     train: list[str] | None = Field(None, description="the only parts that learn, e.g. detection_projector")
     lora: Lora | None = Field(None, description="low-rank updates in place of whole weights")
-    passes: Literal[1, 2] | None = Field(None, description="1: looks without a condition (alignment); 2: with it")
-    mask: Literal[0, 1, 2] | None = Field(None, description="mask modelling: 1 the first user turn, 2 the second too")
-    mask_ratio: float | None = Field(None, ge=0, le=1, description="chance of the mask")
-    mask_draw: Literal["batch", "sample"] | None = Field(None, description="what that chance is drawn for")
-    input_grads: Literal["full", "published"] | None = Field(None, description="published: none into embeddings, ViT")
-    position_mode: Literal["mrope", "sequential"] | None = Field(None, description="sequential: as published training")
+    # Settings of the forward pass: they start from these defaults in every stage and end with it (`set_forward`).
+    passes: Literal[1, 2] = Field(2, description="1: looks without a condition (alignment); 2: with it")
+    mask: Literal[0, 1, 2] = Field(0, description="mask modelling: 1 the first user turn, 2 the second too")
+    mask_ratio: float = Field(0.0, ge=0, le=1, description="chance of the mask")
+    mask_draw: Literal["batch", "sample"] = Field("batch", description="what that chance is drawn for")
+    input_grads: Literal["full", "published"] = Field("full", description="published: none into embeddings, ViT")
+    position_mode: Literal["mrope", "sequential"] = Field("mrope", description="sequential: as published training")
     remember: int = Field(0, ge=0, description="images whose features are kept while the tower is frozen")
     seed: int | None = Field(None, description="defaults to the recipe's")
     data: Data | None = Field(None, description="defaults to the recipe's")
@@ -155,6 +156,35 @@ class Recipe(Strict):
                 "add validation: {items: 100}"
             )
         return self
+
+
+# keys of a stage -> fields of the model's config
+FORWARD = {
+    "passes": "num_inner_forward_run",
+    "mask": "para_mask_id",
+    "mask_ratio": "para_mask_ratio",
+    "mask_draw": "para_mask_draw",
+    "input_grads": "input_grads",
+    "position_mode": "position_mode",
+}
+
+
+def set_forward(config: Any, stage: Stage) -> None:
+    """Write a stage's settings of the forward pass into the model's config, its defaults where it says nothing."""
+    for key, name in FORWARD.items():
+        setattr(config, name, getattr(stage, key))
+    config.alignment = stage.passes == 1
+
+
+def reset_forward(config: Any, stages: Sequence[Stage]) -> None:
+    """Write into a model's config how it is run once these stages have trained it.
+
+    All settings are back at their defaults; but a model that was only ever aligned (`passes: 1` in every stage) is run
+    without a condition, as the published alignment checkpoints are.
+    """
+    aligned = all(stage.passes == 1 for stage in stages)
+    fields = {key: field.default for key, field in Stage.model_fields.items() if key in FORWARD}
+    set_forward(config, stages[-1].model_copy(update={**fields, "passes": 1 if aligned else 2}))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -1,39 +1,44 @@
-"""Carrying out a recipe: stage after stage through transformers' Trainer, with a checkpoint after each and inside.
+"""Carrying out a recipe: every stage starts from a folder and ends as a folder.
 
-A run is a folder: `recipe.yaml` as used, `log.jsonl`, `tensorboard/`, `stages/<nr>-<name>/` with the weights after
-every stage (and, while it runs, its checkpoints), `curves.png`, and `final/` with the model as it ships. A rerun skips
-the stages whose recipe (and everything before them) has not changed, and goes on inside the one that was cut.
-
-Knows the order of things; what a stage learns is `stages`' business, files are `checkpoints`', figures `watch`'s.
+A run is a folder: `recipe.yaml` as used, `log.jsonl`, `tensorboard/`, `stages/<nr>-<name>/` with the model after every
+stage (and, while it runs, its checkpoints), `curves.png`, and `final/` with the model as it ships. A rerun skips the
+stages whose recipe (and everything before them) has not changed, and goes on inside the one that was cut.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import PrinterCallback, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from torch import Tensor
 
 from relook.data.dataset import open_items
 from relook.data.records import records
 from relook.io import replacing, replacing_folder
 from relook.model.rank_sync import synchronised_ranks
-from relook.model.start import open_start
-from relook.plugins import find
-from relook.train import lora, ranks, sharding, watch
-from relook.train.checkpoints import Checkpoints, Record, digest, finished, keep_stage, restore_stage
-from relook.train.faults import GO_ON, Signals, Stopped, writing
-from relook.train.frozen import remembering
-from relook.train.learnable import check_parts, let_learn, set_forward
-from relook.train.objective import Objective, make_objective
-from relook.train.optimiser import build_optimiser, schedule
-from relook.train.recipe import Data, Recipe, Stage, load_recipe
-from relook.train.trainer import Examples, Keeper, StageTrainer
-from relook.train.validation import Validator
+from relook.model.start import Start, open_start
+from relook.train import distributed, lora, metrics
+from relook.train.check import check, find_source
+from relook.train.checkpoints import (
+    GO_ON,
+    Checkpoints,
+    Record,
+    StageModel,
+    digest,
+    finished,
+    finishing,
+    read_heads,
+    writing,
+)
+from relook.train.distributed import Signals, Stopped
+from relook.train.feature_cache import cached_features
+from relook.train.objective import Objective, Setup, make_objective
+from relook.train.optim import set_trainable
+from relook.train.recipe import Recipe, Stage, load_recipe, reset_forward, set_forward
+from relook.train.skipped import SkippedReport
+from relook.train.trainer import StageRun, StageTrainer
 
 
 def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), out: str | Path | None = None) -> Path:
@@ -51,123 +56,194 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), out: str | P
     for o in overrides:
         if o.startswith("out="):
             out = o.removeprefix("out=")
-    with ranks.joined():
-        with ranks.together():
+    with distributed.joined():
+        with distributed.together():
             if not isinstance(recipe, Recipe):
                 recipe = load_recipe(recipe, given)
             folder = Path(out) if out is not None else Path("runs") / recipe.name
-            model, processor = _begun(recipe)
+            torch.set_num_threads(recipe.threads)
+            check(recipe)
         with Signals() as signals:
             try:
-                history = run_stages(model, processor, recipe, folder, signals)
+                history, last = run_stages(recipe, folder, signals)
             except Stopped:
-                if ranks.main():
-                    watch.draw_curves(folder)
+                if distributed.main():
+                    metrics.draw_curves(folder)
                 raise
-        with ranks.together(), writing(folder, lambda: GO_ON):
-            if ranks.main():
-                watch.draw_curves(folder)
-                save_final(model, processor, recipe, history, folder / "final")
+        with distributed.together(), writing(folder):
+            if distributed.main():
+                metrics.draw_curves(folder)
+                save_final(recipe, history, last, folder / "final")
     return folder / "final"
 
 
-def _begun(recipe: Recipe) -> tuple[Any, Any]:
-    """The model and processor a run begins with, once all that can be known of it now is right."""
-    watch.check_reporters(recipe.report_to)
-    sharding.check(recipe)
-    for stage in recipe.stages:
-        ranks.divided(stage.batch, stage.accumulate, ranks.count())
-    torch.set_num_threads(recipe.threads)
-    model, processor = open_start(recipe.model, seed=recipe.seed, domain=recipe.domain)
-    check_parts(model, recipe.stages)
-    if any((stage.data or recipe.data).free_choice for stage in recipe.stages):
-        processor.free_choice = True
-    return model, processor
-
-
-def run_stages(model: Any, processor: Any, recipe: Recipe, folder: Path, signals: Signals) -> list[Record]:
-    """All stages that are not done yet, in place; returns the records of all."""
-    history, name = [], ""
+def run_stages(recipe: Recipe, folder: Path, signals: Signals) -> tuple[list[Record], Start]:
+    """All stages that are not done yet; returns the records of all, and the last one's model."""
+    start, history, name, checked = recipe.model, list[Record](), "", False
     for number, stage in enumerate(recipe.stages):
         name = digest(name, recipe, stage)
         checkpoints = Checkpoints(folder / "stages" / f"{number:02d}-{stage.name}", name, recipe.keep_last)
-        record = ranks.from_main(finished(checkpoints.place, name))
-        if record is None:
-            with ranks.together():
-                _find_data(recipe, recipe.stages[number:])
-            record = run_stage(model, processor, recipe, stage, folder, checkpoints, signals)
-            with ranks.together(), writing(checkpoints.place, checkpoints.say_last):
-                if ranks.main():
-                    keep_stage(model, checkpoints.place, {**record, "digest": name})
-                    checkpoints.close()
-            told = signals.agree()
-            if told is not None and number + 1 < len(recipe.stages):
-                _stop(f"stopped after stage {stage.name}, which is kept in {checkpoints.place}; {GO_ON}", told)
+        record = distributed.from_main(finished(checkpoints.place, name))
+        if record is not None:
+            distributed.say(f"{stage.name}: already done, taken from {checkpoints.place}")
         else:
-            ranks.say(f"{stage.name}: already done, taken from {checkpoints.place}")
-            restore_stage(model, checkpoints.place)
-            set_forward(model.config, stage)
+            with distributed.together():
+                if not checked:
+                    _check_data(recipe, recipe.stages[number:])
+                    checked = True
+            record = train_stage(recipe, stage, start, checkpoints, signals)
+            signal = signals.agree()
+            if signal is not None and number + 1 < len(recipe.stages):
+                _stop(f"stopped after stage {stage.name}, which is kept in {checkpoints.place}; {GO_ON}", signal)
         history.append({k: v for k, v in record.items() if k != "digest"})
-    return history
+        start = Start.model_validate({"start": str(checkpoints.place)})
+    return history, start
 
 
-def run_stage(
-    model: Any,
-    processor: Any,
-    recipe: Recipe,
-    stage: Stage,
-    folder: Path,
-    checkpoints: Checkpoints,
-    signals: Signals,
-) -> Record:
-    """One stage of training in place, from its last checkpoint where it has one; returns its record.
+def train_stage(recipe: Recipe, stage: Stage, start: Start, checkpoints: Checkpoints, signals: Signals) -> Record:
+    """One stage of training, from its last checkpoint where it has one, to the model in its folder; returns its record.
 
     Raises:
         Stopped: a signal asked for it; all is saved.
         RelookError: the loss or the gradient is no number, or too large; the disk is full.
     """
-    seed = recipe.seed if stage.seed is None else stage.seed
-    with ranks.together():
-        objective, taught = _made_ready(model, processor, recipe, stage, seed)
-    with ranks.together():
-        if ranks.main():
-            _write_recipe(recipe, folder)  # not before: a run that is refused leaves no folder
-    steps = steps_of(stage, taught)
-    stage = stage.model_copy(update={"samples": steps * stage.batch * stage.accumulate})
-    if ranks.main():
-        checkpoints.clear_aside()
-    record = ranks.from_main(checkpoints.last())
+    with distributed.together():
+        trained, objective, items = _open_stage(recipe, stage, start)
+        steps = steps_of(stage, items)
+        if distributed.main():
+            _write_recipe(recipe, checkpoints.place.parents[1])  # not before: a run that is refused leaves no folder
+            checkpoints.clear_aside()
+    record = distributed.from_main(checkpoints.last())
     if record is not None:
-        ranks.say(f"{stage.name}: goes on from step {record['step']} of {steps}")
-    objective.skipped.open(
-        checkpoints.place / "left_out.jsonl", record["step"] * stage.batch * stage.accumulate if record else 0
-    )
-    batch, accumulate = ranks.divided(stage.batch, stage.accumulate, ranks.count())
-    tally = watch.Tally(batch * ranks.count(), record)
-    trainer = _trainer(objective, recipe, stage, seed, steps, checkpoints, tally, (batch, accumulate))
+        distributed.say(f"{stage.name}: goes on from step {record['step']} of {steps}")
+    skipped = SkippedReport(items.data.max_broken, items.unreadable) if items is not None else SkippedReport(0.0)
+    skipped.open(checkpoints.place / "left_out.jsonl", record["step"] * stage.batch * stage.accumulate if record else 0)
+    share = distributed.divided(stage.batch, stage.accumulate, distributed.count())
+    tally = metrics.Tally(share[0] * distributed.count(), record)
+    shared = checkpoints, signals, objective, trained, skipped, tally
+    trainer = StageTrainer(StageRun(recipe, stage, seed_of(recipe, stage), steps, share, *shared))
     if record is not None:
-        sharding.check_form(record, checkpoints.path(record), trainer)
-    keeper = Keeper(checkpoints, recipe, stage, tally, signals, objective.skipped, sharding.form(trainer))
-    trainer.add_callback(keeper)
-    with watch.watched(trainer, folder, checkpoints.place.name, stage, tally, record["step"] if record else 0):
-        _train(trainer, checkpoints, signals, str(checkpoints.path(record)) if record else None)
-    if told := objective.skipped.say():
-        ranks.say(f"{stage.name}: {told}")
+        distributed.check_optimizer_form(record, checkpoints.path(record), trainer)
+    _train(trainer, record)
+    if skipped_samples := skipped.say():
+        distributed.say(f"{stage.name}: {skipped_samples}")
     if signals.seen is not None and trainer.state.global_step < steps:
         place = checkpoints.path({"step": trainer.state.global_step})
         _stop(f"stopped at step {trainer.state.global_step} of {steps}, saved in {place}; {GO_ON}", signals.seen)
-    _put_back(objective, stage, checkpoints, trainer)
-    best = ranks.from_main(checkpoints.best())
-    done: Record = {
+    return _finish(trainer, start)
+
+
+def _open_stage(recipe: Recipe, stage: Stage, start: Start) -> tuple[StageModel, Objective, Any]:
+    """Load the stage's model and its items (None of a synthetic dataset), and prepare both."""
+    model, processor = open_start(start, seed=recipe.seed, domain=recipe.domain)
+    for parameter in model.parameters():  # out of the mapped file, where the alignment of a weight decides its rounding
+        parameter.data = parameter.data.clone()
+    first, data, items = start is recipe.model, stage.data or recipe.data, None
+    free_choice, heads = processor.free_choice, {} if first else read_heads(str(start.start))
+    processor.free_choice = free_choice or data.free_choice
+    if data.source == "json":
+        items = open_items(data, seed_of(recipe, stage), recipe.validation.items, processor)
+    base = start.base_record(recipe.seed) if first else None
+    trained, objective = prepare_stage(recipe, stage, model, processor, items, heads, base)
+    assert objective is not None
+    trained.free_choice = free_choice
+    if trained.wrapped and distributed.sharded_by():
+        raise distributed.cannot_shard("auxiliary heads")
+    return trained, objective, items
+
+
+def prepare_stage(
+    recipe: Recipe,
+    stage: Stage,
+    model: Any,
+    processor: Any,
+    items: Any = None,
+    heads: Mapping[str, Tensor] | None = None,
+    base: dict[str, Any] | None = None,
+) -> tuple[StageModel, Objective | None]:
+    """Set a model as a stage says, choose what learns, and add the heads and low-rank updates that the stage has.
+
+    Args:
+        model, processor: the model is changed in place; without a processor there is no objective.
+        items: of a stage whose data are items.
+        heads: tensors of auxiliary heads that earlier stages left.
+        base: what an adapter keeps of the model under it (`Start.base_record`).
+    """
+    seed, objective, module, heads = seed_of(recipe, stage), None, model, heads or {}
+    set_forward(model.config, stage)
+    torch.manual_seed(seed)
+    if processor is not None:
+        source = find_source(stage.data or recipe.data)
+        setup = Setup(stage, model.config, processor, seed, source and source(seed), items, recipe.validation, heads)
+        objective = make_objective(setup)
+        module = objective.wrap(model)
+    set_trainable(model, stage.freeze, stage.train)
+    trained = StageModel(model, processor, module, None, heads)
+    if stage.lora is not None:
+        trained.adapter = lora.adapt(model, stage.lora, base)
+        trained.module = trained.adapter.peft if module is model else module
+    return trained, objective
+
+
+def seed_of(recipe: Recipe, stage: Stage) -> int:
+    """The seed of a stage's examples and heads."""
+    return recipe.seed if stage.seed is None else stage.seed
+
+
+def _train(trainer: StageTrainer, record: Record | None) -> None:
+    """Let the Trainer train, from the checkpoint of a record where there is one."""
+    run, model = trainer.stage_run, trainer.stage_run.trained.model
+    place, samples = run.checkpoints.place, run.steps * run.stage.batch * run.stage.accumulate
+    start = str(run.checkpoints.path(record)) if record else None
+    if not distributed.main():  # else all processes would draw the same masks
+        torch.manual_seed(run.seed + distributed.number())
+    sharded, step = distributed.optimizer_form(trainer) is not None, record["step"] if record else 0
+    with metrics.logging_to(place.parents[1], place, run.stage.name, samples, run.tally, step) as callbacks:
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        try:
+            with synchronised_ranks(sharded), cached_features(model, run.stage.remember):
+                trainer.train(resume_from_checkpoint=start)
+        except RuntimeError as error:  # a dataloader worker was told to stop, too
+            if run.signals.seen is None:
+                raise
+            said = f"stopped in the midst of a step of {run.stage.name}; {run.checkpoints.say_last()}"
+            raise Stopped(said, run.signals.seen) from error
+
+
+def _finish(trainer: StageTrainer, start: Start) -> Record:
+    """Merge the stage's low-rank updates and write its model; settings of the stage are reset, and do not ship."""
+    run, trained = trainer.stage_run, trainer.stage_run.trained
+    recipe, stage, checkpoints = run.recipe, run.stage, run.checkpoints
+    if distributed.optimizer_form(trainer) is not None:
+        distributed.unshard(trained.model)
+        distributed.forget_sharding()
+    best = distributed.from_main(checkpoints.best())
+    record: Record = {
         "stage": stage.name,
-        "samples": steps * stage.batch * stage.accumulate,
-        "seconds": round(tally.seconds, 1),
-        "loss": round(tally.loss_sum / steps, 4),
+        "samples": run.steps * stage.batch * stage.accumulate,
+        "seconds": round(run.tally.seconds, 1),
+        "loss": round(run.tally.loss_sum / run.steps, 4),
     }
-    return done if best is None else {**done, "best": {k: best[k] for k in ("step", "eval_loss")}}
+    if best is not None:
+        record["best"] = {k: best[k] for k in ("step", "eval_loss")}
+    with distributed.together(), writing(checkpoints.place, checkpoints):
+        if distributed.main():
+            reset_forward(trained.model.config, recipe.stages[: recipe.stages.index(stage) + 1])
+            if trained.adapter is not None:
+                trained.processor.free_choice = trained.free_choice or recipe.data.free_choice
+                with replacing_folder(checkpoints.place / "adapter") as aside:
+                    trained.adapter.save(aside)
+                    trained.processor.save_pretrained(aside)
+                trained.merge()
+            trained.processor.free_choice = trained.free_choice
+            with finishing(checkpoints.place, {**record, "digest": checkpoints.digest}) as aside:
+                trained.save(aside)
+            checkpoints.close()
+    return record
 
 
-def _find_data(recipe: Recipe, stages: Sequence[Stage]) -> None:
+def _check_data(recipe: Recipe, stages: Sequence[Stage]) -> None:
     """Open the sets of all stages that are still to come: one that is missing is told before hours of training.
 
     Raises:
@@ -182,121 +258,16 @@ def _find_data(recipe: Recipe, stages: Sequence[Stage]) -> None:
 def _stop(why: str, signum: int) -> NoReturn:
     """End the run in all processes; the main one says why."""
     stopped = Stopped(why, signum)
-    raise stopped if ranks.main() else ranks.Elsewhere(stopped)
+    raise stopped if distributed.main() else distributed.Elsewhere(stopped)
 
 
-def _made_ready(model: Any, processor: Any, recipe: Recipe, stage: Stage, seed: int) -> tuple[Objective, Any]:
-    """The stage's objective around a model of which only that learns which is to; and the feed it learns from."""
-    data = stage.data or recipe.data
-    torch.manual_seed(seed)
-    taught, held = _items(data, recipe.validation.items, seed, processor)
-    objective = make_objective(model, processor, source_of(data, seed), stage, seed, taught, held)
-    set_forward(model.config, stage)
-    let_learn(model, stage.freeze, stage.train)
-    if stage.lora is not None:
-        first = stage == recipe.stages[0]
-        objective.adapter = lora.adapt(model, stage.lora, recipe.model.base_record(recipe.seed) if first else None)
-    model.train()
-    if stage.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    return objective, taught
-
-
-def _train(trainer: StageTrainer, checkpoints: Checkpoints, signals: Signals, start: str | None) -> None:
-    """Let the Trainer train, from a checkpoint's folder where there is one."""
-    objective: Any = trainer.model
-    if not ranks.main():  # else all processes would draw the same masks
-        torch.manual_seed(trainer.args.seed + ranks.number())
-    try:
-        sharded = sharding.form(trainer) is not None
-        with synchronised_ranks(sharded), remembering(objective.model, objective.stage.remember):
-            trainer.train(resume_from_checkpoint=start)
-    except RuntimeError as error:  # a process that draws examples was told to stop, too
-        if signals.seen is None:
-            raise
-        raise Stopped(
-            f"stopped in the midst of a step of {objective.stage.name}; {checkpoints.say_last()}", signals.seen
-        ) from error
-
-
-def _put_back(objective: Objective, stage: Stage, checkpoints: Checkpoints, trainer: StageTrainer) -> None:
-    """The model as it was before the stage, but for what it learnt."""
-    model: Any = objective.model
-    if objective.adapter is not None:
-        with ranks.together(), writing(checkpoints.place, checkpoints.say_last):
-            if ranks.main():
-                with replacing_folder(checkpoints.place / "adapter") as aside:
-                    objective.adapter.save(aside)
-                    objective.processor.save_pretrained(aside)
-        objective.adapter.merge()
-    if stage.checkpointing:
-        model.activation_checkpointing_disable()
-    if sharding.form(trainer) is not None:
-        sharding.end(model)
-    let_learn(model)
-
-
-def _trainer(
-    objective: Objective,
-    recipe: Recipe,
-    stage: Stage,
-    seed: int,
-    steps: int,
-    checkpoints: Checkpoints,
-    tally: watch.Tally,
-    share: tuple[int, int],
-) -> StageTrainer:
-    """A Trainer for a stage, without what the library prints; when to save and evaluate is `Keeper`'s.
-
-    `share` is the batch, and the batches per step, of this process (`ranks.divided`).
-    """
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints.aside),
-        run_name=f"{recipe.name}/{stage.name}",
-        max_steps=steps,
-        per_device_train_batch_size=share[0],
-        gradient_accumulation_steps=share[1],
-        max_grad_norm=stage.clip,
-        logging_steps=recipe.log_every,
-        logging_nan_inf_filter=False,  # a loss that is no number stops the run
-        train_sampling_strategy="sequential",  # the examples are drawn at random already; order is part of the recipe
-        save_strategy="no",
-        eval_strategy="no",
-        report_to=watch.reporters(recipe.report_to),
-        disable_tqdm=True,
-        dataloader_num_workers=recipe.workers,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        seed=seed,
-        bf16=stage.precision == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
-    )
-    validator = Validator(objective, recipe.validation, checkpoints.place / "pictures", checkpoints.say_last)
-    trainer = StageTrainer(
-        checkpoints=checkpoints,
-        tally=tally,
-        max_grad=recipe.max_grad,
-        parts=stage.batch // share[0],
-        validate=lambda trainer: validator(trainer.state.global_step, trainer._prepare_inputs),
-        model=objective,
-        args=arguments,
-        train_dataset=Examples(objective, steps * stage.batch * stage.accumulate),
-        data_collator=objective.collate,
-        optimiser=lambda model: build_optimiser(model.named_parameters(remove_duplicate=False), stage),
-        factor=schedule(stage, steps),
-    )
-    for printer in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(printer)
-    sharding.begin(objective.model, trainer)
-    return trainer
-
-
-def save_final(model: Any, processor: Any, recipe: Recipe, history: list[dict[str, Any]], folder: Path) -> Path:
+def save_final(recipe: Recipe, history: list[dict[str, Any]], last: Start, folder: Path) -> Path:
     """The finished model, as it ships: weights in the recipe's dtype, processor, and where it all came from."""
     import transformers
 
     from relook import __version__
 
+    model, processor = open_start(last)
     started = recipe.model.start
     before = {"start": {"from": Path(started).name, **(model.config.provenance or {})}} if started else {}
     model.config.provenance = {
@@ -310,36 +281,16 @@ def save_final(model: Any, processor: Any, recipe: Recipe, history: list[dict[st
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    processor.free_choice = processor.free_choice or recipe.data.free_choice
     model.config.domain = recipe.domain  # not that of the weights it started from
-    trained = model.dtype
-    aside = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.to(getattr(torch, recipe.save_dtype)).save_pretrained(aside)
-    model.to(trained)
-    processor.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    return aside.rename(folder)
-
-
-def source_of(data: Data, seed: int) -> Any:
-    """The synthetic dataset that a stage draws from (group `relook.sources` of `plugins`); None for items."""
-    return find("source", data.world, {}, "data.world")(seed) if data.source == "world" and data.world else None
-
-
-def _items(data: Data, held: int, seed: int, processor: Any) -> tuple[Any, Sequence[Any]]:
-    """A feed of items to learn from and `held` others that are held out; (None, ()) for a world.
-
-    Raises:
-        UserError: a source that cannot be read; nothing would be left to learn from.
-    """
-    if data.source != "json":
-        return None, ()
-    items = open_items(data, seed, held, processor)
-    return items, items.validation
+    with replacing_folder(folder) as aside:
+        model.to(getattr(torch, recipe.save_dtype)).save_pretrained(aside)
+        processor.save_pretrained(aside)
+    return folder
 
 
 def steps_of(stage: Stage, items: Any = None) -> int:
-    """Optimiser steps of a stage; `items` (None for a world) are passed over `epochs` times at most."""
+    """Optimizer steps of a stage; `items` (None for a synthetic dataset) are passed over `epochs` times at most."""
     samples = stage.samples
     if stage.epochs is not None and items is not None:
         samples = min(samples, int(stage.epochs * len(items)))

@@ -13,7 +13,7 @@ from relook.data.dataset import check_share
 from relook.data.reader import Unreadable
 from relook.errors import RelookError
 from relook.io import replacing
-from relook.train import ranks
+from relook.train import distributed
 
 SHOWN = 5  # examples that are named on stderr; the file names all
 
@@ -48,8 +48,8 @@ class SkippedReport:
         self.taught = begun - len(kept)
         unread = [SkippedSample(-1, "unread", one.where, one.why) for one in self.unreadable]
         for one in unread[:SHOWN]:
-            ranks.say(f"left out ({one.reason}): {one.where}: {one.what}")
-        if ranks.main() and (path.is_file() or unread):
+            distributed.say(f"left out ({one.reason}): {one.where}: {one.what}")
+        if distributed.main() and (path.is_file() or unread):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 file.writelines(json.dumps(asdict(one)) + "\n" for one in (*unread, *kept))
@@ -64,7 +64,7 @@ class SkippedReport:
         """
         before, kept = self._own
         self._own = before + taught, kept + [SkippedSample(**one) for one in json.loads(left_out or "[]")]
-        if ranks.count() == 1:
+        if distributed.count() == 1:
             self.settle([self.own()])
 
     def own(self) -> tuple[int, list[SkippedSample]]:
@@ -85,8 +85,8 @@ class SkippedReport:
         for one in found:
             self._count(one)
             if sum(self.left_out.values()) <= SHOWN:
-                ranks.say(f"left out ({one.reason}): {one.where}: {one.what}")
-        if self.path is not None and ranks.main():
+                distributed.say(f"left out ({one.reason}): {one.where}: {one.what}")
+        if self.path is not None and distributed.main():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(asdict(one)) + "\n" for one in found)

@@ -1,32 +1,32 @@
-"""Trying a stage's model out as it learns: its loss on what it is not taught, and its own looks at real questions.
+"""Validation of a stage's model while it learns: its loss on held-out examples, and its own looks at real questions.
 
-Examples come from the objective (`held_out`) and are run as in training, without learning. Where the objective holds
-conversations, the model is also asked: which share of its answers looked, and how well the regions it named cover what
-is annotated (IoU of the named cells with the box around all annotated boxes; where no region was named there is
-none). Some of the answers are drawn. All of it leaves weights and random states as they were.
-
-Knows objectives and `perceive`; not `evaluate`, whose pages and measures are kept for models that are done.
+Examples come from the objective (`Objective.eval`) and are run as in training, without learning. An objective of
+conversations also has questions, which the model answers: logged are the share of its answers that looked, and how well
+the regions it named cover what is annotated (IoU of the named cells with the box around all annotated boxes; none where
+no region was named). Some of the answers are drawn. All of it leaves weights and random states as they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from relook.data.items import Question, read_questions
-from relook.errors import RelookError
+from relook.errors import RelookError, UserError
 from relook.looks import parse_calls
 from relook.model.rank_sync import ranks_synchronised
 from relook.regions import Box, cells_to_box, iou, union, upright
 from relook.trace import Answer
-from relook.train import ranks
-from relook.train.faults import writing
+from relook.train import distributed
+from relook.train.checkpoints import Checkpoints, StageModel, writing
+from relook.train.metrics import Metrics
+from relook.train.objective import Objective, run_batch
 from relook.train.recipe import Validation
 
 ANNOTATED = (0, 190, 70)  # colour of the annotated box
@@ -38,13 +38,13 @@ class Validator:
 
     Args:
         objective: the stage's; its batches and questions are drawn once, at the first call.
+        trained: the stage's model.
         plan: how many of what.
-        pictures: folder for the drawn answers.
-        last: says where the last checkpoint is, should the pictures find no room.
+        checkpoints: of the stage, in whose folder the drawn answers go.
     """
 
-    def __init__(self, objective: Any, plan: Validation, pictures: Path, last: Callable[[], str]) -> None:
-        self.objective, self.plan, self.pictures, self.last = objective, plan, pictures, last
+    def __init__(self, objective: Objective, trained: StageModel, plan: Validation, checkpoints: Checkpoints) -> None:
+        self.objective, self.trained, self.plan, self.checkpoints = objective, trained, plan, checkpoints
         self._batches: list[tuple[int, Any]] = []
         self._questions: list[Question] | None = None
 
@@ -53,12 +53,12 @@ class Validator:
 
         Figures that are not defined (no region was named) are left out.
         """
-        self.objective.eval()
+        self.trained.module.eval()
         figures = self._losses(prepare)
         # where weights are sharded, processes would have to answer in step: they do not
         if self.objective.converses and self.plan.questions and not ranks_synchronised():
-            figures |= self._asked(step)
-        self.objective.train()
+            figures |= self._answers(step)
+        self.trained.module.train()
         return {f"eval_{name}": value for name, value in figures.items()}
 
     # -- loss
@@ -66,57 +66,66 @@ class Validator:
     def _losses(self, prepare: Callable[[Any], Any]) -> dict[str, float]:
         if not self._batches:
             self._batches = list(self._drawn())
-        before, self.objective.log = self.objective.log, {}
-        try:
-            with torch.no_grad():
-                losses = [n * float(self.objective(**prepare(batch))["loss"]) for n, batch in self._batches]
-            return {"loss": sum(losses) / sum(n for n, _ in self._batches), **self.objective.figures()}
-        finally:
-            self.objective.log = before
+        metrics, total = Metrics(), 0.0
+        with torch.no_grad():
+            for count, batch in self._batches:
+                loss, figures = run_batch(self.objective, self.trained.module, prepare(batch))
+                metrics.add(figures)
+                total += count * float(loss)
+        return {"loss": total / sum(count for count, _ in self._batches), **metrics.take()}
 
     def _drawn(self) -> Iterator[tuple[int, Any]]:
-        count = self.objective.count_held_out(self.plan)
-        size = self.objective.stage.batch
-        for start in range(0, count, size):
-            examples = [self.objective.held_out(i) for i in range(start, min(start + size, count))]
+        held, size = self.objective.eval, self.objective.stage.batch
+        if not len(held):
+            name = f"stage {self.objective.stage.name!r}: {self.objective.stage.objective}"
+            raise UserError(f"{name} holds no examples out for validation")
+        for start in range(0, len(held), size):
+            examples = [held[i] for i in range(start, min(start + size, len(held)))]
             yield len(examples), self.objective.collate(examples)
 
     # -- questions
 
-    def _asked(self, step: int) -> dict[str, float]:
+    def _answers(self, step: int) -> dict[str, float]:
         from relook.perceive import VLM
 
         if self._questions is None:
-            self._questions = list(islice(self._asks(), self.plan.questions))
-        objective = self.objective
-        vlm = VLM(objective.model, objective.processor, f"{objective.stage.name} at step {step}")
-        answers = ask(vlm, self._questions)
-        looked = [float(any(look.problem is None for look in a.looks)) for a in answers if a is not None]
-        overlaps = [
-            region_iou(answer, question.boxes, objective.processor.grid_size)
-            for answer, question in zip(answers, self._questions, strict=True)
-            if answer is not None
-        ]
+            path = self.plan.path
+            found = self.objective.questions() if path is None else read_questions(path)
+            self._questions = list(islice(found, self.plan.questions))
+        grid = self.trained.processor.grid_size
+        vlm = VLM(self.trained.model, self.trained.processor, f"{self.objective.stage.name} at step {step}")
+        with _without_autocast(self.trained.model):
+            answers = ask(vlm, self._questions)
+        pairs = [(a, q) for a, q in zip(answers, self._questions, strict=True) if a is not None]
+        looked = [float(any(look.problem is None for look in answer.looks)) for answer, _ in pairs]
+        overlaps = [region_iou(answer, question.boxes, grid) for answer, question in pairs]
         known = [value for value in overlaps if value is not None]
         figures = {"failed": float(sum(a is None for a in answers))}
         if looked:
             figures["look_rate"] = float(np.mean(looked))
         if known:
             figures["region_iou"] = float(np.mean(known))
-        pairs = [(a, q) for a, q in zip(answers, self._questions, strict=True) if a is not None]
-        if ranks.main():
+        if distributed.main():
             self._draw(step, pairs[: self.plan.pictures])
         return figures
 
-    def _asks(self) -> Iterator[Question]:
-        return self.objective.questions(self.plan) if self.plan.path is None else read_questions(self.plan.path)
-
     def _draw(self, step: int, pairs: list[tuple[Answer, Question]]) -> None:
-        drawn = [picture(answer, question) for answer, question in pairs]
-        with writing(self.pictures, self.last):
-            self.pictures.mkdir(parents=True, exist_ok=True)
+        drawn, folder = [picture(answer, question) for answer, question in pairs], self.checkpoints.place / "pictures"
+        with writing(folder, self.checkpoints):
+            folder.mkdir(parents=True, exist_ok=True)
             for number, image in enumerate(drawn, 1):
-                image.save(self.pictures / f"step-{step}-{number}.png")
+                image.save(folder / f"step-{step}-{number}.png")
+
+
+@contextmanager
+def _without_autocast(model: Any) -> Iterator[None]:
+    """The model's own forward, where accelerate has replaced it by one with autocast: answers are as after training."""
+    wrapped = model.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
 
 
 def ask(vlm: Any, questions: list[Question]) -> list[Answer | None]:

@@ -1,9 +1,7 @@
-"""What can be seen of a run: figures counted as it goes, log.jsonl, TensorBoard and other reporters, a bar, curves.
+"""Metrics of a run and where they go: log.jsonl, TensorBoard and other reporters, a progress bar, curves.
 
 Every figure passes through the Trainer's `log` once and reaches all of them. A run that goes on from a checkpoint takes
 back what was logged past it, so that the log reads as that of one straight run.
-
-Knows figures and where they go; not how they come about.
 """
 
 from __future__ import annotations
@@ -12,11 +10,12 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -25,10 +24,34 @@ from transformers.trainer_callback import ProgressCallback
 
 from relook.errors import UserError
 from relook.io import replacing
-from relook.train import ranks
-from relook.train.recipe import Stage
+from relook.train import distributed
 
 LOG, CURVES, BOARD = "log.jsonl", "curves.png", "tensorboard"
+
+
+class Metrics:
+    """Figures of batches, and their means since the last call of `take`."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+
+    def add(self, figures: Mapping[str, float]) -> None:
+        """Add the figures of a batch."""
+        for name, value in figures.items():
+            self.values.setdefault(name, []).append(float(value))
+
+    def take(self) -> dict[str, float]:
+        """Means, without entries that were always nan (no example of a kind); start anew."""
+        means = {k: float(np.nanmean(v)) for k, v in self.values.items() if not np.all(np.isnan(v))}
+        self.values = {}
+        return means
+
+    def take_from_all(self) -> dict[str, float]:
+        """`take` of what all processes added."""
+        added = distributed.gather(self.values)
+        if len(added) > 1:
+            self.values = {name: [v for one in added for v in one.get(name, [])] for one in added for name in one}
+        return self.take()
 
 
 class Tally:
@@ -73,6 +96,12 @@ class Tally:
             "memory_mb": memory() / 1e6,
         }
 
+    def rates_of_all(self) -> dict[str, float]:
+        """`rates` of processes that train together: tokens add up, `samples` were counted for all, the most memory."""
+        rates = distributed.gather(self.rates())
+        tokens = sum(rate["tokens_per_s"] for rate in rates)
+        return {**rates[0], "tokens_per_s": tokens, "memory_mb": max(rate["memory_mb"] for rate in rates)}
+
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Time spent inside does not count against the rates."""
@@ -84,12 +113,6 @@ class Tally:
             self._mark = (then + time.perf_counter() - begun, samples, tokens)
 
 
-def together(rates: list[dict[str, float]]) -> dict[str, float]:
-    """The rates of processes that train together: tokens add up, `samples` were counted for all, the most memory."""
-    first, tokens = rates[0], sum(rate["tokens_per_s"] for rate in rates)
-    return {**first, "tokens_per_s": tokens, "memory_mb": max(rate["memory_mb"] for rate in rates)}
-
-
 def memory() -> int:
     """Bytes: the most that torch has held on the GPU, else what this process holds now."""
     if torch.cuda.is_available():
@@ -99,23 +122,27 @@ def memory() -> int:
     return psutil.Process().memory_info().rss
 
 
-class Journal(TrainerCallback):
-    """Writes what is logged to log.jsonl, one line a time, and to stderr."""
+class LogWriter(TrainerCallback):
+    """Writes what is logged to log.jsonl, one line a time, and to stderr.
 
-    def __init__(self, path: Path, stage: Stage, tally: Tally) -> None:
-        self.path, self.stage, self.tally = path, stage, tally
+    Args:
+        samples: of the whole stage.
+    """
+
+    def __init__(self, path: Path, stage: str, samples: int, tally: Tally) -> None:
+        self.path, self.stage, self.samples, self.tally = path, stage, samples, tally
         self._last = -1  # step of the last line about training
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         step, evaluation = state.global_step, "eval_loss" in (logs or {})
         if not logs or (not evaluation and step == self._last):  # nothing new since the last line
             return
-        figures = {k: v for k, v in logs.items() if k not in UNTOLD}
+        figures = {k: v for k, v in logs.items() if k not in LEFT_OUT}
         if not evaluation:
             self._last = step
             figures = {"loss": logs.get("loss", logs.get("train_loss")), **figures}
         record = {
-            "stage": self.stage.name,
+            "stage": self.stage,
             "step": step,
             "samples": self.tally.samples,
             "seconds": round(self.tally.seconds, 1),
@@ -124,17 +151,17 @@ class Journal(TrainerCallback):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         shown = "  ".join(f"{k} {v:.3g}" for k, v in figures.items() if v is not None)
-        place = f"{self.stage.name} {record['samples']}/{self.stage.samples}  {record['seconds']:.0f} s"
+        place = f"{self.stage} {record['samples']}/{self.samples}  {record['seconds']:.0f} s"
         tqdm.write(f"{place}  {shown}", file=sys.stderr)
         sys.stderr.flush()
 
 
 # what the Trainer logs beside our figures and nobody needs twice
-UNTOLD = ("epoch", "total_flos", "train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+LEFT_OUT = ("epoch", "total_flos", "train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
 class Bar(ProgressCallback):
-    """The library's bar of steps, without its printed lines: `Journal` prints."""
+    """The library's bar of steps, without its printed lines: `LogWriter` prints."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
@@ -145,40 +172,33 @@ class Bar(ProgressCallback):
             self.training_bar.close()
 
 
-class Watchers:
-    """The callbacks that watch one stage of a run in `folder`, from step `step` on."""
-
-    def __init__(self, folder: Path, name: str, stage: Stage, tally: Tally, step: int) -> None:
-        cut_log(folder / LOG, stage.name, step)
-        self.writer = _board(folder / BOARD / name, step)
-        self.bar = Bar() if sys.stderr.isatty() else None
-        self.callbacks: list[Any] = [Journal(folder / LOG, stage, tally)]
-        if self.writer is not None:
-            from transformers.integrations import TensorBoardCallback
-
-            self.callbacks.append(TensorBoardCallback(self.writer))
-        if self.bar is not None:
-            self.callbacks.append(self.bar)
-
-    def close(self) -> None:
-        """However the stage ended."""
-        if self.bar is not None:
-            self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
-
-
 @contextmanager
-def watched(trainer: Any, folder: Path, name: str, stage: Stage, tally: Tally, step: int) -> Iterator[None]:
-    """While it lasts, a stage that trains is watched: by the main process, where there are several."""
-    watchers = Watchers(folder, name, stage, tally, step) if ranks.main() else None
-    for callback in watchers.callbacks if watchers is not None else ():
-        trainer.add_callback(callback)
+def logging_to(folder: Path, place: Path, stage: str, samples: int, tally: Tally, step: int) -> Iterator[list[Any]]:
+    """The callbacks that log a stage of a run (none but in the main process); closed however the stage ends.
+
+    Args:
+        folder: of the run.
+        place: of the stage.
+        step: from which the stage goes on.
+    """
+    if not distributed.main():
+        yield []
+        return
+    cut_log(folder / LOG, stage, step)
+    writer = _board(folder / BOARD / place.name, step)
+    callbacks: list[Any] = [LogWriter(folder / LOG, stage, samples, tally)]
+    if writer is not None:
+        from transformers.integrations import TensorBoardCallback
+
+        callbacks.append(TensorBoardCallback(writer))
+    bar = Bar() if sys.stderr.isatty() else None
     try:
-        yield
+        yield [*callbacks, bar] if bar is not None else callbacks
     finally:
-        if watchers is not None:
-            watchers.close()
+        if bar is not None:
+            bar.close()
+        if writer is not None:
+            writer.close()
 
 
 def _board(folder: Path, step: int) -> Any:
