@@ -3,6 +3,7 @@
 Each case runs in a fresh interpreter, because it depends on sys.modules.
 """
 
+import json
 import subprocess
 import sys
 
@@ -62,19 +63,44 @@ print(type(config).__name__, model.__name__, PROCESSOR_MAPPING[type(config)].__n
 print(processor_class_from_name("VPTQwen2VLProcessor").__module__)
 """
 
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_auto_classes_know_the_model_type(order: str) -> None:
-    names, module = run(ORDERS[order] + ASK_AUTO_CLASSES).splitlines()
-    assert names == "VPTQwen2VLConfig VPTQwen2VLForConditionalGeneration VPTQwen2VLProcessor"
-    assert module.startswith("relook.")
-
-
-def test_a_program_that_uses_other_models_loads_nothing_of_ours() -> None:
-    code = """
+OTHER_MODELS = """
 import relook, sys
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 print(type(AutoConfig.for_model("qwen2_vl")).__module__)
 print([name for name in sys.modules if name.startswith("relook.model")])
 """
-    assert run(code).splitlines() == ["transformers.models.qwen2_vl.configuration_qwen2_vl", "[]"]
+
+FORK = """
+import contextlib, io, json, os, sys, torch
+assert not {{"transformers", "relook"}} & set(sys.modules)
+printed = {{}}
+for name, code in {programs!r}.items():
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        with open(writer, "w") as file, contextlib.redirect_stdout(file):
+            exec(code, {{"__name__": "__main__"}})
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as file:
+        printed[name] = file.read()
+    os.wait()
+print(json.dumps(printed))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, str]:
+    """What each program prints, run in processes forked from one that has imported torch, but not transformers."""
+    programs = {order: code + ASK_AUTO_CLASSES for order, code in ORDERS.items()} | {"others": OTHER_MODELS}
+    return json.loads(run(FORK.format(programs=programs)))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_auto_classes_know_the_model_type(order: str, runs) -> None:
+    names, module = runs[order].splitlines()
+    assert names == "VPTQwen2VLConfig VPTQwen2VLForConditionalGeneration VPTQwen2VLProcessor"
+    assert module.startswith("relook.")
+
+
+def test_a_program_that_uses_other_models_loads_nothing_of_ours(runs) -> None:
+    assert runs["others"].splitlines() == ["transformers.models.qwen2_vl.configuration_qwen2_vl", "[]"]

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support import TESTS, interrupted_evaluation
+from support import interrupted_evaluation
 from support.interrupted_evaluation import Echo
+from support.subprocesses import run_in_process
 
 from relook.errors import RelookError, UserError
 from relook.evaluate import evaluate
-
-SCRIPT = TESTS / "support" / "interrupted_evaluation.py"
-
-
-def start(folder: Path, kill_at: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, SCRIPT, folder, str(kill_at)]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=SCRIPT.parent)
 
 
 def records(folder: Path) -> list[dict]:
@@ -38,29 +30,27 @@ def results(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
-    done = start(folder)
-    assert done.returncode == 0, done.stderr
-    return folder, json.loads(done.stdout)
+    code, counts = run_in_process(interrupted_evaluation.run, folder)
+    assert code == 0
+    return folder, counts
 
 
-def test_killed_anywhere_and_given_again_gives_the_same(straight, tmp_path):
-    whole, told = straight
-    assert told["asked"] == 6 and len(records(whole)) == 22
-    for kill_at in range(1, told["events"] + 1, 4):
+def test_killed_anywhere_and_run_again_gives_the_same(straight, tmp_path):
+    whole, counts = straight
+    assert counts["asked"] == 6 and len(records(whole)) == 22
+    for kill_at in range(1, counts["events"] + 1):
         folder = tmp_path / str(kill_at)
-        cut = start(folder, kill_at)
-        assert cut.returncode == -9, cut.stderr
-        again = start(folder)
-        assert again.returncode == 0, again.stderr
+        assert run_in_process(interrupted_evaluation.run, folder, kill_at)[0] == -9
+        assert run_in_process(interrupted_evaluation.run, folder)[0] == 0
         assert records(folder) == records(whole), kill_at
         assert results(folder) == results(whole), kill_at
         assert not list(folder.rglob("*.part"))
 
 
 def test_what_was_answered_is_not_asked_again(straight, tmp_path):
-    _, told = straight
-    start(tmp_path, told["events"])  # at its last event: the name of its records
-    again = json.loads(start(tmp_path).stdout)
+    _, counts = straight
+    run_in_process(interrupted_evaluation.run, tmp_path, counts["events"])  # at its last event: renaming its records
+    _, again = run_in_process(interrupted_evaluation.run, tmp_path)
     assert again["asked"] == 0
 
 

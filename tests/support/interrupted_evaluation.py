@@ -59,10 +59,10 @@ def write_questions(folder: Path) -> Path:
     return folder / "own.jsonl"
 
 
-def main() -> None:
+def run(folder: Path, kill_at: int = 0) -> dict[str, int]:
+    """Evaluate, killing the process at its `kill_at`-th event; returns the number of batches and of events."""
     global LAST
-    folder = Path(sys.argv[1])
-    LAST = int(sys.argv[2]) if sys.argv[3:] in ([], [os.environ.get("RANK")]) else 0
+    LAST = kill_at
     path = folder / "own.jsonl"
     if not path.exists():
         write_questions(folder)
@@ -81,8 +81,9 @@ def main() -> None:
     RecordWriter.add = torn
     model = Echo()
     evaluate(model, [str(path)], ["none", "oracle"], out=folder / "run", batch=4)
-    print(json.dumps({"asked": model.asked, "events": EVENTS}))
+    return {"asked": model.asked, "events": EVENTS}
 
 
 if __name__ == "__main__":
-    main()
+    here = sys.argv[3:] in ([], [os.environ.get("RANK")])
+    print(json.dumps(run(Path(sys.argv[1]), int(sys.argv[2]) if here else 0)))
