@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from relook.cli import app
 
 PAGE = ROOT / "docs/own-data.md"
-SHORT = ["stages.tune.steps=2", "stages.tune.batch=2", "stages.tune.accumulate=1", "validation.items=3", "threads=1"]
-SHORT += ["validation.questions=1", "workers=0", "evaluate_every=2"]
+SHORT = ["stages.tune.steps=2", "stages.tune.batch=1", "stages.tune.accumulate=1", "stages.tune.checkpointing=false"]
+SHORT += ["validation.items=2", "validation.questions=1", "threads=1", "workers=0", "evaluate_every=2"]
 QUICK = {"train": SHORT, "evaluate": ["--n", "2"]}
 
 
@@ -59,4 +59,4 @@ def test_the_page_as_written(own):
     log = [json.loads(line) for line in (own / "run/log.jsonl").read_text().splitlines()]
     assert any("eval_loss" in entry for entry in log)
     provenance = json.loads((own / "run/final/config.json").read_text())["provenance"]
-    assert provenance["recipe"] == "own-data" and provenance["samples"] == 4
+    assert provenance["recipe"] == "own-data" and provenance["samples"] == 2

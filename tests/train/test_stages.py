@@ -12,7 +12,7 @@ from relook.model.loading import load_model
 from relook.train.recipe import Recipe
 from relook.train.runner import run
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (240, 240, 240)}
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (240, 240, 240)}
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +21,15 @@ def made(tmp_path_factory) -> dict[str, str]:
 
 
 def write_items(path: Path, look: str, align: bool, count: int) -> None:
-    """Plain pictures and the names of their colours; alignment shows the re-encoded view alone, as published."""
+    """Plain pictures and the names of their colors; alignment shows the re-encoded view alone, as published."""
     items = []
     for number in range(count):
-        name, rgb = list(COLOURS.items())[number % len(COLOURS)]
+        name, rgb = list(COLORS.items())[number % len(COLORS)]
         picture = f"{path.stem}-{number}.png"
         Image.new("RGB", (32, 32), tuple(max(0, v - number) for v in rgb)).save(path.parent / picture)
         item = conversation([look], answer=name, image=picture)
         if align:
-            said = [("user", f"<{look}_image>\nWhich colour?"), ("assistant", name)]
+            said = [("user", f"<{look}_image>\nWhich color?"), ("assistant", name)]
             item["messages"] = [{"role": role, "content": content} for role, content in said]
             item["images"] = []
         items.append(item)
@@ -48,16 +48,16 @@ def test_alignment_then_instruction_lowers_the_validation_loss(look: str, made, 
             "name": "stages",
             "model": {"start": made["start"], "looks": ["region", look], look: made[look]},
             "data": {"path": "align.json"},
-            "evaluate_every": 10,
-            "save_every": 10,
+            "evaluate_every": 5,
+            "save_every": 5,
             "keep_last": 5,
             "validation": {"items": 4, "questions": 0},
             "save_dtype": "float32",
             "stages": [
-                {**common, "name": "align", "steps": 30, "lr": 2e-2, "train": [f"{look}_projector"], "passes": 1},
+                {**common, "name": "align", "steps": 15, "lr": 2e-2, "train": [f"{look}_projector"], "passes": 1},
                 {
                     **common,
-                    **{"name": "instruct", "steps": 30, "lr": 3e-3, "freeze": ["visual", rests], "passes": 2},
+                    **{"name": "instruct", "steps": 15, "lr": 3e-3, "freeze": ["visual", rests], "passes": 2},
                     **{"mask": 1, "mask_ratio": 0.5, "data": {"path": "instruct.json"}},
                 },
             ],
@@ -71,4 +71,4 @@ def test_alignment_then_instruction_lowers_the_validation_loss(look: str, made, 
     after = load_model(final, device="cpu")
     assert after.config.num_inner_forward_run == 2 and not after.config.alignment
     done = json.loads(Path("run/stages/01-instruct/done.json").read_text())
-    assert done["best"]["step"] == 30
+    assert done["best"]["step"] == 15
