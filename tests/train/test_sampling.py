@@ -262,7 +262,7 @@ def test_grouping_keeps_every_example_and_the_position(tmp_path, built, streamin
 
 
 def own_recipe(**changes) -> Recipe:
-    stage = {"name": "tune", "objective": "instruct", "samples": 24, "batch": 2, "lr": 1e-3,
+    stage = {"name": "tune", "objective": "instruct", "samples": 16, "batch": 2, "lr": 1e-3,
              "options": {"max_length": 400, "group": 2, "pack": 300}}  # fmt: skip
     sources = [{"path": "a.json", "weight": 2}, {"path": "b.json", "weight": 1}]
     base = {
@@ -270,7 +270,7 @@ def own_recipe(**changes) -> Recipe:
         "model": {"size": "cards-tiny"},
         "data": {"sources": sources, "mix": "interleave_over", "streaming": True, "buffer": 5, "max_broken": 0.5},
         "stages": [stage],
-        "save_every": 3,
+        "save_every": 2,
         "log_every": 1,
         "save_dtype": "float32",
     }
@@ -287,7 +287,7 @@ def same_run(ours: Path, theirs: Path) -> None:
     for name in ("final/model.safetensors", "stages/00-tune/left_out.jsonl"):
         assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
     losses = [[json.loads(line)["loss"] for line in (f / "log.jsonl").read_text().splitlines()] for f in (ours, theirs)]
-    assert losses[0] == losses[1] and len(losses[0]) >= 12
+    assert losses[0] == losses[1] and len(losses[0]) >= 8
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +304,7 @@ def straight(tmp_path_factory):
 
 
 def test_a_killed_stream_goes_on_with_the_very_examples_that_came_next(straight, tmp_path, monkeypatch) -> None:
-    """Packed, grouped, streamed from two sources, with an image that cannot be read; killed at step 8 of 12."""
+    """Packed, grouped, streamed from two sources, with an image that cannot be read; killed at step 6 of 8."""
     monkeypatch.chdir(straight)
     script = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
@@ -312,14 +312,14 @@ def test_a_killed_stream_goes_on_with_the_very_examples_that_came_next(straight,
         "from relook.train.trainer import StageTrainer\n"
         "step = StageTrainer.training_step\n"
         "def fatal(self, *a, **k):\n"
-        "    if self.state.global_step == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if self.state.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return step(self, *a, **k)\n"
         "StageTrainer.training_step = fatal\n"
         "run(own_recipe(), out=sys.argv[2])\n"
     )
     command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path / "run")]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
-    assert (tmp_path / "run/stages/00-tune/checkpoints/step-6").is_dir()
+    assert (tmp_path / "run/stages/00-tune/checkpoints/step-4").is_dir()
     run(own_recipe(), out=tmp_path / "run")
     same_run(tmp_path / "run", straight / "run")
 
