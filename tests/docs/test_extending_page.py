@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -17,14 +18,16 @@ from relook.cli import app
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 
 
-def block(language: str) -> str:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)[0]
+def blocks(language: str) -> str:
+    """All code blocks of a language, one after the other."""
+    return "\n".join(re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE))
 
 
 @pytest.fixture
 def shapes(tmp_path, monkeypatch):
     """The page's module, written into an empty folder that is the working directory."""
-    (tmp_path / "shapes.py").write_text(block("python"))
+    (tmp_path / "shapes.py").write_text(blocks("python"))
+    (tmp_path / "shapes.yaml").write_text(blocks("yaml"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield importlib.import_module("shapes")
@@ -41,16 +44,24 @@ def test_the_task_is_evaluated_and_its_dataset_is_a_function_of_the_seed(shapes)
     assert one.image.tobytes() != other.image.tobytes()
 
 
-def test_the_size_is_a_model(shapes):
-    from relook.model.new import build
+def test_the_objective_trains_the_size_on_the_dataset(shapes, tmp_path):
+    (command,) = re.findall(r"^\$ PYTHONPATH=\. relook (train .*)$", PAGE, re.MULTILINE)
+    short = ["stages.learn.samples=8", "stages.learn.batch=4", "evaluate_every=2"]
+    done = CliRunner().invoke(app, [*shlex.split(command), *short])
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "runs/shapes/final/config.json").read_text())
+    assert config["text_config"]["hidden_size"] == 48
+    log = [json.loads(line) for line in (tmp_path / "runs/shapes/log.jsonl").read_text().splitlines()]
+    assert any("eval_loss" in entry for entry in log) and any("token_x0" in entry for entry in log)
 
-    model, processor = build("shapes:SIZE", seed=1)
-    assert model.config.text_config.hidden_size == 48
-    assert len(processor.tokenizer.tokenize("What color is the square?")) < 8
+
+def test_an_option_that_the_objective_lacks_is_an_error(shapes):
+    done = CliRunner().invoke(app, ["train", "shapes.yaml", "stages.learn.options.lok=clip"])
+    assert done.exit_code == 2 and "look" in done.output
 
 
 def test_entry_points_name_what_the_module_has(shapes):
-    for group, rows in tomllib.loads(block("toml"))["project"]["entry-points"].items():
+    for group, rows in tomllib.loads(blocks("toml"))["project"]["entry-points"].items():
         assert group in PAGE.split("## Entry points")[0]
         for path in rows.values():
             module, _, attribute = path.partition(":")

@@ -13,7 +13,7 @@ from relook.train.recipe import load_recipe
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # a reader's own files, what commands leave, another package's
-ELSEWHERE = re.compile(r"own[./]|shapes\.py|run\.py|(dist|final|img|viscot_benchmark|receipts)/|\.\.\.")
+ELSEWHERE = re.compile(r"own[./]|shapes\.(py|yaml)|run\.py|(dist|final|img|viscot_benchmark|receipts)/|\.\.\.")
 PAGES += sorted([*(ROOT / "zoo").rglob("*.md"), *(ROOT / "src/relook/weights").glob("*/README.md")])
 
 

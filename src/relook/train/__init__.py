@@ -1,4 +1,4 @@
-"""Training: recipes in, models out. `relook.train.run("recipes/cards-tiny.yaml")` is what `relook train` calls."""
+"""Training: recipes in, models out. `relook.train.run("recipes/own-data.yaml")` is what `relook train` calls."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"There is no recipe at {path}; recipes are YAML files such as recipes/cards-tiny.yaml.")
+        raise UserError(f"There is no recipe at {path}; recipes are YAML files such as recipes/own-data.yaml.")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
