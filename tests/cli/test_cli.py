@@ -267,7 +267,7 @@ def test_list_options_take_several_values() -> None:
 @pytest.mark.parametrize(
     "argv", [["ask"], ["ask", "a.png"], ["aks"], ["models"], ["ask", "a", "b", "--save"]], ids=" ".join
 )
-def test_usage_errors_are_one_line_that_says_where_to_look(argv) -> None:
+def test_usage_errors_are_one_line_with_a_pointer_to_help(argv) -> None:
     assert "--help" in refused(*argv)
 
 

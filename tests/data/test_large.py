@@ -226,7 +226,7 @@ def test_half_a_surrogate_pair_is_written_as_it_was_read(tmp_path):
     assert list(read_items(tmp_path / "out.jsonl")) == list(read_items(path))
 
 
-def test_broken_entries_of_an_array_are_told_and_passed_over(tmp_path):
+def test_broken_entries_of_an_array_are_reported_and_skipped(tmp_path):
     path = tmp_path / "items.json"
     path.write_bytes(b'[{"a": 1},\n {"a":\n "caf\xe9"},\n {"a": 3}]')
     first, broken, last = scan(path)

@@ -58,7 +58,7 @@ def test_shares_of_several_processes_are_the_records_of_one(own, straight, tmp_p
     ]
 
 
-def test_one_process_goes_on_with_what_two_have_left(own, straight, tmp_path):
+def test_one_process_resumes_a_run_of_two(own, straight, tmp_path):
     """Each of two was cut after its first batch, one of them in the midst of a write."""
     with pytest.raises(KeyboardInterrupt):
         evaluate(_dying(0), [own], out=tmp_path / "run", **QUESTIONS)
@@ -79,7 +79,7 @@ def test_one_process_goes_on_with_what_two_have_left(own, straight, tmp_path):
     assert not list((tmp_path / "run").glob("*.part*"))
 
 
-def test_a_cut_run_of_one_look_keeps_what_was_answered(own, tmp_path):
+def test_an_interrupted_run_of_one_look_keeps_its_answers(own, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         evaluate(_dying(2), [own], ["none"], out=tmp_path / "run", batch=4)
     model = Echo()
@@ -112,7 +112,7 @@ def test_a_batch_grows_until_it_is_no_faster(own, tmp_path, monkeypatch, seconds
     assert json.loads((tmp_path / "run/run.json").read_text())["batch"] == best
 
 
-def test_what_was_measured_before_a_cut_holds_after_it(own, tmp_path, monkeypatch):
+def test_measurements_before_an_interruption_are_kept(own, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         evaluate(_dying(1), [own], ["none"], out=tmp_path / "run", batch=3)
     monkeypatch.setattr("relook.evaluate.executors.fastest_batch", lambda *_: pytest.fail("measured again"))
@@ -153,7 +153,7 @@ TORCHRUN = (BIN / "torchrun", "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.mark.slow
-def test_two_processes_killed_anywhere_and_given_again_give_the_same(own, straight, tmp_path):
+def test_two_processes_killed_anywhere_and_run_again_give_the_same(own, straight, tmp_path):
     script = HERE / "interrupted_evaluation.py"
     for rank, kill_at in ((0, 1), (1, 3), (0, 8), (0, 17)):
         folder = tmp_path / f"{rank}-{kill_at}"
@@ -200,7 +200,7 @@ def test_two_actors_of_ray_give_the_records_of_one_process(cards, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'")
 @pytest.mark.parametrize("victim", ["the run", "a replica"])
-def test_a_run_with_ray_bears_a_kill(cards, tmp_path, victim):
+def test_a_run_with_ray_survives_a_kill(cards, tmp_path, victim):
     """Killed itself, it goes on when given again; of a replica that dies it asks the batch once more."""
     arguments, alone = cards
     command = [sys.executable, "-m", "relook", *arguments, str(tmp_path), "--engine", "ray", "--replicas", "2"]

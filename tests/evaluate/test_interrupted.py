@@ -47,7 +47,7 @@ def test_killed_anywhere_and_run_again_gives_the_same(straight, tmp_path):
         assert not list(folder.rglob("*.part"))
 
 
-def test_what_was_answered_is_not_asked_again(straight, tmp_path):
+def test_answered_items_are_not_repeated(straight, tmp_path):
     _, counts = straight
     run_in_process(interrupted_evaluation.run, tmp_path, counts["events"])  # at its last event: renaming its records
     _, again = run_in_process(interrupted_evaluation.run, tmp_path)
@@ -70,7 +70,7 @@ def cut(tmp_path):
     return path
 
 
-def test_other_settings_do_not_go_on_with_the_run(cut):
+def test_a_run_is_not_resumed_with_other_settings(cut):
     run = cut.parent / "run"
     before = (run / "records.jsonl.part").read_bytes()
     with pytest.raises(UserError, match=r"batch \(4, now 2\)"):
@@ -81,7 +81,7 @@ def test_other_settings_do_not_go_on_with_the_run(cut):
     assert model.asked == 3
 
 
-def test_other_weights_do_not_go_on_with_the_run(tmp_path):
+def test_a_run_is_not_resumed_with_other_weights(tmp_path):
     from support import tiny_model as tiny
 
     class Model(Echo):
@@ -100,7 +100,7 @@ def test_other_weights_do_not_go_on_with_the_run(tmp_path):
         evaluate(Model(), [str(path)], ["none"], out=tmp_path / "run", batch=4)
 
 
-def test_a_run_in_which_nothing_was_answered_is_not_gone_on_with(tmp_path):
+def test_a_run_without_any_answer_is_not_resumed(tmp_path):
     class Mute(Echo):
         def ask_many(self, requests, **_):
             raise ValueError("out of order")

@@ -61,7 +61,7 @@ def test_only_a_score_from_0_to_1_is_one(reply, score):
     assert parse_score(reply) == score
 
 
-def test_scores_come_back_in_order_with_what_they_cost(stub_judge):
+def test_scores_are_in_order_with_their_cost(stub_judge):
     first, second = judged(stub_judge, "right", "half")
     assert (first.score, second.score) == (1.0, 0.5)
     assert (first.model, first.tokens_in, first.tokens_out) == ("judge-2026", 100, 5)
@@ -85,7 +85,7 @@ def test_failures_that_pass_are_tried_again(stub_judge):
         ("hollow", "no text"),
     ],
 )
-def test_what_cannot_be_judged_is_unscored_and_says_why(stub_judge, answer, words):
+def test_failed_judgements_are_unscored_with_a_reason(stub_judge, answer, words):
     good, bad = judged(stub_judge, "right", answer, retries=1)
     assert good.score == 1.0
     assert bad.score is None and bad.problem and words in bad.problem
@@ -96,7 +96,7 @@ def test_an_endpoint_that_is_not_there_leaves_answers_unscored():
     assert lost[0].score is None and "Connection" in lost[0].problem
 
 
-def test_a_key_that_is_refused_stops_the_run(stub_judge):
+def test_a_rejected_key_stops_the_run(stub_judge):
     with pytest.raises(UserError, match=r"no such key.*OPENAI_API_KEY"):
         judged(stub_judge, *["refused"] * 20, concurrency=2)
     assert stub_judge.seen["refused"] < 20
@@ -181,7 +181,7 @@ def test_a_folder_is_judged_and_summed_up_again(stub_judge, folder, tmp_path):
     assert json.loads(done.stdout) == results
 
 
-def test_the_cost_is_told_at_given_prices(stub_judge, folder, tmp_path):
+def test_the_cost_is_reported_at_given_prices(stub_judge, folder, tmp_path):
     """Four replies of 100 + 5 tokens, the one that cannot be read among them; what was known before costs nothing."""
     base = ("judge", folder, "-m", "judge", "--url", stub_judge.url, "--cache", tmp_path / "c", "--prices", "2.5", "10")
     first, second = command(*base), command(*base)
@@ -207,6 +207,6 @@ def test_where_nothing_can_be_judged_the_files_stay(stub_judge, folder, tmp_path
     assert [(folder / name).read_bytes() for name in ("records.jsonl", "results.json")] == before
 
 
-def test_a_folder_without_records_is_said(stub_judge, tmp_path):
+def test_a_folder_without_records_raises(stub_judge, tmp_path):
     done = command("judge", tmp_path, "-m", "judge", "--url", stub_judge.url, "--cache", tmp_path / "c")
     assert done.exit_code == 2 and "relook evaluate --out" in done.stderr

@@ -100,7 +100,7 @@ def test_each_part_taken_away_has_its_line():
     assert ("region", "clip-unconditioned") not in pairs and ("clip", "blank") not in pairs
 
 
-def test_one_look_alone_is_compared_with_nothing():
+def test_a_single_look_gives_no_comparison():
     assert compare_looks(arm("auto", "101")) == [] and str(Evaluation({}, [])) == ""
 
 

@@ -62,7 +62,7 @@ class Listener:
         return [Answer("answer 1", [], Usage(), question="?") for _ in requests]
 
 
-def test_questions_of_a_benchmark_with_images_of_ones_own(places):
+def test_questions_of_a_benchmark_with_the_users_images(places):
     model = Listener()
     run = evaluate(model, ["docvqa"], ["none"], places=places)
     result = run.result("docvqa", "none")
@@ -76,7 +76,7 @@ def test_questions_of_a_benchmark_with_images_of_ones_own(places):
 @pytest.mark.parametrize(
     ("data", "words"), [(None, "--data"), (Path("nowhere"), r"no DocVQA_region_test\*.json or docvqa.json in nowhere")]
 )
-def test_a_benchmark_that_is_not_here_says_where_it_is_from(data, words):
+def test_a_missing_benchmark_states_its_source(data, words):
     with pytest.raises(UserError, match=words) as error:
         evaluate(Listener(), ["docvqa"], ["none"], places=Places(data))
     assert "Visual-CoT" in str(error.value)
@@ -127,7 +127,7 @@ def test_a_real_model_sees_pages_at_the_size_of_the_protocol():
     assert patches[1] > patches[0]  # 64 pixels, and up to 224
 
 
-def test_unknown_protocols_are_refused():
+def test_unknown_protocols_raise():
     with pytest.raises(UserError, match="default, paper, paper-224"):
         evaluate(Listener(), [PAGES], ["none"], protocol="papers")
 
@@ -146,7 +146,7 @@ def test_without_a_task_the_command_asks_for_one():
     assert done.exit_code == 2 and "no task was named; give --tasks with some of gqa" in done.stderr
 
 
-def test_judgements_stand_beside_the_published_ones_with_the_difference():
+def test_judgements_are_listed_with_the_published_ones_and_the_difference():
     own = {("llava-free", "auto"): 80.0, ("llava-single", "auto"): 70.0, ("gqa", "auto"): None, ("gqa", "none"): 50.0}
     table = beside(own)
     assert table.heading[2:] == ("gqa", "llava") and table.lines[0] == ("yours, auto", "", "-", "75.0")

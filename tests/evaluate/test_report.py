@@ -184,7 +184,7 @@ def test_kept_records_are_small_and_give_the_same_tables(plan, tmp_path):
         ),
     ],
 )
-def test_broken_folders_are_said_with_their_place(tmp_path, break_it, words):
+def test_broken_folders_are_reported_with_file_and_line(tmp_path, break_it, words):
     folder = save(tmp_path / "one", [record(0, 1)])
     break_it(folder)
     with pytest.raises(UserError) as error:
@@ -206,7 +206,7 @@ def test_what_was_not_run_is_shown_so_and_has_no_numbers(plan):
     assert "c none was not run: look-s1 has no look 'seg', only region." in text
 
 
-def test_the_table_says_what_the_records_say(plan):
+def test_the_table_agrees_with_the_records(plan):
     text = table_md(collect([plan]))
     assert (
         "| c | looks | 4 | 2 (66.7-75.0) | 62.5 (50.0-75.0) | 31.2 (25.0-37.5) | 50.0 (50.0-50.0) | - | 100.0 | 102 |"
@@ -288,7 +288,7 @@ def test_wrong_sources_are_said_plainly(plan, tmp_path):
         collect([tmp_path / "other/arms.yaml"])
 
 
-def test_what_regions_cover_is_told_by_field_for_rows_that_have_any(tmp_path):
+def test_region_coverage_is_reported_by_field(tmp_path):
     """Even questions are about a date: covered in full and by half; odd ones about a total: never."""
     covered = {0: 1.0, 1: 0.0, 2: 0.5, 3: 0.0}
     save(tmp_path / "looked", [record(i, 1, look="region", recall=r, iou=r / 10) for i, r in covered.items()])

@@ -201,7 +201,7 @@ def test_the_policy_lets_one_script_run_and_nothing_be_fetched(tmp_path):
 # ---- pictures
 
 
-def test_a_cap_on_pictures_leaves_out_evenly_and_says_so(tmp_path):
+def test_a_picture_limit_is_spread_evenly_and_stated(tmp_path):
     records = answers(tmp_path / "images")
     found = page(tmp_path / "one", records, images=2)
     assert [question.get("picture") for question in found.data["questions"]] == [0, None, None, 1, None, None]
@@ -262,7 +262,7 @@ def test_looks_at_images_of_unknown_size_are_counted_and_left_out(tmp_path):
 # ---- the command
 
 
-def test_the_command_writes_the_page_with_as_many_pictures_as_told(tmp_path):
+def test_the_command_writes_the_page_with_the_given_number_of_pictures(tmp_path):
     folder = save(tmp_path / "one", answers(tmp_path / "images"))
     for options, count in (((), 6), (("--images", 2), 2), (("--no-images",), 0)):
         call("report", folder, "--out", tmp_path / "out", *options)
@@ -409,7 +409,7 @@ def test_it_fits_the_window_and_follows_the_theme(opened, real, width, scheme):
 
 
 @pytest.mark.slow
-def test_without_javascript_tables_and_figures_stand(opened, real):
+def test_tables_and_figures_show_without_javascript(opened, real):
     page = opened(real, java_script_enabled=False)
     assert page.locator("table").first.is_visible() and page.locator("figure svg").first.is_visible()
     assert page.locator("noscript").inner_text().startswith("The browser of records needs JavaScript")

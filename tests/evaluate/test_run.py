@@ -90,7 +90,7 @@ def test_overlap_equals_counting_pixels(looked, annotated):
         assert overlap == pytest.approx((both / wanted.sum(), both / either))
 
 
-def test_bootstrap_is_what_statistics_says_of_it():
+def test_bootstrap_agrees_with_theory():
     """For shares the interval comes near the normal one, p +- 1.96 sqrt(p(1-p)/n); the same seed gives the same one."""
     values = [1.0] * 300 + [0.0] * 100
     estimate = bootstrap(values, seed=3)
@@ -287,7 +287,7 @@ def test_wrong_arguments_are_said_before_any_work(arguments, words):
     assert words in str(error.value)
 
 
-def test_every_arm_and_task_says_what_it_is():
+def test_every_setting_and_task_has_a_description():
     assert all(arm.about for arm in SETTINGS.values()) and all(task.about for task in TASKS.values())
 
 
@@ -310,7 +310,7 @@ def test_the_real_loop_goes_through_every_arm(tiny_vlm):
     assert run.run["machine"].keys() == {"processor", "cores", "threads"}
 
 
-def test_results_say_how_the_model_was_trained():
+def test_results_state_how_the_model_was_trained():
     provenance = {"recipe": "own", "seed": 2, "samples": 10, "seconds": 3.5, "stages": [], "torch": "2"}
 
     class Trained:

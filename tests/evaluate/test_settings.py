@@ -61,7 +61,7 @@ def test_blank_asks_for_the_same_region_and_shows_nothing(asked):
     assert len(blank.looks[0].image.getcolors()) == 1 < len(plain.looks[0].image.getcolors(1 << 20))
 
 
-def test_arms_with_a_part_left_out_need_the_look_itself(tiny_vlm):
+def test_ablated_settings_need_the_look_itself(tiny_vlm):
     assert [arm.name for arm in find_settings(["blank", "seg-unconditioned"], tiny_vlm())] == [
         "blank",
         "seg-unconditioned",

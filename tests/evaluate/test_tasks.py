@@ -183,7 +183,7 @@ def test_hr_bench_in_both_its_forms(tmp_path, kind):
     assert run.result("hr-bench-4k", "none").measures["choice"].mean == 1
 
 
-def test_hr_bench_with_a_broken_image_says_which_row(tmp_path):
+def test_hr_bench_names_the_row_of_a_corrupt_image(tmp_path):
     with (tmp_path / "hr_bench_8k.tsv").open("w", newline="") as file:
         table = csv.DictWriter(file, HR, delimiter="\t")
         table.writeheader()
@@ -222,7 +222,7 @@ def test_cv_bench_as_parquet_brings_its_images(tmp_path):
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_every_benchmark_says_where_it_is_from(name, tmp_path):
+def test_every_benchmark_states_its_source(name, tmp_path):
     for folder, words in ((None, "--data"), (tmp_path, "there is no")):
         with pytest.raises(UserError, match=words) as error:
             asked(name, folder)
@@ -239,7 +239,7 @@ def own(tmp_path):
     return tmp_path
 
 
-def test_a_task_of_ones_own_is_one_line(own):
+def test_a_user_defined_task_is_one_line(own):
     (own / "own.yaml").write_text("prices: {questions: q.jsonl, scores: [exact, amount]}\n")
     run = evaluate(Parrot("9.00"), [str(own / "own.yaml")], ["none"])
     measures = run.result("prices", "none").measures
@@ -274,7 +274,7 @@ def test_several_tasks_in_one_file(own):
         ("t: {", "is not valid YAML"),
     ],
 )
-def test_what_is_wrong_with_ones_own_task_is_said(own, line, words):
+def test_errors_of_user_defined_tasks_are_reported(own, line, words):
     (own / "own.yaml").write_text(line)
     with pytest.raises(UserError) as error:
         find_tasks([str(own / "own.yaml")])

@@ -253,7 +253,7 @@ def test_fresh_projectors_start_xavier_uniform_also_when_the_base_is_loaded(tmp_
                     assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.1), name
 
 
-def test_errors_say_what_was_seen(model):
+def test_errors_state_the_offending_values(model):
     row = conversation(("clip",), 1)
     small = image((1, 4, 4), 0)
     too_few = {"clip_pixel_values": small["pixel_values"], "clip_images_grid_thw": small["image_grid_thw"]}

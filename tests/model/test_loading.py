@@ -67,7 +67,7 @@ def test_bin_shards_load_like_safetensors(clip):
     assert loaded.load_report.renamed == len(names)
 
 
-def test_partial_weights_are_refused_by_name(clip):
+def test_missing_weights_raise_with_their_names(clip):
     weights = load_file(clip / "model.safetensors")
     weights.pop("model.layers.1.mlp.up_proj.weight")
     weights["model.layers.9.mlp.up_proj.weight"] = torch.zeros(128, 64)
@@ -79,7 +79,7 @@ def test_partial_weights_are_refused_by_name(clip):
     assert "1 unexpected: " in message and "layers.9.mlp.up_proj.weight" in message
 
 
-def test_wrong_shapes_are_refused(clip):
+def test_wrong_shapes_raise(clip):
     weights = load_file(clip / "model.safetensors")
     weights["visual.blocks.0.attn.proj.weight"] = torch.zeros(8, 8)
     save_file(weights, clip / "model.safetensors", metadata={"format": "pt"})
@@ -97,7 +97,7 @@ def test_wrong_shapes_are_refused(clip):
         (lambda f: (f / "config.json").unlink(), "no config.json"),
     ],
 )
-def test_spoilt_folders_say_what_is_wrong(clip, spoil, message):
+def test_corrupt_folders_raise_with_the_reason(clip, spoil, message):
     spoil(clip)
     with pytest.raises(UserError, match=message):
         load_model(clip)

@@ -43,7 +43,7 @@ from relook.perceive import VLM
     ],
     ids=str,
 )
-def test_wrong_input_is_refused_at_the_door(tiny_vlm, options, said):
+def test_invalid_input_raises_before_generation(tiny_vlm, options, said):
     vlm = tiny_vlm(("region", "clip"))
     arguments = {"image": picture(), "question": "What?", **options}
     with pytest.raises(UserError, match=said.replace("|", r"\|")) as caught:
@@ -53,7 +53,7 @@ def test_wrong_input_is_refused_at_the_door(tiny_vlm, options, said):
         vlm.ask_many([(picture(), "What?"), {"image": picture(), "question": "What?", **options}])
 
 
-def test_a_tokenizer_without_the_tokens_is_refused(tiny_vlm):
+def test_a_tokenizer_without_look_tokens_raises(tiny_vlm):
     from transformers import Qwen2Tokenizer
 
     vlm = tiny_vlm()
@@ -78,7 +78,7 @@ def test_load_gives_the_same_answers(tiny_vlm, tmp_path):
         assert theirs.model == str(tmp_path) and theirs.to_dict()["usage"]["lm_positions"] == ours.usage.lm_positions
 
 
-def test_a_model_with_a_domain_says_so_with_every_answer(tiny_vlm):
+def test_a_model_with_a_domain_adds_a_warning_to_every_answer(tiny_vlm):
     vlm = tiny_vlm(("region",), seed=3)
     assert vlm.ask(picture(), "What?", look="none", max_new_tokens=1).warnings == []
     vlm.model.config.domain = "receipts"

@@ -113,7 +113,7 @@ def by_hand(vlm, ids, first, again):
         return vlm.model.lm_head(hidden[0])
 
 
-def test_without_its_condition_a_look_enters_as_it_is(tiny_vlm):
+def test_an_unconditioned_look_equals_a_full_forward(tiny_vlm):
     vlm = tiny_vlm(("region", "clip"), reencode_look=View(96))
     ask = lambda **options: recorded(vlm, [(picture(), QUESTION, {"look": "clip", "max_new_tokens": 5, **options})])  # noqa: E731
     (off,), (conversation,), (logits,) = ask(condition=False)

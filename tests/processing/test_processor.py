@@ -275,7 +275,7 @@ def test_crops_in_a_chat_get_the_second_view():
         assert as_given["image_grid_thw"].tolist() == [[1, 12, 16]]
 
 
-def test_labels_teach_the_assistant_only():
+def test_labels_cover_only_the_assistant():
     processor = processor_of(looks=["region", "clip"])
     item = {
         "messages": [

@@ -102,7 +102,7 @@ def test_packed_under_bfloat16_autocast() -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_what_a_neighbour_says_changes_nothing() -> None:
+def test_packed_neighbors_do_not_affect_each_other() -> None:
     """Isolation in itself: other words and other images in the first conversation, the same logits in the second."""
     model = tiny_model()
     _, (first, other, second) = rows_of([("clip",), ("clip", "region"), ("clip", "clip")])
@@ -214,7 +214,7 @@ def test_a_clip_look_takes_the_first_looks_features_when_the_view_is_the_same() 
         torch.testing.assert_close(value, theirs[name], **EQUAL, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_the_control_tokens_own_loss_is_ignored_and_its_start_and_end_are_learnt(tiny_vlm) -> None:
+def test_the_control_token_is_no_target_but_its_start_and_end_are(tiny_vlm) -> None:
     """From the ids of a real item with two looks, not from the code that makes them."""
     from PIL import Image
 

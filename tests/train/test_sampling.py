@@ -96,7 +96,7 @@ def test_the_order_is_a_function_of_the_position(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["by number", "streamed"])
-def test_what_is_held_out_is_never_taught(tmp_path, streaming) -> None:
+def test_validation_items_are_never_trained_on(tmp_path, streaming) -> None:
     plan = data(path=relative(numbered(tmp_path, "a", 30)), streaming=streaming, buffer=8)
     source = open_items(plan, 1, validation=7)
     held = {said(item) for item in source.validation}
@@ -184,7 +184,7 @@ def test_a_dataset_with_an_image_column_becomes_items_with_the_look_that_is_name
         open_items(data(sources=[{"path": relative(tmp_path / "set"), "split": "dev"}]), 1)
 
 
-def test_recipes_of_data_are_checked_at_the_door(tmp_path) -> None:
+def test_data_sections_of_recipes_are_validated(tmp_path) -> None:
     for raw, message in (
         ({"sources": [{"path": "a"}], "path": "b"}, "exactly one of path"),
         ({"sources": [{"path": "a", "weight": 2}]}, "weights need mix"),
@@ -209,7 +209,7 @@ def built():
 
 
 @pytest.mark.parametrize("looks", [[], ["region"], ["clip"], ["region", "clip"]], ids=str)
-def test_a_length_is_known_without_a_pixel(tmp_path, tiny_vlm, monkeypatch, looks) -> None:
+def test_lengths_are_computed_without_decoding_images(tmp_path, tiny_vlm, monkeypatch, looks) -> None:
     """The header's size is enough, a sideways photograph's too; compared with what encoding really makes."""
     processor = tiny_vlm(("region", "clip", "detection")).processor
     photo = picture(3, (90, 40))
@@ -228,7 +228,7 @@ def test_a_length_is_known_without_a_pixel(tmp_path, tiny_vlm, monkeypatch, look
             assert item_length(processor, item) == expected
 
 
-def test_grouped_batches_are_alike_in_length_random_and_whole() -> None:
+def test_length_grouped_batches_are_similar_random_and_complete() -> None:
     random = np.random.default_rng(0)
     lengths = random.integers(10, 500, 96)
     order = group_by_length(lengths, 8, np.random.default_rng(1))
@@ -303,7 +303,7 @@ def straight(tmp_path_factory):
     return folder
 
 
-def test_a_killed_stream_goes_on_with_the_very_examples_that_came_next(straight, tmp_path, monkeypatch) -> None:
+def test_a_killed_stream_resumes_with_the_next_examples(straight, tmp_path, monkeypatch) -> None:
     """Packed, grouped, streamed from two sources, with an image that cannot be read; killed at step 6 of 8."""
     monkeypatch.chdir(straight)
     script = (

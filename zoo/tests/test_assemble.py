@@ -110,7 +110,7 @@ def test_logits_on_text_are_the_text_models_own(model_class, changes, tmp_path, 
     assert torch.equal(saved.lm_head.weight, saved.get_input_embeddings().weight) == tied
 
 
-def test_the_tower_sees_what_it_saw(assembled, seeing) -> None:
+def test_the_vision_encoder_keeps_its_features(assembled, seeing) -> None:
     """Before the merger's last layer nothing has changed; behind it tokens are as wide and about as long as words."""
     new, processor = assembled
     page = Image.effect_mandelbrot((160, 120), (-2, -1.5, 1, 1.5), 50).convert("RGB")
@@ -139,7 +139,7 @@ def test_old_tokens_keep_their_ids_and_rows_and_new_ones_start_at_the_mean(assem
         torch.testing.assert_close(table[number], words.mean(0))
 
 
-def test_conversations_are_written_alike_by_every_way_in(assembled, tmp_path) -> None:
+def test_every_entry_point_encodes_conversations_alike(assembled, tmp_path) -> None:
     """Also after saving: no beginning-of-text token, relook's own template."""
     save_new(*assembled, tmp_path / "start")
     for processor in (assembled[1], load_processor(tmp_path / "start")):

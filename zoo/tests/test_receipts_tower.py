@@ -18,7 +18,7 @@ def told(*options: object) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(not RECEIPTS.is_dir(), reason="../shared/data/receipts is not there")
-def test_the_tower_reads_receipts_that_were_kept_apart():
+def test_the_encoder_reads_held_out_receipts():
     done = told("--lines", 60)
     assert done.returncode == 0, done.stderr
     means = {name.strip(): float(mean) for name, mean in re.findall(r"^(.{44}) +([\d.]+) %", done.stdout, re.MULTILINE)}
@@ -28,7 +28,7 @@ def test_the_tower_reads_receipts_that_were_kept_apart():
     assert "n = 60" in done.stdout and len(means) == 7
 
 
-def test_nothing_to_ask_or_to_read_is_said(tmp_path):
+def test_missing_heads_or_data_raise(tmp_path):
     for options, message in (
         (("--scans", tmp_path), f"{tmp_path} holds no receipts to read; give --scans FOLDER."),
         (("--heads", tmp_path), f"{tmp_path} holds no heads.safetensors"),

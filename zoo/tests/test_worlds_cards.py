@@ -54,7 +54,7 @@ def test_boxes_keep_apart() -> None:
                 assert max(gap_x, gap_y) >= UNIT
 
 
-def test_codes_are_out_of_sight_at_first_and_in_sight_later() -> None:
+def test_codes_are_illegible_at_first_and_legible_in_a_look() -> None:
     """Two pages that differ in their codes only: at 64 x 64 they are nearly the same, at half size they are not."""
     page = PAGES[0]
     blank = page.image.copy()

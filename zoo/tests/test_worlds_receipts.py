@@ -87,7 +87,7 @@ def test_every_page_asks_what_the_real_set_asks(pages):
             assert any(re.fullmatch(re.escape(form).replace(r"\{\}", ".+"), qa.question) for form in forms)
 
 
-def test_further_questions_come_after_the_fields_and_have_no_areas(pages):
+def test_additional_questions_follow_the_fields_and_have_no_areas(pages):
     """Recipes that weigh them out, and heads trained on areas, see what they saw before there were any."""
     order = [*QUESTIONS, *WORDINGS]
     for page in pages:
@@ -97,7 +97,7 @@ def test_further_questions_come_after_the_fields_and_have_no_areas(pages):
     assert make_world("receipts", 1).labels == tuple(QUESTIONS)
 
 
-def test_the_words_of_a_seed_stay():
+def test_the_words_of_a_seed_are_pinned():
     """Trainings are repeatable from their seeds alone: pinned before the words got modules of their own."""
     said = []
     for seed in range(20):
