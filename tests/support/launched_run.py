@@ -37,6 +37,14 @@ def sharded(items: str, precision: str) -> Any:
     return recipe(items, evaluate_every=2, validation=VALIDATION, stage=stage)
 
 
+def two_stages(items: str) -> Any:
+    """The run of `sharded`, with a second stage that trains other parts at another rate."""
+    whole = sharded(items, "float32")
+    first = whole.stages[0].model_dump(exclude_defaults=True)
+    second = first | {"name": "again", "lr": 5e-4, "samples": 16, "freeze": ["visual"], "mask": 1, "mask_ratio": 1.0}
+    return whole.model_validate({**whole.model_dump(exclude_defaults=True), "stages": [first, second]})
+
+
 if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed
@@ -45,4 +53,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     pretend_gpus()
     folder, items, precision, *fault = sys.argv[1:]
-    attempt(sharded(items, precision), folder, *fault)
+    if fault == ["two stages"]:
+        attempt(two_stages(items), folder)
+    else:
+        attempt(sharded(items, precision), folder, *fault)

@@ -153,7 +153,7 @@ def same_run(ours: Path, theirs: Path, without: tuple[str, ...] = ()) -> None:
     for mine, other in zip(log(ours, without), log(theirs, without), strict=True):
         assert mine.pop("stage") == other.pop("stage")
         assert mine == pytest.approx(other, rel=2e-3, abs=1e-6)
-    for name in ("final/model.safetensors", "stages/00-talk/weights.safetensors"):
+    for name in ("final/model.safetensors", "stages/00-talk/model.safetensors"):
         weights, others = load_file(ours / name), load_file(theirs / name)
         assert set(weights) == set(others)
         assert all(torch.allclose(weights[k], others[k], atol=2e-5) for k in weights), name
@@ -240,7 +240,7 @@ def launch(
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     whole = [str(part) for part in command]
     return subprocess.run(
-        whole, env=settings, cwd=here.parent, capture_output=True, text=True, check=False, timeout=PATIENCE
+        whole, env=settings, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE
     )
 
 
@@ -275,6 +275,16 @@ def test_a_sharded_run_is_cut_and_goes_on_as_one_process_would(config, items, un
     done = launch(config, tmp_path, items)
     assert done.returncode == 0, done.stderr[-3000:]
     same_run(tmp_path, unsharded, without=("eval_failed", "eval_look_rate"))  # of questions, which are not asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
+def test_two_sharded_stages_are_those_of_one_process(config: str, items: str, tmp_path: Path) -> None:
+    done = launch(config, tmp_path / "two", items, "two stages")
+    assert done.returncode == 0, done.stderr[-3000:]
+    with contextlib.chdir(ROOT):
+        run(launched_run.two_stages(items), out=tmp_path / "one")
+    same_run(tmp_path / "two", tmp_path / "one", without=("eval_failed", "eval_look_rate"))
 
 
 @pytest.mark.slow
