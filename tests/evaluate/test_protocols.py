@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,6 +57,11 @@ class Listener:
             grid_size=8, region_margin=0, first_look=view, second_look=view, reencode_look=view
         )
         self.heard: list = []
+
+    def with_settings(self, **settings):
+        other = copy.copy(self)
+        other.processor = SimpleNamespace(**vars(self.processor) | settings)
+        return other
 
     def ask_many(self, requests, **options):
         self.heard.append((options, vars(self.processor).copy(), requests))
@@ -117,6 +123,7 @@ def test_how_long_an_answer_may_be(places):
 
 def test_a_real_model_sees_pages_at_the_size_of_the_protocol():
     vlm = VLM(*tiny.build(TINY, 0))
+    before = vars(vlm.processor).copy()
     patches = [
         evaluate(vlm, [PAGES], ["none"], n=1, max_new_tokens=1, protocol=name)
         .result("pages", "none")
@@ -124,6 +131,7 @@ def test_a_real_model_sees_pages_at_the_size_of_the_protocol():
         .mean
         for name in ("default", "paper-224")
     ]
+    assert vars(vlm.processor) == before
     assert patches[1] > patches[0]  # 64 pixels, and up to 224
 
 

@@ -24,7 +24,7 @@ from relook.evaluate import WRITERS, bootstrap, collect, keep, read_folder, writ
 from relook.evaluate.report import PAGE, table_csv, table_md
 from relook.evaluate.report.figures import _matplotlib, fields_figure
 from relook.evaluate.statistics import clustered
-from relook.evaluate.summary import compare, estimate, measure_of, pool, summarize
+from relook.evaluate.summary import Resampling, compare, estimate, measure_of, pool, summarize
 
 EXACT = measure_of("exact")
 
@@ -93,7 +93,7 @@ def test_questions_without_a_partner_are_left_out_of_a_difference():
 def test_questions_with_pages_of_their_own_give_the_plain_bootstrap():
     values = [1.0, 0.0, 0.0, 0.25, 1.0, 0.5, 0.0]
     asked = pool({"one": [record(i, value) for i, value in enumerate(values)]})
-    ours, plain = estimate(asked, EXACT, seed=3), bootstrap(values, seed=3)
+    ours, plain = estimate(asked, EXACT, Resampling(seed=3)), bootstrap(values, seed=3)
     assert (ours.mean, ours.low, ours.high) == pytest.approx((plain.mean, plain.low, plain.high))
 
 

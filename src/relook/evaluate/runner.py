@@ -135,7 +135,8 @@ class Runner:
     """
 
     def __init__(self, vlm: Any, plan: Plan) -> None:
-        self.vlm, self.plan, self.protocol = vlm, plan, find_protocol(plan.protocol)
+        self.plan, self.protocol = plan, find_protocol(plan.protocol)
+        self.vlm = vlm.with_settings(**self.protocol.processor) if self.protocol.processor else vlm
         self.settings = find_settings(plan.looks, vlm)
         self.options: dict[str, Any] = dict(self.protocol.options)
         if self.options.get("do_sample"):
@@ -164,9 +165,8 @@ class Runner:
                 record["skipped"] = f"{setting.name} does not apply: nothing is annotated"
             else:
                 waiting.append((record, case, {"image": question.image, "question": question.text, **look}))
-        with self.protocol.applied(self.vlm.processor):
-            tokens = self.plan.max_new_tokens or self.protocol.tokens or batch.task.tokens
-            outcomes = self._outcomes([asked for _, _, asked in waiting], tokens)
+        tokens = self.plan.max_new_tokens or self.protocol.tokens or batch.task.tokens
+        outcomes = self._outcomes([asked for _, _, asked in waiting], tokens)
         for (record, case, _), (answer, problem, seconds) in zip(waiting, outcomes, strict=True):
             record["seconds"] = seconds
             if answer is None:

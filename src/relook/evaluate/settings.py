@@ -14,8 +14,7 @@ with which the published evaluation generated).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from relook.data.items import Question
 from relook.errors import UserError
 from relook.looks import LOOKS
 from relook.regions import Cells, box_to_cells, union
-from relook.views import View
+from relook.views import PREPROCESSING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,46 +124,31 @@ def find_settings(names: Sequence[str], vlm: Any) -> list[Setting]:
 class Protocol:
     """How large an image is seen, how a token is chosen, how many items are asked.
 
-    n         items of a task by default (None: the task's own number)
-    view      of every look through the model's own encoder; None for the checkpoint's
-    options   of `VLM.ask_many`
-    tokens    of a turn at most, by default (None: the task's own)
+    n           items of a task by default (None: the task's own number)
+    processor   settings of the processor in place of the checkpoint's: views, margin of regions
+    options     of `VLM.ask_many`
+    tokens      of a turn at most, by default (None: the task's own)
     """
 
     name: str
     about: str
     n: int | None = None
-    view: View | None = None
-    margin: int | None = None
+    processor: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     tokens: int | None = None
 
-    @contextmanager
-    def applied(self, processor: Any) -> Iterator[None]:
-        """Within this context, the processor has the protocol's views."""
-        wanted: dict[str, Any] = {}
-        if self.view is not None:
-            wanted |= {"first_look": self.view, "second_look": self.view, "reencode_look": None}
-        if self.margin is not None:
-            wanted["region_margin"] = self.margin
-        before = {name: getattr(processor, name) for name in wanted}
-        try:
-            for name, value in wanted.items():
-                setattr(processor, name, value)
-            yield
-        finally:
-            for name, value in before.items():
-                setattr(processor, name, value)
 
+def _paper(name: str, about: str, views: str) -> Protocol:
+    sampling = {"do_sample": True, "top_p": 0.1, "top_k": 10, "temperature": 0.95}
+    return Protocol(name, about, 1000, PREPROCESSING[views] | {"region_margin": 1}, sampling, 1024)
 
-PAPER = {"do_sample": True, "top_p": 0.1, "top_k": 10, "temperature": 0.95}
 
 PROTOCOLS: dict[str, Protocol] = {
     row.name: row
     for row in (
         Protocol("default", "greedy, all items, the checkpoint's own views"),
-        Protocol("paper", "as published, images of at most 512 pixels", 1000, View(512, "nearest"), 1, PAPER, 1024),
-        Protocol("paper-224", "as published, images of at most 224 pixels", 1000, View(224, "nearest"), 1, PAPER, 1024),
+        _paper("paper", "as published, images of at most 512 pixels", "published"),
+        _paper("paper-224", "as published, images of at most 224 pixels", "published-224"),
     )
 }
 

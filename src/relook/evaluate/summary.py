@@ -1,10 +1,10 @@
 """Records to numbers: the summary of a task's answers, and the comparison of two sets of answers to the same questions.
 
 Records of several folders (seeds) are pooled: answers to one question are averaged first, so that a question counts
-once however many seeds answered it. Intervals within one run come from drawing questions with replacement
-(`by_question`), in reports from drawing images, all questions of an image together (`by_image`): questions about one
-image are not independent, and where every question has an image of its own both are the same bootstrap. They say what
-other images would change, not what another training would. The order of records changes nothing.
+once however many seeds answered it. Intervals within one run come from drawing questions
+with replacement, in reports from drawing images, all questions of an image together (`Resampling.by_image`): questions
+about one image are not independent, and where every question has an image of its own both are the same bootstrap. They
+say what other images would change, not what another training would. The order of records changes nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from relook.evaluate.split_metrics import split_scores
 from relook.evaluate.statistics import Estimate, bootstrap, clustered, paired_test
 
 Measure = Callable[[Record], float | None]
-Interval = Callable[[Sequence[tuple[str, float]], int], Estimate]  # (image, value) of every question, seed
 Key = tuple[int, str, tuple[str, ...]]  # number of the question in its task, its text, the accepted answers
 
 RIGHT = 0.5  # a score from which an answer counts as right
@@ -51,12 +50,21 @@ def measure_of(name: str) -> Measure:
     return MEASURES.get(name) or (lambda record: record["scores"].get(name))
 
 
-def by_question(values: Sequence[tuple[str, float]], seed: int) -> Estimate:
-    return bootstrap([value for _, value in values], seed=seed)
+@dataclass(frozen=True)
+class Resampling:
+    """What is drawn with replacement: images with all their questions, or questions; and the seed of the draws."""
+
+    seed: int = 0
+    by_image: bool = True
+
+    def mean(self, values: Sequence[tuple[str, float]]) -> Estimate:
+        """Of (image, value) pairs, with its 95 % interval."""
+        if self.by_image:
+            return clustered(values, seed=self.seed)
+        return bootstrap([value for _, value in values], seed=self.seed)
 
 
-def by_image(values: Sequence[tuple[str, float]], seed: int) -> Estimate:
-    return clustered(values, seed=seed)
+IMAGES = Resampling()
 
 
 # ---- questions
@@ -97,12 +105,10 @@ def pool(records: Mapping[str, Sequence[Record]]) -> tuple[PooledQuestion, ...]:
     )
 
 
-def estimate(
-    questions: Iterable[PooledQuestion], measure: Measure, seed: int = 0, interval: Interval = by_image
-) -> Estimate:
+def estimate(questions: Iterable[PooledQuestion], measure: Measure, resampling: Resampling = IMAGES) -> Estimate:
     """Mean over the questions that have a value, and its 95 % interval."""
     values = ((each.image, each.value(measure)) for each in questions)
-    return interval([(image, value) for image, value in values if value is not None], seed)
+    return resampling.mean([(image, value) for image, value in values if value is not None])
 
 
 def _key(record: Record) -> Key:
@@ -169,11 +175,9 @@ def summarize(
     task: str,
     look: str,
     records: Mapping[str, Sequence[Record]],
-    *,
     scores: Sequence[str] | None = None,
     by_field: Sequence[str] = BY_FIELD,
-    seed: int = 0,
-    interval: Interval = by_image,
+    resampling: Resampling = IMAGES,
 ) -> Summary:
     """The summary of one task under one look.
 
@@ -181,8 +185,6 @@ def summarize(
         records: by folder; pooled.
         scores: None for those that any record has.
         by_field: measures that are given by field beside the scores.
-        seed: of the resamples.
-        interval: `by_image` or `by_question`.
     """
     questions = pool(records)
     every = sorted((record for name in sorted(records) for record in records[name]), key=_key)
@@ -190,11 +192,11 @@ def summarize(
     scores = scored(answers) if scores is None else scores
     failed = [record for record in every if record["failed"] is not None]
     names = (*scores, *MEASURES)
-    measures = {name: estimate(questions, measure_of(name), seed, interval) for name in names}
+    measures = {name: estimate(questions, measure_of(name), resampling) for name in names}
     fields = {}
     for name in sorted({each.field for each in questions if each.field and each.answers}):
         there = [each for each in questions if each.field == name]
-        fields[name] = {each: estimate(there, measure_of(each), seed, interval) for each in (*scores, *by_field)}
+        fields[name] = {each: estimate(there, measure_of(each), resampling) for each in (*scores, *by_field)}
     missing = {name: sum(name not in record["scores"] for record in answers) for name in scores}
     kinds = Counter(look["kind"] for record in answers for look in record["looks"] if look["problem"] is None)
     return Summary(
@@ -206,7 +208,7 @@ def summarize(
         skipped=sum(record["skipped"] is not None for record in every),
         unscored=sum(any(name not in record["scores"] for name in scores) for record in answers),
         missing={name: count for name, count in missing.items() if count},
-        measures=measures | split_scores(answers, seed),
+        measures=measures | split_scores(answers, resampling.seed),
         fields=fields,
         kinds=dict(kinds.most_common()),
         errors=[f"{record['where']}: {record['failed']}" for record in failed[:5]],
@@ -217,7 +219,7 @@ def summarize(
 
 def summarize_run(task: str, look: str, records: Sequence[Record], scores: Sequence[str], seed: int = 0) -> Summary:
     """The summary of one task's records under one look in one run, as results.json has it."""
-    return summarize(task, look, {"": records}, scores=scores, by_field=(), seed=seed, interval=by_question)
+    return summarize(task, look, {"": records}, scores, (), Resampling(seed, by_image=False))
 
 
 def scored(records: Iterable[Record]) -> tuple[str, ...]:
@@ -264,8 +266,7 @@ def compare(
     score: str,
     a: tuple[str, Sequence[PooledQuestion]],
     b: tuple[str, Sequence[PooledQuestion]],
-    seed: int = 0,
-    interval: Interval = by_image,
+    resampling: Resampling = IMAGES,
 ) -> Comparison:
     """Compare two rows or looks, each its name and its questions, in one score."""
     measure, others = measure_of(score), {each.key: each for each in b[1]}
@@ -283,9 +284,9 @@ def compare(
         only_b=right[False, True],
         both=right[True, True],
         neither=right[False, False],
-        gain=interval([(each.image, x - y) for each, x, y in found], seed),
-        looked=interval(looked, seed),
-        p=paired_test([(each.image, x, y) for each, x, y in found], seed),
+        gain=resampling.mean([(each.image, x - y) for each, x, y in found]),
+        looked=resampling.mean(looked),
+        p=paired_test([(each.image, x, y) for each, x, y in found], resampling.seed),
     )
 
 
@@ -296,7 +297,7 @@ def compare_looks(records: Sequence[Record], seed: int = 0) -> list[Comparison]:
     Against `blank`, `random` or `clip-unconditioned`, the model's own look shows what is left of its gain when it sees
     nothing, something else, or features that do not depend on the question.
     """
-    found = []
+    found, questions = [], Resampling(seed, by_image=False)
     for task in dict.fromkeys(record["task"] for record in records):
         looks: dict[str, list[Record]] = defaultdict(list)
         for record in records:
@@ -305,9 +306,7 @@ def compare_looks(records: Sequence[Record], seed: int = 0) -> list[Comparison]:
         score = next((name for each in looks.values() for record in each for name in record["scores"]), None)
         if score is not None:
             pooled = {look: pool({"": each}) for look, each in looks.items()}
-            found += [
-                compare(task, score, (a, pooled[a]), (b, pooled[b]), seed, by_question) for a, b in _pairs(list(looks))
-            ]
+            found += [compare(task, score, (a, pooled[a]), (b, pooled[b]), questions) for a, b in _pairs(list(looks))]
     return found
 
 

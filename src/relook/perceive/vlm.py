@@ -5,7 +5,9 @@ All input is checked here, before the model runs.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -92,6 +94,18 @@ class VLM:
     def domain(self) -> str | None:
         """What a small model was trained on ("receipts", "cards"); None for a general one."""
         return self._context.domain
+
+    def with_settings(self, **settings: Any) -> VLM:
+        """The same model with other settings of the processor (`first_look`, `region_margin`, ...), all else shared.
+
+        This VLM and its processor stay as they are.
+        """
+        other = copy.copy(self)
+        other.processor = copy.copy(self.processor)
+        for name, value in settings.items():
+            setattr(other.processor, name, value)
+        other._context = replace(self._context, processor=other.processor)
+        return other
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
