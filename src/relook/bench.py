@@ -101,6 +101,8 @@ def run(repeats: int = 7, seed: int = 0, status: Callable[[str], None] = lambda 
     import torch
     import transformers
 
+    from relook.evaluate.environment import cpu_name
+
     with _one_thread():
         status("building a random model (8 layers, width 512)")
         subject = Subject.build(seed)
@@ -113,7 +115,7 @@ def run(repeats: int = 7, seed: int = 0, status: Callable[[str], None] = lambda 
         status(what)
         lines.append(line(what, [_command_seconds(arguments) for _ in range(repeats)], budget, seed))
     return Bench(
-        machine=f"{platform.system()} {platform.machine()}, {_processor()}",
+        machine=f"{platform.system()} {platform.machine()}, {cpu_name()}",
         versions=f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
         seed=seed,
@@ -173,14 +175,6 @@ def _command_seconds(arguments: list[str]) -> float:
     subprocess.run([sys.executable, *arguments], check=True, capture_output=True, stdin=subprocess.DEVNULL)
     end = os.times()
     return end.children_user + end.children_system - begin.children_user - begin.children_system
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown processor"
 
 
 # -- cases -----------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def machine() -> dict[str, Any]:
 
     usable = getattr(os, "sched_getaffinity", None)
     cores = len(usable(0)) if usable else os.cpu_count()
-    return {"processor": _processor(), "cores": cores, "threads": torch.get_num_threads()}
+    return {"processor": cpu_name(), "cores": cores, "threads": torch.get_num_threads()}
 
 
 def model_facts(vlm: Any) -> dict[str, Any]:
@@ -54,7 +54,8 @@ def model_facts(vlm: Any) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def cpu_name() -> str:
+    """The CPU's model name."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))

@@ -115,11 +115,12 @@ def cell(value: Estimate | None, column: Column, signed: bool = False) -> str:
     >>> cell(Estimate(0.125, 0.05, 0.25, 8), ("exact", 100, 1, True))
     '12.5 (5.0-25.0)'
     """
-    if value is None or value.mean is None or value.low is None or value.high is None:
-        return "-"
     _, factor, digits, interval = column
+    numbers = value and value.scaled(factor)
+    if not numbers:
+        return "-"
     sign, to = ("+", " to ") if signed else ("", "-")
-    mean, low, high = (f"{each * factor:{sign}.{digits}f}" for each in (value.mean, value.low, value.high))
+    mean, low, high = (f"{each:{sign}.{digits}f}" for each in numbers)
     return f"{mean} ({low}{to}{high})" if interval else mean
 
 

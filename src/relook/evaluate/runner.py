@@ -238,7 +238,8 @@ def _time(runner: Runner, task: Task, questions: Sequence[Question]) -> float:
 
 
 def _unanswered(task: str, look: str, number: int, question: Question) -> Record:
-    return {
+    record: Any = dict.fromkeys(name for name in Record.__annotations__ if name != "judged")
+    return record | {
         "task": task,
         "look": look,
         "index": number,
@@ -248,18 +249,9 @@ def _unanswered(task: str, look: str, number: int, question: Question) -> Record
         "question": question.text,
         "accepted": list(question.answers),
         "boxes": [list(box) for box in question.boxes],
-        "size": None,
-        "grid": None,
-        "answer": None,
         "scores": {},
         "looks": [],
-        "recall": None,
-        "iou": None,
-        "usage": None,
         "transcript": [],
-        "seconds": None,
-        "failed": None,
-        "skipped": None,
     }
 
 

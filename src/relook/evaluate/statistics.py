@@ -22,6 +22,12 @@ class Estimate:
     high: float | None
     n: int
 
+    def scaled(self, factor: float = 1) -> tuple[float, float, float] | None:
+        """(mean, low, high) times the factor; None where there was nothing to average."""
+        if self.mean is None or self.low is None or self.high is None:
+            return None
+        return factor * self.mean, factor * self.low, factor * self.high
+
 
 def bootstrap(values: Sequence[float], *, seed: int = 0) -> Estimate:
     """The mean and its 95 % percentile bootstrap interval, items drawn with replacement.

@@ -49,7 +49,7 @@ def bars_panel(panel: Any, report: Report, task: str) -> None:
     """A bar a row: the score that decides (%), with its interval."""
     score, rows = report.scores(task)[0], _rows(report, task)
     for at, (place, row) in enumerate(rows):
-        value = scaled(row.results[task].measures.get(score), 100)
+        value = _numbers(row.results[task].measures.get(score), 100)
         if value is not None:
             panel.barh(at, value[0], 0.7, color=color(place))
             panel.errorbar(value[0], at, xerr=whiskers(value), lw=1, capsize=2.5, color=INK)
@@ -68,7 +68,7 @@ def cost_panel(panel: Any, report: Report, task: str) -> None:
     score, rows, furthest = report.scores(task)[0], _rows(report, task), 0.0
     for place, row in rows:
         measures = row.results[task].measures
-        x, y = scaled(measures.get("lm_positions")), scaled(measures.get(score), 100)
+        x, y = _numbers(measures.get("lm_positions")), _numbers(measures.get(score), 100)
         if x is None or y is None:
             continue
         furthest = max(furthest, x[2])
@@ -93,7 +93,7 @@ def fields_panel(panel: Any, report: Report, task: str) -> None:
     step = 0.8 / max(len(rows), 1)
     for slot, (place, row) in enumerate(rows):
         for at, name in enumerate(counts):
-            value = scaled(row.results[task].fields.get(name, {}).get(score), 100)
+            value = _numbers(row.results[task].fields.get(name, {}).get(score), 100)
             if value is not None:
                 panel.errorbar(value[0], at - 0.4 + (slot + 0.5) * step, xerr=whiskers(value), lw=1, capsize=0,
                                fmt=marker(place), ms=5.5, color=color(place), mec=CARD, mew=0.4,
@@ -189,33 +189,35 @@ def charts(report: Report, task: str) -> list[Chart]:
     rows = _rows(report, task)
     if not rows:
         return []
-    name = f"{task}: {score_name(report.scores(task)[0])}"
-    key = tuple((place, row.name) for place, row in rows)
-    with _drawing(WIDTH, 0.75 + 0.34 * len(rows)) as (panel, svg):
-        bars_panel(panel, report, task)
-    found = [Chart(f"{name} of every row, with 95 % intervals", svg())]
-    with _drawing(WIDTH, 3.9) as (panel, svg):
-        cost_panel(panel, report, task)
-    about = f"{name} against what an answer costs, 95 % intervals"
-    found.append(Chart(about, svg(), key=key if len(rows) > NAMED else ()))
-    if len(field_counts(report, task, report.scores(task)[0])) > 1:
-        with _drawing(WIDTH, _fields_height(report, task)) as (panel, svg):
-            fields_panel(panel, report, task)
-        found.append(Chart(f"{name} by field (questions), with 95 % intervals", svg(), key=key))
+    score = report.scores(task)[0]
+    names = tuple((place, row.name) for place, row in rows)
+
+    def chart(draw: Draw, height: float, about: str, keyed: bool = True) -> Chart:
+        svg = _svg(WIDTH, height, lambda panel: draw(panel, report, task))
+        return Chart(f"{task}: {score_name(score)} {about}", svg, key=names if keyed else ())
+
+    found = [
+        chart(bars_panel, 0.75 + 0.34 * len(rows), "of every row, with 95 % intervals", False),
+        chart(cost_panel, 3.9, "against what an answer costs, 95 % intervals", len(rows) > NAMED),
+    ]
+    if len(field_counts(report, task, score)) > 1:
+        found.append(chart(fields_panel, _fields_height(report, task), "by field (questions), with 95 % intervals"))
     return found
 
 
 def heat(found: HeatMap) -> Chart:
     """Where on the page the boxes lay; over looks, a line around where half of the annotated boxes' peak is reached."""
     high = min(max(found.aspect, 0.5), 2.2)
-    with _drawing(2.5, 2.3 * high + 0.1) as (panel, svg):
+
+    def draw(panel: Any) -> None:
         panel.imshow(found.density, cmap="magma", vmin=0, extent=(0, 1, 1, 0), interpolation="none", aspect="auto")
         if found.annotated is not None and found.annotated.max() > 0:
             centers = (np.arange(len(found.annotated)) + 0.5) / len(found.annotated)
             panel.contour(centers, centers, found.annotated, [found.annotated.max() / 2], colors="#35d0ba",
                           linewidths=1.6)  # fmt: skip
         panel.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(1, 0))
-    return Chart(found.about, svg(), "heat")
+
+    return Chart(found.about, _svg(2.5, 2.3 * high + 0.1, draw), "heat")
 
 
 def unique(charts: Sequence[Chart]) -> list[Chart]:
@@ -224,19 +226,17 @@ def unique(charts: Sequence[Chart]) -> list[Chart]:
     return [replace(chart, svg=ids.sub(rf"\g<1>c{number}-", chart.svg)) for number, chart in enumerate(charts)]
 
 
-@contextmanager
-def _drawing(width: float, height: float) -> Iterator[tuple[Any, Callable[[], str]]]:
-    """A panel of its own to draw on, and a function that returns the SVG once the context has ended."""
+def _svg(width: float, height: float, draw: Callable[[Any], None]) -> str:
+    """What `draw` draws on a panel of its own, as SVG."""
     with _matplotlib():
         figure = _figure(width, height, 72)
         panel = figure.subplots()
         panel.spines[["top", "right"]].set_visible(False)
-        made: list[str] = []
-        yield panel, lambda: made[0]
+        draw(panel)
         out = io.StringIO()
         nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(out, format="svg", metadata=nothing, transparent=True)
-        made.append(_inline(out.getvalue()))
+    return _inline(out.getvalue())
 
 
 def _inline(text: str) -> str:
@@ -274,10 +274,8 @@ def _figure(width: float, height: float, dpi: int) -> Any:
     return figure
 
 
-def scaled(value: Estimate | None, factor: float = 1) -> Interval | None:
-    if value is None or value.mean is None or value.low is None or value.high is None:
-        return None
-    return factor * value.mean, factor * value.low, factor * value.high
+def _numbers(value: Estimate | None, factor: float = 1) -> Interval | None:
+    return None if value is None else value.scaled(factor)
 
 
 def whiskers(value: Interval) -> list[list[float]]:
