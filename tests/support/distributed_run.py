@@ -18,16 +18,17 @@ from relook.train import distributed
 from relook.train.recipe import Recipe
 from relook.train.runner import run
 from relook.train.trainer import StageTrainer
+from support.synthetic import OBJECTIVE, SIZE, SOURCE
 
 
 def recipe(items: str | None = None, **changes) -> Recipe:
     """A recipe on synthetic pages with region or clip looks, or on a file of items."""
-    world = {"mix": {"region": 0.5, "clip": 0.5}, "place": 1.0}
-    stage = {"name": "talk", "objective": "instruct" if items else "pages",
+    world = {"looks": {"region": 0.5, "clip": 0.5}, "place": 1.0}
+    stage = {"name": "talk", "objective": "instruct" if items else OBJECTIVE,
              "samples": 24, "batch": 2, "accumulate": 4, "lr": 1e-3,
              "options": world if items is None else {"max_length": 400}}  # fmt: skip
-    data = {"world": "cards"} if items is None else {"path": items, "max_broken": 0.9}
-    base = {"name": "r", "model": {"size": "cards-tiny"}, "data": data, "stages": [stage | changes.pop("stage", {})]}
+    data = {"world": SOURCE} if items is None else {"path": items, "max_broken": 0.9}
+    base = {"name": "r", "model": {"size": SIZE}, "data": data, "stages": [stage | changes.pop("stage", {})]}
     small = {"save_every": 1, "log_every": 1, "save_dtype": "float32", "validation": {"examples": 2, "questions": 1}}
     return Recipe.model_validate(base | small | ({"evaluate_every": 2} if items is None else {}) | changes)
 

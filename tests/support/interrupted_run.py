@@ -11,37 +11,33 @@ from pathlib import Path
 import torch
 
 from relook.train import checkpoints
-from relook.train.objective import OBJECTIVES
 from relook.train.recipe import Recipe
 from relook.train.runner import run
 from relook.train.trainer import StageTrainer
-from zoo.objectives.conversation import ConversationHeads, Read
+from support.synthetic import OBJECTIVE, SIZE, SOURCE, DialogueHeads, Dialogues
 
 
-class Noisy(Read):
+class Noisy(Dialogues):
     """Adds random numbers to the loss, so that resuming is exact only if the generator's state is restored."""
 
     def wrap(self, model):
-        return NoisyHeads(model, self.setup.heads, self.options)
+        return NoisyHeads(model, self.setup.heads, self.options.place)
 
 
-class NoisyHeads(ConversationHeads):
+class NoisyHeads(DialogueHeads):
     def forward(self, **batch):
         outputs = super().forward(**batch)
         bias = self.model.model.language_model.norm.weight
         return {**outputs, "loss": outputs["loss"] + (torch.randn(bias.shape) * bias).mean()}
 
 
-OBJECTIVES["noisy"] = "support.interrupted_run:Noisy"
-
-
 def recipe(**changes) -> Recipe:
     stages = [
-        {"name": "see", "objective": "dense", "samples": 1, "batch": 1, "options": {"window": [64, 64]}},
-        {"name": "noisy", "objective": "noisy", "samples": 12, "batch": 1, "accumulate": 2, "optimiser": "muon",
-         "lr": 1e-3, "lr_scale": {"visual": 0.5}, "options": {"place": 1.0}},
+        {"name": "see", "objective": OBJECTIVE, "samples": 1, "batch": 1, "options": {"place": 1.0}},
+        {"name": "noisy", "objective": "support.interrupted_run:Noisy", "samples": 12, "batch": 1, "accumulate": 2,
+         "optimiser": "muon", "lr": 1e-3, "lr_scale": {"visual": 0.5}, "options": {"place": 1.0}},
     ]  # fmt: skip
-    base = {"name": "r", "model": {"size": "cards-tiny"}, "data": {"world": "cards"}, "stages": stages}
+    base = {"name": "r", "model": {"size": SIZE}, "data": {"world": SOURCE}, "stages": stages}
     return Recipe.model_validate(base | {"save_every": 2, "log_every": 1, "save_dtype": "float32"} | changes)
 
 

@@ -1,4 +1,4 @@
-"""A synthetic dataset, an evaluation task and a model size for the tests, referenced by dotted path as a user's are.
+"""A synthetic dataset, a task, a model size and an objective for the tests, referenced by dotted path as a user's are.
 
 Pages have colored boxes with codes; the question asks for the code in the box of one color. Boxes are (x1, y1, x2, y2)
 in pixels.
@@ -9,18 +9,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw
+from torch import nn
 
+from relook.data.build import build_item
 from relook.data.items import Question, from_page
+from relook.data.rules import BuildOptions
 from relook.evaluate.tasks import Task
 from relook.io import rng
 from relook.model.new import Size
+from relook.train.instruct import Conversations
+from relook.train.objective import AuxiliaryHeads, Examples, Setup
 
 COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 QUESTION = "What is the code in the {} box?"
 PAGES = "support.synthetic:TASK"  # the task's dotted path; its name in records is "pages"
 FIRST_SEED = 1_000_000_007  # of the task's pages
+HELD_OUT = 1 << 23  # number of the first page for validation
+# as a recipe names them
+OBJECTIVE, SOURCE, SIZE = (f"support.synthetic:{name}" for name in ("Dialogues", "Pages", "TINY"))
 
 
 @dataclass(frozen=True)
@@ -77,3 +87,49 @@ TINY = Size(
     crop={"longest_side": None, "scale": 0.5},
     reencode={"longest_side": 256, "scale": 0.5},
 )  # fmt: skip
+
+
+# -- an objective
+
+
+class Dialogues(Conversations):
+    """Conversations about pages, with looks drawn by their shares; and an auxiliary head where `place` is set."""
+
+    class Options(Conversations.Options):
+        looks: dict[str, float] = {"region": 1.0}
+        place: float = 0.0  # weight of the auxiliary head
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.train = Examples(self.example)
+        self.eval = Examples(lambda index: self.example(HELD_OUT + index), setup.validation.examples)
+
+    def example(self, index: int) -> dict[str, Any]:
+        random, page = self.random(index), self.source.sample(index)
+        names = list(self.options.looks)
+        shares = np.array(list(self.options.looks.values()))
+        look = names[int(random.choice(len(names), p=shares / shares.sum()))]
+        question = from_page(page, int(random.integers(len(page.qas))))
+        item = build_item(question, BuildOptions(look=look, free_choice=True))
+        row = dict(self.processor.encode_item(item.to_dict()))
+        return {**row, "kind": look, "answer_from": len(row["prompt_ids"])}
+
+    def questions(self) -> Iterator[Question]:
+        return (from_page(self.source.sample(HELD_OUT + number), 0) for number in count())
+
+    def wrap(self, model: Any) -> Any:
+        return DialogueHeads(model, self.setup.heads, self.options.place) if self.options.place else model
+
+
+class DialogueHeads(AuxiliaryHeads):
+    """The model with a linear head on its token embeddings, whose mean square is added to the loss."""
+
+    def __init__(self, model: Any, saved: Any, weight: float) -> None:
+        super().__init__(model, saved)
+        self.weight = weight
+        self.add_head("place", nn.Linear(model.config.get_text_config().hidden_size, 4))
+
+    def forward(self, **batch: Any) -> dict[str, Any]:
+        outputs = self.model(**batch)
+        embedded = self.model.get_input_embeddings()(batch["input_ids"])
+        return {**outputs, "loss": outputs["loss"] + self.weight * self.heads["place"](embedded).square().mean()}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support import tiny_model as tiny
 from support.interrupted_run import recipe
+from support.synthetic import OBJECTIVE
 
 from relook.model.loading import load_model
 from relook.train.feature_cache import cached_features
@@ -73,8 +74,8 @@ def test_a_tower_that_learns_is_not_remembered(model):
 
 def trained(folder, **changes):
     whole = recipe()
-    stage = {"freeze": ["visual"], "name": "conversations", "objective": "pages", "samples": 6, "batch": 2} | changes
-    stage["options"] = {"mix": {"clip": 1.0}}
+    stage = {"freeze": ["visual"], "name": "conversations", "objective": OBJECTIVE, "samples": 6, "batch": 2} | changes
+    stage["options"] = {"looks": {"clip": 1.0}}
     whole = type(whole).model_validate(whole.model_dump() | {"stages": [stage]})
     return load_model(run(whole, out=folder), dtype=torch.float32)
 

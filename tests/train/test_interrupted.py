@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from support import interrupted_run
+from support.synthetic import OBJECTIVE
 
 from relook.errors import RelookError
 from relook.model.loading import load_model
@@ -133,7 +134,7 @@ def test_an_exploding_gradient_stops(tmp_path: Path) -> None:
 
 def test_a_full_disk_stops_and_leaves_nothing_half_written(tmp_path: Path, capfd) -> None:
     """No file may grow past 1 MB: the kernel refuses the rest of the weights, in the middle of the write."""
-    stages = [{**interrupted_run.recipe().stages[1].model_dump(), "samples": 4, "objective": "read"}]
+    stages = [{**interrupted_run.recipe().stages[1].model_dump(), "samples": 4, "objective": OBJECTIVE}]
     plan = interrupted_run.recipe(stages=stages, save_every=1)
     most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, most[1]))

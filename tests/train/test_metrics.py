@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from support.objectives import objective_of
+from support.synthetic import OBJECTIVE, SIZE, SOURCE, TINY, Pages
 
 from relook.data.dataset import open_items
 from relook.data.items import Question
@@ -21,12 +22,11 @@ from relook.train.instruct import CLASSES, TokenClasses
 from relook.train.recipe import Recipe, Stage, Validation
 from relook.train.runner import run
 from relook.train.validation import ANNOTATED, Validator, from_item, picture, region_iou
-from zoo.objectives.pages import first_held_out
 
 
 def plan(**changes) -> Recipe:
-    stage = {"name": "talk", "objective": "pages", "samples": 2, "batch": 1, "options": {"place": 1.0}}
-    base = {"name": "r", "model": {"size": "cards-tiny"}, "data": {"world": "cards"}, "stages": [stage]}
+    stage = {"name": "talk", "objective": OBJECTIVE, "samples": 2, "batch": 1, "options": {"place": 1.0}}
+    base = {"name": "r", "model": {"size": SIZE}, "data": {"world": SOURCE}, "stages": [stage]}
     return Recipe.model_validate(base | {"save_dtype": "float32", "log_every": 1} | changes)
 
 
@@ -67,29 +67,6 @@ def test_shares_are_counted_by_class(tokens) -> None:
 # -- what is held out
 
 
-def test_pages_for_validation_are_not_taught() -> None:
-    """Not even with pages that serve several examples, and whole batches are of one kind."""
-    stage = Stage(name="s", objective="pages", samples=2**23 - 1, batch=48, options={"mix": {"region": 1, "clip": 1}})
-    first = first_held_out(stage)
-    assert first >= stage.samples and first % stage.batch == 0
-
-    class World:
-        charset, labels, asked = "", (), []
-
-        def sample(self, index):
-            self.asked.append(index)
-            raise LookupError
-
-    world = World()
-    learner = objective_of(tiny.build("cards-tiny", 0), stage, world, 1)
-    for draw, index in ((learner.example, stage.samples - 1), (learner.held_out, 0)):
-        with pytest.raises(LookupError):
-            draw(index)
-    taught, held = world.asked
-    assert held > taught
-    assert len({learner.kind(first + i) for i in range(48)}) == 1
-
-
 def items_file(folder: Path, count: int) -> Path:
     Image.new("RGB", (80, 80), "white").save(folder / "page.png")
     call = write_call("region", (1, 2, 3, 4))
@@ -114,7 +91,7 @@ def test_items_are_held_out_of_a_file(tmp_path: Path, monkeypatch) -> None:
     assert question is not None and question.text == "What?" and question.answer == "42"
     assert question.boxes == ((10, 20, 40, 50),)
     stage = Stage(name="s", objective="instruct", samples=2)
-    learner = objective_of(tiny.build("cards-tiny", 0), stage, None, 1, taught, questions=9)
+    learner = objective_of(tiny.build(TINY, 0), stage, None, 1, taught, questions=9)
     assert learner.eval[2]["input_ids"] == learner.processor.encode_item(held[2].to_dict())["input_ids"]
     assert len(list(learner.questions())) == 3
 
@@ -164,10 +141,8 @@ def test_all_that_is_logged(watched: Path) -> None:
 
 def test_trying_out_leaves_no_trace_in_the_objective() -> None:
     stage = plan().stages[0]
-    from zoo.worlds import make_world
-
-    model, processor = tiny.build("cards-tiny", 0)
-    learner = objective_of((model, processor), stage, make_world("cards", 1), 1, examples=3)
+    model, processor = tiny.build(TINY, 0)
+    learner = objective_of((model, processor), stage, Pages(1), 1, examples=3)
     trained = StageModel(model, processor, learner.wrap(model).train())
     tried = Validator(learner, trained, Validation(examples=3, questions=0), Checkpoints(Path("nowhere"), "", 1))
     first, again = tried(1, lambda batch: batch), tried(2, lambda batch: batch)

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from support.item_sets import LOOKS, data, numbered, relative, said
 from support.own_items import conversation, picture, write_items_of
+from support.synthetic import SIZE, TINY
 
 from relook.data.collate import EncodedDataset, group_by_length, item_length
 from relook.data.dataset import SampledItems, interleaved, open_items
@@ -178,7 +179,7 @@ def test_a_dataset_with_an_image_column_becomes_items_with_the_look_that_is_name
     assert "<|x_1|><|y_1|><|x_2|><|y_2|>" in item["region"].messages[1].content
     assert item["clip"].placeholder_counts()["clip_images"] == len(item["clip"].images["clip_images"]) == 1
     assert [turn.role for turn in item["none"].messages] == ["user", "assistant"] and said(item["none"]) == "cat"
-    _, processor = tiny.build("cards-tiny", seed=0)
+    _, processor = tiny.build(TINY, seed=0)
     assert processor.encode_item(item["region"].to_dict())["pixel_values"].shape[0] > 0
     with pytest.raises(UserError, match="has no split 'dev'; its splits: train, test"):
         open_items(data(sources=[{"path": relative(tmp_path / "set"), "split": "dev"}]), 1)
@@ -205,7 +206,7 @@ def test_data_sections_of_recipes_are_validated(tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def built():
-    return tiny.build("cards-tiny", seed=0)
+    return tiny.build(TINY, seed=0)
 
 
 @pytest.mark.parametrize("looks", [[], ["region"], ["clip"], ["region", "clip"]], ids=str)
@@ -267,7 +268,7 @@ def own_recipe(**changes) -> Recipe:
     sources = [{"path": "a.json", "weight": 2}, {"path": "b.json", "weight": 1}]
     base = {
         "name": "own",
-        "model": {"size": "cards-tiny"},
+        "model": {"size": SIZE},
         "data": {"sources": sources, "mix": "interleave_over", "streaming": True, "buffer": 5, "max_broken": 0.5},
         "stages": [stage],
         "save_every": 2,

@@ -10,6 +10,7 @@ import torch
 from support.item_sets import LOOKS, data, relative
 from support.objectives import loss_of, objective_of
 from support.own_items import write_items_of
+from support.synthetic import SIZE, TINY
 from typer.testing import CliRunner
 
 from relook.cli.app import app
@@ -28,7 +29,7 @@ from relook.train.skipped import SkippedReport
 
 @pytest.fixture(scope="module")
 def built():
-    return tiny.build("cards-tiny", seed=0)
+    return tiny.build(TINY, seed=0)
 
 
 def faulty_set(folder: Path) -> Path:
@@ -103,7 +104,7 @@ def test_a_run_with_a_broken_image_names_it_and_one_with_too_many_stops(tmp_path
     faulty_set(tmp_path)
     monkeypatch.setattr(sampling, "EARLY", 4)
     stage = {"name": "tune", "objective": "instruct", "samples": 18, "batch": 3, "options": {"max_length": 400}}
-    base = {"name": "own", "model": {"size": "cards-tiny"}, "stages": [stage]}
+    base = {"name": "own", "model": {"size": SIZE}, "stages": [stage]}
     run(Recipe.model_validate(base | {"data": {"path": "items.jsonl", "max_broken": 0.5}}), out="loose")
     named = [json.loads(line) for line in Path("loose/stages/00-tune/left_out.jsonl").read_text().splitlines()]
     assert sorted((one["reason"], one["where"]) for one in named) == [
@@ -127,7 +128,7 @@ def test_a_run_whose_data_is_refused_trains_nothing_and_leaves_no_folder(tmp_pat
     there = write_items_of(tmp_path / "items.json", LOOKS[:1], 4).name
     gone = "nothing.json"
     for shared, first, second in ((there, None, gone), (gone, None, there), (gone, there, None)):
-        raw: dict = {"name": "refused", "model": {"size": "cards-tiny"}, "data": {"path": shared}, "workers": 0}
+        raw: dict = {"name": "refused", "model": {"size": SIZE}, "data": {"path": shared}, "workers": 0}
         raw["stages"] = [
             {"name": name, "objective": "instruct", "samples": 2, "batch": 2} | ({"data": {"path": own}} if own else {})
             for name, own in (("one", first), ("two", second))
