@@ -309,15 +309,22 @@ class JsonScanner:
 
 
 def _scan_parquet(path: Path) -> Iterator[Record]:
+    for number, value in enumerate(parquet_rows(path), start=1):
+        yield Record(with_extra(value), str(path), number)
+
+
+def parquet_rows(path: Path, at_once: int = 1000) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, `at_once` of them in memory."""
     arrow, parquet = import_pyarrow()
     try:
         with parquet.ParquetFile(path) as file:
-            rows = (value for batch in file.iter_batches(batch_size=1000) for value in batch.to_pylist())
-            for number, value in enumerate(rows, start=1):
-                yield Record(with_extra(value), str(path), number)
+            for batch in file.iter_batches(batch_size=at_once):
+                yield from batch.to_pylist()
     except (arrow.ArrowException, OSError) as error:
         said = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a Parquet file that can be read ({said}); convert the set again") from None
+        raise UserError(
+            f"{path}: not a Parquet file that can be read ({said}); get it or convert the set again"
+        ) from None
 
 
 def with_extra(value: dict[str, Any]) -> dict[str, Any]:

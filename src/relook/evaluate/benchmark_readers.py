@@ -20,7 +20,7 @@ from typing import Any
 from relook.data.forms.table import stored_image
 from relook.data.images import split_ref
 from relook.data.items import Item, Question
-from relook.data.reader import import_pyarrow, read_records
+from relook.data.reader import parquet_rows, read_records
 from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX, LOOKS
 
@@ -152,14 +152,8 @@ def _table(path: Path) -> Iterator[dict[str, Any]]:
         csv.field_size_limit(sys.maxsize)  # an image is one field
         with path.open(encoding="utf-8", newline="") as file:
             yield from csv.DictReader(file, delimiter="\t")
-        return
-    arrow, parquet = import_pyarrow()
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-                yield from batch.to_pylist()
-    except (arrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]}); get it again") from None
+    else:
+        yield from parquet_rows(path, _ROWS_AT_ONCE)
 
 
 def _decoded(value: Any, where: str) -> Any:
