@@ -24,7 +24,7 @@ import relook
 from relook.errors import CheckpointError, UserError
 from relook.model import VPTQwen2VLConfig
 from relook.model.inspect import convert, count_parameters, inspect
-from relook.model.loading import load_model, load_published, resolve
+from relook.model.loading import load_model, load_processor, load_published, resolve
 from relook.model.published import PUBLISHED, published_config
 from relook.model.start import new_model
 
@@ -203,3 +203,11 @@ def test_tied_config_with_a_head_of_its_own_is_untied(clip):
     apart = load_published(clip)
     assert torch.equal(apart.lm_head.weight, weights["lm_head.weight"])
     assert torch.equal(apart.get_input_embeddings().weight, weights["model.embed_tokens.weight"])
+
+
+def test_what_is_saved_does_not_tell_how_it_was_loaded(tmp_path):
+    """A processor that was loaded and saved again has the very files of the folder it came from."""
+    shipped = resolve("cards-tiny")
+    load_processor(shipped).save_pretrained(tmp_path)
+    ours, theirs = (json.loads((place / "tokenizer_config.json").read_text()) for place in (tmp_path, shipped))
+    assert ours == theirs

@@ -310,9 +310,12 @@ def load_processor(name_or_path: str | Path) -> Any:
 
     folder = resolve(name_or_path)
     try:
-        return VPTQwen2VLProcessor.from_pretrained(folder, local_files_only=True)
+        processor = VPTQwen2VLProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: no usable processor here ({str(error).strip().splitlines()[0]})") from error
+    for key in ("is_local", "local_files_only"):  # how it was loaded is nothing to save with it
+        processor.tokenizer.init_kwargs.pop(key, None)
+    return processor
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
