@@ -14,6 +14,8 @@ Groups: `relook.objectives`, `relook.tasks`, `relook.sources` (synthetic dataset
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
@@ -22,7 +24,10 @@ from relook.errors import UserError
 from relook.io import nearest
 
 # What makes and asks the shipped tiny models is in the checkout's zoo/, not in the wheel: unknown, these names say so.
-ZOO = {"assemble", "cards", "receipts", "receipts-real", "cards-tiny", "receipts-tiny"}
+ZOO = {
+    *("cards", "receipts", "receipts-real", "cards-tiny", "receipts-tiny", "assemble"),
+    *("dense", "align", "lines", "documents", "read", "locate", "pages"),
+}
 
 
 def find(kind: str, name: str, table: Mapping[str, Any], where: str = "") -> Any:
@@ -48,6 +53,8 @@ def find(kind: str, name: str, table: Mapping[str, Any], where: str = "") -> Any
         hint = hint or (nearest(name, known) if known else "none is installed")
         raise UserError(f"{before}there is no {kind} called {name!r}; {hint}. Your own is written module:attribute")
     module, _, attribute = path.partition(":")
+    if os.getcwd() not in sys.path:  # a module beside the recipe is found by the command `relook`, too
+        sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

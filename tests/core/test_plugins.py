@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -31,6 +32,13 @@ def test_a_row_is_found_in_the_table_by_entry_point_and_by_dotted_path(monkeypat
 def test_relooks_own_rows_come_before_installed_ones(monkeypatch):
     installed(monkeypatch, mine="support.synthetic:TASK")
     assert plugins.find("task", "mine", {"mine": 7}) == 7
+
+
+def test_a_module_in_the_working_directory_is_found(monkeypatch, tmp_path: Path):
+    (tmp_path / "row_of_a_user.py").write_text("ROW = 7\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [place for place in sys.path if place])  # as for an installed command
+    assert plugins.find("task", "row_of_a_user:ROW", {}) == 7
 
 
 @pytest.mark.parametrize(

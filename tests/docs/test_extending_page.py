@@ -35,7 +35,7 @@ def shapes(tmp_path, monkeypatch):
 
 
 def test_the_task_is_evaluated_and_its_dataset_is_a_function_of_the_seed(shapes):
-    (command,) = re.findall(r"^\$ PYTHONPATH=\. relook (evaluate .*)$", PAGE, re.MULTILINE)
+    (command,) = re.findall(r"^\$ relook (evaluate .*)$", PAGE, re.MULTILINE)
     done = CliRunner().invoke(app, [*shlex.split(command), "--n", "2"])
     assert done.exit_code == 0, done.output
     assert "shapes" in done.stdout and "exact" in done.stdout
@@ -45,7 +45,7 @@ def test_the_task_is_evaluated_and_its_dataset_is_a_function_of_the_seed(shapes)
 
 
 def test_the_objective_trains_the_size_on_the_dataset(shapes, tmp_path):
-    (command,) = re.findall(r"^\$ PYTHONPATH=\. relook (train .*)$", PAGE, re.MULTILINE)
+    (command,) = re.findall(r"^\$ relook (train .*)$", PAGE, re.MULTILINE)
     short = ["stages.learn.samples=8", "stages.learn.batch=4", "evaluate_every=2"]
     done = CliRunner().invoke(app, [*shlex.split(command), *short])
     assert done.exit_code == 0, done.output
