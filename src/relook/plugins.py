@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -29,8 +29,12 @@ ZOO = {
     *("dense", "align", "lines", "documents", "read", "locate", "pages"),
 }
 
+OF_THE_ZOO = "it belongs to the zoo of a relook checkout, which `make setup` installs"
 
-def find(kind: str, name: str, table: Mapping[str, Any], where: str = "") -> Any:
+
+def find(
+    kind: str, name: str, table: Mapping[str, Any], where: str = "", fits: Callable[[Any], bool] = lambda row: True
+) -> Any:
     """The row called `name`: of relook's own table, of an installed package, or at a dotted path.
 
     Args:
@@ -38,9 +42,10 @@ def find(kind: str, name: str, table: Mapping[str, Any], where: str = "") -> Any
         name: a key of `table`, the name of an entry point in the group `relook.<kind>s`, or `module:attribute`.
         table: relook's own rows; one that is text is a dotted path, imported on use.
         where: what asked for it ("stage dense: objective"), for the message.
+        fits: whether what was found is of the right kind.
 
     Raises:
-        UserError: no such row; a module or attribute that cannot be imported.
+        UserError: no such row; a module or attribute that cannot be imported, or is something else.
     """
     if not isinstance(table.get(name, ""), str):
         return table[name]
@@ -49,16 +54,19 @@ def find(kind: str, name: str, table: Mapping[str, Any], where: str = "") -> Any
     before = f"{where}: " if where else ""
     if path is None:
         known = [*table, *installed]
-        hint = "it belongs to the zoo of a relook checkout, which `make setup` installs" if name in ZOO else ""
-        hint = hint or (nearest(name, known) if known else "none is installed")
-        raise UserError(f"{before}there is no {kind} called {name!r}; {hint}. Your own is written module:attribute")
+        hint = OF_THE_ZOO if name in ZOO else nearest(name, known) if known else "none is installed"
+        raise UserError(f"{before}there is no {kind} called {name!r} ({hint}); your own is written module:attribute")
     module, _, attribute = path.partition(":")
     if os.getcwd() not in sys.path:  # a module beside the recipe is found by the command `relook`, too
         sys.path.append(os.getcwd())
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{before}{kind} {name!r} cannot be imported ({error}); expected module:attribute") from error
+        row = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        hint = OF_THE_ZOO if name in ZOO else "expected module:attribute"
+        raise UserError(f"{before}{kind} {name!r} cannot be imported ({error}); {hint}") from error
+    if not fits(row):
+        raise UserError(f"{before}{path} is a {type(row).__name__} and no {kind}; see docs/extending.md")
+    return row
 
 
 def names(kind: str, table: Mapping[str, Any]) -> list[str]:

@@ -48,6 +48,7 @@ def test_a_module_in_the_working_directory_is_found(monkeypatch, tmp_path: Path)
         ("support.synthetic:NO_SUCH", "NO_SUCH"),
         ("no.such.module:TASK", "no.such.module:TASK"),
         ("gone", "'gone' cannot be imported"),
+        (":", "cannot be imported"),
     ],
 )
 def test_what_cannot_be_found_is_said_with_the_nearest_name(monkeypatch, name, words):
@@ -72,3 +73,22 @@ def test_from_a_wheel_the_checkout_is_named(monkeypatch, tmp_path: Path, command
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 2 and "checkout" in done.stderr and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "-m", "cards-tiny", "--tasks", "support.synthetic:TINY"],
+        ["train", "own.yaml", "stages.tune.objective=support.synthetic:Pages"],
+        ["train", "own.yaml", "data.world=support.synthetic:TASK"],
+        ["train", "own.yaml", "model.size=support.synthetic:TASK"],
+    ],
+)
+def test_a_row_of_another_kind_is_an_error_of_one_line(monkeypatch, tmp_path: Path, command):
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text(
+        "{name: r, model: {size: 'support.synthetic:TINY'}, data: {world: 'support.synthetic:Pages'},"
+        " stages: [{name: tune, objective: 'support.synthetic:Dialogues', samples: 1}]}"
+    )
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2 and " and no " in done.stderr and done.stderr.count("\n") == 1

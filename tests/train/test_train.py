@@ -109,3 +109,12 @@ def test_schedules() -> None:
     assert cosine(50) == pytest.approx(0.5)
     warm = schedule(stage.model_copy(update={"warmup": 0.1}), 100)
     assert 0 < warm(0) < warm(5) < warm(10) == 1
+
+
+def test_a_run_of_an_older_version_is_neither_continued_nor_replaced(tmp_path: Path) -> None:
+    """Its finished stages hold weights alone."""
+    (tmp_path / "stages" / "00-a").mkdir(parents=True)
+    (tmp_path / "stages" / "00-a" / "weights.safetensors").touch()
+    with pytest.raises(UserError, match="older version of relook"):
+        run(recipe([{"name": "a", "objective": OBJECTIVE, "samples": 1}]), out=tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["stages", "00-a", "weights.safetensors"]

@@ -29,17 +29,24 @@ class Estimate:
         return factor * self.mean, factor * self.low, factor * self.high
 
 
-def bootstrap(values: Sequence[float], *, seed: int = 0) -> Estimate:
-    """The mean and its 95 % percentile bootstrap interval, items drawn with replacement.
+def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Estimate:
+    """The mean and its percentile bootstrap interval, items drawn with replacement.
 
     The same values and seed give the same interval. One item gives an interval without width: read `n` beside it.
     """
     parts = np.asarray(values, dtype=float)[:, None]
-    return resampled(parts, lambda sums: sums[..., 0] / len(parts), seed=seed)
+    return resampled(parts, lambda sums: sums[..., 0] / len(parts), seed=seed, resamples=resamples, level=level)
 
 
-def resampled(parts: np.ndarray, value: Callable[[np.ndarray], np.ndarray], *, seed: int = 0) -> Estimate:
-    """A figure made of sums over items, and its 95 % percentile bootstrap interval, items drawn with replacement.
+def resampled(
+    parts: np.ndarray,
+    value: Callable[[np.ndarray], np.ndarray],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+) -> Estimate:
+    """A figure made of sums over items, and its percentile bootstrap interval, items drawn with replacement.
 
     Args:
         parts: (n, k), what each item adds.
@@ -50,9 +57,9 @@ def resampled(parts: np.ndarray, value: Callable[[np.ndarray], np.ndarray], *, s
     if np.isnan(whole):
         return Estimate(None, None, None, n)
     rng = np.random.default_rng(seed)
-    sizes = [min(_RESAMPLES_AT_ONCE, RESAMPLES - start) for start in range(0, RESAMPLES, _RESAMPLES_AT_ONCE)]
+    sizes = [min(_RESAMPLES_AT_ONCE, resamples - start) for start in range(0, resamples, _RESAMPLES_AT_ONCE)]
     figures = np.concatenate([value(parts[rng.integers(0, n, (size, n))].sum(axis=1)) for size in sizes])
-    low, high = np.nanquantile(figures, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.nanquantile(figures, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(whole, float(low), float(high), n)
 
 

@@ -160,7 +160,7 @@ def find_tasks(names: Iterable[str]) -> list[Task]:
             known = plugins.names("task", TASKS)
             if name not in known and name not in plugins.ZOO and ":" not in name:
                 raise UserError(f"{name!r} is neither a task ({', '.join(known)}) nor a file of questions or tasks")
-            found.append(plugins.find("task", name, TASKS))
+            found.append(plugins.find("task", name, TASKS, fits=lambda row: isinstance(row, Task)))
         elif path.suffix in (".yaml", ".yml"):
             found += tasks_of_yaml(path)
         else:

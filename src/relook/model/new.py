@@ -183,7 +183,7 @@ def build(size: Size | str, seed: int, **extra: Any) -> tuple[Any, Any]:
         seed: of the initial weights.
         extra: further config fields (`domain=`, `provenance=`).
     """
-    row: Size = find("size", size, {}) if isinstance(size, str) else size
+    row: Size = find("size", size, {}, fits=lambda row: isinstance(row, Size)) if isinstance(size, str) else size
     tokenizer = build_tokenizer(row)
     config = build_config(row, tokenizer, **extra)
     torch.manual_seed(seed)

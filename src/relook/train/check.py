@@ -48,7 +48,9 @@ def find_source(data: Data) -> Any:
     Raises:
         UserError: there is none of that name.
     """
-    return find("source", data.world, {}, "data.world") if data.source == "world" and data.world else None
+    if data.source != "world" or not data.world:
+        return None
+    return find("source", data.world, {}, "data.world", lambda row: callable(getattr(row, "sample", None)))
 
 
 def check_parts(model: nn.Module, stages: Iterable[Stage]) -> None:

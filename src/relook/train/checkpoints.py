@@ -25,7 +25,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from relook.errors import RelookError
+from relook.errors import RelookError, UserError
 from relook.model.adapters import Adapter
 from relook.train.recipe import Recipe, Stage
 
@@ -128,6 +128,19 @@ def read_heads(folder: str | Path) -> dict[str, Tensor]:
 
 
 # -- the end of a stage
+
+
+def refuse_older_run(folder: Path) -> None:
+    """Raises UserError where a finished stage of a run is no model folder, as versions before 2026-11-28 left them.
+
+    Such a run is neither gone on with (a stage took settings of the one before it) nor replaced.
+    """
+    old = next(iter(sorted(folder.glob("stages/*/weights.safetensors"))), None)
+    if old is not None:
+        raise UserError(
+            f"{folder} holds a run of an older version of relook ({old.parent.name} has weights and no config.json); "
+            "give another folder with out=, or remove this one"
+        )
 
 
 def finished(place: Path, digest: str) -> Record | None:

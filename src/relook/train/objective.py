@@ -170,7 +170,13 @@ def find_objective(stage: Stage) -> type[Objective]:
     Raises:
         UserError: there is none of that name, or it cannot be imported.
     """
-    return plugins.find("objective", stage.objective, OBJECTIVES, f"stage {stage.name}")
+    return plugins.find(
+        "objective",
+        stage.objective,
+        OBJECTIVES,
+        f"stage {stage.name}",
+        lambda row: isinstance(row, type) and issubclass(row, Objective),
+    )
 
 
 def make_objective(setup: Setup) -> Objective:

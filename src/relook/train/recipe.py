@@ -201,7 +201,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"There is no recipe at {path}; recipes are YAML files such as recipes/own-data.yaml.")
+        moved = f"; did you mean {Path('zoo') / path}?" if (Path("zoo") / path).is_file() else ""
+        raise UserError(
+            f"There is no recipe at {path}{moved or '; recipes are YAML files such as recipes/own-data.yaml.'}"
+        )
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

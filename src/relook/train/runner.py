@@ -30,6 +30,7 @@ from relook.train.checkpoints import (
     finished,
     finishing,
     read_heads,
+    refuse_older_run,
     writing,
 )
 from relook.train.distributed import Signals, Stopped
@@ -63,6 +64,7 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), out: str | P
             folder = Path(out) if out is not None else Path("runs") / recipe.name
             torch.set_num_threads(recipe.threads)
             check(recipe)
+            refuse_older_run(folder)
         with Signals() as signals:
             try:
                 history, last = run_stages(recipe, folder, signals)
