@@ -1,0 +1,42 @@
+"""What a model is opened from: settings that do not go together and folders that are something else are refused."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+from support.qwen2vl_folder import plain_qwen2_vl
+
+from relook.errors import CheckpointError, UserError
+from relook.model.start import Start, is_plain, new_model
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "exactly one of size"),
+        ({"size": "cards-tiny", "start": "cards-tiny"}, "exactly one of size"),
+        ({"start": "cards-tiny", "visual": "receipts-tiny"}, "visual: goes with size"),
+        ({"size": "cards-tiny", "looks": ["region"]}, "go with start"),
+    ],
+)
+def test_settings_that_do_not_go_together(values, words):
+    with pytest.raises(ValidationError, match=words):
+        Start(**values)
+
+
+def test_a_folder_whose_config_cannot_be_read(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"not a readable config\.json"):
+        is_plain(tmp_path)
+
+
+def test_a_look_whose_encoder_is_not_there(tmp_path):
+    plain = tmp_path / "plain"
+    plain_qwen2_vl(plain)
+    with pytest.raises(UserError, match="no encoder could be read there"):
+        new_model(plain, looks=["detection"], detection=tmp_path / "nowhere")
+
+
+def test_looks_of_a_model_that_is_not_plain():
+    with pytest.raises(UserError, match="a plain 'qwen2_vl' was expected"):
+        new_model("cards-tiny", looks=["region"])
