@@ -50,7 +50,7 @@ def find_source(data: Data) -> Any:
     """
     if data.source != "world" or not data.world:
         return None
-    return find("source", data.world, {}, "data.world", lambda row: callable(getattr(row, "sample", None)))
+    return find("source", data.world, {}, "data.world", callable)
 
 
 def check_parts(model: nn.Module, stages: Iterable[Stage]) -> None:
