@@ -9,6 +9,7 @@ from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGener
 
 from relook.errors import UserError
 from relook.model import VPTQwen2VLForConditionalGeneration
+from relook.model.projector import ConditionedProjector
 from relook.model.segments import find_calls, find_image_spans
 
 CLOSE = dict(atol=4e-5, rtol=1e-4)  # under one thread, sums in another order differ by 2.7e-5
@@ -277,3 +278,13 @@ def test_rope_positions_of_blocks_equal_the_whole(model):
     first, start = model.rope_positions(ids[:cut], row["image_grid_thw"][:1])
     second, _ = model.rope_positions(ids[cut:], row["image_grid_thw"][1:], start)
     assert torch.equal(torch.cat([first, second], dim=1), whole)
+
+
+def test_a_map_is_normalized_over_its_channels_before_the_convolution():
+    """F of a SAM map (c, h, w): LayerNorm over channels, then kernel 4, stride 4, row by row."""
+    torch.manual_seed(0)
+    projector = ConditionedProjector(6, 8, "conv")
+    x = 3 * torch.randn(6, 8, 12) + 1
+    normed = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+    expected = projector.conv_feature(normed[None])[0].flatten(1).T
+    torch.testing.assert_close(projector.project_features(x), expected, atol=1e-5, rtol=1e-4)

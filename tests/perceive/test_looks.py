@@ -190,6 +190,8 @@ def test_a_blank_crop_is_not_kept_for_the_next_question(tiny_vlm):
     vlm = tiny_vlm()
     region = {"region": (1, 2, 3, 4), "max_new_tokens": 2}
     chat = vlm.chat(picture())
-    blank, real = (chat.ask("What?", blank=blank, **region).looks[0].image for blank in (True, False))
+    answers = [chat.ask("What?", blank=blank, **region) for blank in (True, False)]
+    blank, real = (answer.looks[0].image for answer in answers)
+    assert answers[1].usage.vision_patches > 0  # encoded anew
     assert len(blank.getcolors()) == 1
     assert np.array_equal(np.asarray(real), np.asarray(vlm.ask(picture(), "What?", **region).looks[0].image))

@@ -120,3 +120,7 @@ def test_other_mistakes():
         load_item_image((page(), (70, 0, 90, 10)))
     with pytest.raises(UserError, match="videos are not supported"):
         processor_of()(text="a", videos=[1])
+
+
+def test_sides_are_cut_to_whole_pixels():
+    assert View(512).target((1000, 400)) == (512, 204) and View(512).target((400, 1000)) == (204, 512)
