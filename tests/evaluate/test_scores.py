@@ -20,7 +20,7 @@ from relook.evaluate.metrics import (
     rouge_l,
     vqa_accuracy,
     vqa_exact,
-    vqa_normalise,
+    vqa_normalize,
     yes_no,
 )
 from relook.evaluate.split_metrics import split_scores
@@ -51,7 +51,7 @@ OFFICIAL = {
 
 @pytest.mark.parametrize("text", OFFICIAL)
 def test_vqa_normalisation_is_the_official_scripts(text):
-    assert vqa_normalise(text) == OFFICIAL[text]
+    assert vqa_normalize(text) == OFFICIAL[text]
 
 
 @settings(max_examples=300, deadline=None)
@@ -61,7 +61,7 @@ def test_vqa_normalisation_is_lmms_evals(pieces):
     theirs = pytest.importorskip("lmms_eval.tasks._task_utils.vqa_eval_metric", reason="lmms-eval is not installed")
     processor, text = theirs.EvalAIAnswerProcessor(), "".join(pieces)
     spaced = text.replace("\n", " ").replace("\t", " ").strip()
-    assert vqa_normalise(text) == processor.process_digit_article(processor.process_punctuation(spaced))
+    assert vqa_normalize(text) == processor.process_digit_article(processor.process_punctuation(spaced))
 
 
 def test_vqa_exact_forgives_what_plain_exact_does_not():

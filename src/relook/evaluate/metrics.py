@@ -1,7 +1,7 @@
 """Scores of one answer: each entry of `SCORERS` takes an answer and all accepted ones and returns 0 to 1; and how
 regions overlap.
 
-Two answers are compared after a normalization: `normalise` (case and space), `vqa_normalise` (that of the VQA
+Two answers are compared after a normalization: `normalize` (case and space), `vqa_normalize` (that of the VQA
 challenge), numbers, letters, yes and no. Scores that are defined for a whole split only (F1) are in `split_metrics`.
 """
 
@@ -22,31 +22,31 @@ Scorer = Callable[[str, Sequence[str]], float]
 # ---- the same text
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower case, white space runs as one space, none at the ends: the only differences that exact match forgives.
 
-    >>> normalise(" Sin  Thye\\n& Co ")
+    >>> normalize(" Sin  Thye\\n& Co ")
     'sin thye & co'
     """
     return re.sub(r"\s+", " ", text).strip().casefold()
 
 
 def exact_match(answer: str, accepted: Sequence[str]) -> float:
-    """1.0 where the normalised answer is one of the normalised accepted ones, else 0.0."""
-    return float(normalise(answer) in {normalise(each) for each in accepted})
+    """1.0 where the normalized answer is one of the normalized accepted ones, else 0.0."""
+    return float(normalize(answer) in {normalize(each) for each in accepted})
 
 
 def anls(answer: str, accepted: Sequence[str], threshold: float = 0.5) -> float:
     """Average Normalised Levenshtein Similarity of one item: best over the accepted answers.
 
-    With NL = edit distance / length of the longer, after `normalise`: 1 - NL where NL < threshold, else 0
+    With NL = edit distance / length of the longer, after `normalize`: 1 - NL where NL < threshold, else 0
     (Biten et al., "Scene Text Visual Question Answering", arXiv 1905.13648, section 4).
 
     >>> anls("9,30", ["9.30"])    # one edit in four characters
     0.75
     """
     distance = _rapidfuzz("ANLS").Levenshtein.normalized_distance
-    best = min(distance(normalise(answer), normalise(each)) for each in accepted)
+    best = min(distance(normalize(answer), normalize(each)) for each in accepted)
     return 1.0 - best if best < threshold else 0.0
 
 
@@ -100,13 +100,13 @@ _CONTRACTIONS = {
 }
 
 
-def vqa_normalise(text: str) -> str:
-    """The VQA challenge's normalisation: punctuation, case, number words, articles, contractions (the script at `VQA`).
+def vqa_normalize(text: str) -> str:
+    """The VQA challenge's normalization: punctuation, case, number words, articles, contractions (the script at `VQA`).
 
     A mark of punctuation becomes a space, but goes without one where it stands beside a space, or where the text has a
     number such as 1,000. Periods stay before digits only.
 
-    >>> vqa_normalise("The two dogs, dont they?"), vqa_normalise("1,000.50"), vqa_normalise("red/blue")
+    >>> vqa_normalize("The two dogs, dont they?"), vqa_normalize("1,000.50"), vqa_normalize("red/blue")
     ("2 dogs don't they", '1000.50', 'red blue')
     """
     spaced = re.sub(r"[\n\t]", " ", text).strip()
@@ -120,8 +120,8 @@ def vqa_normalise(text: str) -> str:
 
 
 def vqa_exact(answer: str, accepted: Sequence[str]) -> float:
-    """Exact match after the VQA challenge's normalisation of both sides."""
-    return float(vqa_normalise(answer) in {vqa_normalise(each) for each in accepted})
+    """Exact match after the VQA challenge's normalization of both sides."""
+    return float(vqa_normalize(answer) in {vqa_normalize(each) for each in accepted})
 
 
 def vqa_accuracy(answer: str, accepted: Sequence[str]) -> float:
@@ -133,7 +133,7 @@ def vqa_accuracy(answer: str, accepted: Sequence[str]) -> float:
     """
     if len(accepted) < 4:
         return vqa_exact(answer, accepted)
-    agrees = [vqa_normalise(each) == vqa_normalise(answer) for each in accepted]
+    agrees = [vqa_normalize(each) == vqa_normalize(answer) for each in accepted]
     return sum(min(1.0, (sum(agrees) - one) / 3) for one in agrees) / len(agrees)
 
 
@@ -277,7 +277,7 @@ def choice(answer: str, accepted: Sequence[str]) -> float:
     named = read_letter(answer)
     if named is not None:
         return float(named == letter.strip(" ().").upper())
-    return float(vqa_normalise(answer) in {vqa_normalise(each) for each in texts})
+    return float(vqa_normalize(answer) in {vqa_normalize(each) for each in texts})
 
 
 SCORERS: dict[str, Scorer] = {

@@ -94,7 +94,7 @@ def _cv_bench(sums: np.ndarray) -> np.ndarray:
 def _ciders(records: Sequence[Record]) -> np.ndarray:
     """(n, 2): CIDEr-D of each caption, by pycocoevalcap with the split's own references, and one item.
 
-    Words are `caption_words` and not the Penn Treebank's, whose tokeniser needs Java, so that figures may differ a
+    Words are `caption_words` and not the Penn Treebank's, whose tokenizer needs Java, so that figures may differ a
     little from COCO's. The scorer's usual factor of 10 is kept: 1.0 is not the most there is.
     """
     from pycocoevalcap.cider.cider_scorer import CiderScorer
