@@ -57,7 +57,7 @@ def find(
         hint = OF_THE_ZOO if name in ZOO else nearest(name, known) if known else "none is installed"
         raise UserError(f"{before}there is no {kind} called {name!r} ({hint}); your own is written module:attribute")
     module, _, attribute = path.partition(":")
-    if os.getcwd() not in sys.path:  # a module beside the recipe is found by the command `relook`, too
+    if ":" in name and os.getcwd() not in sys.path:  # a module beside the recipe is found by `relook`, too
         sys.path.append(os.getcwd())
     try:
         row = getattr(importlib.import_module(module), attribute)

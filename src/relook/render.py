@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image, ImageFont
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
-PAPER: Colour = (246, 247, 250)
-INK: Colour = (24, 29, 44)
-SOFT: Colour = (98, 107, 128)
-WARN: Colour = (186, 38, 38)
+PAPER: Color = (246, 247, 250)
+INK: Color = (24, 29, 44)
+SOFT: Color = (98, 107, 128)
+WARN: Color = (186, 38, 38)
 DIM = (24, 30, 52, 64)  # laid over what no look saw
 GRID_LINE = (72, 104, 170, 96)
-ACCENTS: tuple[Colour, ...] = ((230, 84, 28), (0, 137, 123), (94, 53, 177), (194, 24, 91), (2, 119, 189), (121, 121, 0))
+ACCENTS: tuple[Color, ...] = ((230, 84, 28), (0, 137, 123), (94, 53, 177), (194, 24, 91), (2, 119, 189), (121, 121, 0))
 # perceptually even from dark to bright (anchors of matplotlib's "magma")
 HEAT = ((0, 0, 4), (59, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191))
 
@@ -44,8 +44,8 @@ class _Card:
     """One look, ready to be placed. `source` is its box in pixels of the image, None when it has none of its own."""
 
     view: "Image.Image | None"
-    caption: list[tuple[str, Colour, int]]  # text, colour, font size
-    accent: Colour
+    caption: list[tuple[str, Color, int]]  # text, color, font size
+    accent: Color
     source: Box | None = None
 
 
@@ -226,18 +226,18 @@ def _heated(view: "Image.Image", look: Look) -> "Image.Image":
     place = round(x1), round(y1), max(round(x2), round(x1) + 1), max(round(y2), round(y1) + 1)
     area = (place[2] - place[0], place[3] - place[1])
     spread = np.asarray(Image.fromarray(heat).resize(area, Image.Resampling.BICUBIC)).clip(0, 1)
-    colours = np.dstack([_magma(spread), 255 * (0.3 + 0.4 * spread)]).astype(np.uint8)
+    colors = np.dstack([_magma(spread), 255 * (0.3 + 0.4 * spread)]).astype(np.uint8)
     layer = Image.new("RGBA", view.size, (*PAPER, 150))  # what the tokens do not cover is faded
-    layer.paste(Image.fromarray(colours, "RGBA"), place[:2])
+    layer.paste(Image.fromarray(colors, "RGBA"), place[:2])
     return Image.alpha_composite(view.convert("RGBA"), layer).convert("RGB")
 
 
 def _magma(values: "np.ndarray") -> "np.ndarray":
-    """Colours (h, w, 3) of values (h, w) in 0..1."""
+    """Colors (h, w, 3) of values (h, w) in 0..1."""
     import numpy as np
 
     at = np.linspace(0, 1, len(HEAT))
-    return np.stack([np.interp(values, at, [colour[i] for colour in HEAT]) for i in range(3)], axis=-1)
+    return np.stack([np.interp(values, at, [color[i] for color in HEAT]) for i in range(3)], axis=-1)
 
 
 def _column(cards: list[_Card], x: int, y: int) -> list[tuple[_Card, int, int]]:
@@ -262,7 +262,7 @@ def _card_height(card: _Card) -> int:
 
 
 def _place(canvas: "Image.Image", card: _Card, x: int, y: int) -> None:
-    """Draw `card` with its top left corner at (x, y): the view in a frame of its colour, the caption under it."""
+    """Draw `card` with its top left corner at (x, y): the view in a frame of its color, the caption under it."""
     from PIL import ImageDraw
 
     draw = ImageDraw.Draw(canvas)
@@ -301,12 +301,12 @@ def _foot(answer: Answer, width: int) -> "Image.Image":
     return _text_image(lines, width)
 
 
-def _wrapped(text: str, colour: Colour, size: int, width: int) -> list[tuple[str, Colour, int]]:
+def _wrapped(text: str, color: Color, size: int, width: int) -> list[tuple[str, Color, int]]:
     """The first MOST_LINES lines of `text`, each at most `width` pixels; "…" where it goes on."""
     lines = list(islice(_lines(text, _font(size), width), MOST_LINES + 1))
     if len(lines) > MOST_LINES:
         lines[MOST_LINES - 1 :] = [lines[MOST_LINES - 1].rstrip(" .,")[:-1] + "…"]
-    return [(line, colour, size) for line in lines]
+    return [(line, color, size) for line in lines]
 
 
 def _lines(text: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", width: int) -> Iterator[str]:
@@ -338,11 +338,11 @@ def _line_height(size: int) -> int:
     return round(size * 1.35)
 
 
-def _text_height(lines: list[tuple[str, Colour, int]]) -> int:
+def _text_height(lines: list[tuple[str, Color, int]]) -> int:
     return sum(_line_height(size) for _, _, size in lines)
 
 
-def _text_image(lines: list[tuple[str, Colour, int]], width: int) -> "Image.Image":
+def _text_image(lines: list[tuple[str, Color, int]], width: int) -> "Image.Image":
     from PIL import Image
 
     image = Image.new("RGB", (width, max(_text_height(lines), 1)), PAPER)
@@ -350,13 +350,13 @@ def _text_image(lines: list[tuple[str, Colour, int]], width: int) -> "Image.Imag
     return image
 
 
-def _write(image: "Image.Image", lines: list[tuple[str, Colour, int]], corner: tuple[int, int]) -> None:
+def _write(image: "Image.Image", lines: list[tuple[str, Color, int]], corner: tuple[int, int]) -> None:
     from PIL import ImageDraw
 
     draw, (x, y) = ImageDraw.Draw(image), corner
-    for text, colour, size in lines:
-        bold = 0 if colour is SOFT else 0.5 if size > 20 else 0.3
-        draw.text((x, y), text, font=_font(size), fill=colour, stroke_width=bold)
+    for text, color, size in lines:
+        bold = 0 if color is SOFT else 0.5 if size > 20 else 0.3
+        draw.text((x, y), text, font=_font(size), fill=color, stroke_width=bold)
         y += _line_height(size)
 
 
@@ -389,20 +389,20 @@ def _scaled(box: Box, scale: float, size: tuple[int, int]) -> Box:
     return left, top, max(right, left), max(bottom, top)
 
 
-def _dashed(draw, box: Box, colour: Colour, dash: int = 7) -> None:
+def _dashed(draw, box: Box, color: Color, dash: int = 7) -> None:
     left, top, right, bottom = box
     for x in range(left, right, 2 * dash):
         for y in (top, bottom):
-            draw.line((x, y, min(x + dash, right), y), fill=(*colour, 255), width=2)
+            draw.line((x, y, min(x + dash, right), y), fill=(*color, 255), width=2)
     for y in range(top, bottom, 2 * dash):
         for x in (left, right):
-            draw.line((x, y, x, min(y + dash, bottom)), fill=(*colour, 255), width=2)
+            draw.line((x, y, x, min(y + dash, bottom)), fill=(*color, 255), width=2)
 
 
-def _badge(layer: "Image.Image", corner: tuple[int, int], text: str, colour: Colour) -> None:
+def _badge(layer: "Image.Image", corner: tuple[int, int], text: str, color: Color) -> None:
     """A number on a filled square at the top left corner of a box."""
     from PIL import ImageDraw
 
     draw, (x, y), side = ImageDraw.Draw(layer), corner, 24
-    draw.rectangle((x, y, x + side, y + side), fill=(*colour, 255))
+    draw.rectangle((x, y, x + side, y + side), fill=(*color, 255))
     draw.text((x + side / 2 + 0.5, y + side / 2 + 0.5), text, font=_font(16), fill=(255, 255, 255, 255), anchor="mm")

@@ -106,7 +106,7 @@ class Teller:
         return turns(self.processor, qa.question, [(qa.answer, "")], [page.image]), [_whole(page)]
 
 
-# kind of conversation -> how it is told
+# kind of conversation -> its formatter
 KINDS: dict[str, Callable[[Teller, Page, QA, np.random.Generator], Conversation]] = {
     "read": Teller.read,
     "locate": Teller.locate,

@@ -5,8 +5,6 @@ The region that is taught takes in what stands beside the answer in its rows ("T
 of conversation more: `snip` reads a tight window around an answer, `line` reads any line out. And attention is guided:
 while an answer is written, one head of an inner layer is asked to look at the letter just written (`guide[0]`), one of
 the next layer at the letter to come (`guide[1]`), and a third, while a region is named, at what is asked for.
-
-Knows pages, scans and the language model's attention; not optimisers, not files.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ to tell. What is shown, and how much of each, is the table `pieces.PIECES`.
 
 `align` draws tokens to the language model's own words for their letters, and `meet` brings the two together before it.
 
-Letters are upper case and without spaces. Knows pages, scans and the vision tower; not how the language model thinks.
+Letters are upper case and without spaces.
 """
 
 from __future__ import annotations

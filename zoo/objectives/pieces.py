@@ -1,7 +1,7 @@
 """Pieces of pages and scans to read from: what is shown of a sheet, at which size, and what is printed there.
 
 Which pieces there are is the table `PIECES`. Frames: boxes are (x1, y1, x2, y2) in pixels of the sheet, x2 and y2
-exclusive; a grid is (rows, columns) of merged tokens over a window. Knows pages, scans and geometry; not models.
+exclusive; a grid is (rows, columns) of merged tokens over a window.
 """
 
 from __future__ import annotations

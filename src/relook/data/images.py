@@ -33,7 +33,7 @@ ImageRef = Any  # a path (str, maybe with a crop suffix) in files; a PIL image o
 
 NEAR = 60  # bits of 575
 PICTURES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
-_SIDE, _WAVES = 64, 24
+_SIDE, _FREQUENCIES = 64, 24
 _FLAT = 2.0  # standard deviation in grey levels, under which a picture (a blank page) has nothing to compare
 _ORIENTATION = 0x0112  # the EXIF tag
 _SIDEWAYS = (5, 6, 7, 8)  # its values that swap the sides
@@ -243,8 +243,8 @@ def _look(image: Image.Image) -> bytes | None:
     pixels = np.asarray(small, dtype=np.float64)
     if pixels.std() < _FLAT:
         return None
-    waves = _cosines() @ pixels @ _cosines().T
-    values = waves.ravel()[1:]  # without the mean
+    spectrum = _cosines() @ pixels @ _cosines().T
+    values = spectrum.ravel()[1:]  # without the mean
     return np.packbits(values > np.median(values)).tobytes()
 
 
@@ -253,7 +253,7 @@ def _cosines() -> np.ndarray:
     import numpy as np
 
     at = np.arange(_SIDE)
-    return np.cos(np.pi * (2 * at[None] + 1) * np.arange(_WAVES)[:, None] / (2 * _SIDE))
+    return np.cos(np.pi * (2 * at[None] + 1) * np.arange(_FREQUENCIES)[:, None] / (2 * _SIDE))
 
 
 # -- finding published paths

@@ -99,7 +99,7 @@ class FeatureCache:
         return self.entries[key], seen_as
 
     def _mean(self) -> tuple[int, int, int]:
-        """The colour that is nearest to zero once normalized."""
+        """The color that is nearest to zero once normalized."""
         red, green, blue = (round(255 * value) for value in self.processor.image_processor.image_mean)
         return red, green, blue
 

@@ -52,7 +52,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "seg_projector": ("projectors.seg",),
 }
 
-HEADS = "throwaway heads"  # auxiliary heads of an objective; they do not ship
+HEADS = "auxiliary heads"  # of an objective; they do not ship
 
 LAYERS = (".blocks.", ".layers.")  # of the vision encoder and of the language model
 

@@ -1,10 +1,8 @@
 """A recipe: everything that decides a training run, in one YAML file, checked before anything starts.
 
-A recipe names a model (a size, or weights to start from), data (a synthetic world, or a JSON of items
+A recipe names a model (a size, or weights to start from), data (a synthetic dataset, or a JSON of items
 in the published format) and stages. Unknown keys are errors that name the nearest valid key. Paths are relative: to the
 working directory, as in `out=`; a recipe in the repository holds no absolute path.
-
-Knows the schema only: not how a stage learns (stages), not how a run goes (run).
 """
 
 from __future__ import annotations
