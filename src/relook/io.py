@@ -83,6 +83,30 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def locked_folder(folder: str | Path) -> Iterator[None]:
+    """Hold `folder` (made if need be) for this process while the block runs; the lock dies with its process.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{folder}: another run is writing here; wait for its end, or choose another folder") from error
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another place") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 # -- YAML and names
 
 
