@@ -1,17 +1,18 @@
-"""Files written whole or not at all, YAML checked against a schema, and seeded random generators.
+"""Files written whole or not at all, JSON lines, YAML checked against a schema, and seeded random generators.
 
-Everything that writes a file or a folder goes through `replacing*`: written aside (`NAME.part` in the same folder) and
-renamed at the end, so that a reader never sees half of it.
+A whole file or folder goes through `replacing*`: written aside (`NAME.part` in the same folder) and renamed at the end,
+so that a reader never sees half of it.
 """
 
 from __future__ import annotations
 
 import difflib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -105,6 +106,29 @@ def locked_folder(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+# -- JSON lines
+
+
+def append_lines(path: str | Path, entries: Iterable[Any]) -> None:
+    """Append entries to a file of JSON lines, after whatever a killed writer left; on the disk when this returns."""
+    text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    with Path(path).open("a+b") as file:
+        if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+            text = "\n" + text
+        file.write(text.encode("utf-8", "backslashreplace"))  # a lone surrogate as JSON writes it: \udc80
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: str | Path) -> list[Any]:
+    """The entries of a file of JSON lines, without lines that a write left unfinished; none where there is no file."""
+    path, found = Path(path), []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 # -- YAML and names

@@ -1,4 +1,4 @@
-"""A folder that one run writes into: a second run is refused, and the lock of a killed process is gone."""
+"""Locked folders and JSON lines: a second run is refused, a killed one leaves neither a lock nor a broken file."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from relook.errors import UserError
-from relook.io import locked_folder
+from relook.io import append_lines, locked_folder, read_lines
 
 HOLD = """
 import sys, time
@@ -35,3 +35,13 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"), locked_folder(tmp_path / "file" / "run"):
         pass
+
+
+def test_lines_are_appended_after_a_write_that_was_cut(tmp_path):
+    path = tmp_path / "log.jsonl"
+    assert read_lines(path) == []
+    append_lines(path, [{"a": 1}, {"text": "\u00e9 \udc80"}])
+    with path.open("ab") as file:
+        file.write(b'{"cut": "in the mid')
+    append_lines(path, [{"b": 2}])
+    assert read_lines(path) == [{"a": 1}, {"text": "\u00e9 \udc80"}, {"b": 2}]
