@@ -19,8 +19,7 @@ from torch import nn
 from relook.errors import CheckpointError, UserError
 from relook.looks import LOOKS
 from relook.model.configuration import VPTQwen2VLConfig
-from relook.model.loading import _quiet as quiet
-from relook.model.loading import check_free, load_model, load_processor, resolve, save_new
+from relook.model.loading import check_free, load_model, load_processor, quiet, resolve, save_new
 from relook.model.modeling import VPTQwen2VLForConditionalGeneration
 from relook.model.new import build
 from relook.model.start import new_token_rows

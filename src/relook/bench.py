@@ -278,7 +278,7 @@ def _models() -> tuple[Any, Any, Any]:
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     from relook.model import VPTQwen2VLForConditionalGeneration
-    from relook.model.new import Size, build_config, build_processor, build_tokenizer
+    from relook.model.new import Size, build_config, build_processor
 
     view = {"longest_side": SIDE}
     size = Size(
@@ -288,8 +288,8 @@ def _models() -> tuple[Any, Any, Any]:
             "intermediate_size": 1408},
         first=view, crop=view, reencode=view,
     )  # fmt: skip
-    tokenizer = build_tokenizer(size)
-    config = build_config(size, tokenizer)
+    processor = build_processor(size)
+    config = build_config(size, processor)
     model = VPTQwen2VLForConditionalGeneration(config).eval()
     model.lm_head.weight.data[config.para_end_id] = 0  # logit 0, below the maximum: no answer ends early
     shared = {key: config.to_dict()[key] for key in ("text_config", "vision_config", "image_token_id", "video_token_id",
@@ -297,7 +297,7 @@ def _models() -> tuple[Any, Any, Any]:
     plain = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**shared, tie_word_embeddings=True))
     weights = {name: value for name, value in model.state_dict().items() if name in plain.state_dict()}
     plain.load_state_dict(weights)
-    return model, build_processor(size, tokenizer), plain
+    return model, processor, plain
 
 
 def _image(seed: int) -> Any:

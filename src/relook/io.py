@@ -134,6 +134,16 @@ def read_lines(path: str | Path) -> list[Any]:
 # -- YAML and names
 
 
+def checkpoint_name(name: str | Path) -> str:
+    """The last part of a folder or hub id; of a snapshot in the hub's cache, the repository's name.
+
+    >>> checkpoint_name("/cache/models--rp-yu--Qwen2-VL-2b-VPT-Det/snapshots/0a1b")
+    'Qwen2-VL-2b-VPT-Det'
+    """
+    parts = Path(name).parts
+    return parts[-3].rpartition("--")[2] if parts[-2:-1] == ("snapshots",) and len(parts) > 2 else Path(name).name
+
+
 def read_yaml(path: str | Path) -> Any:
     """The content of a YAML file.
 

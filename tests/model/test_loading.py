@@ -23,10 +23,13 @@ from transformers import (
 import relook
 from relook.errors import CheckpointError, UserError
 from relook.model import VPTQwen2VLConfig
-from relook.model.inspect import convert, count_parameters, inspect
-from relook.model.loading import load_model, load_processor, load_published, resolve
-from relook.model.published import PUBLISHED, published_config
+from relook.model.loading import count_parameters, inspect, load_model, load_processor, resolve
+from relook.model.published import PUBLISHED, convert, published_config
 from relook.model.start import new_model
+
+
+def load_published(folder, **settings):
+    return load_model(folder, dtype="float32", device="cpu", **settings)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -92,7 +95,7 @@ def test_wrong_shapes_raise(clip):
     [
         (lambda f: (f / "model.safetensors").unlink(), "no weights here"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{broken"), "not a readable weight file"),
-        (lambda f: (f / "config.json").write_text("{"), "not a readable JSON config"),
+        (lambda f: (f / "config.json").write_text("{"), "not a readable JSON file"),
         (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "model_type is 'llama'"),
         (lambda f: (f / "config.json").unlink(), "no config.json"),
     ],

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from support.qwen2vl_folder import plain_qwen2_vl
 
 from relook.errors import CheckpointError, UserError
-from relook.model.start import Start, is_plain, new_model
+from relook.model.start import Start, new_model, open_start
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,8 @@ def test_settings_that_do_not_go_together(values, words):
 
 def test_a_folder_whose_config_cannot_be_read(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"not a readable config\.json"):
-        is_plain(tmp_path)
+    with pytest.raises(CheckpointError, match=r"config\.json: not a readable JSON file"):
+        open_start(Start(start=str(tmp_path)))
 
 
 def test_a_look_whose_encoder_is_not_there(tmp_path):

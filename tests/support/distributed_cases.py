@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from relook.model.rank_sync import synchronised_ranks
+from relook.model.segments import synchronised_ranks
 from relook.train import distributed
 from support import ROOT
 from support.tiny_model import conversation, stack, tiny_config, tiny_model

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from relook.model.loading import load_published
+from relook.model.loading import load_model
 from support import SHARED, TESTS
 
 ROOTS = [p for p in (SHARED / "parity", TESTS / "fixtures" / "parity") if p.is_dir()]
@@ -49,7 +49,7 @@ def encoder_configs(model: str) -> dict[str, Any]:
 
 def fresh(model: str) -> Any:
     """Load the fixture model with embeddings and vision encoders frozen, as in the published code."""
-    loaded = load_published(folder(model), encoder_config=encoder_configs(model))
+    loaded = load_model(folder(model), dtype="float32", device="cpu", encoder_config=encoder_configs(model))
     loaded.config.input_grads = "published"
     return loaded
 

@@ -19,7 +19,7 @@ from support.own_items import write_items_of
 
 from relook.data.collate import SkippedSample
 from relook.errors import UserError
-from relook.model.rank_sync import synchronised_ranks
+from relook.model.segments import synchronised_ranks
 from relook.train import distributed
 from relook.train.runner import run
 from relook.train.skipped import SkippedReport

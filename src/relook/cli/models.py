@@ -17,8 +17,7 @@ app = typer.Typer(help="Models: what ships, what is inside, conversion.")
 @app.command("list")
 def list_models(as_json: AsJson = False) -> None:
     """List the models that ship with relook."""
-    from relook.model.inspect import inspect
-    from relook.model.loading import shipped_models
+    from relook.model.loading import inspect, shipped_models
 
     found = [inspect(name) for name in shipped_models()]
     if as_json:
@@ -37,7 +36,7 @@ def inspect_model(
     as_json: AsJson = False,
 ) -> None:
     """Show a model's parts, parameters, dtype, looks and token ids, without loading its weights."""
-    from relook.model.inspect import inspect
+    from relook.model.loading import inspect
 
     found = inspect(model)
     print(json.dumps(found, indent=2) if as_json else describe(found))
@@ -53,7 +52,7 @@ def convert_model(
     ] = None,
 ) -> None:
     """Write a checkpoint in the other layout: relook's own (safetensors, complete) or the published one."""
-    from relook.model.inspect import convert
+    from relook.model.published import convert
 
     encoders = read_json(encoder_config) if encoder_config is not None else None
     print(f"written: {convert(source, target, to=to, encoder_config=encoders)}")

@@ -1,4 +1,4 @@
-"""The configuration of a Qwen2-VL that may look again.
+"""The configuration of a Qwen2-VL that may look again, read from relook's layout or the published one.
 
 Everything needed to rebuild the model without a network is here: the published keys (transformers 4.45,
 spec: `detection_action_id`, `num_inner_forward_run`, ...) under their published names and meanings, and the few
@@ -7,11 +7,16 @@ fields the published checkpoints left to the command line (which looks, which en
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen2VLConfig
+from transformers.utils import cached_file
 
+from relook.io import checkpoint_name
 from relook.looks import LOOKS
 
 POSITION_MODES = ("mrope", "sequential")
@@ -96,6 +101,39 @@ class VPTQwen2VLConfig(Qwen2VLConfig):
         _one_of("para_mask_id", [self.para_mask_id], (0, 1, 2))
         _one_of("para_mask_draw", [self.para_mask_draw], ("batch", "sample"))
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return values, {**kwargs, "name_or_path": str(pretrained_model_name_or_path)}  # as AutoConfig gives it
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], encoder_config: dict | None = None, **kwargs: Any) -> Any:
+        """A config from the values of a config.json in either layout.
+
+        A published config does not say how its model was run (that came from the command line): models past the
+        alignment stage are run with the condition (`num_inner_forward_run` 2), whatever number was saved. Nor does it
+        hold the configs of its encoders: they are `encoder_config` (`{"dino": {...}, "sam_vision": {...}}`), or the
+        encoder_config.json beside it (what `convert --to published` writes), or the published ones.
+        """
+        if "position_mode" not in config_dict:  # which relook always writes
+            from .encoders import ENCODERS
+            from .encoders import encoder_config as make
+
+            name = kwargs.get("name_or_path", "")
+            given = encoder_config or _encoder_configs_beside(name)
+            names = config_dict.get("vision_encoder_ls") or []
+            config_dict = {
+                **config_dict,
+                "num_inner_forward_run": 1 if config_dict.get("alignment") else 2,
+                "encoders": {
+                    look: make(look, given.get(spec.legacy_key)).to_diff_dict()
+                    for look, spec in ENCODERS.items()
+                    if LOOKS[look].encoder in names
+                },
+                "provenance": {"layout": "published", "source": checkpoint_name(name)},
+            }
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def reencodings(self) -> list[str]:
         """Names of the re-encoding looks this model has, in the order of the look table."""
@@ -113,6 +151,15 @@ class VPTQwen2VLConfig(Qwen2VLConfig):
         return (
             None if pad is None else ReencodeIds(pad, -1 if start is None else start, -1 if action is None else action)
         )
+
+
+def _encoder_configs_beside(name: str) -> dict[str, Any]:
+    quiet = {f"_raise_exceptions_for_{kind}": False for kind in ("gated_repo", "missing_entries", "connection_errors")}
+    path = cached_file(name, "encoder_config.json", **quiet) if name else None
+    try:
+        return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a readable JSON file ({error})") from error
 
 
 def _one_of(field: str, seen, expected) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: found by name and loaded strictly (`checkpoints` inspects and converts, `building` starts new ones).
+"""Checkpoints: found by name, loaded strictly, looked into and written.
 
 A folder describes itself (config.json, safetensors, processor files). Published folders (transformers 4.45 names,
 `.bin` shards, encoder configs left to the hub) load too. A load is whole or an error that names what is missing.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,9 @@ from transformers.utils import logging
 
 from relook.errors import CheckpointError, UserError
 from relook.io import replacing_folder
-from relook.looks import LOOKS
 
 from .adapters import is_adapter
 from .configuration import VPTQwen2VLConfig
-from .encoders import ENCODERS, encoder_config
 from .modeling import VPTQwen2VLForConditionalGeneration
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"
@@ -81,11 +79,11 @@ def _from_hub(name: str) -> Path:
 class LoadReport:
     """What a load did: names as in the model (`missing`, `mismatched`) or as in the files (`unexpected`, `renamed`)."""
 
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    mismatched: list[str] = field(default_factory=list)
-    renamed: int = 0
-    loaded: int = 0
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[str]
+    renamed: int
+    loaded: int
 
     @property
     def complete(self) -> bool:
@@ -113,7 +111,7 @@ def load_model(
 
     Args:
         name_or_path: a shipped model, a folder in relook's or the published layout or a hub id (adapters:
-            `start.open_start`).
+            `start.open_model`).
         dtype: default float32 on CPU, bfloat16 on a GPU that has it.
         device: default "cuda" where there is one, else "cpu".
         encoder_config: only for published folders with unusual encoders: `{"dino": {...}, "sam_vision": {...}}`.
@@ -123,66 +121,37 @@ def load_model(
     """
     folder = resolve(name_or_path)
     device = torch_device(device)
-    dtype = default_dtype(device) if dtype is None else dtype
     if is_adapter(folder):
         raise UserError(f"{folder}: this is an adapter, not a model; open it with relook.load, or merge it first")
-    model, report = load_with_report(
-        folder, read_config(folder, encoder_config), torch_dtype(dtype), attn_implementation
-    )
+    config = read_config(folder, encoder_config)
+    model, report = load_with_report(folder, config, torch_dtype(dtype, device), attn_implementation)
     if not report.complete:
         raise CheckpointError(f"{folder}: the weights do not fill the model: {report}. Check config.json or the files")
     model.load_report = report
     return model.to(device).eval()  # type: ignore[arg-type]  # torch's own signature, wrapped by transformers
 
 
-def load_published(
-    folder: str | Path, encoder_config: dict[str, Any] | None = None, dtype: torch.dtype | str = torch.float32
-) -> VPTQwen2VLForConditionalGeneration:
-    """Load a checkpoint in the published layout (spec section 7) on the CPU.
-
-    `encoder_config` is the parsed `encoder_config.json` of a tiny model (read from the folder where it lies there);
-    published checkpoints leave the DINOv2-large and SAM ViT-L configs to the hub; `encoders` has these.
-    """
-    return load_model(folder, dtype=dtype, device="cpu", encoder_config=encoder_config)
-
-
-def read_config(folder: str | Path, encoder_configs: dict[str, Any] | None = None) -> VPTQwen2VLConfig:
-    """config.json of either layout -> a complete config.
-
-    A published config does not say how its model was run (that came from the command line): models past the alignment
-    stage are run with the condition (`num_inner_forward_run` 2), whatever number was saved.
-    """
+def read_config(folder: str | Path, encoder_config: dict[str, Any] | None = None) -> VPTQwen2VLConfig:
+    """config.json of either layout -> a complete config (`VPTQwen2VLConfig.from_dict`)."""
     path = Path(folder) / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable JSON config ({error})") from error
+    values = read_json(path)
     kind = values.get("model_type")
     if kind != VPTQwen2VLConfig.model_type:
         raise CheckpointError(
             f"{path}: model_type is {kind!r}; expected 'qwen2_vl_vpt'. To start from a plain Qwen2-VL use "
             "relook.model.start.new_model"
         )
-    if "position_mode" not in values:  # the published layout
-        values["num_inner_forward_run"] = 1 if values.get("alignment") else 2
-        values["encoders"] = {}
-        given = encoder_configs or _encoder_configs_beside(Path(folder))
-        for look, spec in ENCODERS.items():
-            if LOOKS[look].encoder in (values.get("vision_encoder_ls") or []):
-                values["encoders"][look] = encoder_config(look, given.get(spec.legacy_key)).to_diff_dict()
-        values["provenance"] = {"layout": "published", "source": Path(folder).name}
     try:
-        return VPTQwen2VLConfig.from_dict(values)
+        return VPTQwen2VLConfig.from_dict(values, encoder_config, name_or_path=str(folder))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _encoder_configs_beside(folder: Path) -> dict[str, Any]:
-    """The folder's own encoder_config.json, where it has one (what `convert --to published` writes)."""
-    path = folder / "encoder_config.json"
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of a checkpoint. Raises CheckpointError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
 
 
@@ -203,12 +172,11 @@ def torch_device(device: torch.device | str | None) -> torch.device:
     return found
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU that has it, else float32."""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def torch_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+def torch_dtype(dtype: torch.dtype | str | None, device: torch.device | None = None) -> torch.dtype | str:
+    """torch's dtype of that name, or "auto"; by default bfloat16 on a GPU that has it, else float32."""
+    if dtype is None:
+        on_gpu = device is not None and device.type == "cuda"
+        return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     found = getattr(torch, dtype, None)
@@ -218,34 +186,34 @@ def torch_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
 
 
 def load_with_report(
-    folder: Path, config: VPTQwen2VLConfig, dtype: torch.dtype | str, attn_implementation: str | None
+    folder: Path, config: VPTQwen2VLConfig, dtype: torch.dtype | str, attn_implementation: str | None = None
 ) -> tuple[VPTQwen2VLForConditionalGeneration, LoadReport]:
-    keys = stored_keys(folder)
-    if config.tie_word_embeddings and _lm_head_differs(folder, keys):
-        config.tie_word_embeddings = False  # trained apart: tying would throw one of the two away
-        config.get_text_config().tie_word_embeddings = False
+    """A model of this config with the weights of a folder, on the CPU; what does not fit is in the report."""
+    stored = stored_tensors(folder)
     cls: Any = VPTQwen2VLForConditionalGeneration  # from_pretrained's return type depends on output_loading_info
     extra: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     # Mismatched shapes are let through here so that they come back by name, with everything else that does not fit.
-    extra |= {"dtype": dtype, "ignore_mismatched_sizes": True, "local_files_only": True, "weights_only": True}
+    extra |= {"ignore_mismatched_sizes": True, "local_files_only": True, "weights_only": True}
     try:
-        with _quiet():
-            model, info = cls.from_pretrained(folder, config=config, output_loading_info=True, **extra)
+        with quiet():
+            model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **extra)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{folder}: the weights cannot be read: {str(error).strip().splitlines()[0]}") from error
+    if model.lm_head.weight is not model.get_input_embeddings().weight:  # stored apart, whatever the config says
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
     names = set(model.state_dict())
     report = LoadReport(
         missing=sorted(info["missing_keys"]),
         unexpected=sorted(info["unexpected_keys"]),
         mismatched=sorted(str(key[0]) for key in info["mismatched_keys"]),
-        renamed=len([k for k in keys if k not in names]),
-        loaded=len(keys),
+        renamed=len([k for k in stored if k not in names]),
+        loaded=len(stored),
     )
     return model, report
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar and no table of keys from transformers: the report is ours to give."""
     bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
@@ -271,37 +239,20 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder}: no weights here; expected *.safetensors or pytorch_model*.bin beside config.json")
 
 
-def stored_keys(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
-    """Names in the weight files -> (file, dtype, shape)."""
-    keys: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+def stored_tensors(folder: Path) -> dict[str, str]:
+    """Names in the weight files -> dtype as the files write it ("BF16", "bfloat16"), without the numbers."""
+    found: dict[str, str] = {}
     for path in weight_files(folder):
         try:
             if path.suffix == ".safetensors":
-                with safe_open(path, framework="pt") as f:
-                    for key in f.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                        part = f.get_slice(key)
-                        keys[key] = (path, str(part.get_dtype()), tuple(part.get_shape()))
+                with safe_open(path, framework="pt") as file:
+                    found |= {key: str(file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118
             else:
                 tensors = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-                keys.update({k: (path, str(t.dtype), tuple(t.shape)) for k, t in tensors.items()})
+                found |= {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()}
         except Exception as error:  # safetensors and torch raise several kinds for a damaged file
             raise CheckpointError(f"{path}: not a readable weight file ({type(error).__name__}: {error})") from error
-    return keys
-
-
-def _lm_head_differs(folder: Path, keys: dict[str, tuple[Path, str, tuple[int, ...]]]) -> bool:
-    names = [n for n in ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight") if n in keys]
-    if "lm_head.weight" not in keys or not names:
-        return False
-    return not torch.equal(_read_tensor(keys, "lm_head.weight"), _read_tensor(keys, names[0]))
-
-
-def _read_tensor(keys: dict[str, tuple[Path, str, tuple[int, ...]]], name: str) -> torch.Tensor:
-    path = keys[name][0]
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as f:
-            return f.get_tensor(name)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)[name]
+    return found
 
 
 def load_processor(name_or_path: str | Path) -> Any:
@@ -316,6 +267,57 @@ def load_processor(name_or_path: str | Path) -> Any:
     for key in ("is_local", "local_files_only"):  # how it was loaded is nothing to save with it
         processor.tokenizer.init_kwargs.pop(key, None)
     return processor
+
+
+# -- looking into -----------------------------------------------------------------------------------------------------
+
+PARTS = {  # prefix of a parameter's name -> the part it belongs to
+    "model.visual.": "ViT",
+    "model.language_model.embed_tokens.": "token embeddings",
+    "model.language_model.": "language model",
+    "lm_head.": "lm_head",
+    "encoders.": "encoder",
+    "projectors.": "projector",
+}
+
+
+def count_parameters(config: VPTQwen2VLConfig) -> dict[str, int]:
+    """Parameters by part. A tied lm_head counts as stored apart, as in the published files."""
+    counts: dict[str, int] = {}
+    for name, parameter in meta_model(config).named_parameters(remove_duplicate=False):
+        prefix, part = next((p, t) for p, t in PARTS.items() if name.startswith(p))
+        if prefix in ("encoders.", "projectors."):
+            part = f"{name.split('.')[1]} {part}"
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts
+
+
+def meta_model(config: VPTQwen2VLConfig) -> VPTQwen2VLForConditionalGeneration:
+    """The model on the meta device: names and shapes without numbers."""
+    with torch.device("meta"):
+        model = VPTQwen2VLForConditionalGeneration(config)
+    model.tie_weights()
+    return model
+
+
+def inspect(name_or_path: str | Path) -> dict[str, Any]:
+    """What a checkpoint is, without loading its weights: parts, parameters, dtypes, looks, token ids, provenance."""
+    folder = resolve(name_or_path)
+    config, stored = read_config(folder), stored_tensors(folder)
+    ids = {look: i for look in config.reencodings if (i := config.reencode_ids(look)) is not None}
+    return {
+        "model": str(name_or_path),
+        "layout": "published" if (config.provenance or {}).get("layout") == "published" else "relook",
+        "looks": config.looks,
+        "parameters": count_parameters(config),
+        "stored_tensors": len(stored),
+        "dtypes": sorted(set(stored.values())),
+        "token_ids": {look: {"pad": i.pad, "start": i.start, "action": i.action} for look, i in ids.items()},
+        "num_inner_forward_run": config.num_inner_forward_run,
+        "position_mode": config.position_mode,
+        "domain": config.domain,
+        "provenance": config.provenance,
+    }
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -336,7 +338,7 @@ def save_new(model: Any, processor: Any, target: str | Path) -> Path:
     """
     check_free(target)
     with replacing_folder(target) as out:
-        with _quiet():
+        with quiet():
             model.save_pretrained(out)
         processor.save_pretrained(out)
     return Path(target)

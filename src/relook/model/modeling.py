@@ -15,13 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.cache_utils import Cache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.models.qwen2_vl.modeling_qwen2_vl import CausalLMOutputWithPast
 
 from relook.errors import UserError
@@ -31,16 +33,17 @@ from .encoders import ENCODERS, build_encoder
 from .generation import LookGenerationMixin
 from .packed import Packed
 from .projector import ConditionedProjector, init_projector_layer
-from .published import register_keys
-from .rank_sync import max_over_ranks, ranks_synchronised, zero_of
 from .segments import (
     SegmentedBatch,
     SegmentedForward,
     find_calls,
     find_image_spans,
     masked_columns,
+    max_over_ranks,
     put_columns,
+    ranks_synchronised,
     same_images,
+    zero_of,
 )
 
 
@@ -53,17 +56,6 @@ class LookAgainOutput(CausalLMOutputWithPast):
     """
 
     last_state: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class BaseImages:
-    """The base model's images and videos (first looks and crops), as its `forward` takes them."""
-
-    pixel_values: Tensor | None
-    pixel_values_videos: Tensor | None
-    image_grid_thw: Any  # (k, 3) int64; None without images
-    video_grid_thw: Any
-    mm_encoder_outputs: dict[str, Any] | None
 
 
 _IMAGE_ENCODER: ContextVar[Callable[..., Any] | None] = ContextVar("image_encoder", default=None)
@@ -101,18 +93,19 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
     def _add_looks(self, config: Any) -> None:
         """Encoders and projectors, keyed by the look's name."""
         width = config.text_config.hidden_size
-        extra = [look for look in config.reencodings if look in ENCODERS]
         self.encoders = nn.ModuleDict(
-            {look: build_encoder(look, config.encoders.get(look), config._attn_implementation) for look in extra}
+            {
+                look: build_encoder(look, config.encoders.get(look), config._attn_implementation)
+                for look in config.reencodings
+                if look in ENCODERS
+            }
         )
         self.projectors = nn.ModuleDict()
         for look in config.reencodings:
-            if look in ENCODERS:
-                spec = ENCODERS[look]
-                projector = ConditionedProjector(spec.width(self.encoders[look].config), width, spec.feature_map)
-            else:  # the model's own ViT
-                projector = ConditionedProjector(width, width, "identity")
-            self.projectors[look] = projector
+            spec = ENCODERS.get(look)  # None: the model's own ViT
+            channels = width if spec is None else spec.width(self.encoders[look].config)
+            feature_map = "identity" if spec is None else spec.feature_map
+            self.projectors[look] = ConditionedProjector(channels, width, feature_map)
 
     # -- the steps of `forward` and of the loop; none keeps state ---------------------------------------------------
 
@@ -234,88 +227,71 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         Returns:
             LookAgainOutput: loss, logits (B, L, vocab), past_key_values, last_state (B, d).
         """
-        base = BaseImages(pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw, mm_encoder_outputs)
-        looks = {
-            "clip": dict(pixel_values=clip_pixel_values, image_grid_thw=clip_images_grid_thw),
-            "detection": dict(detection_images=detection_images),
-            "seg": dict(seg_images=seg_images),
-        }
-        looks = {name: tensors for name, tensors in looks.items() if next(iter(tensors.values())) is not None}
+        base = dict(
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
+            mm_encoder_outputs=mm_encoder_outputs,
+        )
+        clip = dict(pixel_values=clip_pixel_values, image_grid_thw=clip_images_grid_thw)
+        looks = {"clip": clip, "detection": {"detection_images": detection_images}, "seg": {"seg_images": seg_images}}
+        looks = {look: tensors for look, tensors in looks.items() if next(iter(tensors.values())) is not None}
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        packed = self._packed(conversation_ids, past)
+        if past and conversation_ids is not None:
+            raise UserError("packed conversations cannot continue a cache; pass them without past_key_values")
+        attention = self.model.language_model.config._attn_implementation
+        packed = None if conversation_ids is None else Packed(conversation_ids, attention)
         run = dict(past_key_values=past_key_values, use_cache=use_cache if packed is None else False, **kwargs)
-        if input_ids is None:
-            outputs = self._run_embeds(inputs_embeds, attention_mask, position_ids, base, looks, packed, run)
-        else:
-            if position_ids is None:
-                position_ids = self._initial_positions(input_ids, attention_mask, base, packed, past)
-            embedded = self._embed(input_ids, inputs_embeds, previous_state, base, looks, packed)
-            batch = self._batch(attention_mask, position_ids, packed, *embedded)
-            outputs = self._run(batch, input_ids, para_mask_modes, run)
+        if position_ids is None and input_ids is not None:
+            if past:
+                raise UserError(
+                    "a cache is continued without position_ids, and positions after an image cannot be told from "
+                    "the new tokens alone. Pass position_ids=model.rope_positions(block, grids, start)[0][:, None]"
+                )
+            position_ids = self._positions(input_ids, attention_mask, image_grid_thw, video_grid_thw, packed)
+        batch = self._batch(input_ids, inputs_embeds, attention_mask, position_ids, previous_state, base, looks, packed)
+        outputs = self._run(batch, input_ids, para_mask_modes, run)
         return self._head(outputs, labels, logits_to_keep, kwargs)
 
-    def _packed(self, conversation_ids: Tensor | None, past: int) -> Packed | None:
-        if conversation_ids is None:
-            return None
-        if past:
-            raise UserError("packed conversations cannot continue a cache; pass them without past_key_values")
-        return Packed(conversation_ids, self.model.language_model.config._attn_implementation)
-
-    def _initial_positions(self, input_ids, attention_mask, base: BaseImages, packed: Packed | None, past: int):
-        """(3, B, L) positions of conversations that begin in this forward."""
-        if past:
-            raise UserError(
-                "a cache is continued without position_ids, and positions after an image cannot be told from the "
-                "new tokens alone. Pass position_ids=model.rope_positions(block, grids, start)[0][:, None]"
-            )
-        return self._positions(input_ids, attention_mask, base.image_grid_thw, base.video_grid_thw, packed)
-
-    def _run_embeds(self, inputs_embeds, attention_mask, position_ids, base: BaseImages, looks, packed, run) -> Any:
-        """The base model over embeddings without their ids: no looks, since these are found by token id."""
-        if looks:
-            raise UserError("images for a look came without input_ids: their places are found by token id")
-        inputs = dict(attention_mask=attention_mask, position_ids=position_ids)
-        if packed is not None and inputs_embeds is not None and position_ids is not None:
-            inputs = packed.full_inputs(position_ids[-3:], inputs_embeds.dtype)
-        return self.model(inputs_embeds=inputs_embeds, **inputs, **vars(base), **run)
-
-    def _embed(self, input_ids, inputs_embeds, previous_state, base: BaseImages, looks, packed: Packed | None):
-        """All that is known before the language model runs: (inputs_embeds (B, L, d), calls, spans, features).
+    def _batch(
+        self, input_ids, embeds, attention_mask, position_ids, previous_state, base, looks, packed
+    ) -> SegmentedBatch:
+        """All that is known before the language model runs.
 
         Base images and unconditioned re-encoded images are merged into the embeddings; the other spans wait for the
-        hidden state of their call.
+        hidden state of their call. Embeddings without their ids hold no looks, since these are found by token id.
         """
-        synchronised, numbers = ranks_synchronised() and self.training, None if packed is None else packed.numbers
-        zero = zero_of(self._conditional_parameters()) if synchronised else None
-        features, base = self._encode_looks(looks, base)
+        if looks and input_ids is None:
+            raise UserError("images for a look came without input_ids: their places are found by token id")
+        synchronised, numbers = ranks_synchronised(), None if packed is None else packed.numbers
+        zero = zero_of(self._conditional_parameters()) if synchronised and self.training else None
         with self._input_grad_context():
-            if inputs_embeds is None:
-                inputs_embeds = self.get_input_embeddings()(input_ids)
-            inputs_embeds = self._merge_base_images(input_ids, inputs_embeds, base)
+            outputs, features = self._encode_images(base, looks)
+            embeds = self.get_input_embeddings()(input_ids) if embeds is None else embeds
+            embeds = self._merge_base_images(input_ids, embeds, outputs)
         conditioned = self.config.num_inner_forward_run == 2
         ids = {n: i for n in self.config.reencodings if (i := self.config.reencode_ids(n)) is not None}
-        calls = find_calls(input_ids, ids, numbers) if conditioned and ids else []
+        calls = find_calls(input_ids, ids, numbers) if conditioned and ids and input_ids is not None else []
         if conditioned and previous_state is not None:
             for token in ids.values():
                 is_action = input_ids[:, :1, None] == token.action
-                first = torch.where(is_action, previous_state[:, None].to(inputs_embeds.dtype), inputs_embeds[:, :1])
-                inputs_embeds = torch.cat([first, inputs_embeds[:, 1:]], dim=1)
+                first = torch.where(is_action, previous_state[:, None].to(embeds.dtype), embeds[:, :1])
+                embeds = torch.cat([first, embeds[:, 1:]], dim=1)
         spans = []
         for look, images in features.items():
             found = find_image_spans(input_ids, look, ids[look].pad, [_tokens(x) for x in images], calls, numbers)
             for span in found:
                 if span.call is None:
                     tokens, _ = self.project(look, images[span.image])
-                    inputs_embeds = put_columns(inputs_embeds, span.row, span.columns, tokens)
+                    embeds = put_columns(embeds, span.row, span.columns, tokens)
             spans += found
-        return inputs_embeds if zero is None else inputs_embeds + zero.to(inputs_embeds), calls, spans, features
-
-    def _batch(self, attention_mask, position_ids, packed: Packed | None, embeds, calls, spans, features):
+        embeds = embeds if zero is None else embeds + zero.to(embeds)
         depth = max((call.order + 1 for call in calls), default=0)
-        depth = max_over_ranks(depth, embeds.device) if ranks_synchronised() else depth
+        depth = max_over_ranks(depth, embeds.device) if synchronised else depth
         if packed is not None:
             attention_mask = (packed.numbers >= 0).long()
-        if depth or packed is not None:
+        if position_ids is not None and (depth or packed is not None):
             position_ids = position_ids[-3:]  # without the text positions that transformers may put in front
         return SegmentedBatch(embeds, attention_mask, position_ids, packed, calls, spans, features, depth)
 
@@ -329,45 +305,43 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         encode = _IMAGE_ENCODER.get() or self.model.get_image_features
         return encode(pixel_values, image_grid_thw, return_dict=True)
 
-    def _encode_looks(self, looks: dict[str, Any], base: BaseImages) -> tuple[dict[str, list[Tensor]], BaseImages]:
-        """Features of every look, and the base images, encoded where a clip look could share them.
+    def _encode_images(self, base: dict[str, Any], looks: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The encoder's outputs for the base model's images and videos, and the features of every look's images.
 
         A clip look at an image that is also a first look or a crop takes that one's features: one encoder run.
         """
-        images, clip = base.pixel_values, looks.get("clip")
-        if clip is None or images is None or (base.mm_encoder_outputs or {}).get("image") is not None:
-            return {name: self.encode(name, **tensors) for name, tensors in looks.items()}, base
-        pixels, grids = clip["pixel_values"], clip["image_grid_thw"]
-        same = same_images(pixels, grids, images, base.image_grid_thw)
-        with self._input_grad_context():
-            first = self._image_features(images, base.image_grid_thw)
-        others = [i for i, at in enumerate(same) if at is None]
-        encoded: list[Tensor] = []
-        if others:
-            parts = pixels.split(grids.prod(-1).tolist())
-            pixels, grids = torch.cat([parts[i] for i in others]), grids[others]
-            encoded = self.encode("clip", pixel_values=pixels, image_grid_thw=grids)
-        rest = iter(encoded)
-        features = {"clip": [next(rest) if at is None else first.pooler_output[at] for at in same]}
-        features |= {name: self.encode(name, **tensors) for name, tensors in looks.items() if name != "clip"}
-        return features, replace(base, mm_encoder_outputs={**(base.mm_encoder_outputs or {}), "image": first})
-
-    def _merge_base_images(self, input_ids: Tensor, inputs_embeds: Tensor, base: BaseImages) -> Tensor:
-        """First looks and crops (and videos) into the embeddings, exactly as the base model does."""
-        outputs = dict(base.mm_encoder_outputs or {})
-        if outputs.get("image") is None and base.pixel_values is not None:
-            outputs["image"] = self._image_features(base.pixel_values, base.image_grid_thw)
-        if outputs.get("video") is None and base.pixel_values_videos is not None:
-            video = (base.pixel_values_videos, base.video_grid_thw)
+        outputs: dict[str, Any] = dict(base["mm_encoder_outputs"] or {})
+        features: dict[str, list[Tensor]] = {}
+        pixels, grids = base["pixel_values"], base["image_grid_thw"]
+        given = outputs.get("image") is not None
+        if pixels is not None and not given:
+            outputs["image"] = self._image_features(pixels, grids)
+        if outputs.get("video") is None and base["pixel_values_videos"] is not None:
+            video = (base["pixel_values_videos"], base["video_grid_thw"])
             outputs["video"] = self.model.get_video_features(*video, return_dict=True)
-        for index, (kind, output) in enumerate((k, outputs.get(k)) for k in ("image", "video")):
-            if output is not None:
-                values = torch.cat(list(output.pooler_output), dim=0).to(inputs_embeds)
-                mask = self.model.get_placeholder_mask(input_ids, inputs_embeds, **{f"{kind}_features": values})[index]
-                inputs_embeds = inputs_embeds.masked_scatter(mask, values)
-        return inputs_embeds
+        if "clip" in looks and pixels is not None and not given:
+            clips, sizes = looks["clip"]["pixel_values"], looks["clip"]["image_grid_thw"]
+            same = same_images(clips, sizes, pixels, grids)
+            others = [i for i, at in enumerate(same) if at is None]
+            rest: Iterator[Tensor] = iter(())
+            if others:
+                parts = clips.split(sizes.prod(-1).tolist())
+                clips = torch.cat([parts[i] for i in others])
+                rest = iter(self.encode("clip", pixel_values=clips, image_grid_thw=sizes[others]))
+            features["clip"] = [next(rest) if at is None else outputs["image"].pooler_output[at] for at in same]
+        features |= {look: self.encode(look, **tensors) for look, tensors in looks.items() if look not in features}
+        return outputs, features
 
-    def _run(self, batch: SegmentedBatch, input_ids: Tensor, modes: Tensor | None, run: dict[str, Any]) -> Any:
+    def _merge_base_images(self, input_ids: Tensor, embeds: Tensor, outputs: dict[str, Any]) -> Tensor:
+        """First looks and crops (and videos) into the embeddings, exactly as the base model does."""
+        for index, kind in enumerate(("image", "video")):
+            if outputs.get(kind) is not None:
+                values = torch.cat(list(outputs[kind].pooler_output), dim=0).to(embeds)
+                mask = self.model.get_placeholder_mask(input_ids, embeds, **{f"{kind}_features": values})[index]
+                embeds = embeds.masked_scatter(mask, values)
+        return embeds
+
+    def _run(self, batch: SegmentedBatch, input_ids: Any, modes: Tensor | None, run: dict[str, Any]) -> Any:
         """The language model over a batch: in one piece without calls, else in segments over one cache.
 
         Where mask modelling hides the prefix after its conditions are known, the prefix runs first and then the whole.
@@ -430,4 +404,17 @@ class VPTQwen2VLForConditionalGeneration(LookAgainMixin, Qwen2VLForConditionalGe
             super()._init_weights(module)
 
 
-register_keys(VPTQwen2VLForConditionalGeneration.__name__)
+# Published name of a weight (transformers 4.45) -> name here; regular expressions at the start of a key. transformers
+# renames while it loads, and back while it saves, by tables registered per class name. Its two functions are not stable
+# API (transformers 5.23): `tests/model/test_loading.py` fails when they change.
+PUBLISHED_TO_HERE = {
+    r"^visual": "model.visual",
+    r"^model(?!\.(language_model|visual))": "model.language_model",
+    r"^(detection|seg)_model": r"encoders.\1",
+    r"^(clip|detection|seg)_projector": r"projectors.\1",
+}
+register_checkpoint_conversion_mapping(
+    VPTQwen2VLForConditionalGeneration.__name__,
+    [WeightRenaming(source_patterns=old, target_patterns=new) for old, new in PUBLISHED_TO_HERE.items()],
+    overwrite=True,
+)

@@ -65,15 +65,8 @@ class Size:
     initialise: Callable[[Any], None] | None = None  # of a fresh model, after its weights were drawn
 
 
-def phrases(size: Size) -> list[str]:
-    """All sentences the tokenizer learns its merges from, without doubles, in a fixed order."""
-    sentences = ["system", "user", "assistant", "\n", looks.DEFAULT_SYSTEM, looks.ANSWER_PREFIX, "Region 0: \n"]
-    sentences += [spec.trigger for spec in looks.LOOKS.values()]
-    return list(dict.fromkeys([*sentences, *size.phrases]))
-
-
 def build_tokenizer(size: Size) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer of class Qwen2Tokenizer: 256 bytes, merges from `phrases`, then the special tokens.
+    """A byte-level BPE tokenizer of class Qwen2Tokenizer: 256 bytes, merges, then the special tokens.
 
     Ids: bytes and merges first, then the end of turn and padding, the rest of `SPECIALS`, and the control tokens of the
     size's looks in the published order.
@@ -89,7 +82,9 @@ def build_tokenizer(size: Size) -> PreTrainedTokenizerBase:
     trainer = trainers.BpeTrainer(
         vocab_size=4096, min_frequency=1, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    learner.train_from_iterator(phrases(size), trainer)
+    known = ["system", "user", "assistant", "\n", looks.DEFAULT_SYSTEM, looks.ANSWER_PREFIX, "Region 0: \n"]
+    known += [spec.trigger for spec in LOOKS.values()]
+    learner.train_from_iterator(dict.fromkeys([*known, *size.phrases]), trainer)
     model = json.loads(learner.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=cast(Any, merges), eos_token="<|im_end|>")
@@ -100,56 +95,8 @@ def build_tokenizer(size: Size) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_config(size: Size, tokenizer: PreTrainedTokenizerBase, **extra: Any) -> Any:
-    """The VPTQwen2VLConfig of a row, with the token ids of `tokenizer`."""
-
-    def token_id(token: str) -> int:
-        return int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
-
-    hidden, heads = size.lm["hidden_size"], size.lm["num_attention_heads"]
-    # One frequency each for t, h, w in turn, so that rows and columns are told apart at every scale.
-    rope = {"rope_type": "default", "rope_theta": size.rope_theta, "mrope_section": [1] * (hidden // heads // 2)}
-    text = {
-        **size.lm,
-        "vocab_size": len(tokenizer),
-        "rope_parameters": rope,
-        "max_position_embeddings": 4096,
-        "initializer_range": size.init_std,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": token_id("<|im_end|>"),
-        "pad_token_id": token_id("<|endoftext|>"),
-    }
-    vision = {**size.vit, "hidden_size": hidden, "mlp_ratio": 4, "initializer_range": size.init_std}
-    ids: dict[str, Any] = {}
-    for name in size.looks:
-        spec = LOOKS[name]
-        if spec.reencodes and spec.start and spec.action:
-            ids |= {
-                f"{name}_image_token_id": token_id(spec.pad),
-                f"{name}_action_start_id": token_id(spec.start),
-                f"{name}_action_id": token_id(spec.action),
-            }
-    make: Any = VPTQwen2VLConfig  # the fields it inherits are not in its signature
-    return make(
-        text_config=text,
-        vision_config=vision,
-        tie_word_embeddings=True,
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-        para_start_id=token_id("<|im_start|>"),
-        para_end_id=token_id("<|im_end|>"),
-        vision_encoder_ls=[LOOKS[n].encoder for n in size.looks if LOOKS[n].reencodes],
-        initializer_range=size.init_std,
-        **ids,
-        **extra,
-    )
-
-
-def build_processor(size: Size, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The VPTQwen2VLProcessor of a row: patch size, views and grid of the row, around `tokenizer`."""
+def build_processor(size: Size) -> Any:
+    """The VPTQwen2VLProcessor of a row: its tokenizer, patch size, views and grid."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     from relook.processing import View, VPTQwen2VLProcessor
@@ -163,7 +110,7 @@ def build_processor(size: Size, tokenizer: PreTrainedTokenizerBase) -> Any:
     )
     return VPTQwen2VLProcessor(
         images,
-        tokenizer,
+        build_tokenizer(size),
         looks=size.looks,
         grid_size=size.grid,
         region_margin=size.region_margin,
@@ -172,6 +119,35 @@ def build_processor(size: Size, tokenizer: PreTrainedTokenizerBase) -> Any:
         reencode_look=View(**size.reencode),
         free_choice=size.free_choice,
         question_first=size.question_first,
+    )
+
+
+def build_config(size: Size, processor: Any, **extra: Any) -> Any:
+    """The VPTQwen2VLConfig of a row, with the token ids of its processor."""
+    tokenizer = processor.tokenizer
+    hidden, heads = size.lm["hidden_size"], size.lm["num_attention_heads"]
+    # One frequency each for t, h, w in turn, so that rows and columns are told apart at every scale.
+    rope = {"rope_type": "default", "rope_theta": size.rope_theta, "mrope_section": [1] * (hidden // heads // 2)}
+    text = {
+        **size.lm,
+        "vocab_size": len(tokenizer),
+        "rope_parameters": rope,
+        "max_position_embeddings": 4096,
+        "initializer_range": size.init_std,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.convert_tokens_to_ids(looks.IM_END),
+        "pad_token_id": tokenizer.convert_tokens_to_ids(SPECIALS[0]),
+    }
+    make: Any = VPTQwen2VLConfig  # the fields it inherits are not in its signature
+    return make(
+        text_config=text,
+        vision_config={**size.vit, "hidden_size": hidden, "mlp_ratio": 4, "initializer_range": size.init_std},
+        tie_word_embeddings=True,
+        vision_encoder_ls=[LOOKS[n].encoder for n in size.looks if LOOKS[n].reencodes],
+        initializer_range=size.init_std,
+        **processor.config_token_ids(),
+        **extra,
     )
 
 
@@ -184,12 +160,12 @@ def build(size: Size | str, seed: int, **extra: Any) -> tuple[Any, Any]:
         extra: further config fields (`domain=`, `provenance=`).
     """
     row: Size = find("size", size, {}, fits=lambda row: isinstance(row, Size)) if isinstance(size, str) else size
-    tokenizer = build_tokenizer(row)
-    config = build_config(row, tokenizer, **extra)
+    processor = build_processor(row)
+    config = build_config(row, processor, **extra)
     torch.manual_seed(seed)
     model = VPTQwen2VLForConditionalGeneration(config)
     for projector in model.projectors.values():
         torch.nn.init.normal_(projector.linear_condition.weight, std=row.condition_std)
     if row.initialise is not None:
         row.initialise(model)
-    return model.float(), build_processor(row, tokenizer)
+    return model.float(), processor

@@ -2,64 +2,54 @@
 
 - `PUBLISHED`, `BASES`: a row for each checkpoint and the shapes of their base models, from which they can be built
   without a network (spec.md, section 7).
-- `register_keys`: the renaming between the published weight names (transformers 4.45) and the modules here.
-- `save_published`: writes the published layout, a flat config and one `pytorch_model.bin`. (`loading` reads it.)
+- `convert`: writes a checkpoint in the other layout. (`VPTQwen2VLConfig` and `VPTQwen2VLProcessor` read the published
+  one; `modeling` has the names of its weights.)
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
+from relook.errors import UserError
+from relook.io import replacing_folder
 from relook.looks import LOOKS, control_tokens
 
+from .configuration import VPTQwen2VLConfig
 from .encoders import ENCODERS
-
-if TYPE_CHECKING:
-    from .configuration import VPTQwen2VLConfig
-    from .modeling import VPTQwen2VLForConditionalGeneration
+from .loading import check_free, load_model, read_config, resolve, stored_tensors, weight_files
 
 # -- facts
 
 BASE_TOKENS = 151657  # ids below are Qwen2-VL's own; the published tokenizers add theirs from here
 
-_VISION = dict(depth=32, embed_dim=1280, mlp_ratio=4, num_heads=16, patch_size=14)
-_ROPE = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0}
+
+def _base(hidden: int, intermediate: int, heads: tuple[int, int], vocabulary: int, tied: bool) -> dict[str, Any]:
+    return dict(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=28,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        vocab_size=vocabulary,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=32768,
+        rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0},
+        tie_word_embeddings=tied,
+        vision_config=dict(depth=32, embed_dim=1280, mlp_ratio=4, num_heads=16, patch_size=14, hidden_size=hidden),
+    )
+
+
 BASES: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen2-VL-2B-Instruct": dict(
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        vocab_size=151936,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=32768,
-        rope_parameters=_ROPE,
-        tie_word_embeddings=True,
-        vision_config=dict(**_VISION, hidden_size=1536),
-    ),
-    "Qwen/Qwen2-VL-7B-Instruct": dict(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152064,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=32768,
-        rope_parameters=_ROPE,
-        tie_word_embeddings=False,
-        vision_config=dict(**_VISION, hidden_size=3584),
-    ),
+    "Qwen/Qwen2-VL-2B-Instruct": _base(1536, 8960, (12, 2), 151936, tied=True),
+    "Qwen/Qwen2-VL-7B-Instruct": _base(3584, 18944, (28, 4), 152064, tied=False),
 }
 
 
@@ -72,7 +62,6 @@ class Published:
     look: str
     alignment: bool
     billions: float
-    free_choice: bool = False
 
 
 _2B, _7B = BASES
@@ -83,7 +72,7 @@ PUBLISHED: dict[str, Published] = {
         Published("rp-yu/Qwen2-VL-2b-VPT-Seg-Alignment", _2B, "seg", True, 2.76),
         Published("rp-yu/Qwen2-VL-2b-VPT-CLIP", _2B, "clip", False, 2.45),
         Published("rp-yu/Qwen2-VL-2b-VPT-Det", _2B, "detection", False, 2.75),
-        Published("rp-yu/Qwen2-VL-2b-VPT-Det-NoPrompt", _2B, "detection", False, 2.75, free_choice=True),
+        Published("rp-yu/Qwen2-VL-2b-VPT-Det-NoPrompt", _2B, "detection", False, 2.75),
         Published("rp-yu/Qwen2-VL-2b-VPT-Seg", _2B, "seg", False, 2.76),
         Published("rp-yu/Qwen2-VL-7b-VPT-CLIP", _7B, "clip", False, 8.32),
     )
@@ -107,83 +96,70 @@ def look_token_ids(look: str, first: int = BASE_TOKENS) -> dict[str, int]:
 
 
 def published_config(name: str) -> dict[str, Any]:
-    """Values for `VPTQwen2VLConfig` of the published checkpoint `name`."""
+    """Values for `VPTQwen2VLConfig.from_dict` of the published checkpoint `name`."""
     row = PUBLISHED[name]
-    return dict(
-        **BASES[row.base],
-        **look_token_ids(row.look),
-        vision_encoder_ls=[LOOKS[row.look].encoder],
-        alignment=row.alignment,
-        num_inner_forward_run=1 if row.alignment else 2,
-    )
-
-
-# -- names of weights
-
-# Published name -> name here; regular expressions at the start of a key. transformers renames while it loads, and back
-# while it saves, by tables registered per class name. Its two functions are not stable API (transformers 5.23):
-# `tests/model/test_loading.py` fails when they change.
-PUBLISHED_TO_HERE: dict[str, str] = {
-    r"^visual": "model.visual",
-    r"^model(?!\.(language_model|visual))": "model.language_model",
-    r"^detection_model": "encoders.detection",
-    r"^seg_model": "encoders.seg",
-    r"^detection_projector": "projectors.detection",
-    r"^clip_projector": "projectors.clip",
-    r"^seg_projector": "projectors.seg",
-}
-
-
-def register_keys(class_name: str) -> None:
-    """Let transformers read and write the published names for the model class `class_name` (exact name)."""
-    renames: list[Any] = [
-        WeightRenaming(source_patterns=old, target_patterns=new) for old, new in PUBLISHED_TO_HERE.items()
-    ]
-    register_checkpoint_conversion_mapping(class_name, renames, overwrite=True)
+    own = {"vision_encoder_ls": [LOOKS[row.look].encoder], "alignment": row.alignment}
+    return {**BASES[row.base], **look_token_ids(row.look), **own}
 
 
 # -- layout
 
-_TEXT_KEYS = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("vocab_size", "hidden_act", "rms_norm_eps", "max_position_embeddings", "initializer_range"),
-    *("attention_dropout", "use_sliding_window", "max_window_layers", "bos_token_id", "eos_token_id", "pad_token_id"),
-)
-_VISION_KEYS = (
-    *("depth", "embed_dim", "hidden_size", "mlp_ratio", "num_heads", "patch_size", "in_channels"),
-    *("spatial_merge_size", "temporal_patch_size", "hidden_act"),
-)
-_OWN_KEYS = (
-    *("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings"),
-    *("para_start_id", "para_end_id", "num_inner_forward_run", "projector_scale", "para_mask_id", "para_mask_ratio"),
-    *("alignment", "vision_encoder_ls"),
-)
-_TOKEN_ID_KEYS = tuple(
-    f"{name}_{kind}"
-    for name, spec in LOOKS.items()
-    if spec.reencodes
-    for kind in ("image_token_id", "action_start_id", "action_id")
+_NOT_PUBLISHED = (
+    *("text_config", "rope_parameters", "layer_types", "dtype", "chunk_size_feed_forward", "is_encoder_decoder"),
+    *("id2label", "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states"),
+    *("region", "encoders", "position_mode", "input_grads", "para_mask_draw", "domain", "provenance", "tower"),
 )
 
 
 def published_config_values(config: VPTQwen2VLConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The flat dict of a published config.json."""
-    text, vision = config.get_text_config(), config.vision_config
-    rope = dict(text.rope_parameters)
+
+    def plain(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if name not in _NOT_PUBLISHED}
+
+    values = config.to_dict()
+    rope = values["text_config"]["rope_parameters"]
     return {
-        **{name: getattr(text, name, None) for name in _TEXT_KEYS},
-        **{name: getattr(config, name) for name in (*_OWN_KEYS, *_TOKEN_ID_KEYS)},
-        "model_type": config.model_type,
+        **plain(values["text_config"]),
+        **plain(values),
+        "vision_config": {**plain(values["vision_config"]), "model_type": "qwen2_vl"},
         "architectures": ["VPT_Qwen2VLForConditionalGeneration"],
-        "rope_theta": rope.get("rope_theta"),
-        "rope_scaling": {"type": "mrope", "mrope_section": rope.get("mrope_section")},
-        "vision_config": {"model_type": "qwen2_vl", **{name: getattr(vision, name) for name in _VISION_KEYS}},
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
         "torch_dtype": str(dtype).removeprefix("torch."),
         "transformers_version": "4.45.2",
     }
 
 
-def save_published(model: VPTQwen2VLForConditionalGeneration, config: VPTQwen2VLConfig, out: Path) -> None:
+def convert(
+    source: str | Path, target: str | Path, to: str = "relook", encoder_config: dict[str, Any] | None = None
+) -> Path:
+    """Write `source` anew in the "relook" layout (self-describing) or the "published" one (flat 4.45 config, `.bin`).
+
+    The folder appears whole or not at all. The published code reads only `.bin`, so that is what "published" writes.
+    """
+    if to not in ("relook", "published"):
+        raise UserError(f"--to {to!r} is not a layout; use relook or published")
+    check_free(target)
+    folder = resolve(source)
+    config = read_config(folder, encoder_config)  # as stored: loading may untie it
+    short = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    kinds = {short.get(kind, kind.removeprefix("torch.")) for kind in stored_tensors(folder).values()}
+    dtype = kinds.pop() if len(kinds) == 1 else "float32"
+    model = load_model(folder, dtype=dtype, device="cpu", encoder_config=encoder_config)
+    with replacing_folder(target) as out:
+        out.mkdir()
+        for path in folder.iterdir():  # tokenizer, processor, card: as they are
+            if path.is_file() and path not in weight_files(folder) and not path.name.endswith(".index.json"):
+                shutil.copy2(path, out / path.name)
+        if to == "relook":
+            model.save_pretrained(out)
+        else:
+            _save_published(model, config, out)
+    return Path(target)
+
+
+def _save_published(model: Any, config: VPTQwen2VLConfig, out: Path) -> None:
     """Write config.json, pytorch_model.bin and encoder_config.json into the folder `out`."""
     values = published_config_values(config, model.dtype)
     (out / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -2,8 +2,8 @@
 
 By causality the hidden state of a control token depends only on what stands before it. So every row is cut right before
 each of its action tokens; segment by segment the rows run through the language model, the state at the end of a segment
-conditions the look it asks for (`SegmentedForward.inject_condition`), and the rest continues from the same keys and
-values: no position runs twice.
+conditions the look it asks for (`inject_condition`), and the rest continues from the same keys and values: no position
+runs twice.
 
 Legend for shapes: B rows, L columns of the batch, S columns of one segment, N tokens of one image.
 """
@@ -11,12 +11,14 @@ Legend for shapes: B rows, L columns of the batch, S columns of one segment, N t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
 from transformers import DynamicCache
 
 from relook.errors import UserError
@@ -60,6 +62,14 @@ class Segment:
 
     columns: Tensor
     real: Tensor
+
+    @classmethod
+    def of(cls, chosen: Tensor) -> Segment:
+        """The columns where `chosen` (B, L) holds, from the left, padded on the right."""
+        lengths = chosen.sum(1)
+        width = max(1, int(lengths.max()))
+        real = torch.arange(width, device=chosen.device) < lengths[:, None]
+        return cls((~chosen).int().argsort(dim=1, stable=True)[:, :width] * real, real)
 
 
 def find_calls(
@@ -108,76 +118,13 @@ def find_image_spans(
         )
     spans = []
     for image, part in enumerate(places.split(list(lengths))):
-        row = int(part[0, 0])
+        row, column = part[0].tolist()
         if int(part[-1, 0]) != row:
             raise UserError(f"{look}: image {image} would straddle rows {row} and {int(part[-1, 0])} of the batch")
-        column = int(part[0, 1])
         number = 0 if conversations is None else int(conversations[row, column])
         before = [c for c in calls if (c.look, c.row, c.conversation) == (look, row, number) and c.start < column]
         spans.append(ImageSpan(look, image, row, part[:, 1], before[-1] if before else None))
     return spans
-
-
-def cut_segments(
-    mask: Tensor, calls: Sequence[CallSite], conversations: Tensor | None = None, depth: int | None = None
-) -> list[Segment]:
-    """Cut every row right before the action token of each call; segment k holds part k of all rows, right-padded.
-
-    The hidden state that conditions call k of a row is then in segment k, and everything that depends on it (the action
-    token's embedding, the second look) lies in later segments. The last part of every row is in the last segment, so
-    rows without a call only run there. Padding columns of the batch are in no segment. The conversations of a packed
-    row are cut separately; segment k holds the k-th part of all of them. There are `depth` + 1 segments, by default as
-    many as the calls need.
-
-    Example: mask of ones (2, 10); a call starting at column 3 of row 0 gives segments
-    [row 0: 0..3, row 1: nothing], [row 0: 4..9, row 1: 0..9].
-    """
-    depth = max((c.order + 1 for c in calls), default=0) if depth is None else depth
-    rows: list[list[list[int]]] = []
-    for row, pieces in enumerate(_conversation_columns(mask, conversations)):
-        parts: list[list[int]] = [[] for _ in range(depth + 1)]
-        for number, columns in pieces.items():
-            begin = 0
-            for order, cut in enumerate(c.start + 1 for c in calls if (c.row, c.conversation) == (row, number)):
-                end = next((i for i, c in enumerate(columns) if c >= cut), len(columns))
-                parts[order] += columns[begin:end]
-                begin = end
-            parts[depth] += columns[begin:]
-        rows.append(parts)
-    return [_segment([parts[k] for parts in rows], mask.device) for k in range(depth + 1)]
-
-
-def prefix_segment(mask: Tensor, calls: Sequence[CallSite], order: int, conversations: Tensor | None = None) -> Segment:
-    """All that stands before the conditions of the calls numbered `order`: their conversations, up to the call's start.
-
-    Example: as above, `order` 0 gives [row 0: 0..3, row 1: nothing].
-    """
-    ends = {(c.row, c.conversation): c.start for c in calls if c.order == order}
-    rows = [
-        [c for number, columns in pieces.items() for c in columns if c <= ends.get((row, number), -1)]
-        for row, pieces in enumerate(_conversation_columns(mask, conversations))
-    ]
-    return _segment(rows, mask.device)
-
-
-def _conversation_columns(mask: Tensor, conversations: Tensor | None) -> list[dict[int, list[int]]]:
-    """For each row: the number of each conversation and its columns (padding apart), from the left."""
-    numbers = torch.zeros_like(mask, dtype=torch.long) if conversations is None else conversations
-    rows: list[dict[int, list[int]]] = []
-    for real, row in zip(mask.bool().tolist(), numbers.tolist(), strict=True):
-        pieces: dict[int, list[int]] = {}
-        for column, (is_real, number) in enumerate(zip(real, row, strict=True)):
-            if is_real:
-                pieces.setdefault(number, []).append(column)
-        rows.append(pieces)
-    return rows
-
-
-def _segment(rows: list[list[int]], device: torch.device) -> Segment:
-    width = max(1, max(map(len, rows)))
-    columns = torch.tensor([columns + [0] * (width - len(columns)) for columns in rows], device=device)
-    lengths = torch.tensor([len(columns) for columns in rows], device=device)
-    return Segment(columns, torch.arange(width, device=device) < lengths[:, None])
 
 
 def gather_columns(x: Tensor, columns: Tensor) -> Tensor:
@@ -207,16 +154,15 @@ def same_images(pixels: Tensor, grids: Tensor, others: Tensor, other_grids: Tens
     ]
 
 
-def paragraph_mask(input_ids: Tensor, start_id: int, end_id: int, paragraphs: Sequence[int]) -> Tensor:
-    """(B, L) bool: columns strictly between the `<|im_start|>` and `<|im_end|>` of the numbered turns (system = 0)."""
-    mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    for row in range(input_ids.shape[0]):
-        starts = (input_ids[row] == start_id).nonzero().flatten().tolist()
-        ends = (input_ids[row] == end_id).nonzero().flatten().tolist()
-        for number in paragraphs:
-            if number < min(len(starts), len(ends)):
-                mask[row, starts[number] + 1 : ends[number]] = True
-    return mask
+# -- mask modelling ---------------------------------------------------------------------------------------------------
+
+
+def paragraph_mask(input_ids: Tensor, start_id: int, end_id: int, number: int) -> Tensor:
+    """(B, L) bool: columns strictly between the `<|im_start|>` and `<|im_end|>` of the numbered turn (system = 0)."""
+    starts, ends = input_ids == start_id, input_ids == end_id
+    opened = starts.cumsum(1)
+    inside = (opened > number) & ~(starts & (opened == number + 1)) & (ends.cumsum(1) <= number)
+    return inside & (ends.sum(1, keepdim=True) > number)
 
 
 def masked_columns(config: Any, input_ids: Tensor, batch: SegmentedBatch, modes: Tensor | None) -> Tensor | None:
@@ -239,9 +185,54 @@ def masked_columns(config: Any, input_ids: Tensor, batch: SegmentedBatch, modes:
     modes = torch.where(called, modes.cpu(), 0).to(ids.device)[:, None]
     if not modes.any():
         return None
-    hidden = [paragraph_mask(ids, config.para_start_id, config.para_end_id, (turn,)) for turn in (1, 3)]
+    hidden = [paragraph_mask(ids, config.para_start_id, config.para_end_id, turn) for turn in (1, 3)]
     mask = ((modes >= 1) & hidden[0]) | ((modes == 2) & hidden[1])
     return mask if packed is None else packed.repack(mask)
+
+
+# -- equally many forwards on every rank, where ranks hold a part of each weight (FSDP, ZeRO) --------------------------
+
+_SYNCHRONISED: ContextVar[bool] = ContextVar("ranks_synchronised", default=False)
+
+
+@contextmanager
+def synchronised_ranks(enabled: bool = True) -> Iterator[None]:
+    """Within, every forward runs an equal number of segments on all ranks.
+
+    A layer's weights are gathered when it runs, by all ranks at once. Looks break that: a batch with two looks a row
+    runs the layers three times, one without runs them once, and a projector that one rank needs another does not. So
+    ranks agree on the most calls of a conversation and run the missing segments on a column of padding, and every
+    conditionally used weight is added, times zero, on all of them. Losses and gradients stay as they are; but the
+    gradient of a weight that no rank uses is zero instead of None (an optimizer's momentum then moves it).
+    """
+    token = _SYNCHRONISED.set(enabled)
+    try:
+        yield
+    finally:
+        _SYNCHRONISED.reset(token)
+
+
+def ranks_synchronised() -> bool:
+    """Whether `synchronised_ranks` is in force."""
+    return _SYNCHRONISED.get()
+
+
+def max_over_ranks(depth: int, device: torch.device) -> int:
+    """The largest `depth` of all ranks."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return depth
+    found = torch.tensor(depth, device=device)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return int(found)
+
+
+def zero_of(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """A scalar zero with every trainable parameter in its graph.
+
+    Computed before anything else and added to the embeddings, it comes last in the backward pass. Gradients are then
+    ready in the same order on all ranks, which is the order in which ZeRO lays them out.
+    """
+    return sum((0 * parameter.sum() for parameter in parameters if parameter.requires_grad), torch.zeros(()))
 
 
 # -- the forward ------------------------------------------------------------------------------------------------------
@@ -269,20 +260,62 @@ class SegmentedBatch:
     features: dict[str, list[Tensor]]
     depth: int
 
-    @property
-    def numbers(self) -> Tensor | None:
-        """(B, L) the conversation of each column, None where each row holds one."""
-        return None if self.packed is None else self.packed.numbers
-
     def full_inputs(self) -> dict[str, Any]:
         """attention_mask and position_ids for all columns in one pass."""
         if self.packed is not None:
             return self.packed.full_inputs(self.position_ids, self.inputs_embeds.dtype)
         return {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
 
+    def conversation_of(self, call: CallSite) -> Any:
+        """(L,) whether each column of the call's row is of its conversation; True where the row holds only one."""
+        return True if self.packed is None else self.packed.numbers[call.row] == call.conversation
+
+    def segments(self, mask: Tensor) -> list[Segment]:
+        """Cut every row right before the action token of each call; segment k holds part k of all conversations.
+
+        The hidden state that conditions call k is then in segment k, and everything that depends on it (the action
+        token's embedding, the second look) lies in later segments. The last part of every conversation is in the last
+        segment, so those without a call only run there. Padding (`mask` (B, L) of 0) is in no segment.
+
+        Example: a call starting at column 3 of row 0 of two rows of 10 gives
+        [row 0: 0..3, row 1: nothing], [row 0: 4..9, row 1: 0..9].
+        """
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        part, last = torch.zeros_like(mask), torch.zeros_like(mask)
+        for call in self.calls:
+            own = self.conversation_of(call)
+            part[call.row] += (columns > call.start) & own
+            last[call.row] += torch.ones_like(columns) * own
+        part = part.where(part != last, self.depth)
+        return [Segment.of(mask.bool() & (part == number)) for number in range(self.depth + 1)]
+
+    def prefixes(self, mask: Tensor, order: int) -> Segment:
+        """All before the conditions of the calls numbered `order`: their conversations, up to the call's start.
+
+        Example: as above, `order` 0 gives [row 0: 0..3, row 1: nothing].
+        """
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        chosen = torch.zeros_like(mask, dtype=torch.bool)
+        for call in self.calls:
+            if call.order == order:
+                chosen[call.row] |= (columns <= call.start) & self.conversation_of(call)
+        return Segment.of(chosen & mask.bool())
+
+    def inject_condition(self, model: Any, embeds: Tensor, call: CallSite, state: Tensor) -> Tensor:
+        """Embeddings (B, L, d) with the hidden state (d,) of one call injected: a new tensor.
+
+        The state becomes the control token's input embedding and conditions the spans that answer the call.
+        """
+        embeds = put_columns(embeds, call.row, torch.tensor([call.start + 1], device=embeds.device), state[None])
+        for span in self.spans:
+            if span.call == call:
+                tokens, _ = model.project(span.look, self.features[span.look][span.image], state)
+                embeds = put_columns(embeds, span.row, span.columns, tokens)
+        return embeds
+
 
 class SegmentedForward:
-    """Runs a batch segment by segment over one growing cache (`cut_segments`).
+    """Runs a batch segment by segment over one growing cache (`SegmentedBatch.segments`).
 
     Args:
         model: a `LookAgainMixin`: its `model.language_model` runs, its `project` turns features into tokens.
@@ -306,7 +339,7 @@ class SegmentedForward:
         if mask.ndim != 2 or mask.shape[1] != self.past + length:
             raise UserError(f"attention_mask has shape {tuple(mask.shape)}; expected ({rows}, {self.past + length})")
         self.mask = mask[:, self.past :]
-        self.segments = cut_segments(self.mask, batch.calls, batch.numbers, batch.depth)
+        self.segments = batch.segments(self.mask)
         # Of every key in the cache: its column in the batch, and whether it is a token.
         self.columns = [torch.zeros(rows, self.past, dtype=torch.long, device=mask.device)]
         self.real = [mask[:, : self.past].bool()]
@@ -339,21 +372,9 @@ class SegmentedForward:
         calls = [call for call in self.batch.calls if call.order == order]
         for call in calls:
             at = (segment.real[call.row] & (segment.columns[call.row] == call.start)).nonzero()
-            embeds = self.inject_condition(embeds, call, states[call.row, int(at)])
+            embeds = self.batch.inject_condition(self.model, embeds, call, states[call.row, int(at)])
         if not calls and order < self.batch.depth:  # a segment that other ranks need: keep it in the graph here, too
             embeds = embeds + 0 * states.sum()
-        return embeds
-
-    def inject_condition(self, embeds: Tensor, call: CallSite, state: Tensor) -> Tensor:
-        """Embeddings (B, L, d) with the hidden state (d,) of one call injected: a new tensor.
-
-        The state becomes the control token's input embedding and conditions the spans that answer the call.
-        """
-        embeds = put_columns(embeds, call.row, torch.tensor([call.start + 1], device=embeds.device), state[None])
-        for span in self.batch.spans:
-            if span.call == call:
-                tokens, _ = self.model.project(span.look, self.batch.features[span.look][span.image], state)
-                embeds = put_columns(embeds, span.row, span.columns, tokens)
         return embeds
 
     def run_up_to_last(self) -> Tensor:
@@ -367,7 +388,7 @@ class SegmentedForward:
         """As `run_up_to_last`, without continuing a cache: before each call its whole prefix runs again."""
         embeds = self.batch.inputs_embeds
         for order in range(self.batch.depth):
-            segment = prefix_segment(self.mask, self.batch.calls, order, self.batch.numbers)
+            segment = self.batch.prefixes(self.mask, order)
             states = self.model.model.language_model(
                 inputs_embeds=gather_columns(embeds, segment.columns),
                 use_cache=False,
@@ -379,40 +400,38 @@ class SegmentedForward:
     def run(self) -> Any:
         """All segments; hidden states (and the cache, where it is kept) come back in the batch's own column order."""
         embeds, outputs = self.batch.inputs_embeds, []
-        for order, segment in enumerate(self.segments):
+        for number, segment in enumerate(self.segments):
             outputs.append(self._run(segment, embeds))
-            embeds = self._inject_all(order, segment, outputs[-1].last_hidden_state, embeds)
+            embeds = self._inject_all(number, segment, outputs[-1].last_hidden_state, embeds)
+        order = self._order()
         last = outputs[-1]
-        last.last_hidden_state = self._restore([o.last_hidden_state for o in outputs])
+        last.last_hidden_state = _restore([o.last_hidden_state for o in outputs], order)
         if last.hidden_states is not None:
-            last.hidden_states = tuple(
-                self._restore(layer) for layer in zip(*(o.hidden_states for o in outputs), strict=True)
-            )
+            layers = zip(*(o.hidden_states for o in outputs), strict=True)
+            last.hidden_states = tuple(_restore(layer, order) for layer in layers)
         last.attentions = None  # the maps of different segments have different widths
-        last.past_key_values = self._restore_cache() if self.keep_cache else None
+        last.past_key_values = self._restore_cache(order) if self.keep_cache else None
         return last
 
     def _order(self) -> Tensor:
         """(B, L): for each column of the batch, its place in the concatenated segments; -1 for padding."""
-        rows, length = self.batch.inputs_embeds.shape[:2]
         columns = torch.cat([w.columns for w in self.segments], dim=1)
-        real = torch.cat([w.real for w in self.segments], dim=1)
-        order = torch.full((rows, length), -1, device=columns.device)
-        row, place = real.nonzero(as_tuple=True)
+        row, place = torch.cat([w.real for w in self.segments], dim=1).nonzero(as_tuple=True)
+        order = torch.full_like(self.mask, -1)
         order[row, columns[row, place]] = place
         return order
 
-    def _restore(self, parts: Sequence[Tensor]) -> Tensor:
-        order = self._order()
-        return gather_columns(torch.cat(list(parts), dim=1), order.clamp(min=0)) * (order >= 0).unsqueeze(-1)
-
-    def _restore_cache(self) -> DynamicCache:
-        order = self._order().clamp(min=0) + self.past
+    def _restore_cache(self, order: Tensor) -> DynamicCache:
         before = torch.arange(self.past, device=order.device).expand(len(order), -1)
-        index = torch.cat([before, order], dim=1)[:, None, :, None]
+        index = torch.cat([before, order.clamp(min=0) + self.past], dim=1)[:, None, :, None]
         layers: Any = self.cache.layers
         for layer in layers:
             shape = (-1, layer.keys.shape[1], -1, layer.keys.shape[3])
             layer.keys = layer.keys.gather(2, index.expand(shape))
             layer.values = layer.values.gather(2, index.expand(shape))
         return self.cache
+
+
+def _restore(parts: Sequence[Tensor], order: Tensor) -> Tensor:
+    """Hidden states of all segments (B, S, d) -> (B, L, d), zero in padding."""
+    return gather_columns(torch.cat(list(parts), dim=1), order.clamp(min=0)) * (order >= 0).unsqueeze(-1)

@@ -12,8 +12,7 @@ Adapters (`adapters`) are opened by name like any other model: merged into their
 from __future__ import annotations
 
 import importlib.util
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,21 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from relook.errors import CheckpointError, UserError
+from relook.io import checkpoint_name
 from relook.looks import LOOKS
 
 from . import new
 from .adapters import ADAPTER_CONFIG, BASE, is_adapter, merge_updates
 from .configuration import VPTQwen2VLConfig
-from .encoders import ENCODERS, encoder_config
+from .encoders import encoder_config
 from .loading import (
     check_free,
-    default_dtype,
     load_model,
     load_processor,
     load_with_report,
+    meta_model,
     read_config,
+    read_json,
     resolve,
     save_new,
     torch_device,
@@ -101,14 +102,19 @@ def open_model(
     folder = resolve(name)
     if is_adapter(folder):
         device = torch_device(device)
-        model, processor = load_adapted(folder, dtype=default_dtype(device) if dtype is None else dtype)
+        model, processor = load_adapted(folder, None, torch_dtype(dtype, device), attn_implementation)
         return model.to(device), processor
     model = load_model(folder, dtype=dtype, device=device, attn_implementation=attn_implementation)
     return model, load_processor(folder)
 
 
 def open_start(
-    start: Start, *, seed: int = 0, domain: str | None = None, dtype: torch.dtype | str = torch.float32
+    start: Start,
+    *,
+    seed: int = 0,
+    domain: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    attn_implementation: str | None = None,
 ) -> tuple[VPTQwen2VLForConditionalGeneration, Any]:
     """The model that training starts from, on the CPU, and its processor.
 
@@ -118,7 +124,7 @@ def open_start(
         start: what to open.
         seed: of the weights that are drawn: all of a new model, or the projectors of a plain Qwen2-VL.
         domain: what a new model is trained on, for its config.
-        dtype: of weights that are loaded.
+        dtype, attn_implementation: of a model that is not new.
 
     Raises:
         UserError: no such model, or it lacks one of `start.looks` and is not plain.
@@ -129,8 +135,9 @@ def open_start(
             _take_vision_encoder(model, start.visual)
         return model, processor
     folder = resolve(str(start.start))
-    if is_plain(folder):
-        return new_model(folder, tuple(start.looks or ()), start.detection, start.seg, dtype, seed)
+    if _is_plain(folder):
+        encoders = (start.detection, start.seg)
+        return new_model(folder, tuple(start.looks or ()), *encoders, dtype, seed, attn_implementation)
     config = read_config(folder)
     lacking = [look for look in start.looks or () if look not in config.looks]
     if lacking:
@@ -138,7 +145,7 @@ def open_start(
             f"{start.start} has the looks {', '.join(config.looks)}, not {lacking[0]!r}; start from a plain Qwen2-VL "
             "to give it other looks"
         )
-    return open_model(folder, dtype=dtype, device="cpu")
+    return open_model(folder, dtype=dtype, device="cpu", attn_implementation=attn_implementation)
 
 
 def _take_vision_encoder(model: Any, source: str) -> None:
@@ -159,43 +166,35 @@ def _take_vision_encoder(model: Any, source: str) -> None:
 # -- a plain Qwen2-VL that is given looks -----------------------------------------------------------------------------
 
 
-def is_plain(folder: Path) -> bool:
+def _is_plain(folder: Path) -> bool:
     """Whether a folder holds a Qwen2-VL without looks."""
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: not a readable config.json ({error})") from error
-    return values.get("model_type") == "qwen2_vl"
+    return read_json(folder / "config.json").get("model_type") == "qwen2_vl"
 
 
 def new_model(
     base: str | Path,
-    looks: tuple[str, ...] = ("region", "clip"),
+    looks: Sequence[str] = ("region", "clip"),
     detection: str | Path | None = None,
     seg: str | Path | None = None,
     dtype: torch.dtype | str = torch.float32,
     seed: int = 0,
+    attn_implementation: str | None = None,
 ) -> tuple[VPTQwen2VLForConditionalGeneration, Any]:
     """A plain Qwen2-VL folder plus DINOv2 and SAM folders as one model with looks, in eval mode, and its processor.
 
     Control tokens are added to the tokenizer; their embeddings start at the mean of the old ones; projectors are
     Xavier-uniform from `seed`; everything else is the given weights.
     """
-    from transformers import Dinov2Model, SamModel
-
-    sources: dict[str, tuple[str | Path | None, Callable[[Any], Any]]] = {
-        "detection": (detection, lambda path: Dinov2Model.from_pretrained(path, dtype=dtype)),
-        "seg": (seg, lambda path: SamModel.from_pretrained(path, dtype=dtype).vision_encoder),
-    }
-    lacking = [look for look, (path, _) in sources.items() if look in looks and path is None]
-    if lacking:
-        raise UserError(f"look {lacking[0]!r} needs its encoder: give {lacking[0]}=FOLDER (DINOv2 or SAM weights)")
     folder = resolve(base)
-    encoders = {look: _read(load, path) for look, (path, load) in sources.items() if look in looks}
+    encoders = {
+        look: _read_encoder(look, path, dtype)
+        for look, path in (("detection", detection), ("seg", seg))
+        if look in looks
+    }
     config, processor, known = plain_config(folder, looks, {look: each.config for look, each in encoders.items()})
-    config.provenance = {"base": Path(folder).name, "seed": seed}
+    config.provenance = {"base": checkpoint_name(folder), "seed": seed}
     torch.manual_seed(seed)
-    model, report = load_with_report(folder, config, torch_dtype(dtype), None)
+    model, report = load_with_report(folder, config, torch_dtype(dtype), attn_implementation)
     foreign = [k for k in report.missing if not k.startswith(("encoders.", "projectors."))]
     if foreign or report.unexpected or report.mismatched:
         raise CheckpointError(f"{base}: not a whole Qwen2-VL checkpoint: {report}")
@@ -203,6 +202,20 @@ def new_model(
         model.encoders[look].load_state_dict(encoder.state_dict())
     new_token_rows(model, known, len(processor.tokenizer))
     return model.eval(), processor
+
+
+def _read_encoder(look: str, path: str | Path | None, dtype: torch.dtype | str) -> Any:
+    from transformers import Dinov2Model, SamModel
+
+    if path is None:
+        raise UserError(f"look {look!r} needs its encoder: give {look}=FOLDER (DINOv2 or SAM weights)")
+    try:
+        if look == "seg":
+            return SamModel.from_pretrained(path, dtype=dtype).vision_encoder
+        return Dinov2Model.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: no encoder could be read there ({first}); give a folder or a hub id") from error
 
 
 def plain_config(folder: Path, looks: Sequence[str], encoders: Mapping[str, Any]) -> tuple[VPTQwen2VLConfig, Any, int]:
@@ -226,28 +239,14 @@ def plain_config(folder: Path, looks: Sequence[str], encoders: Mapping[str, Any]
     processor = VPTQwen2VLProcessor.from_pretrained(folder)
     known = len(processor.tokenizer)
     processor.add_look_tokens(looks)
-    values = base_config.to_dict()
-    values.pop("architectures", None)
-    config = VPTQwen2VLConfig.from_dict(
-        {
-            **values,
-            "model_type": VPTQwen2VLConfig.model_type,
-            **processor.config_token_ids(),
-            "vision_encoder_ls": [LOOKS[look].encoder for look in looks if look != "region"],
-            "encoders": {look: config.to_diff_dict() for look, config in encoders.items()},
-            "region": "region" in looks,
-            "num_inner_forward_run": 2,
-        }
-    )
-    return config, processor, known
-
-
-def _read(load: Callable[[Any], Any], path: str | Path | None) -> Any:
-    try:
-        return load(path)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: no encoder could be read there ({first}); give a folder or a hub id") from error
+    values = {
+        **{name: value for name, value in base_config.to_dict().items() if name not in ("architectures", "model_type")},
+        **processor.config_token_ids(),
+        "vision_encoder_ls": [LOOKS[look].encoder for look in looks if look != "region"],
+        "encoders": {look: config.to_diff_dict() for look, config in encoders.items()},
+        "region": "region" in looks,
+    }
+    return VPTQwen2VLConfig(**values), processor, known
 
 
 @torch.no_grad()
@@ -276,11 +275,7 @@ class StartInfo:
     missing: str
 
     def meta_model(self) -> VPTQwen2VLForConditionalGeneration:
-        """The model on the meta device: names and shapes without numbers."""
-        with torch.device("meta"):
-            model = VPTQwen2VLForConditionalGeneration(self.config)
-        model.tie_weights()
-        return model
+        return meta_model(self.config)
 
 
 def describe_start(start: Start, *, seed: int = 0, domain: str | None = None) -> StartInfo:
@@ -292,53 +287,47 @@ def describe_start(start: Start, *, seed: int = 0, domain: str | None = None) ->
     if start.size is not None:
         model, processor = new.build(start.size, seed, domain=domain)
         return StartInfo(model.config, processor, _why_missing(start.visual))
-    try:
-        folder = resolve(str(start.start))
-    except UserError as error:
-        return _known_by_name(start, str(error))
+    if why := _why_missing(str(start.start)):
+        return _known_by_name(start, why)
+    folder = resolve(str(start.start))
     missing = ""
     if not is_adapter(folder):
         try:
             weight_files(folder)
         except CheckpointError as error:
             missing = str(error)
-    if is_plain(folder):
-        config, processor, _ = plain_config(folder, start.looks or (), _encoder_configs(start))
-        parts = [*map(_why_missing, (start.detection, start.seg)), missing]
-        return StartInfo(config, processor, "; ".join(filter(None, parts)))
+    if _is_plain(folder):
+        paths = {"detection": start.detection, "seg": start.seg}
+        encoders = {look: _encoder_config(look, path) for look, path in paths.items() if path is not None}
+        config, processor, _ = plain_config(folder, start.looks or (), encoders)
+        return StartInfo(config, processor, "; ".join(filter(None, [*map(_why_missing, paths.values()), missing])))
     return StartInfo(read_config(folder), load_processor(folder), missing)
 
 
 def _known_by_name(start: Start, why: str) -> StartInfo:
     name = str(start.start)
     short = name.removeprefix("rp-yu/")
-    looks = [look for look in start.looks or () if look != "region"]
     if short in PUBLISHED:
-        values, looks = published_config(short), [PUBLISHED[short].look]
+        values = published_config(short)
     elif name in BASES:
+        looks = [look for look in start.looks or () if look != "region"]
         values = {**BASES[name], "vision_encoder_ls": [LOOKS[look].encoder for look in looks]}
         for number, look in enumerate(looks):  # any ids will do, but distinct ones
             values |= look_token_ids(look, first=151657 + 25 * number)
     else:
         raise UserError(why)
-    encoders = {look: encoder_config(look, None).to_diff_dict() for look in looks if look in ENCODERS}
-    return StartInfo(VPTQwen2VLConfig.from_dict({**values, "encoders": encoders, "region": True}), None, why)
+    return StartInfo(VPTQwen2VLConfig.from_dict(values), None, why)
 
 
-def _encoder_configs(start: Start) -> dict[str, Any]:
-    """look -> its encoder's config, the published one where the folder or hub id does not answer."""
+def _encoder_config(look: str, path: str) -> Any:
+    """The config of a look's encoder, the published one where the folder or hub id does not answer."""
     from transformers import AutoConfig
 
-    found: dict[str, Any] = {}
-    for look, path in (("detection", start.detection), ("seg", start.seg)):
-        if path is None:
-            continue
-        try:
-            config = AutoConfig.from_pretrained(path)
-            found[look] = getattr(config, "vision_config", config) if look == "seg" else config
-        except (OSError, ValueError):
-            found[look] = encoder_config(look, None)
-    return found
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError):
+        return encoder_config(look, None)
+    return getattr(config, "vision_config", config) if look == "seg" else config
 
 
 def _why_missing(path: str | None) -> str:
@@ -355,7 +344,10 @@ def _why_missing(path: str | None) -> str:
 
 
 def load_adapted(
-    folder: str | Path, base: str | Path | None = None, dtype: torch.dtype | str = torch.float32
+    folder: str | Path,
+    base: str | Path | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    attn_implementation: str | None = None,
 ) -> tuple[Any, Any]:
     """The base with an adapter merged in, on the CPU in eval mode, and its processor.
 
@@ -373,7 +365,7 @@ def load_adapted(
     from peft.utils import load_peft_weights
 
     start, seed = _base_of(folder, base)
-    model, processor = open_start(start, seed=seed, dtype=dtype)
+    model, processor = open_start(start, seed=seed, dtype=dtype, attn_implementation=attn_implementation)
     try:
         merge_updates(model, PeftConfig.from_pretrained(str(folder)), load_peft_weights(str(folder), device="cpu"))
     except (RuntimeError, ValueError, KeyError, OSError) as error:
@@ -390,14 +382,10 @@ def load_adapted(
 
 def _base_of(folder: Path, base: str | Path | None) -> tuple[Start, int]:
     """The start under an adapter and its seed, with `base` for its name where that is given."""
-    try:
-        if (folder / BASE).is_file():
-            values = json.loads((folder / BASE).read_text(encoding="utf-8"))
-        else:
-            values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-            values = {"start": values.get("base_model_name_or_path")}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: not a readable adapter ({error})") from error
+    if (folder / BASE).is_file():
+        values = read_json(folder / BASE)
+    else:
+        values = {"start": read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")}
     name = values.get("start") if base is None else str(base)
     if not name:
         raise UserError(

@@ -297,7 +297,7 @@ def gathering_by_layer(model: Any) -> Iterator[None]:
     """While DeepSpeed sets up ZeRO 3 for a model: layers gather their weights when they run, all others once a pass.
 
     DeepSpeed gathers weights module by module, and insists that all processes run the same modules in the same order.
-    The decoder's layers do (`relook.model.rank_sync`); which encoders and projectors run depends on the examples. So
+    The decoder's layers do (`relook.model.segments`); which encoders and projectors run depends on the examples. So
     DeepSpeed is shown no other modules than the layers (it hooks what `children()` gives), and the weights of the
     rest as the model's own ("external parameters"), which are there from the beginning of a pass to its end.
     """

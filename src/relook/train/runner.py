@@ -17,7 +17,7 @@ from torch import Tensor
 from relook.data.dataset import open_items
 from relook.data.records import records
 from relook.io import replacing, replacing_folder
-from relook.model.rank_sync import synchronised_ranks
+from relook.model.segments import synchronised_ranks
 from relook.model.start import Start, open_start
 from relook.train import distributed, lora, metrics
 from relook.train.check import check, find_source

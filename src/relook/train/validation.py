@@ -20,7 +20,7 @@ import torch
 from relook.data.items import Question, read_questions
 from relook.errors import RelookError, UserError
 from relook.looks import parse_calls
-from relook.model.rank_sync import ranks_synchronised
+from relook.model.segments import ranks_synchronised
 from relook.regions import Box, cells_to_box, iou, union, upright
 from relook.trace import Answer
 from relook.train import distributed
