@@ -38,7 +38,7 @@ def stop(_: StageTrainer) -> None:
 
 
 def spoil(trainer: StageTrainer) -> None:
-    trainer.stage_run.trained.model.lm_head.weight.data.fill_(torch.nan)
+    trainer.trained.model.lm_head.weight.data.fill_(torch.nan)
 
 
 def fill(_: StageTrainer) -> None:

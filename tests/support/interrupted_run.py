@@ -35,7 +35,7 @@ def recipe(**changes) -> Recipe:
     stages = [
         {"name": "see", "objective": OBJECTIVE, "samples": 1, "batch": 1, "options": {"place": 1.0}},
         {"name": "noisy", "objective": "support.interrupted_run:Noisy", "samples": 12, "batch": 1, "accumulate": 2,
-         "optimiser": "muon", "lr": 1e-3, "lr_scale": {"visual": 0.5}, "options": {"place": 1.0}},
+         "optimizer": "muon", "lr": 1e-3, "lr_scale": {"visual": 0.5}, "options": {"place": 1.0}},
     ]  # fmt: skip
     base = {"name": "r", "model": {"size": SIZE}, "data": {"world": SOURCE}, "stages": stages}
     return Recipe.model_validate(base | {"save_every": 2, "log_every": 1, "save_dtype": "float32"} | changes)

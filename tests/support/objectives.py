@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from relook.train.objective import Objective, Setup, make_objective, run_batch
+from relook.train.objective import Objective, Setup, find_objective, run_batch
 from relook.train.recipe import Stage, Validation
 
 
@@ -16,7 +16,7 @@ def objective_of(
     """The objective of a stage for a (model, processor)."""
     model, processor = built
     plan = Validation.model_validate(validation)
-    return make_objective(Setup(stage, model.config, processor, seed, source, items, plan))
+    return find_objective(stage)(Setup(stage, model.config, processor, seed, source, items, plan))
 
 
 def loss_of(objective: Objective, module: torch.nn.Module, examples: list[Any]) -> torch.Tensor:

@@ -21,8 +21,8 @@ from relook.data.collate import SkippedSample
 from relook.errors import UserError
 from relook.model.segments import synchronised_ranks
 from relook.train import distributed
+from relook.train.metrics import SkippedReport
 from relook.train.runner import run
-from relook.train.skipped import SkippedReport
 
 LAUNCH = ROOT / "recipes" / "launch"
 PATIENCE = 300  # seconds until processes that wait for each other are given up
@@ -82,10 +82,11 @@ def test_a_step_that_cannot_be_divided_is_refused() -> None:
         distributed.divided(4, 8, 3)
 
 
-def test_processes_come_to_one_account(tmp_path: Path) -> None:
+def test_processes_come_to_one_account(tmp_path: Path, monkeypatch) -> None:
     account, out = SkippedReport(1.0), [SkippedSample(n, "broken", f"items:{n}", "?") for n in range(3)]
     account.open(tmp_path / "left_out.jsonl", 0)
-    account.settle([(2, [out[2]]), (3, [out[0], out[1]])])
+    monkeypatch.setattr(distributed, "gather", lambda own: [(2, [out[2]]), (3, [out[0], out[1]])])
+    account.settle()
     assert [json.loads(line)["example"] for line in account.path.read_text().splitlines()] == [0, 1, 2]
     assert account.say().startswith("3 of 8 examples")
 
@@ -102,7 +103,7 @@ def test_accelerate_knows_what_the_shipped_configurations_say(path: Path) -> Non
         assert json.loads(named.read_text())["zero_optimization"]["stage"] == int(path.name[4])
 
 
-@pytest.mark.parametrize("change", [{"optimiser": "muon"}, {"lora": {"r": 4}}, {"remember": 3}], ids=str)
+@pytest.mark.parametrize("change", [{"optimizer": "muon"}, {"lora": {"r": 4}}, {"remember": 3}], ids=str)
 def test_what_cannot_be_sharded_is_refused(change, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")

@@ -7,8 +7,9 @@ from support.interrupted_run import recipe
 from support.synthetic import OBJECTIVE
 
 from relook.model.loading import load_model
-from relook.train.feature_cache import cached_features
+from relook.model.modeling import image_encoder
 from relook.train.runner import run
+from relook.train.trainer import FeatureCache
 
 GRIDS = torch.tensor([[1, 4, 6], [1, 2, 4]])
 
@@ -38,7 +39,7 @@ def count_images(model) -> list[int]:
 
 def test_features_are_the_towers_own_and_made_once(model):
     expected, seen = look(model, pixels(0)), count_images(model)
-    with cached_features(model, 8):
+    with image_encoder(FeatureCache(model.model, 8)):
         for _ in range(3):
             for ours, theirs in zip(look(model, pixels(0)), expected, strict=True):
                 torch.testing.assert_close(ours, theirs)
@@ -49,7 +50,7 @@ def test_features_are_the_towers_own_and_made_once(model):
 
 def test_the_same_pixels_in_another_shape_are_another_image(model):
     values = pixels(0)[:24]
-    with cached_features(model, 8):
+    with image_encoder(FeatureCache(model.model, 8)):
         wide = look(model, values, GRIDS[:1])[0]
         tall = look(model, values, torch.tensor([[1, 6, 4]]))[0]
     assert not torch.allclose(wide, tall)
@@ -57,7 +58,7 @@ def test_the_same_pixels_in_another_shape_are_another_image(model):
 
 def test_old_images_are_forgotten(model):
     seen = count_images(model)
-    with cached_features(model, 2):
+    with image_encoder(FeatureCache(model.model, 2)):
         for seed in (0, 1, 0):  # two images each
             look(model, pixels(seed))
     assert sum(seen) == 6
@@ -66,7 +67,7 @@ def test_old_images_are_forgotten(model):
 def test_a_tower_that_learns_is_not_remembered(model):
     model.model.visual.requires_grad_(True)
     seen = count_images(model)
-    with cached_features(model, 8):
+    with image_encoder(FeatureCache(model.model, 8)):
         for _ in range(2):
             assert look(model, pixels(0))[0].requires_grad
     assert sum(seen) == 4

@@ -17,7 +17,7 @@ from support.synthetic import OBJECTIVE
 
 from relook.errors import RelookError
 from relook.model.loading import load_model
-from relook.train.checkpoints import RECORD, Checkpoints, digest, finished
+from relook.train.checkpoints import RECORD, Checkpoints, digest
 from relook.train.distributed import Signals, Stopped
 from relook.train.runner import run
 from relook.train.trainer import StageTrainer
@@ -59,7 +59,7 @@ def failing_at(monkeypatch, step: int, fault) -> None:
     inner, fired = StageTrainer.training_step, []
 
     def training_step(self, *args, **kwargs):
-        if self.stage_run.stage.name == "noisy" and self.state.global_step + 1 == step and not fired:
+        if self.stage.name == "noisy" and self.state.global_step + 1 == step and not fired:
             fired.append(step)
             fault(self)
         return inner(self, *args, **kwargs)
@@ -116,7 +116,7 @@ def test_a_second_signal_is_obeyed(before) -> None:
 
 def test_a_loss_that_is_no_number_stops(tmp_path: Path, monkeypatch) -> None:
     def spoil(trainer):
-        trainer.stage_run.trained.model.lm_head.weight.data.fill_(torch.nan)
+        trainer.trained.model.lm_head.weight.data.fill_(torch.nan)
 
     failing_at(monkeypatch, 4, spoil)
     with pytest.raises(RelookError, match="loss of step 4 is nan") as caught:
@@ -128,8 +128,8 @@ def test_a_loss_that_is_no_number_stops(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_an_exploding_gradient_stops(tmp_path: Path) -> None:
-    with pytest.raises(RelookError, match=r"gradient of step 1 exploded.*max_grad=1e-06.*no checkpoint"):
-        run(interrupted_run.recipe(max_grad=1e-6), out=tmp_path)
+    with pytest.raises(RelookError, match=r"gradient of step 1 exploded.*max_grad_norm=1e-06.*no checkpoint"):
+        run(interrupted_run.recipe(max_grad_norm=1e-6), out=tmp_path)
 
 
 def test_a_full_disk_stops_and_leaves_nothing_half_written(tmp_path: Path, capfd) -> None:
@@ -170,8 +170,9 @@ def test_the_last_k_and_the_best_are_kept(tmp_path: Path) -> None:
     assert steps(checkpoints) == [2, 4, 5]
     assert checkpoints.last()["step"] == 5 and checkpoints.best()["step"] == 2
     assert "step-5" in checkpoints.say_last()
-    checkpoints.close()
-    assert steps(checkpoints) == [2]
+    with checkpoints.finishing({}) as aside:
+        aside.mkdir()
+    assert steps(checkpoints) == [2] and checkpoints.finished()
 
 
 def test_what_has_no_record_or_anothers_does_not_exist(tmp_path: Path) -> None:
@@ -183,7 +184,7 @@ def test_what_has_no_record_or_anothers_does_not_exist(tmp_path: Path) -> None:
     publish(ours, 2)  # takes the place of the half one, and theirs are gone
     assert steps(ours) == [2] and (ours.folder / "step-2" / "model").read_text() == "2"
     (tmp_path / "done.json").write_text(json.dumps({"digest": "theirs"}))
-    assert finished(tmp_path, "ours") is None and finished(tmp_path, "theirs")
+    assert ours.finished() is None and theirs.finished()
 
 
 def test_a_digest_is_of_what_decides_the_weights() -> None:
@@ -191,7 +192,7 @@ def test_a_digest_is_of_what_decides_the_weights() -> None:
         plan = interrupted_run.recipe(**changes)
         return digest("", plan, plan.stages[0])
 
-    watched = {"save_every": 7, "keep_last": 9, "evaluate_every": 3, "max_grad": 5.0, "report_to": ["wandb"]}
+    watched = {"save_every": 7, "keep_last": 9, "evaluate_every": 3, "max_grad_norm": 5.0, "report_to": ["wandb"]}
     assert of(**watched, validation={"questions": 1, "examples": 2}) == of()
     assert of(seed=2) != of()
     items = {"data": {"source": "json", "path": "items.json"}}

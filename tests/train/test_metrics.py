@@ -13,6 +13,7 @@ from support.synthetic import OBJECTIVE, SIZE, SOURCE, TINY, Pages
 from relook.data.dataset import open_items
 from relook.data.items import Question
 from relook.errors import UserError
+from relook.io import read_lines
 from relook.looks import LOOKS, write_call
 from relook.model import new as tiny
 from relook.trace import Answer, Look
@@ -119,7 +120,7 @@ def test_watching_changes_no_weight(watched: Path, tmp_path: Path) -> None:
 
 
 def test_all_that_is_logged(watched: Path) -> None:
-    entries = metrics.read_log(watched / metrics.LOG)
+    entries = read_lines(watched / metrics.LOG)
     assert [(e["step"], "eval_loss" in e) for e in entries] == [(1, False), (1, True), (2, False), (2, True)]
     learnt, tried = entries[:2]
     rates = {"samples_per_s", "tokens_per_s", "memory_mb"}
@@ -181,17 +182,19 @@ def test_a_log_is_cut_where_a_run_goes_on(tmp_path: Path) -> None:
     entries = [{"stage": s, "step": n} for s in ("a", "b") for n in (1, 2, 3)]
     log.write_text("\n".join(json.dumps(e) for e in entries) + '\n{"stage": "b", "st')
     metrics.cut_log(log, "b", 2)
-    assert metrics.read_log(log) == entries[:5]
+    assert read_lines(log) == entries[:5]
     metrics.cut_log(log, "b", 0)
-    assert metrics.read_log(log) == entries[:3]
+    assert read_lines(log) == entries[:3]
 
 
 def test_a_tally_goes_on_from_a_record() -> None:
-    tally = metrics.Tally(4, {"samples": 8, "seconds": 5.0, "loss_sum": 2.0})
+    tally = metrics.Metrics(4, {"samples": 8, "seconds": 5.0, "loss_sum": 2.0})
     tally.add(0.5, {"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])})
     tally.add(0.25, {"image_grid_thw": torch.tensor([[1, 4, 6], [1, 2, 2]])})
-    assert tally.total()["samples"] == 16 and tally.total()["loss_sum"] == 2.75 and tally.seconds >= 5
-    rates = tally.rates()
+    assert tally.record()["samples"] == 16 and tally.record()["loss_sum"] == 2.75 and tally.seconds >= 5
+    tally.figures = [{"right": 1.0, "none": float("nan")}, {"right": 0.5}]
+    rates = tally.take()
+    assert rates["right"] == 0.75 and "none" not in rates and tally.take() == {}
     assert rates["samples_per_s"] / rates["tokens_per_s"] == pytest.approx(8 / (5 + 7))
 
 
@@ -201,4 +204,3 @@ def test_reporters_are_known_and_installed(monkeypatch) -> None:
     monkeypatch.setattr(metrics, "get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(UserError, match="wandb is not installed"):
         metrics.check_reporters(["tensorboard", "wandb"])
-    assert metrics.reporters(["tensorboard"]) == ["none"]

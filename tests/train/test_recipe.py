@@ -74,6 +74,17 @@ def test_overrides_reach_stages_by_name(tmp_path: Path) -> None:
     assert recipe.stages[0].freeze == ["visual"]
 
 
+def test_keys_of_earlier_versions_are_accepted_with_a_notice(tmp_path: Path, capsys) -> None:
+    old = {**MINIMAL["stages"][0], "optimiser": "muon"}
+    recipe = load_recipe(written(tmp_path, max_grad=3.0, stages=[old]))
+    assert (recipe.max_grad_norm, recipe.stages[0].optimizer) == (3.0, "muon")
+    said = capsys.readouterr().err
+    assert "max_grad is now called max_grad_norm" in said and "optimiser is now called optimizer" in said
+    for name in ("optimiser", "optimizer"):
+        recipe = load_recipe(written(tmp_path, stages=[old]), [f"stages.first.{name}=adamw"])
+        assert recipe.stages[0].optimizer == "adamw"
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -82,6 +93,7 @@ def test_overrides_reach_stages_by_name(tmp_path: Path) -> None:
         ("stages.second.lr=1", "no stage called 'second'"),
         ("stages=3", "stages"),
         ("seed.x=1", "does not name a single value"),
+        ("seed=[1", "is not YAML"),
     ],
 )
 def test_wrong_overrides(tmp_path: Path, override: str, words: str) -> None:

@@ -180,7 +180,7 @@ def test_tied_weights_go_by_either_name() -> None:
     assert "model.language_model.embed_tokens.weight" not in learning(model)
     set_trainable(model, train=["lm_head", "clip_projector"])
     stage = Stage(name="s", objective="instruct", samples=2, lr=1.0, lr_scale={"lm_head": 0.25, "projectors": 0.5})
-    groups = build_optimizer(model.named_parameters(remove_duplicate=False), stage).param_groups
+    groups = build_optimizer(model, stage).param_groups
     embedding = model.get_input_embeddings().weight
     assert {g["lr"] for g in groups if any(p is embedding for p in g["params"])} == {0.25}
     assert {g["lr"] for g in groups if not any(p is embedding for p in g["params"])} == {0.5}

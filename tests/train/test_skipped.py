@@ -21,10 +21,10 @@ from relook.data.reader import Unreadable
 from relook.data.records import records
 from relook.errors import RelookError
 from relook.model import new as tiny
+from relook.train.metrics import SkippedReport
 from relook.train.objective import run_batch
 from relook.train.recipe import Recipe, Stage
 from relook.train.runner import run
-from relook.train.skipped import SkippedReport
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,7 @@ def test_a_batch_of_what_is_left_learns_as_without_the_rest_and_an_empty_one_lea
     batch, report = learner.collate([good[0], bad[0], good[1]]), SkippedReport(1.0)
     assert torch.equal(run_batch(learner, model, batch)[0], loss_of(learner, model, good[:2]))
     report.add(batch["info"]["taught"], batch["info"]["left_out"])
+    report.settle()
     assert report.taught == 2 and sum(report.left_out.values()) == 1
     empty = loss_of(learner, model, bad)
     model.zero_grad()
@@ -92,11 +93,15 @@ def test_more_than_a_set_share_of_broken_examples_stops_the_run(monkeypatch, tmp
         books.add(3, long)  # too long is nobody's fault
     books.add(3, broken)
     books.add(3, broken)
+    books.settle()
+    books.add(0, broken)
     with pytest.raises(RelookError, match=r"3 of 25 .*max_broken allows \(0.1\); the first: items.json:4: cats.jpg"):
-        books.add(0, broken)
+        books.settle()
     assert len((tmp_path / "left_out.jsonl").read_text().splitlines()) == 7
     with pytest.raises(RelookError, match=r"1 of 1 examples could not be read"):
-        SkippedReport(most_broken=0.9).add(0, broken)
+        report = SkippedReport(most_broken=0.9)
+        report.add(0, broken)
+        report.settle()
 
 
 def test_a_run_with_a_broken_image_names_it_and_one_with_too_many_stops(tmp_path, monkeypatch, capsys) -> None:

@@ -59,8 +59,8 @@ def seen(monkeypatch) -> dict[str, Any]:
     found, step = {}, StageTrainer.training_step
 
     def watched(self, *args, **kwargs):
-        trained = self.stage_run.trained
-        found[self.stage_run.stage.name] = settings(trained.model.config), trained.processor.free_choice
+        trained = self.trained
+        found[self.stage.name] = settings(trained.model.config), trained.processor.free_choice
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(StageTrainer, "training_step", watched)

@@ -156,7 +156,7 @@ def test_synthetic_pages_and_scans_teach_in_one_batch(built, monkeypatch):
 
 def test_heads_and_tower_go_on_where_a_run_was_left(tmp_path):
     """A run cut between two reading stages ends in the weights of the straight run: auxiliary heads are kept too."""
-    stage = {"objective": "lines", "samples": 4, "batch": 2, "optimiser": "muon", "lr": 1e-3, "options": {"uses": 2}}
+    stage = {"objective": "lines", "samples": 4, "batch": 2, "optimizer": "muon", "lr": 1e-3, "options": {"uses": 2}}
     stages = [{**stage, "name": "first"}, {**stage, "name": "second"}]
     base = {"name": "r", "model": {"size": "receipts-tiny"}, "data": {"world": "receipts"}, "save_dtype": "float32"}
     whole = run(Recipe.model_validate({**base, "stages": stages}), out=tmp_path / "whole")
@@ -199,10 +199,10 @@ def test_muon_and_adamw_share_the_work_and_a_saved_state_goes_on_alike():
         net.head(net.blocks[0](x)).square().sum().backward()
         optimiser.step()
 
-    stage = Stage(name="s", objective="lines", samples=1, optimiser="muon", lr=0.01, lr_rest=0.001)
+    stage = Stage(name="s", objective="lines", samples=1, optimizer="muon", lr=0.01, lr_rest=0.001)
     first, second = network(), network()
     second.load_state_dict(first.state_dict())
-    ours, theirs = (build_optimizer([(f"x.{k}", p) for k, p in n.named_parameters()], stage) for n in (first, second))
+    ours, theirs = (build_optimizer(torch.nn.ModuleDict({"x": n}), stage) for n in (first, second))
     assert isinstance(ours, CombinedOptimizer)
     rates = {len(p.shape) * 10 + p.numel(): g["lr"] for g in ours.param_groups for p in g["params"]}
     assert rates[20 + 36] == 0.01 and rates[20 + 18] == 0.001 and rates[10 + 6] == 0.001  # inner matrix; head; biases

@@ -17,12 +17,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from relook.errors import RelookError, UserError
@@ -44,7 +45,7 @@ def digest(before: str, recipe: Recipe, stage: Stage) -> str:
     mended = {"max_broken"}  # when to stop: what is learnt is the same
     parts = recipe.model.model_dump(**changed), recipe.data.model_dump(**changed, exclude=mended)
     said: list[Any] = [before or [recipe.seed, *parts], stage.model_dump(**changed, exclude={"data": mended})]
-    if recipe.validation.items and (stage.data or recipe.data).source == "json":
+    if recipe.validation.items and recipe.data_of(stage).source == "json":
         said.append(recipe.validation.items)  # fewer are left to learn from
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
@@ -57,15 +58,14 @@ class StageModel:
     """A model while a stage trains it.
 
     Attributes:
-        module: what the Trainer trains: `model`, peft's wrapper around it, or a module with auxiliary heads around it
-            (whose attribute `model` it is then).
+        outer: the model, or the module with auxiliary heads around it (whose attribute `model` it is then).
         heads: tensors of auxiliary heads that earlier stages left.
         free_choice: what the processor said before the stage's data had their say (`processor.free_choice`).
     """
 
     model: Any
     processor: Any
-    module: nn.Module
+    outer: nn.Module
     adapter: Adapter | None = None
     heads: Mapping[str, Tensor] = field(default_factory=dict)
     free_choice: bool = False
@@ -73,14 +73,12 @@ class StageModel:
     @property
     def wrapped(self) -> bool:
         """Whether the stage has auxiliary heads."""
-        return self.module is not self.model and (self.adapter is None or self.module is not self.adapter.peft)
+        return self.outer is not self.model
 
-    def merge(self) -> None:
-        """Merge the low-rank updates into the model, in place."""
-        assert self.adapter is not None
-        self.adapter.merge()
-        self.module = self.module if self.wrapped else self.model
-        self.adapter = None
+    @property
+    def module(self) -> nn.Module:
+        """What the Trainer trains: the model with its heads, peft's wrapper around it, or the model itself."""
+        return self.adapter.peft if self.adapter is not None and not self.wrapped else self.outer
 
     def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write the model (or its adapter) as a folder that `relook.load` takes, with the heads of all stages so far.
@@ -93,10 +91,7 @@ class StageModel:
             else:
                 self.model.save_pretrained(folder, state_dict=state)
         self.processor.save_pretrained(folder)
-        own = self._own_heads()
-        if heads := {**self.heads, **{name: value.contiguous() for name, value in own.items()}}:
-            from safetensors.torch import save_file
-
+        if heads := {**self.heads, **{name: value.contiguous() for name, value in self._own_heads().items()}}:
             save_file(heads, str(Path(folder) / HEADS))
 
     def load(self, folder: str | Path) -> None:
@@ -112,22 +107,20 @@ class StageModel:
         if own := self._own_heads():
             found = read_heads(folder)
             state = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-            self.module.load_state_dict(state | {name: found[name] for name in own if name in found})
+            self.outer.load_state_dict(state | {name: found[name] for name in own if name in found})
 
     def _own_heads(self) -> dict[str, Tensor]:
-        state = self.module.state_dict() if self.wrapped else {}
+        state = self.outer.state_dict() if self.wrapped else {}
         return {name: value for name, value in state.items() if not name.startswith("model.")}
 
 
 def read_heads(folder: str | Path) -> dict[str, Tensor]:
     """The tensors of auxiliary heads beside a model; none where there are none."""
-    from safetensors.torch import load_file
-
     path = Path(folder) / HEADS
     return load_file(path) if path.is_file() else {}
 
 
-# -- the end of a stage
+# -- the folder of a stage
 
 
 def refuse_older_run(folder: Path) -> None:
@@ -143,42 +136,14 @@ def refuse_older_run(folder: Path) -> None:
         )
 
 
-def finished(place: Path, digest: str) -> Record | None:
-    """The record of a stage that is done, None where it is not or belongs to another recipe."""
-    return _read(place / DONE, digest)
-
-
-@contextmanager
-def finishing(place: Path, record: Record) -> Iterator[Path]:
-    """A folder for the model of a finished stage; when the block ends its files move to `place`, the record last."""
-    place.mkdir(parents=True, exist_ok=True)
-    (place / DONE).unlink(missing_ok=True)  # before the weights that it is about
-    aside = place / "model.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        yield aside
-        (aside / DONE).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        _settle(aside)
-        for old in (*place.glob("*.safetensors"), *place.glob("*.json")):
-            old.unlink()
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == DONE):
-            os.replace(path, place / path.name)
-        _sync(place)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-# -- inside a stage
-
-
 @dataclass
 class Checkpoints:
-    """The checkpoints of one stage.
+    """The folder of one stage.
 
     Args:
-        place: the stage's folder.
+        place: the folder.
         digest: of the recipe up to this stage.
-        keep: how many are kept beside the best, which is the one of least `eval_loss`.
+        keep: how many checkpoints are kept beside the best, which is the one of least `eval_loss`.
     """
 
     place: Path
@@ -197,9 +162,13 @@ class Checkpoints:
     def path(self, record: Record) -> Path:
         return self.folder / f"step-{record['step']}"
 
+    def finished(self) -> Record | None:
+        """The record of the stage if it is done."""
+        return self._read(self.place / DONE)
+
     def found(self) -> list[Record]:
         """Records of the whole checkpoints of this recipe, by step."""
-        records = (_read(path / RECORD, self.digest) for path in self.folder.glob("step-*"))
+        records = (self._read(path / RECORD) for path in self.folder.glob("step-*"))
         return sorted((r for r in records if r is not None), key=lambda r: r["step"])
 
     def last(self) -> Record | None:
@@ -210,76 +179,88 @@ class Checkpoints:
         known = [r for r in self.found() if r.get("eval_loss") is not None]
         return min(known, key=lambda r: r["eval_loss"]) if known else None
 
-    def clear_aside(self) -> None:
-        """Remove what a killed run left half-written."""
-        shutil.rmtree(self.aside, ignore_errors=True)
-
-    @contextmanager
-    def written(self) -> Iterator[None]:
-        """Around what writes a checkpoint: as `writing`, and a write that fails leaves nothing behind."""
-        with writing(self.folder, self):
-            try:
-                yield
-            except BaseException:
-                self.clear_aside()
-                raise
-
-    def publish(self, record: Record) -> Path:
+    def publish(self, record: Record) -> None:
         """Give the checkpoint that the Trainer wrote its record and its name; then drop what is not kept."""
         part, target = self.aside / f"checkpoint-{record['step']}", self.path(record)
-        (part / RECORD).write_text(json.dumps({"digest": self.digest, **record}, indent=1), encoding="utf-8")
-        _settle(part)
+        self._write(part / RECORD, record)
+        _sync_all(part)
         self.folder.mkdir(parents=True, exist_ok=True)
         if target.exists():  # of another recipe
             _remove(target)
         os.replace(part, target)
         _sync(self.folder)
-        self.clear_aside()
-        self.drop([*self.found()[-self.keep :], self.best()])
-        return target
+        self._drop([*self.found()[-self.keep :], self.best()])
 
-    def drop(self, kept: list[Record | None]) -> None:
-        """Remove all checkpoints but these, those of other recipes too."""
+    @contextmanager
+    def finishing(self, record: Record) -> Iterator[Path]:
+        """A folder for the finished model; when the block ends its files move to `place`, the record last.
+
+        Of the checkpoints only the best stays.
+        """
+        self.place.mkdir(parents=True, exist_ok=True)
+        (self.place / DONE).unlink(missing_ok=True)  # before the weights that it is about
+        aside = self.place / "model.part"
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            yield aside
+            self._write(aside / DONE, record)
+            _sync_all(aside)
+            for old in (*self.place.glob("*.safetensors"), *self.place.glob("*.json")):
+                old.unlink()
+            for path in sorted(aside.iterdir(), key=lambda path: path.name == DONE):
+                os.replace(path, self.place / path.name)
+            _sync(self.place)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        self._drop([self.best()])
+        with suppress(OSError):  # not empty
+            self.folder.rmdir()
+
+    def _drop(self, kept: list[Record | None]) -> None:
+        """Remove all checkpoints but these, those of other recipes too, and what is half-written."""
+        shutil.rmtree(self.aside, ignore_errors=True)
         paths = {self.path(record) for record in kept if record is not None}
         for path in self.folder.glob("step-*"):
             if path not in paths:
                 _remove(path)
-
-    def close(self) -> Record | None:
-        """When the stage is done its end is kept elsewhere: only the best checkpoint stays. Returns its record."""
-        best = self.best()
-        self.drop([best])
-        self.clear_aside()
-        if best is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        return best
 
     def say_last(self) -> str:
         """For a message: where the last good checkpoint is."""
         record = self.last()
         if record is not None:
             return f"the last good checkpoint is {self.path(record)}; {GO_ON}"
-        before = sorted(self.place.parent.glob(f"*/{DONE}")) if self.place.parent.is_dir() else []
-        if before:
+        if before := sorted(self.place.parent.glob(f"*/{DONE}")):
             return f"the last good checkpoint is the end of the stage in {before[-1].parent}; {GO_ON}"
         return "there is no checkpoint yet (see save_every)"
 
+    @contextmanager
+    def writing(self, path: Path | None = None) -> Iterator[None]:
+        """Around what writes files: one line says what failed, the room there is and where the last checkpoint is.
 
-@contextmanager
-def writing(path: Path, checkpoints: Checkpoints | None = None) -> Iterator[None]:
-    """Around what writes files: one line says what failed, the room there is and where the last checkpoint is.
+        A write that fails leaves no half checkpoint behind.
 
-    Raises:
-        RelookError: the write failed; the libraries that write raise OSError, RuntimeError or SafetensorError.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:120]
-        there = next(place for place in (path, *path.absolute().parents) if place.is_dir())
-        free = shutil.disk_usage(there).free / 1e6
-        then = GO_ON if checkpoints is None else checkpoints.say_last()
-        raise RelookError(f"{path} could not be written: {why} ({free:.0f} MB free). Make room; {then}") from error
+        Raises:
+            RelookError: it failed; the libraries that write raise OSError, RuntimeError or SafetensorError.
+        """
+        path = path or self.place
+        try:
+            yield
+        except BaseException as error:
+            shutil.rmtree(self.aside, ignore_errors=True)
+            if not isinstance(error, (OSError, RuntimeError, SafetensorError)):
+                raise
+            why = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+            there = next(place for place in (path, *path.absolute().parents) if place.is_dir())
+            free = shutil.disk_usage(there).free / 1e6
+            said = f"{path} could not be written: {why} ({free:.0f} MB free). Make room; {self.say_last()}"
+            raise RelookError(said) from error
+
+    def _read(self, path: Path) -> Record | None:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return record if record.get("digest") == self.digest else None
+
+    def _write(self, path: Path, record: Record) -> None:
+        path.write_text(json.dumps({**record, "digest": self.digest}, indent=1), encoding="utf-8")
 
 
 @contextmanager
@@ -296,24 +277,16 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read(path: Path, digest: str) -> Record | None:
-    if not path.is_file():
-        return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return record if record.get("digest") == digest else None
-
-
 def _remove(folder: Path) -> None:
     """The record first, so that what is half gone does not exist."""
     (folder / RECORD).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
-def _settle(path: Path) -> None:
-    """Wait until a file, or a folder and all in it, is on the disk."""
-    for inner in path.rglob("*") if path.is_dir() else ():
-        _sync(inner)
-    _sync(path)
+def _sync_all(folder: Path) -> None:
+    """Wait until a folder and all in it are on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
 
 
 def _sync(path: Path) -> None:

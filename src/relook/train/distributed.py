@@ -102,14 +102,10 @@ def mean(value: Tensor) -> Tensor:
     return value / count()
 
 
-class Elsewhere(RelookError):
-    """What ended the work is said by the main process; this one only leaves with it."""
-
-    quiet = True
-
-    def __init__(self, error: RelookError) -> None:
-        super().__init__(str(error))
-        self.exit_code = error.exit_code
+def for_all(error: RelookError) -> RelookError:
+    """An error of all processes, to raise in each: only the main one says it."""
+    error.quiet = not main()
+    return error
 
 
 @contextmanager
@@ -119,7 +115,7 @@ def together() -> Iterator[None]:
     Inside, processes must not exchange anything: the one that failed would not take part.
 
     Raises:
-        RelookError: in the main process the very error; in the others `Elsewhere`.
+        RelookError: the first process's error, in all of them.
     """
     if count() == 1:
         yield
@@ -131,7 +127,7 @@ def together() -> Iterator[None]:
         error = caught
     first = next((one for one in gather(error) if one is not None), None)
     if first is not None:
-        raise first if main() else Elsewhere(first)
+        raise for_all(first)
 
 
 def divided(batch: int, accumulate: int, processes: int) -> tuple[int, int]:
@@ -169,7 +165,7 @@ class Signals:
     """Within this context a first SIGTERM or Ctrl-C is kept in `seen` and not obeyed; a second one is.
 
     Dataloader workers inherit it and ignore both: they end with the process that trains. Outside the main thread Python
-    allows no handlers, and signals do what they always do.
+    allows no handlers.
     """
 
     def __init__(self) -> None:
@@ -225,28 +221,25 @@ def check_sharding(recipe: Recipe) -> None:
     Raises:
         UserError: names what is in the way.
     """
-    way = sharded_by()
-    if way is None:
-        return
     found = {
         "lora:": any(stage.lora is not None for stage in recipe.stages),
-        "optimiser: muon": any(stage.optimiser == "muon" for stage in recipe.stages),
+        "optimizer: muon": any(stage.optimizer == "muon" for stage in recipe.stages),
         "remember:": any(stage.remember for stage in recipe.stages),
     }
     for what, there in found.items():
-        if there:
-            raise cannot_shard(what)
-    if way == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
+        refuse_sharding(what, there)
+    if sharded_by() == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("FSDP 1 is not supported; say fsdp_version: 2, as recipes/launch/fsdp2.yaml does")
 
 
-def cannot_shard(what: str) -> UserError:
-    """What to raise for something of a recipe that does not go with sharding."""
-    return UserError(f"{sharded_by()} does not go with {what}; train it with recipes/launch/ddp.yaml")
+def refuse_sharding(what: str, there: bool) -> None:
+    """Raises UserError where something that does not go with sharding is there, and accelerate is to shard."""
+    if there and sharded_by() is not None:
+        raise UserError(f"{sharded_by()} does not go with {what}; train it with recipes/launch/ddp.yaml")
 
 
 def optimizer_form(trainer: Any) -> str | None:
-    """In what form a checkpoint keeps the optimiser; None for the form that any number of processes can read."""
+    """In what form a checkpoint keeps the optimizer; None for the form that any number of processes can read."""
     if trainer.is_fsdp_enabled:
         return "FSDP"
     if trainer.is_deepspeed_enabled:
@@ -255,17 +248,17 @@ def optimizer_form(trainer: Any) -> str | None:
     return None
 
 
-def check_optimizer_form(record: dict[str, Any], place: Path, trainer: Any) -> None:
-    """Refuse to go on from a checkpoint whose optimiser this launch cannot read.
+def check_optimizer_form(wrote: str | None, now: str | None, place: Path) -> None:
+    """Refuse to go on from a checkpoint whose optimizer this launch cannot read.
 
     Raises:
         UserError: names both.
     """
-    if record.get("form") != optimizer_form(trainer):
-        wrote, now = (name or "no sharding" for name in (record.get("form"), optimizer_form(trainer)))
+    if wrote != now:
+        names = [name or "no sharding" for name in (wrote, now)]
         raise UserError(
-            f"{place} was written under {wrote} and cannot go on under {now}: its optimiser has another form. Launch "
-            "it as before, or remove the stage's checkpoints to begin the stage again"
+            f"{place} was written under {names[0]} and cannot go on under {names[1]}: its optimizer has another form. "
+            "Launch it as before, or remove the stage's checkpoints to begin the stage again"
         )
 
 

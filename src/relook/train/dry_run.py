@@ -1,9 +1,9 @@
 """`relook train --dry-run`: what a recipe would do, said before it does it. Nothing is written and nothing is learnt.
 
-The recipe is checked as a run checks it (`check`), and its model is built on the meta device, so that a recipe for a
-large machine can be tried on a small one. Every item is read: its images must be there, as many as it has placeholders,
-and its control tokens must be the model's. Of a sample the tokens are counted, from headers of images. Where the
-weights are here (and there is room), three steps are really taken and thrown away, to tell how long the whole will be.
+The recipe is checked as a run checks it, and its model is built on the meta device, so that a recipe for a large
+machine can be tried on a small one. Every item is read: its images must be there, as many as it has placeholders, and
+its control tokens must be the model's. Tokens of a sample are counted, from headers of images. Where the weights are
+here (and there is room), a few batches are really run and thrown away, to tell how long the whole will be.
 
 Memory is estimated from shapes alone: weights, gradients and optimizer states of whatever learns, and what the language
 model keeps of a forward pass for the backward one, by the layers of Qwen2 as torch runs them (fused attention). Not
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from relook.data.collate import SkippedSample, item_length
+from relook.data.collate import item_length
 from relook.data.dataset import SampledItems, open_items
 from relook.data.images import split_ref
 from relook.data.items import PLACEHOLDERS, Item
@@ -34,19 +34,18 @@ from relook.data.reader import Unreadable
 from relook.errors import UserError
 from relook.looks import LOOKS
 from relook.model.start import StartInfo, open_start
-from relook.train.check import check
-from relook.train.checkpoints import StageModel
-from relook.train.objective import Objective, run_batch
+from relook.train.objective import run_batch
 from relook.train.optim import build_optimizer, by_part
 from relook.train.recipe import Recipe, Stage, load_recipe
-from relook.train.runner import prepare_stage, seed_of, steps_of
+from relook.train.runner import check, prepare_stage, steps_of
 
 SAMPLE = 1000  # items whose tokens are counted
 PAGES = 32  # of a synthetic dataset
-STEPS = 3  # measured
+BATCHES = 3  # measured
 SHOWN = 3  # problems of a kind that are shown in full
 FLOAT = 4  # bytes: weights, gradients and optimizer states are float32
 _TOKEN = re.compile(r"<\|[^|<>\s]+\|>")
+Note = Callable[[str], None]
 
 
 @dataclass
@@ -62,17 +61,14 @@ class Lengths:
 
     @classmethod
     def of(cls, lengths: Sequence[int], cutoff: int | None) -> Lengths:
-        ranked = sorted(lengths)
-        over = sum(n > cutoff for n in ranked) / len(ranked) if cutoff is not None else 0.0
-        return cls(
-            len(ranked), statistics.fmean(ranked), ranked[(99 * len(ranked) - 1) // 100], ranked[-1], cutoff, over
-        )
+        ranked, count = sorted(lengths), len(lengths)
+        over = sum(cutoff is not None and n > cutoff for n in ranked) / count
+        return cls(count, statistics.fmean(ranked), ranked[(99 * count - 1) // 100], ranked[-1], cutoff, over)
 
     def __str__(self) -> str:
+        over = f"{100 * self.cut:.1f} % over the cutoff of {self.cutoff}, which are left out"
         text = f"mean {self.mean:.0f}, 99 % at most {self.p99}, longest {self.most} (of {self.examples} examples)"
-        if self.cutoff is None:
-            return f"{text}; no cutoff"
-        return f"{text}; {100 * self.cut:.1f} % over the cutoff of {self.cutoff}, which are left out"
+        return f"{text}; {'no cutoff' if self.cutoff is None else over}"
 
 
 @dataclass
@@ -98,8 +94,7 @@ class Items:
         if not self.problems:
             lines[0] += "; every image is there, every token is known"
         for kind, count in self.problems.most_common():
-            lines.append(f"           {count:,} x {kind}")
-            lines += [f"             {where}" for where in self.shown[kind]]
+            lines += [f"           {count:,} x {kind}", *(f"             {where}" for where in self.shown[kind])]
         return lines
 
 
@@ -120,10 +115,6 @@ class StageDry:
     peak: int | None = None  # bytes on the GPU, measured
     unmeasured: str = ""
 
-    @property
-    def seconds(self) -> float | None:
-        return None if self.seconds_a_step is None else self.seconds_a_step * self.steps
-
     def lines(self) -> list[str]:
         """The stage as people read it."""
         lines = [f"stage {self.name} ({self.objective}): {_counted(self.steps, 'step')}, {self.samples:,} samples"]
@@ -131,8 +122,7 @@ class StageDry:
         width = max(len(part) for part, _ in rows)
         lines.append(f"  {'learns':{width}}  {'parameters':>15}  {'of':>15}")
         lines += [f"  {part:{width}}  {learns:>15,}  {total:>15,}" for part, (learns, total) in rows]
-        if self.items is not None:
-            lines += self.items.lines()
+        lines += self.items.lines() if self.items is not None else []
         uncounted = "not counted: the examples are no text, the tokenizer is not here, or the data will not do"
         lines.append(f"  tokens   {self.lengths or uncounted}")
         parts = ", ".join(f"{name} {gib(size)}" for name, size in self.memory.items())
@@ -141,13 +131,11 @@ class StageDry:
             lines.append(f"           and what the towers that learn keep of their images: {', '.join(self.towers)}")
         if self.peak is not None:
             lines.append(f"           measured: {gib(self.peak)} at most")
-        if self.seconds is not None and self.seconds_a_step is not None:
-            lines.append(
-                f"  time     about {_span(self.seconds)}: {self.seconds_a_step:.3g} s a step (median of three)"
-            )
-        else:
-            lines.append(f"  time     {self.unmeasured}")
-        return lines
+        spent = self.unmeasured
+        if self.seconds_a_step is not None:
+            whole = _span(self.seconds_a_step * self.steps)
+            spent = f"about {whole}: {self.seconds_a_step:.3g} s a step (median of three)"
+        return [*lines, f"  time     {spent}"]
 
 
 @dataclass
@@ -167,16 +155,13 @@ class DryRun:
         return {**asdict(self), "ok": self.ok}
 
     def __str__(self) -> str:
-        weights = "its weights are here" if not self.missing else f"its weights are not here: {_short(self.missing)}"
+        reason = self.missing.partition(" (")[0]  # without what the hub's library said about it
+        weights = f"its weights are not here: {reason}" if reason else "its weights are here"
         lines = [f"{self.recipe}: from {self.start}; {weights}"]
-        for stage in self.stages:
-            lines += ["", *stage.lines()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(line for stage in self.stages for line in ("", *stage.lines()))])
 
 
-def dry_run(
-    recipe: str | Path | Recipe, overrides: Sequence[str] = (), note: Callable[[str], None] = lambda text: None
-) -> DryRun:
+def dry_run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), note: Note = lambda text: None) -> DryRun:
     """Try a recipe out; `note` is called with a line on how far it is.
 
     Raises:
@@ -186,103 +171,96 @@ def dry_run(
         recipe = load_recipe(recipe, [o for o in overrides if not o.startswith("out=")])
     torch.set_num_threads(recipe.threads)
     info = check(recipe)
-    source = recipe.model
-    found = DryRun(recipe.name, source.start or f"a fresh {source.size}", info.missing, [])
-    opened: dict[str, tuple[SampledItems, Items]] = {}
+    found = DryRun(recipe.name, recipe.model.start or f"a fresh {recipe.model.size}", info.missing, [])
+    known: dict[str, tuple[SampledItems, Items]] = {}
+    opened: list[SampledItems | None] = []
     for stage in recipe.stages:
-        data, items = stage.data or recipe.data, None
-        if data.source == "json":
-            key = repr((data, seed_of(recipe, stage)))
-            if key not in opened:
-                sampled = open_items(data, seed_of(recipe, stage), recipe.validation.items, info.processor)
-                opened[key] = sampled, read_items(sampled, info, note)
-            items = opened[key]
-        found.stages.append(_describe(recipe, stage, info, items))
-    reason = "not measured: its weights are not here" if info.missing else ""
-    reason = reason if found.ok else "not measured: the data will not do"
-    for stage, dry in zip(recipe.stages, found.stages, strict=True):
-        dry.unmeasured = reason
-        if not reason:
-            note(f"{stage.name}: measuring {STEPS} steps")
-            items = opened.get(repr((stage.data or recipe.data, seed_of(recipe, stage))))
-            _measure(recipe, stage, dry, items and items[0])
+        data, seed = recipe.data_of(stage), recipe.seed_of(stage)
+        key, items = repr((data, seed)), None
+        if data.source == "json" and key not in known:
+            sampled = open_items(data, seed, recipe.validation.items, info.processor)
+            known[key] = sampled, read_items(sampled, info, note)
+        sampled_items, items = known.get(key, (None, None))
+        opened.append(sampled_items)
+        found.stages.append(_describe(recipe, stage, info, sampled_items, items))
+    reason = "" if found.ok else "not measured: the data will not do"
+    reason = reason or ("not measured: its weights are not here" if info.missing else "")
+    for stage, dry, sampled_items in zip(recipe.stages, found.stages, opened, strict=True):
+        needed, room = sum(dry.memory.values()), _room()
+        dry.unmeasured = reason or (f"not measured: there is room for {gib(room)} here" if needed > room else "")
+        if not dry.unmeasured:
+            note(f"{stage.name}: measuring {BATCHES} batches")
+            dry.seconds_a_step, dry.peak = _measure(recipe, stage, sampled_items)
     return found
 
 
-def _describe(recipe: Recipe, stage: Stage, info: StartInfo, items: tuple[SampledItems, Items] | None) -> StageDry:
+def _describe(
+    recipe: Recipe, stage: Stage, info: StartInfo, sampled: SampledItems | None, found: Items | None
+) -> StageDry:
     """A stage by its shapes, on the meta device."""
-    sampled, found = items or (None, None)
     plan = stage.lora and stage.lora.model_copy(update={"bits": None})  # few bits are for real weights only
     exact = stage.model_copy(update={"lora": plan})
     trained, objective = prepare_stage(recipe, exact, info.meta_model(), info.processor, sampled)
-    cutoff = stage.options.get("max_length")
-    lengths = found.lengths if found is not None else _drawn(objective) if objective is not None else []
+    cutoff, lengths = stage.options.get("max_length"), found.lengths if found is not None else []
+    if found is None and objective is not None:
+        rows = [objective.train[i] for i in range(PAGES)]
+        lengths = [len(row["input_ids"]) for row in rows if isinstance(row, dict) and "input_ids" in row]
     known = Lengths.of(lengths, cutoff) if lengths else None
-    steps = steps_of(stage, sampled)
     module = trained.module if trained.wrapped else trained.model
     sizes = standing_memory(module, stage)
-    longest = min(n for n in (known.p99 if known else None, cutoff) if n is not None) if known or cutoff else None
+    longest = min([known.p99, cutoff or known.p99]) if known is not None else cutoff
     if longest is not None:
         sizes["activations"] = activation_memory(info.config, stage, stage.batch * longest, layers_learn(trained.model))
+    steps, encoders = steps_of(stage, sampled), encoders_that_learn(trained.model)
     samples = steps * stage.batch * stage.accumulate
-    encoders = encoders_that_learn(trained.model)
     return StageDry(stage.name, stage.objective, steps, samples, by_part(module), found, known, sizes, encoders)
-
-
-def _drawn(objective: Objective) -> list[int]:
-    """Tokens of the first examples of a synthetic dataset; none where examples are no text."""
-    rows = [objective.train[i] for i in range(PAGES)]
-    return [len(row["input_ids"]) for row in rows if isinstance(row, dict) and "input_ids" in row]
 
 
 # -- items ------------------------------------------------------------------------------------------------------------
 
 
-def read_items(sampled: SampledItems, info: StartInfo, note: Callable[[str], None] = lambda text: None) -> Items:
+def read_items(sampled: SampledItems, info: StartInfo, note: Note = lambda text: None) -> Items:
     """Every item of a stage's sources; lengths of `SAMPLE` of them, chosen at random, where the tokenizer is here."""
     found, files, draw = Items(held=len(sampled.validation)), dict[str, bool](), random.Random(sampled.seed)
     sample: list[tuple[str, Item]] = []
-    vocabulary = info.processor.tokenizer.get_vocab() if info.processor is not None else None
-    for source, records in enumerate(sampled.records):
-        for record in records:
-            found.items += 1
-            if found.items % 1000 == 0:
-                note(f"{found.items} items")
-            if isinstance(record, Unreadable):
-                found.add("not readable", f"{record.where}: {record.why}")
-                continue
-            try:
-                item = sampled.item(source, record)
-            except UserError as error:
-                found.add("not an item", str(error))
-                continue
-            for kind, what in _problems(item, info, vocabulary, files):
-                found.add(kind, f"{record.where}: {what}")
-            at = len(sample) if len(sample) < SAMPLE else draw.randrange(found.items)
-            if at < SAMPLE:
-                sample[at : at + 1] = [(record.where, item)]
+    for source, record in ((source, record) for source, records in enumerate(sampled.records) for record in records):
+        found.items += 1
+        if found.items % 1000 == 0:
+            note(f"{found.items} items")
+        if isinstance(record, Unreadable):
+            found.add("not readable", f"{record.where}: {record.why}")
+            continue
+        try:
+            item = sampled.item(source, record)
+        except UserError as error:
+            found.add("not an item", str(error))
+            continue
+        for kind, what in _problems(item, info, files):
+            found.add(kind, f"{record.where}: {what}")
+        at = len(sample) if len(sample) < SAMPLE else draw.randrange(found.items)
+        if at < SAMPLE:
+            sample[at : at + 1] = [(record.where, item)]
     found.images = len(files)
-    if info.processor is not None and not found.problems:
-        for where, item in sample:
-            try:
-                found.lengths.append(item_length(info.processor, item))
-            except UserError as error:
-                found.add("image not readable", f"{where}: {error}")
+    for where, item in sample if info.processor is not None and not found.problems else ():
+        try:
+            found.lengths.append(item_length(info.processor, item))
+        except UserError as error:
+            found.add("image not readable", f"{where}: {error}")
     return found
 
 
-def _problems(item: Item, info: StartInfo, vocabulary: Any, files: dict[str, bool]) -> Iterator[tuple[str, str]]:
+def _problems(item: Item, info: StartInfo, files: dict[str, bool]) -> Iterator[tuple[str, str]]:
     """(kind, what was seen) of one item. `files` keeps which image files are there."""
     for key, count in item.placeholder_counts().items():
-        given = len(item.images.get(key, ()))
-        if count != given:
+        if count != (given := len(item.images.get(key, ()))):
             yield "placeholders and images differ", f"{count} {PLACEHOLDERS[key]}, {given} in {key!r}"
     for look, spec in LOOKS.items():
         if look not in info.config.looks and look != "region" and item.images.get(spec.item_key):
             yield "a look that the model lacks", f"{look}; it has {', '.join(info.config.looks)}"
-    if vocabulary is not None:
+    if info.processor is not None:
         tokens = {token for turn in item.messages for token in _TOKEN.findall(turn.content)}
-        yield from (("a token that the model lacks", token) for token in sorted(tokens) if token not in vocabulary)
+        for token in sorted(tokens - info.processor.tokenizer.get_vocab().keys()):
+            yield "a token that the model lacks", token
     for ref in (ref for refs in item.images.values() for ref in refs if isinstance(ref, str)):
         name, box = split_ref(ref)
         if name not in files:
@@ -291,15 +269,16 @@ def _problems(item: Item, info: StartInfo, vocabulary: Any, files: dict[str, boo
             yield "missing image", name
 
 
-# -- three steps ------------------------------------------------------------------------------------------------------
+# -- a few batches ----------------------------------------------------------------------------------------------------
 
 
-def _measure(recipe: Recipe, stage: Stage, dry: StageDry, items: SampledItems | None) -> None:
-    """Take three steps of a stage from the recipe's start, and throw them away."""
-    needed, room = sum(dry.memory.values()), _room()
-    if needed > room:
-        dry.unmeasured = f"not measured: there is room for {gib(room)} here"
-        return
+def _measure(recipe: Recipe, stage: Stage, items: SampledItems | None) -> tuple[float, int | None]:
+    """Seconds of an optimizer step (examples are drawn in this process) and peak bytes on a GPU.
+
+    A few batches are run from the recipe's start, and thrown away.
+    """
+    from accelerate.utils import send_to_device
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, processor = open_start(recipe.model, seed=recipe.seed, domain=recipe.domain)
     trained, objective = prepare_stage(recipe, stage, model, processor, items)
@@ -307,32 +286,22 @@ def _measure(recipe: Recipe, stage: Stage, dry: StageDry, items: SampledItems | 
     if stage.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     trained.module.to(device).train()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    optimizer = build_optimizer(trained.module.named_parameters(remove_duplicate=False), stage)
-    taken = [_step(objective, trained, optimizer, number, device) for number in range(STEPS)]
-    dry.seconds_a_step = statistics.median(taken)
-    dry.peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
-
-
-def _step(objective: Objective, trained: StageModel, optimizer: Any, number: int, device: str) -> float:
-    """Seconds of one optimizer step; examples are drawn in this process, as with workers: 0."""
-    from accelerate.utils import send_to_device
-
-    begun, stage = time.perf_counter(), objective.stage
-    for part in range(stage.accumulate):
-        first = (number * stage.accumulate + part) * stage.batch
-        examples = [objective.train[first + i] for i in range(stage.batch)]
-        if all(isinstance(example, SkippedSample) for example in examples):
-            continue
+    optimizer = build_optimizer(trained.module, stage)
+    taken: dict[str, list[float]] = {"batch": [], "step": []}
+    for number in range(BATCHES):
+        begun = time.perf_counter()
+        batch = objective.collate([objective.train[number * stage.batch + i] for i in range(stage.batch)])
         with torch.autocast(device, torch.bfloat16, enabled=stage.precision == "bfloat16"):
-            loss, _ = run_batch(objective, trained.module, send_to_device(objective.collate(examples), device))
-        (loss / stage.accumulate).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
+            loss, _ = run_batch(objective, trained.module, send_to_device(batch, device))
+        loss.backward()
+        taken["batch"].append(time.perf_counter() - begun)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken["step"].append(time.perf_counter() - begun)
+    seconds = statistics.median(taken["step"]) + (stage.accumulate - 1) * statistics.median(taken["batch"])
+    return seconds, torch.cuda.max_memory_allocated() if device == "cuda" else None
 
 
 def _room() -> int:
@@ -352,10 +321,10 @@ def standing_memory(model: nn.Module, stage: Stage) -> dict[str, int]:
     weights, learns = 0.0, 0
     bits = stage.lora.bits if stage.lora is not None else None
     for name, parameter in model.named_parameters():
-        resting = bits is not None and parameter.ndim == 2 and ".base_layer." in name
-        weights += parameter.numel() * (bits / 8 if resting and bits is not None else FLOAT)
+        small = bits is not None and parameter.ndim == 2 and ".base_layer." in name
+        weights += parameter.numel() * (bits / 8 if small and bits is not None else FLOAT)
         learns += parameter.numel() * parameter.requires_grad
-    states = 2 if stage.optimiser == "adamw" else 1.5  # muon keeps one for matrices, AdamW two for the rest
+    states = 2 if stage.optimizer == "adamw" else 1.5  # muon keeps one for matrices, AdamW two for the rest
     return {"weights": int(weights), "gradients": FLOAT * learns, "optimiser": int(FLOAT * states * learns)}
 
 
@@ -372,9 +341,7 @@ def activation_memory(config: Any, stage: Stage, tokens: int, learns: bool = Tru
     text = config.get_text_config()
     b = 2 if stage.precision == "bfloat16" else FLOAT
     d, i = text.hidden_size, text.intermediate_size
-    layer = 8 * d + 4 * b * d + 3 * b * i
-    if learns:
-        layer += 8 * d + 2 * b * d + b * i
+    layer = 8 * d + 4 * b * d + 3 * b * i + (8 * d + 2 * b * d + b * i if learns else 0)
     head = 2 * FLOAT * d + b * d + (2 * FLOAT + (b if b != FLOAT else 0)) * text.vocab_size
     count, passes = text.num_hidden_layers, 2 if stage.mask > 0 else 1
     layers = passes * count * FLOAT * d + layer if stage.checkpointing else passes * count * layer
@@ -388,9 +355,11 @@ def layers_learn(model: nn.Module) -> bool:
 
 def encoders_that_learn(model: nn.Module) -> list[str]:
     """The vision encoders that learn, whose activations `activation_memory` leaves out."""
-    found = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad and ".blocks." in name}
-    return sorted(found | {name.split(".")[1] for name, p in model.named_parameters()
-                           if p.requires_grad and name.startswith("encoders.")})  # fmt: skip
+    learns = [name for name, p in model.named_parameters() if p.requires_grad]
+    return sorted({name.split(".")[1] for name in learns if ".blocks." in name or name.startswith("encoders.")})
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
 
 
 def gib(size: float) -> str:
@@ -398,16 +367,8 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.0f} MiB"
 
 
-# -- text -------------------------------------------------------------------------------------------------------------
-
-
 def _counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-def _short(reason: str) -> str:
-    """A reason without what the hub's library said about it."""
-    return reason.partition(" (")[0]
 
 
 def _span(seconds: float) -> str:

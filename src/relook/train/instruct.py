@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from relook.data.collate import IGNORED, EncodedDataset, SkippedSample, join_packed, join_rows, pack_up
+from relook.data.collate import Collator, EncodedDataset, SkippedSample, pack_up
 from relook.data.dataset import SampledItems
 from relook.data.items import Question
 from relook.errors import UserError
@@ -26,8 +27,8 @@ CLASSES = ("x0", "y0", "x1", "y1", "start", "end", "action", "text")
 class Conversations(Objective):
     """Next-token loss on conversations; a subclass says where they come from.
 
-    An example is what `processor.encode_item` makes, with `kind` (the name under which its figures are logged) and
-    `answer_from` (the position of the last assistant turn).
+    An example is what `processor.encode_item` makes; it may have `kind` (the name under which its figures are logged)
+    and `answer_from` (the position of the last assistant turn).
     """
 
     converses = True
@@ -38,17 +39,14 @@ class Conversations(Objective):
         self.classes = TokenClasses(self.processor.tokens, self.processor.grid_size)
 
     def collate(self, examples: Sequence[Any]) -> dict[str, Any]:
-        left_out = [row for row in examples if isinstance(row, SkippedSample)]
         rows = [row for row in examples if not isinstance(row, SkippedSample)]
-        pad, taught = self.processor.tokenizer.pad_token_id, len(rows)
-        if not rows:  # nothing to learn: a batch all the same, so that processes stay in step
-            rows = [{"input_ids": [pad] * 2, "labels": [IGNORED] * 2, "kind": "items", "answer_from": 0}]
-        apart = ("kind", "answer_from", "prompt_ids")
-        tensors = [{k: v for k, v in row.items() if k not in apart} for row in rows]
-        batch = join_packed(tensors, pad, self.packed) if self.packed else join_rows(tensors, pad)
-        starts = [0] * len(batch["input_ids"]) if self.packed else [row["answer_from"] for row in rows]
-        info = {"kind": rows[0]["kind"], "answer_from": torch.tensor(starts)}
-        return {**batch, "use_cache": False, "info": {**info, "taught": taught, "left_out": pack_up(left_out)}}
+        left_out = [row for row in examples if isinstance(row, SkippedSample)]
+        batch = Collator(self.processor, pack=self.packed)(examples)
+        starts = [row.get("answer_from", 0) for row in rows]
+        if self.packed or not rows:
+            starts = [0] * len(batch["input_ids"])
+        info = {"kind": rows[0].get("kind", "items") if rows else "items", "answer_from": torch.tensor(starts)}
+        return {**batch, "use_cache": False, "info": {**info, "taught": len(rows), "left_out": pack_up(left_out)}}
 
     def metrics(self, outputs: Any, batch: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, float]:
         """Share of rows whose last assistant turn is all right, under teacher forcing; and of the turns before it.
@@ -73,9 +71,9 @@ class Instruct(Conversations):
     """Conversations of the stage's files of items (`data.path`, `data.sources`)."""
 
     class Options(Conversations.Options):
-        max_length: int | None = None  # cutoff in tokens: longer items are left out, and named
-        group: int = 0  # batches that are made of items alike in length, at a time; 0: items come as they are drawn
-        pack: int = 0  # tokens of a row that several conversations share; 0: a row each
+        max_length: int | None = Field(None, gt=0)  # cutoff in tokens: longer items are left out, and named
+        group: int = Field(0, ge=0)  # batches made of items alike in length, at a time; 0: items come as they are drawn
+        pack: int = Field(0, ge=0)  # tokens of a row that several conversations share; 0: a row each
 
     @classmethod
     def check(cls, stage: Stage, from_items: bool) -> Any:
@@ -88,19 +86,11 @@ class Instruct(Conversations):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        items = setup.items if isinstance(setup.items, SampledItems) else SampledItems.of(setup.items, self.seed)
-        options = self.options
-        self.items, self.packed = items, options.pack
-        self.dataset = EncodedDataset(items, self.processor, options.max_length, options.group, self.stage.batch)
-        self.train, self.eval = Examples(self.example), Examples(self.held_out, len(items.validation))
-
-    def example(self, index: int) -> dict[str, Any] | SkippedSample:
-        """Example `index`, a function of the seed and `index` only; or why it is left out."""
-        return _named(self.dataset[index])
-
-    def held_out(self, index: int) -> dict[str, Any] | SkippedSample:
-        """Example `index` for validation."""
-        return _named(self.dataset.validation[index])
+        self.items = setup.items if isinstance(setup.items, SampledItems) else SampledItems.of(setup.items, self.seed)
+        options, self.packed = self.options, self.options.pack
+        rows = EncodedDataset(self.items, self.processor, options.max_length, options.group, self.stage.batch)
+        self.example = rows.__getitem__
+        self.train, self.eval = Examples(self.example), Examples(rows.validation.__getitem__, len(rows.validation))
 
     def questions(self) -> Iterator[Question]:
         """The questions of the items that are held out; those that cannot be read, or ask nothing, are left out."""
@@ -115,15 +105,11 @@ class Instruct(Conversations):
                 yield question
 
 
-def _named(row: dict[str, Any] | SkippedSample) -> dict[str, Any] | SkippedSample:
-    return row if isinstance(row, SkippedSample) else row | {"kind": "items", "answer_from": 0}
-
-
 class TokenClasses:
-    """Classes of the tokens that an assistant writes, and the share of each that is right.
+    """Classes of the tokens that an assistant writes (control tokens, text), and the share of each that is right.
 
-    A class is a set of control tokens; all else is text. The two columns of a region (`x0`, `x1`) share their tokens,
-    as do its two rows: their place in the call tells them apart.
+    The two columns of a region (`x0`, `x1`) share their tokens, as do its two rows: their place in the call tells them
+    apart.
 
     Args:
         tokens: control token -> id, those the model has (`processor.tokens`).

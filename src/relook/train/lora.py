@@ -8,7 +8,6 @@ bitsandbytes holds the frozen layers in 4 or 8 bits; updates are merged into the
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from relook.errors import UserError
+from relook.io import nearest
 from relook.model.adapters import Adapter
 from relook.train.optim import PARTS, in_part, unused_parameters
 from relook.train.recipe import Lora
@@ -79,9 +79,9 @@ def check_lora(model: nn.Module, plan: Lora) -> list[str]:
         return known
     for target in plan.targets:
         if target not in known:
-            near = difflib.get_close_matches(target, known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-            raise UserError(f"lora.targets: the language model has no linear layers called {target!r}; {hint}")
+            raise UserError(
+                f"lora.targets: the language model has no linear layers called {target!r}; {nearest(target, known)}"
+            )
     return list(plan.targets)
 
 

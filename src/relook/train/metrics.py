@@ -1,4 +1,5 @@
-"""Metrics of a run and where they go: log.jsonl, TensorBoard and other reporters, a progress bar, curves.
+"""Metrics of a run and where they go: log.jsonl, TensorBoard and other reporters, a progress bar, curves; and samples
+that are left out: counted, named in a file, and a reason to stop.
 
 Every figure passes through the Trainer's `log` once and reaches all of them. A run that goes on from a checkpoint takes
 back what was logged past it, so that the log reads as that of one straight run.
@@ -10,8 +11,10 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,55 +25,47 @@ from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback
 
-from relook.errors import UserError
-from relook.io import replacing
+from relook.data.collate import SkippedSample
+from relook.data.dataset import check_share
+from relook.data.reader import Unreadable
+from relook.errors import RelookError, UserError
+from relook.io import append_lines, read_lines, replacing, replacing_file
 from relook.train import distributed
 
-LOG, CURVES, BOARD = "log.jsonl", "curves.png", "tensorboard"
+LOG, CURVES, BOARD, SKIPPED = "log.jsonl", "curves.png", "tensorboard", "left_out.jsonl"
+SHOWN = 5  # skipped samples that are named on stderr; the file names all
+
+
+def means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means of the figures of several batches, without entries that are always nan (no example of a kind)."""
+    values: dict[str, list[float]] = {}
+    for each in figures:
+        for name, value in each.items():
+            values.setdefault(name, []).append(float(value))
+    return {name: float(np.nanmean(of)) for name, of in values.items() if not np.all(np.isnan(of))}
 
 
 class Metrics:
-    """Figures of batches, and their means since the last call of `take`."""
+    """Figures of batches since the last line; and samples, tokens, loss and time of a stage.
 
-    def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {}
-
-    def add(self, figures: Mapping[str, float]) -> None:
-        """Add the figures of a batch."""
-        for name, value in figures.items():
-            self.values.setdefault(name, []).append(float(value))
-
-    def take(self) -> dict[str, float]:
-        """Means, without entries that were always nan (no example of a kind); start anew."""
-        means = {k: float(np.nanmean(v)) for k, v in self.values.items() if not np.all(np.isnan(v))}
-        self.values = {}
-        return means
-
-    def take_from_all(self) -> dict[str, float]:
-        """`take` of what all processes added."""
-        added = distributed.gather(self.values)
-        if len(added) > 1:
-            self.values = {name: [v for one in added for v in one.get(name, [])] for one in added for name in one}
-        return self.take()
-
-
-class Tally:
-    """Counts samples, tokens, loss and time of a stage, and goes on from what a checkpoint's record says.
-
-    `batch` is what is learnt from at once, by all processes together; tokens are those of this process. They are real
-    positions of the language model (padding apart); where a stage has no text, image tokens.
+    Args:
+        batch: samples of a batch, in all processes together.
+        record: of the checkpoint from which the stage goes on.
     """
 
-    def __init__(self, batch: int, record: dict[str, Any] | None = None) -> None:
+    def __init__(self, batch: int, record: Mapping[str, Any] | None = None) -> None:
         before = record or {}
-        self.batch = batch
+        self.batch, self.figures = batch, list[Mapping[str, float]]()
         self.samples, self.loss_sum = int(before.get("samples", 0)), float(before.get("loss_sum", 0.0))
         self._begun = time.perf_counter() - float(before.get("seconds", 0.0))
-        self._mark = (time.perf_counter(), self.samples, 0)  # when rates were last asked for, and the counts then
-        self._tokens = 0
+        self._mark = (time.perf_counter(), self.samples)  # when figures were last taken, and the count then
+        self._tokens = 0  # since then
 
-    def add(self, loss: float, batch: dict[str, Any]) -> None:
-        """Count one batch; `loss` is its share of the step's loss."""
+    def add(self, loss: float, batch: Mapping[str, Any]) -> None:
+        """Count a batch; `loss` is its share of the step's loss.
+
+        Tokens are real positions of the language model (padding apart) in this process; without text, image tokens.
+        """
         self.samples, self.loss_sum = self.samples + self.batch, self.loss_sum + loss
         if "attention_mask" in batch:
             self._tokens += int(batch["attention_mask"].sum())
@@ -81,26 +76,21 @@ class Tally:
     def seconds(self) -> float:
         return time.perf_counter() - self._begun
 
-    def total(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """What a checkpoint's record keeps."""
         return {"samples": self.samples, "seconds": round(self.seconds, 1), "loss_sum": self.loss_sum}
 
-    def rates(self) -> dict[str, float]:
-        """Samples and tokens a second since the last call, evaluation apart; memory in MB (on a GPU: its peak)."""
-        now, (then, samples, tokens) = time.perf_counter(), self._mark
-        self._mark = (now, self.samples, self._tokens)
+    def take(self) -> dict[str, float]:
+        """Means over all processes since the last call, and rates: samples and tokens a second, the most memory."""
+        figures = means([each for process in distributed.gather(self.figures) for each in process])
+        now, (then, samples), self.figures = time.perf_counter(), self._mark, []
+        if not figures:
+            return {}
         past = max(now - then, 1e-9)
-        return {
-            "samples_per_s": (self.samples - samples) / past,
-            "tokens_per_s": (self._tokens - tokens) / past,
-            "memory_mb": memory() / 1e6,
-        }
-
-    def rates_of_all(self) -> dict[str, float]:
-        """`rates` of processes that train together: tokens add up, `samples` were counted for all, the most memory."""
-        rates = distributed.gather(self.rates())
-        tokens = sum(rate["tokens_per_s"] for rate in rates)
-        return {**rates[0], "tokens_per_s": tokens, "memory_mb": max(rate["memory_mb"] for rate in rates)}
+        others = distributed.gather((self._tokens / past, memory() / 1e6))
+        self._mark, self._tokens = (now, self.samples), 0
+        rates = {"samples_per_s": (self.samples - samples) / past, "tokens_per_s": sum(tokens for tokens, _ in others)}
+        return {**figures, **rates, "memory_mb": max(size for _, size in others)}
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -109,8 +99,7 @@ class Tally:
         try:
             yield
         finally:
-            then, samples, tokens = self._mark
-            self._mark = (then + time.perf_counter() - begun, samples, tokens)
+            self._mark = (self._mark[0] + time.perf_counter() - begun, self._mark[1])
 
 
 def memory() -> int:
@@ -122,6 +111,96 @@ def memory() -> int:
     return psutil.Process().memory_info().rss
 
 
+# -- samples that are left out ----------------------------------------------------------------------------------------
+
+
+class SkippedReport:
+    """Counts examples that were taught and left out, and names the latter in a file.
+
+    Args:
+        most_broken: share of broken examples at which a run stops; being too long is no fault of an example.
+        unreadable: records that cannot be read and so are no example at all; they are named, too.
+    """
+
+    def __init__(self, most_broken: float, unreadable: Sequence[Unreadable] = ()) -> None:
+        self.most_broken, self.unreadable = most_broken, unreadable
+        self.taught = 0
+        self.left_out: Counter[str] = Counter()
+        self.path: Path | None = None
+        self._first: dict[str, SkippedSample] = {}
+        self._own: tuple[int, list[SkippedSample]] = 0, []  # of this process, until `settle`
+
+    def open(self, path: Path, begun: int) -> None:
+        """Name examples in this file (JSON lines) from here on; `begun` are behind, those named among them stay."""
+        kept = [one for one in (SkippedSample(**line) for line in read_lines(path)) if 0 <= one.example < begun]
+        self.path, self.taught = path, begun - len(kept)
+        for one in kept:
+            self._count(one)
+        unread = [SkippedSample(-1, "unread", one.where, one.why) for one in self.unreadable]
+        for one in unread[:SHOWN]:
+            _say_skipped(one)
+        if distributed.main() and (path.is_file() or unread):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                file.writelines(json.dumps(asdict(one)) + "\n" for one in (*unread, *kept))
+
+    def add(self, taught: int, left_out: str) -> None:
+        """Note a batch of this process: how many examples it taught, and those left out as `pack_up` wrote them."""
+        before, kept = self._own
+        self._own = before + taught, kept + [SkippedSample(**one) for one in json.loads(left_out or "[]")]
+
+    def settle(self) -> None:
+        """Count what all processes noted; all of them come to the same account.
+
+        Raises:
+            RelookError: too many are broken.
+        """
+        noted, self._own = distributed.gather(self._own), (0, [])
+        self.taught += sum(taught for taught, _ in noted)
+        found = sorted((one for _, left_out in noted for one in left_out), key=lambda one: one.example)
+        if not found:
+            return
+        for one in found:
+            self._count(one)
+            if sum(self.left_out.values()) <= SHOWN:
+                _say_skipped(one)
+        with distributed.together():
+            if self.path is not None and distributed.main():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                append_lines(self.path, map(asdict, found))
+            self._check()
+
+    def _count(self, one: SkippedSample) -> None:
+        self.left_out[one.reason] += 1
+        self._first.setdefault(one.reason, one)
+
+    def _check(self) -> None:
+        broken, seen = self.left_out["broken"], self.taught + sum(self.left_out.values())
+        first = {reason: f"{one.where}: {one.what}" for reason, one in self._first.items()}
+        if broken:
+            check_share(broken, seen, "examples", self.most_broken, first["broken"])
+        if self.left_out["too long"] and not self.taught:
+            raise RelookError(
+                f"all {seen} examples so far are longer than the cutoff; the first: {first['too long']}; raise "
+                "max_length, or let images be smaller"
+            )
+
+    def say(self) -> str:
+        """In one line: how many were left out, why, and where they are named; "" for none."""
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
+        total, unread = sum(self.left_out.values()), len(self.unreadable)
+        said = [f"{total} of {self.taught + total} examples were left out ({counts})"] if total else []
+        said += [f"{unread} record{'s' * (unread > 1)} could not be read"] if unread else []
+        return "; ".join([*said, f"named in {self.path}"]) if said else ""
+
+
+def _say_skipped(one: SkippedSample) -> None:
+    distributed.say(f"left out ({one.reason}): {one.where}: {one.what}")
+
+
+# -- the log ----------------------------------------------------------------------------------------------------------
+
+
 class LogWriter(TrainerCallback):
     """Writes what is logged to log.jsonl, one line a time, and to stderr.
 
@@ -129,8 +208,8 @@ class LogWriter(TrainerCallback):
         samples: of the whole stage.
     """
 
-    def __init__(self, path: Path, stage: str, samples: int, tally: Tally) -> None:
-        self.path, self.stage, self.samples, self.tally = path, stage, samples, tally
+    def __init__(self, path: Path, stage: str, samples: int, metrics: Metrics) -> None:
+        self.path, self.stage, self.samples, self.metrics = path, stage, samples, metrics
         self._last = -1  # step of the last line about training
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -141,18 +220,12 @@ class LogWriter(TrainerCallback):
         if not evaluation:
             self._last = step
             figures = {"loss": logs.get("loss", logs.get("train_loss")), **figures}
-        record = {
-            "stage": self.stage,
-            "step": step,
-            "samples": self.tally.samples,
-            "seconds": round(self.tally.seconds, 1),
-            **{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in figures.items()},
-        }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        samples, seconds = self.metrics.samples, round(self.metrics.seconds, 1)
+        line = {"stage": self.stage, "step": step, "samples": samples, "seconds": seconds}
+        rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in figures.items()}
+        append_lines(self.path, [line | rounded])
         shown = "  ".join(f"{k} {v:.3g}" for k, v in figures.items() if v is not None)
-        place = f"{self.stage} {record['samples']}/{self.samples}  {record['seconds']:.0f} s"
-        tqdm.write(f"{place}  {shown}", file=sys.stderr)
+        tqdm.write(f"{self.stage} {samples}/{self.samples}  {seconds:.0f} s  {shown}", file=sys.stderr)
         sys.stderr.flush()
 
 
@@ -167,13 +240,9 @@ class Bar(ProgressCallback):
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3g}")
 
-    def close(self) -> None:
-        if self.training_bar is not None:
-            self.training_bar.close()
-
 
 @contextmanager
-def logging_to(folder: Path, place: Path, stage: str, samples: int, tally: Tally, step: int) -> Iterator[list[Any]]:
+def logging_to(folder: Path, place: Path, writer: LogWriter, step: int) -> Iterator[list[Any]]:
     """The callbacks that log a stage of a run (none but in the main process); closed however the stage ends.
 
     Args:
@@ -184,33 +253,27 @@ def logging_to(folder: Path, place: Path, stage: str, samples: int, tally: Tally
     if not distributed.main():
         yield []
         return
-    cut_log(folder / LOG, stage, step)
-    writer = _board(folder / BOARD / place.name, step)
-    callbacks: list[Any] = [LogWriter(folder / LOG, stage, samples, tally)]
-    if writer is not None:
+    cut_log(folder / LOG, writer.stage, step)
+    callbacks: list[Any] = [writer]
+    try:
+        from torch.utils.tensorboard import SummaryWriter
         from transformers.integrations import TensorBoardCallback
-
-        callbacks.append(TensorBoardCallback(writer))
+    except ImportError:
+        print("no TensorBoard files: it is not installed (pip install 'relook[train]')", file=sys.stderr)
+        board = None
+    else:
+        if not step:
+            shutil.rmtree(folder / BOARD / place.name, ignore_errors=True)
+        board = SummaryWriter(str(folder / BOARD / place.name), purge_step=step + 1 if step else None)
+        callbacks.append(TensorBoardCallback(board))
     bar = Bar() if sys.stderr.isatty() else None
     try:
         yield [*callbacks, bar] if bar is not None else callbacks
     finally:
-        if bar is not None:
-            bar.close()
-        if writer is not None:
-            writer.close()
-
-
-def _board(folder: Path, step: int) -> Any:
-    """TensorBoard's writer; None, and a word about it, where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print("no TensorBoard files: it is not installed (pip install 'relook[train]')", file=sys.stderr)
-        return None
-    if not step:
-        shutil.rmtree(folder, ignore_errors=True)
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        if bar is not None and bar.training_bar is not None:
+            bar.training_bar.close()
+        if board is not None:
+            board.close()
 
 
 def check_reporters(names: list[str]) -> None:
@@ -228,56 +291,33 @@ def check_reporters(names: list[str]) -> None:
             raise UserError(f"report_to: {name} is not installed here; pip install it, or leave it out")
 
 
-def reporters(names: list[str]) -> list[str]:
-    """For TrainingArguments: all but what is written anyway."""
-    return [name for name in names if name != "tensorboard"] or ["none"]
-
-
 def cut_log(path: Path, stage: str, step: int) -> None:
     """Take out of a log what a stage logged past `step`, and a line that a killed run left unfinished."""
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if _stays(line, stage, step)]
-    if len(kept) < len(lines):
+    if path.is_file():
+        kept = [e for e in read_lines(path) if e.get("stage") != stage or 0 < e.get("step", step + 1) <= step]
         with replacing(path) as file:
-            file.writelines(line + "\n" for line in kept)
+            file.writelines(json.dumps(entry) + "\n" for entry in kept)
 
 
-def _stays(line: str, stage: str, step: int) -> bool:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return False
-    return entry.get("stage") != stage or 0 < entry.get("step", step + 1) <= step
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a log; none where there is none."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
-def draw_curves(folder: Path) -> Path | None:
+def draw_curves(folder: Path) -> None:
     """curves.png: the loss of every stage over its samples, in training and on validation.
 
     None where matplotlib is missing (a line says so), or nothing was logged.
     """
-    entries = read_log(folder / LOG)
+    entries = read_lines(folder / LOG)
     stages = list(dict.fromkeys(entry["stage"] for entry in entries))
     if not stages:
-        return None
+        return
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no curves: matplotlib is not installed (pip install 'relook[train]')", file=sys.stderr)
-        return None
+        return
     across = min(3, len(stages))
     down = -(-len(stages) // across)
     figure = Figure(figsize=(4 * across, 3 * down), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False).flatten()
-    for panel in panels[len(stages) :]:
-        panel.remove()
-    for panel, stage in zip(panels, stages, strict=False):
+    for number, stage in enumerate(stages, 1):
+        panel = figure.add_subplot(down, across, number)
         for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
             points = [(e["samples"], e[key]) for e in entries if e["stage"] == stage and e.get(key) is not None]
             if points:
@@ -288,7 +328,5 @@ def draw_curves(folder: Path) -> Path | None:
         panel.tick_params(labelsize=7)
         if panel.lines:
             panel.legend(fontsize=7, frameon=False)
-    aside = folder / f".{CURVES}"
-    figure.savefig(aside, format="png", dpi=120)
-    aside.replace(folder / CURVES)
-    return folder / CURVES
+    with replacing_file(folder / CURVES) as aside:
+        figure.savefig(aside, format="png", dpi=120)

@@ -136,12 +136,8 @@ class Examples(torch.utils.data.Dataset):
 class AuxiliaryHeads(nn.Module):
     """A model with heads that a stage needs and nobody ships, as one module to train.
 
-    New heads send a trained model noise for a while, so they are handed from stage to stage beside the model
-    (heads.safetensors): a head starts as the stages before left it, or new where there was none of its shape.
-
-    Args:
-        model: the model.
-        saved: tensors of heads by their names in this module (`Setup.heads`).
+    They are handed from stage to stage (heads.safetensors): a head starts as the stages before left it (`saved`, which
+    is `Setup.heads`), or new where there was none of its shape.
     """
 
     def __init__(self, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -165,27 +161,9 @@ class AuxiliaryHeads(nn.Module):
 
 
 def find_objective(stage: Stage) -> type[Objective]:
-    """The class of a stage's objective.
-
-    Raises:
-        UserError: there is none of that name, or it cannot be imported.
-    """
-    return plugins.find(
-        "objective",
-        stage.objective,
-        OBJECTIVES,
-        f"stage {stage.name}",
-        lambda row: isinstance(row, type) and issubclass(row, Objective),
-    )
-
-
-def make_objective(setup: Setup) -> Objective:
-    """The objective of a stage.
-
-    Raises:
-        UserError: no such objective, options it does not have, data that it cannot use.
-    """
-    return find_objective(setup.stage)(setup)
+    """The class of a stage's objective; UserError where there is none of that name, or it cannot be imported."""
+    fits = lambda row: isinstance(row, type) and issubclass(row, Objective)  # noqa: E731
+    return plugins.find("objective", stage.objective, OBJECTIVES, f"stage {stage.name}", fits)
 
 
 def run_batch(objective: Objective, module: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, float]]:

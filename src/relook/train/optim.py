@@ -5,8 +5,7 @@ A part is a row of `PARTS` or whole dotted pieces of a parameter's name ("langua
 and embed_tokens) goes by either name.
 
 Muon takes the matrices inside the layers of the two transformers and leaves the rest (embeddings, heads, projectors,
-norms, biases) to AdamW; on the vision encoder of receipts-tiny it reads as much after 200 s as AdamW after 400 s
-(docs/log.md).
+norms, biases) to AdamW.
 """
 
 from __future__ import annotations
@@ -39,19 +38,11 @@ PARTS: dict[str, str] = {
 }
 
 # The finest parts, in the order of a table; everything of a model is in one of them. LoRA's own weights go first.
-ROWS: dict[str, tuple[str, ...]] = {
-    "LoRA": ("lora_A", "lora_B"),
-    "visual": ("visual",),
-    "embed_tokens": ("embed_tokens",),
-    "language_model": ("language_model",),
-    "lm_head": ("lm_head",),
-    "detection_model": ("encoders.detection",),
-    "seg_model": ("encoders.seg",),
-    "clip_projector": ("projectors.clip",),
-    "detection_projector": ("projectors.detection",),
-    "seg_projector": ("projectors.seg",),
-}
-
+ROWS = (
+    *("visual", "embed_tokens", "language_model", "lm_head", "detection_model", "seg_model"),
+    *("clip_projector", "detection_projector", "seg_projector"),
+)
+LORA = "LoRA"
 HEADS = "auxiliary heads"  # of an objective; they do not ship
 
 LAYERS = (".blocks.", ".layers.")  # of the vision encoder and of the language model
@@ -67,10 +58,10 @@ def in_part(parameter: str, part: str) -> bool:
 
 def named_once(model: nn.Module) -> Iterator[tuple[nn.Parameter, list[str]]]:
     """Every parameter once, with all its names (two, where weights are tied)."""
-    found: dict[int, tuple[nn.Parameter, list[str]]] = {}
+    names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), (parameter, []))[1].append(name)
-    yield from found.values()
+        names.setdefault(parameter, []).append(name)
+    yield from names.items()
 
 
 def unused_parameters(model: nn.Module) -> set[int]:
@@ -100,11 +91,11 @@ def by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
     """
     counts: dict[str, tuple[int, int]] = {}
     for parameter, names in named_once(model):
-        row = next((r for r, parts in ROWS.items() if any(in_part(names[0], part) for part in parts)), HEADS)
+        row = next((row for row in ROWS if in_part(names[0], row)), HEADS)
+        row = LORA if in_part(names[0], "lora_A") or in_part(names[0], "lora_B") else row
         learns, total = counts.get(row, (0, 0))
-        size = parameter.numel()
-        counts[row] = learns + size * parameter.requires_grad, total + size
-    return {row: counts[row] for row in [*ROWS, HEADS] if row in counts}
+        counts[row] = learns + parameter.numel() * parameter.requires_grad, total + parameter.numel()
+    return {row: counts[row] for row in (LORA, *ROWS, HEADS) if row in counts}
 
 
 # -- optimizer and schedule -------------------------------------------------------------------------------------------
@@ -135,27 +126,22 @@ class CombinedOptimizer(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], stage: Stage) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
     """The stage's optimizer over the trainable parameters: decay on matrices only, `lr_scale` by part.
-
-    A parameter that comes under two names (tied weights) goes by either.
 
     Raises:
         UserError: nothing learns.
     """
     matrices: dict[tuple[float, float], list[nn.Parameter]] = {}
     rest: dict[tuple[float, float], list[nn.Parameter]] = {}
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in named:
-        names.setdefault(parameter, []).append(name)
-    for parameter, called in names.items():
+    for parameter, names in named_once(model):
         if parameter.requires_grad:
-            factor = next((f for part, f in stage.lr_scale.items() if any(in_part(n, part) for n in called)), 1.0)
+            factor = next((f for part, f in stage.lr_scale.items() if any(in_part(n, part) for n in names)), 1.0)
             decay = stage.weight_decay if parameter.ndim > 1 else 0.0
-            inner = stage.optimiser == "muon" and parameter.ndim == 2 and any(part in called[0] for part in LAYERS)
+            inner = stage.optimizer == "muon" and parameter.ndim == 2 and any(part in names[0] for part in LAYERS)
             (matrices if inner else rest).setdefault((factor, decay), []).append(parameter)
     parts: list[torch.optim.Optimizer] = []
-    slow = stage.lr if stage.optimiser == "adamw" else stage.lr_rest or stage.lr / 4
+    slow = stage.lr if stage.optimizer == "adamw" else stage.lr_rest or stage.lr / 4
     if matrices:  # rates as AdamW's: each update is scaled to the root mean square that AdamW's would have
         parts.append(torch.optim.Muon(_groups(matrices, stage.lr), adjust_lr_fn="match_rms_adamw"))
     if rest:

@@ -1,33 +1,52 @@
 """A recipe: everything that decides a training run, in one YAML file, checked before anything starts.
 
-A recipe names a model (a size, or weights to start from), data (a synthetic dataset, or a JSON of items
-in the published format) and stages. Unknown keys are errors that name the nearest valid key. Paths are relative: to the
-working directory, as in `out=`; a recipe in the repository holds no absolute path.
+A recipe names a model (a size, or weights to start from), data (a synthetic dataset, or files of items) and stages.
+Unknown keys are errors that name the nearest valid key. Paths are relative to the working directory.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from relook.data.rules import Data, Strict, relative_path
 from relook.errors import UserError
-from relook.io import _short, validate
+from relook.io import _short, read_yaml, validate
 from relook.model.start import Start
 
 MOST = 2**23 - 1  # samples of a stage
 PATHS = ("path", "image_root")  # keys whose values are relative paths
+RENAMED = {"optimiser": "optimizer", "max_grad": "max_grad_norm"}  # keys of earlier versions
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^\w[^/\\]*$")]  # of a folder
+
+
+def renamed(raw: Any) -> Any:
+    """A section with the present names of its keys; a notice says which."""
+    if not isinstance(raw, Mapping):
+        return raw
+    values = dict(raw)
+    for old in RENAMED.keys() & values.keys():
+        _notice(old)
+        values.setdefault(RENAMED[old], values.pop(old))
+    return values
+
+
+@cache
+def _notice(old: str) -> None:
+    print(f"notice: the recipe key {old} is now called {RENAMED[old]}", file=sys.stderr)
 
 
 class Lora(Strict):
-    """Low-rank updates (https://arxiv.org/abs/2106.09685) of the language model's linear layers, through peft.
-
-    All else rests but `modules_to_save`, which are trained whole. When the stage is over the updates are merged in.
-    """
+    """Low-rank updates (https://arxiv.org/abs/2106.09685) of the language model's linear layers; see `lora`."""
 
     r: int = Field(512, gt=0, description="rank")
     alpha: int | None = Field(None, gt=0, description="updates are scaled by alpha / r; 2 r unless given")
@@ -40,22 +59,22 @@ class Lora(Strict):
 class Stage(Strict):
     """A part of a run with one objective (a row of `objective.OBJECTIVES`, or one that `relook.plugins` finds)."""
 
-    name: str
+    name: Name
     objective: str
     samples: int = Field(gt=0, le=MOST, description="from 2**23 on, pages are held out for validation")
-    steps: int | None = Field(None, gt=0, description="in place of samples: optimiser steps of batch x accumulate")
+    steps: int | None = Field(None, gt=0, description="in place of samples: optimizer steps of batch x accumulate")
     epochs: float | None = Field(None, gt=0, description="of a JSON source: at most so many passes over its items")
     batch: int = Field(16, gt=0)
-    accumulate: int = Field(1, gt=0, description="batches per optimiser step")
-    optimiser: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
+    accumulate: int = Field(1, gt=0, description="batches per optimizer step")
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
     lr_rest: float | None = Field(None, gt=0, description="of what muon leaves to AdamW; lr / 4 unless given")
-    lr_scale: dict[str, float] = Field({}, description="part of the model -> factor on lr, e.g. clip_projector: 0.3")
+    lr_scale: dict[str, Factor] = Field({}, description="part of the model -> factor on lr, e.g. clip_projector: 0.3")
     schedule: Literal["linear_tail", "cosine", "constant"] = "linear_tail"
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = 1.0
+    weight_decay: Factor = 0.05
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    clip: float = Field(1.0, ge=0, description="longest gradient of a step; longer ones are scaled. 0: none is")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of products; weights stay in float32")
     checkpointing: bool = Field(False, description="layers run again in the backward pass: less memory, more time")
     freeze: list[str] = Field([], description="parts that do not learn, e.g. visual, language_model.layers")
@@ -69,7 +88,7 @@ class Stage(Strict):
     input_grads: Literal["full", "published"] = Field("full", description="published: none into embeddings, ViT")
     position_mode: Literal["mrope", "sequential"] = Field("mrope", description="sequential: as published training")
     remember: int = Field(0, ge=0, description="images whose features are kept while the tower is frozen")
-    seed: int | None = Field(None, description="defaults to the recipe's")
+    seed: Seed | None = Field(None, description="defaults to the recipe's")
     data: Data | None = Field(None, description="defaults to the recipe's")
     options: dict[str, Any] = Field({}, description="what the objective itself can be told (its Options class)")
 
@@ -77,6 +96,7 @@ class Stage(Strict):
     @classmethod
     def _length(cls, raw: Any) -> Any:
         """`steps` says how many samples; where both are given they must agree. `epochs` alone sets no other bound."""
+        raw = renamed(raw)
         if not isinstance(raw, dict) or raw.get("steps") is None:
             alone = isinstance(raw, dict) and raw.get("epochs") is not None and "samples" not in raw
             return {**raw, "samples": MOST} if alone else raw
@@ -121,22 +141,35 @@ class Recipe(Strict):
     Only seed, model, data, stages and `validation.items` decide the weights; what is saved and watched does not.
     """
 
-    name: str
-    seed: int = 1
+    name: Name
+    seed: Seed = 1
     threads: int = Field(1, gt=0, description="CPU threads for torch")
     workers: int = Field(0, ge=0, description="processes that draw examples; does not change what is drawn")
     model: Start
     data: Data
     stages: list[Stage] = Field(min_length=1)
-    log_every: int = Field(25, gt=0, description="optimiser steps between lines of log.jsonl")
-    save_every: int = Field(200, ge=0, description="optimiser steps between checkpoints; 0: only when told to stop")
+    log_every: int = Field(25, gt=0, description="optimizer steps between lines of log.jsonl")
+    save_every: int = Field(200, ge=0, description="optimizer steps between checkpoints; 0: only when told to stop")
     keep_last: int = Field(2, gt=0, description="checkpoints of a stage that are kept, beside the best one")
-    evaluate_every: int = Field(0, ge=0, description="optimiser steps between evaluations on `validation`; 0: none")
+    evaluate_every: int = Field(0, ge=0, description="optimizer steps between evaluations on `validation`; 0: none")
     validation: Validation = Field(default_factory=lambda: Validation.model_validate({}))
-    max_grad: float | None = Field(1e6, gt=0, description="a gradient longer than this, before clipping, stops the run")
+    max_grad_norm: float | None = Field(1e6, gt=0, description="a longer gradient, before clipping, stops the run")
     report_to: list[str] = Field([], description="beside log.jsonl and TensorBoard: wandb, mlflow, ... (transformers')")
     domain: str | None = Field(None, description="what the model is good for, written into its config")
     save_dtype: Literal["float16", "float32", "bfloat16"] = "float16"
+
+    def data_of(self, stage: Stage) -> Data:
+        """What a stage learns from."""
+        return stage.data or self.data
+
+    def seed_of(self, stage: Stage) -> int:
+        """The seed of a stage's examples and heads."""
+        return self.seed if stage.seed is None else stage.seed
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, raw: Any) -> Any:
+        return renamed(raw)
 
     @model_validator(mode="after")
     def _names(self) -> Recipe:
@@ -144,10 +177,10 @@ class Recipe(Strict):
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise ValueError(f"two stages are called {doubled[0]!r}; stage names must differ")
-        endless = [s.name for s in self.stages if s.epochs is not None and (s.data or self.data).source == "world"]
+        endless = [s.name for s in self.stages if s.epochs is not None and self.data_of(s).source == "world"]
         if endless:
             raise ValueError(f"stage {endless[0]!r} says epochs:, but a world has no end; give samples: or steps:")
-        from_items = [stage.name for stage in self.stages if (stage.data or self.data).source == "json"]
+        from_items = [stage.name for stage in self.stages if self.data_of(stage).source == "json"]
         if self.evaluate_every and from_items and not self.validation.items:
             raise ValueError(
                 f"evaluate_every is {self.evaluate_every}, but no items of stage {from_items[0]!r} are held out; "
@@ -195,18 +228,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: no such file, not YAML, an unknown key (with the nearest valid one), a value of the wrong kind.
     """
-    import yaml
-
     path = Path(path)
     if not path.is_file():
         moved = f"; did you mean {Path('zoo') / path}?" if (Path("zoo") / path).is_file() else ""
         raise UserError(
             f"There is no recipe at {path}{moved or '; recipes are YAML files such as recipes/own-data.yaml.'}"
         )
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds {type(raw).__name__}, not a mapping of recipe keys (name, model, data, stages).")
     for override in overrides:
@@ -235,7 +263,14 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"{override!r}: {part!r} lies inside {_short(node)}, which has no keys.")
     if not isinstance(node, dict):
         raise UserError(f"{override!r}: {key} does not name a single value; enter a stage by its name first.")
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{override!r}: the value is not YAML ({' '.join(str(error).split())})") from error
     if last in PATHS and isinstance(value, str) and Path(value).is_absolute():
         value = os.path.relpath(value)  # where the command is given, a path may be of any kind
+    for names in RENAMED.items():  # by either name, an override counts
+        if last in names:
+            node.pop(names[0], None)
+            node.pop(names[1], None)
     node[last] = value

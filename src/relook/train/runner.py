@@ -7,39 +7,28 @@ stages whose recipe (and everything before them) has not changed, and goes on in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from relook.data.dataset import open_items
 from relook.data.records import records
+from relook.errors import UserError
 from relook.io import replacing, replacing_folder
-from relook.model.segments import synchronised_ranks
-from relook.model.start import Start, open_start
-from relook.train import distributed, lora, metrics
-from relook.train.check import check, find_source
-from relook.train.checkpoints import (
-    GO_ON,
-    Checkpoints,
-    Record,
-    StageModel,
-    digest,
-    finished,
-    finishing,
-    read_heads,
-    refuse_older_run,
-    writing,
-)
+from relook.model.start import Start, StartInfo, describe_start, open_start
+from relook.plugins import find
+from relook.train import distributed, lora
+from relook.train.checkpoints import GO_ON, Checkpoints, Record, StageModel, digest, read_heads, refuse_older_run
 from relook.train.distributed import Signals, Stopped
-from relook.train.feature_cache import cached_features
-from relook.train.objective import Objective, Setup, make_objective
-from relook.train.optim import set_trainable
-from relook.train.recipe import Recipe, Stage, load_recipe, reset_forward, set_forward
-from relook.train.skipped import SkippedReport
-from relook.train.trainer import StageRun, StageTrainer
+from relook.train.metrics import SKIPPED, SkippedReport, check_reporters, draw_curves
+from relook.train.objective import Objective, Setup, find_objective
+from relook.train.optim import PARTS, in_part, set_trainable
+from relook.train.recipe import Data, Recipe, Stage, load_recipe, reset_forward, set_forward
+from relook.train.trainer import StageTrainer
 
 
 def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), out: str | Path | None = None) -> Path:
@@ -53,53 +42,50 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), out: str | P
     Raises:
         UserError: the recipe does not hold together, before any training.
     """
-    given = [o for o in overrides if not o.startswith("out=")]
     for o in overrides:
-        if o.startswith("out="):
-            out = o.removeprefix("out=")
+        out = o.removeprefix("out=") if o.startswith("out=") else out
     with distributed.joined():
         with distributed.together():
             if not isinstance(recipe, Recipe):
-                recipe = load_recipe(recipe, given)
+                recipe = load_recipe(recipe, [o for o in overrides if not o.startswith("out=")])
             folder = Path(out) if out is not None else Path("runs") / recipe.name
             torch.set_num_threads(recipe.threads)
             check(recipe)
             refuse_older_run(folder)
         with Signals() as signals:
             try:
-                history, last = run_stages(recipe, folder, signals)
+                _run_stages(recipe, folder, signals)
             except Stopped:
                 if distributed.main():
-                    metrics.draw_curves(folder)
+                    draw_curves(folder)
                 raise
-        with distributed.together(), writing(folder):
-            if distributed.main():
-                metrics.draw_curves(folder)
-                save_final(recipe, history, last, folder / "final")
     return folder / "final"
 
 
-def run_stages(recipe: Recipe, folder: Path, signals: Signals) -> tuple[list[Record], Start]:
-    """All stages that are not done yet; returns the records of all, and the last one's model."""
-    start, history, name, checked = recipe.model, list[Record](), "", False
+def _run_stages(recipe: Recipe, folder: Path, signals: Signals) -> None:
+    """All stages that are not done yet, and the model as it ships."""
+    start, history, places, name = recipe.model, list[Record](), list[Checkpoints](), ""
     for number, stage in enumerate(recipe.stages):
         name = digest(name, recipe, stage)
-        checkpoints = Checkpoints(folder / "stages" / f"{number:02d}-{stage.name}", name, recipe.keep_last)
-        record = distributed.from_main(finished(checkpoints.place, name))
+        places.append(Checkpoints(folder / "stages" / f"{number:02d}-{stage.name}", name, recipe.keep_last))
+    done = distributed.from_main([place.finished() for place in places])
+    with distributed.together():
+        _check_data(recipe, [stage for stage, record in zip(recipe.stages, done, strict=True) if record is None])
+    for stage, place, record in zip(recipe.stages, places, done, strict=True):
         if record is not None:
-            distributed.say(f"{stage.name}: already done, taken from {checkpoints.place}")
+            distributed.say(f"{stage.name}: already done, taken from {place.place}")
         else:
-            with distributed.together():
-                if not checked:
-                    _check_data(recipe, recipe.stages[number:])
-                    checked = True
-            record = train_stage(recipe, stage, start, checkpoints, signals)
+            record = train_stage(recipe, stage, start, place, signals)
             signal = signals.agree()
-            if signal is not None and number + 1 < len(recipe.stages):
-                _stop(f"stopped after stage {stage.name}, which is kept in {checkpoints.place}; {GO_ON}", signal)
+            if signal is not None and stage is not recipe.stages[-1]:
+                said = f"stopped after stage {stage.name}, which is kept in {place.place}; {GO_ON}"
+                raise distributed.for_all(Stopped(said, signal))
         history.append({k: v for k, v in record.items() if k != "digest"})
-        start = Start.model_validate({"start": str(checkpoints.place)})
-    return history, start
+        start = Start.model_validate({"start": str(place.place)})
+    with distributed.together(), place.writing(folder):
+        if distributed.main():
+            draw_curves(folder)
+            save_final(recipe, history, start, folder / "final")
 
 
 def train_stage(recipe: Recipe, stage: Stage, start: Start, checkpoints: Checkpoints, signals: Signals) -> Record:
@@ -114,25 +100,27 @@ def train_stage(recipe: Recipe, stage: Stage, start: Start, checkpoints: Checkpo
         steps = steps_of(stage, items)
         if distributed.main():
             _write_recipe(recipe, checkpoints.place.parents[1])  # not before: a run that is refused leaves no folder
-            checkpoints.clear_aside()
     record = distributed.from_main(checkpoints.last())
+    begun = record["step"] if record is not None else 0
     if record is not None:
-        distributed.say(f"{stage.name}: goes on from step {record['step']} of {steps}")
+        distributed.say(f"{stage.name}: goes on from step {begun} of {steps}")
     skipped = SkippedReport(items.data.max_broken, items.unreadable) if items is not None else SkippedReport(0.0)
-    skipped.open(checkpoints.place / "left_out.jsonl", record["step"] * stage.batch * stage.accumulate if record else 0)
-    share = distributed.divided(stage.batch, stage.accumulate, distributed.count())
-    tally = metrics.Tally(share[0] * distributed.count(), record)
-    shared = checkpoints, signals, objective, trained, skipped, tally
-    trainer = StageTrainer(StageRun(recipe, stage, seed_of(recipe, stage), steps, share, *shared))
-    if record is not None:
-        distributed.check_optimizer_form(record, checkpoints.path(record), trainer)
-    _train(trainer, record)
-    if skipped_samples := skipped.say():
-        distributed.say(f"{stage.name}: {skipped_samples}")
-    if signals.seen is not None and trainer.state.global_step < steps:
-        place = checkpoints.path({"step": trainer.state.global_step})
-        _stop(f"stopped at step {trainer.state.global_step} of {steps}, saved in {place}; {GO_ON}", signals.seen)
-    return _finish(trainer, start)
+    skipped.open(checkpoints.place / SKIPPED, begun * stage.batch * stage.accumulate)
+    trainer = StageTrainer(recipe, stage, trained, objective, steps, checkpoints, skipped, record)
+    try:
+        trainer.run(signals)
+    except RuntimeError as error:  # a dataloader worker was told to stop, too
+        if signals.seen is None:
+            raise
+        said = f"stopped in the midst of a step of {stage.name}; {checkpoints.say_last()}"
+        raise Stopped(said, signals.seen) from error
+    if told := skipped.say():
+        distributed.say(f"{stage.name}: {told}")
+    step = trainer.state.global_step
+    if signals.seen is not None and step < steps:
+        said = f"stopped at step {step} of {steps}, saved in {checkpoints.path({'step': step})}; {GO_ON}"
+        raise distributed.for_all(Stopped(said, signals.seen))
+    return _finish(trainer)
 
 
 def _open_stage(recipe: Recipe, stage: Stage, start: Start) -> tuple[StageModel, Objective, Any]:
@@ -140,17 +128,15 @@ def _open_stage(recipe: Recipe, stage: Stage, start: Start) -> tuple[StageModel,
     model, processor = open_start(start, seed=recipe.seed, domain=recipe.domain)
     for parameter in model.parameters():  # out of the mapped file, where the alignment of a weight decides its rounding
         parameter.data = parameter.data.clone()
-    first, data, items = start is recipe.model, stage.data or recipe.data, None
+    first, data, items = start is recipe.model, recipe.data_of(stage), None
     free_choice, heads = processor.free_choice, {} if first else read_heads(str(start.start))
     processor.free_choice = free_choice or data.free_choice
     if data.source == "json":
-        items = open_items(data, seed_of(recipe, stage), recipe.validation.items, processor)
-    base = start.base_record(recipe.seed) if first else None
-    trained, objective = prepare_stage(recipe, stage, model, processor, items, heads, base)
+        items = open_items(data, recipe.seed_of(stage), recipe.validation.items, processor)
+    trained, objective = prepare_stage(recipe, stage, model, processor, items, heads, first)
     assert objective is not None
     trained.free_choice = free_choice
-    if trained.wrapped and distributed.sharded_by():
-        raise distributed.cannot_shard("auxiliary heads")
+    distributed.refuse_sharding("auxiliary heads", trained.wrapped)
     return trained, objective, items
 
 
@@ -161,7 +147,7 @@ def prepare_stage(
     processor: Any,
     items: Any = None,
     heads: Mapping[str, Tensor] | None = None,
-    base: dict[str, Any] | None = None,
+    first: bool = True,
 ) -> tuple[StageModel, Objective | None]:
     """Set a model as a stage says, choose what learns, and add the heads and low-rank updates that the stage has.
 
@@ -169,67 +155,38 @@ def prepare_stage(
         model, processor: the model is changed in place; without a processor there is no objective.
         items: of a stage whose data are items.
         heads: tensors of auxiliary heads that earlier stages left.
-        base: what an adapter keeps of the model under it (`Start.base_record`).
+        first: whether the model is the recipe's start, which an adapter then names as the model under it.
     """
-    seed, objective, module, heads = seed_of(recipe, stage), None, model, heads or {}
+    seed, objective, outer, heads = recipe.seed_of(stage), None, model, heads or {}
     set_forward(model.config, stage)
     torch.manual_seed(seed)
     if processor is not None:
-        source = find_source(stage.data or recipe.data)
+        source = find_source(recipe.data_of(stage))
         setup = Setup(stage, model.config, processor, seed, source and source(seed), items, recipe.validation, heads)
-        objective = make_objective(setup)
-        module = objective.wrap(model)
+        objective = find_objective(stage)(setup)
+        outer = objective.wrap(model)
     set_trainable(model, stage.freeze, stage.train)
-    trained = StageModel(model, processor, module, None, heads)
-    if stage.lora is not None:
-        trained.adapter = lora.adapt(model, stage.lora, base)
-        trained.module = trained.adapter.peft if module is model else module
-    return trained, objective
+    base = recipe.model.base_record(recipe.seed) if first else None
+    adapter = lora.adapt(model, stage.lora, base) if stage.lora is not None else None
+    return StageModel(model, processor, outer, adapter, heads), objective
 
 
-def seed_of(recipe: Recipe, stage: Stage) -> int:
-    """The seed of a stage's examples and heads."""
-    return recipe.seed if stage.seed is None else stage.seed
-
-
-def _train(trainer: StageTrainer, record: Record | None) -> None:
-    """Let the Trainer train, from the checkpoint of a record where there is one."""
-    run, model = trainer.stage_run, trainer.stage_run.trained.model
-    place, samples = run.checkpoints.place, run.steps * run.stage.batch * run.stage.accumulate
-    start = str(run.checkpoints.path(record)) if record else None
-    if not distributed.main():  # else all processes would draw the same masks
-        torch.manual_seed(run.seed + distributed.number())
-    sharded, step = distributed.optimizer_form(trainer) is not None, record["step"] if record else 0
-    with metrics.logging_to(place.parents[1], place, run.stage.name, samples, run.tally, step) as callbacks:
-        for callback in callbacks:
-            trainer.add_callback(callback)
-        try:
-            with synchronised_ranks(sharded), cached_features(model, run.stage.remember):
-                trainer.train(resume_from_checkpoint=start)
-        except RuntimeError as error:  # a dataloader worker was told to stop, too
-            if run.signals.seen is None:
-                raise
-            said = f"stopped in the midst of a step of {run.stage.name}; {run.checkpoints.say_last()}"
-            raise Stopped(said, run.signals.seen) from error
-
-
-def _finish(trainer: StageTrainer, start: Start) -> Record:
+def _finish(trainer: StageTrainer) -> Record:
     """Merge the stage's low-rank updates and write its model; settings of the stage are reset, and do not ship."""
-    run, trained = trainer.stage_run, trainer.stage_run.trained
-    recipe, stage, checkpoints = run.recipe, run.stage, run.checkpoints
-    if distributed.optimizer_form(trainer) is not None:
+    recipe, stage, trained, checkpoints = trainer.recipe, trainer.stage, trainer.trained, trainer.checkpoints
+    if trainer.form is not None:
         distributed.unshard(trained.model)
         distributed.forget_sharding()
     best = distributed.from_main(checkpoints.best())
     record: Record = {
         "stage": stage.name,
-        "samples": run.steps * stage.batch * stage.accumulate,
-        "seconds": round(run.tally.seconds, 1),
-        "loss": round(run.tally.loss_sum / run.steps, 4),
+        "samples": trainer.samples,
+        "seconds": round(trainer.metrics.seconds, 1),
+        "loss": round(trainer.metrics.loss_sum / trainer.steps, 4),
     }
     if best is not None:
         record["best"] = {k: best[k] for k in ("step", "eval_loss")}
-    with distributed.together(), writing(checkpoints.place, checkpoints):
+    with distributed.together(), checkpoints.writing():
         if distributed.main():
             reset_forward(trained.model.config, recipe.stages[: recipe.stages.index(stage) + 1])
             if trained.adapter is not None:
@@ -237,33 +194,15 @@ def _finish(trainer: StageTrainer, start: Start) -> Record:
                 with replacing_folder(checkpoints.place / "adapter") as aside:
                     trained.adapter.save(aside)
                     trained.processor.save_pretrained(aside)
-                trained.merge()
+                trained.adapter.merge()
+                trained.adapter = None
             trained.processor.free_choice = trained.free_choice
-            with finishing(checkpoints.place, {**record, "digest": checkpoints.digest}) as aside:
+            with checkpoints.finishing(record) as aside:
                 trained.save(aside)
-            checkpoints.close()
     return record
 
 
-def _check_data(recipe: Recipe, stages: Sequence[Stage]) -> None:
-    """Open the sets of all stages that are still to come: one that is missing is told before hours of training.
-
-    Raises:
-        UserError: a set that is not there, or nothing that can be read.
-    """
-    used = [stage.data or recipe.data for stage in stages]
-    sources = [source for data in used if data.source == "json" for source in data.all_sources()]
-    for path, split in dict.fromkeys((source.path, source.split) for source in sources):
-        records(path, split)
-
-
-def _stop(why: str, signum: int) -> NoReturn:
-    """End the run in all processes; the main one says why."""
-    stopped = Stopped(why, signum)
-    raise stopped if distributed.main() else distributed.Elsewhere(stopped)
-
-
-def save_final(recipe: Recipe, history: list[dict[str, Any]], last: Start, folder: Path) -> Path:
+def save_final(recipe: Recipe, history: list[Record], last: Start, folder: Path) -> None:
     """The finished model, as it ships: weights in the recipe's dtype, processor, and where it all came from."""
     import transformers
 
@@ -288,7 +227,6 @@ def save_final(recipe: Recipe, history: list[dict[str, Any]], last: Start, folde
     with replacing_folder(folder) as aside:
         model.to(getattr(torch, recipe.save_dtype)).save_pretrained(aside)
         processor.save_pretrained(aside)
-    return folder
 
 
 def steps_of(stage: Stage, items: Any = None) -> int:
@@ -302,7 +240,71 @@ def steps_of(stage: Stage, items: Any = None) -> int:
 def _write_recipe(recipe: Recipe, folder: Path) -> None:
     import yaml
 
-    text = yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "recipe.yaml") as file:
-        file.write(text)
+        yaml.safe_dump(recipe.model_dump(exclude_defaults=True), file, sort_keys=False)
+
+
+# -- before anything is trained ---------------------------------------------------------------------------------------
+
+
+def check(recipe: Recipe) -> StartInfo:
+    """Check every stage of a recipe against the model it starts from; returns what is known of that model.
+
+    Raises:
+        UserError: an objective or an option that there is none of, a part or a layer that the model does not have, a
+            package that is not installed, a step that cannot be divided over the processes, what cannot be sharded.
+    """
+    check_reporters(recipe.report_to)
+    distributed.check_sharding(recipe)
+    for stage in recipe.stages:
+        distributed.divided(stage.batch, stage.accumulate, distributed.count())
+        data = recipe.data_of(stage)
+        find_objective(stage).check(stage, data.source == "json")
+        find_source(data)
+    info = describe_start(recipe.model, seed=recipe.seed, domain=recipe.domain)
+    model = info.meta_model()
+    check_parts(model, recipe.stages)
+    for stage in recipe.stages:
+        if stage.lora is not None:
+            lora.check_lora(model, stage.lora)
+    return info
+
+
+def find_source(data: Data) -> Any:
+    """The synthetic dataset of a recipe's data, a function of the seed; None where data are items."""
+    if data.source != "world" or not data.world:
+        return None
+    return find("source", data.world, {}, "data.world", callable)
+
+
+def check_parts(model: nn.Module, stages: Iterable[Stage]) -> None:
+    """Refuse stages that name parts the model does not have.
+
+    Raises:
+        UserError: names the part, the nearest there is, and all there are.
+    """
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    known = [part for part in PARTS if any(in_part(name, part) for name in names)]
+    for stage in stages:
+        saved = stage.lora.modules_to_save if stage.lora is not None else []
+        for part in [*stage.freeze, *(stage.train or ()), *stage.lr_scale, *saved]:
+            if not any(in_part(name, part) for name in names):
+                near = difflib.get_close_matches(part, [*known, *PARTS], n=1, cutoff=0.5)
+                hint = f" (did you mean {near[0]!r}?)" if near and near[0] in known else ""
+                raise UserError(
+                    f"Stage {stage.name!r}: the model has no part {part!r}{hint}; parts are {', '.join(known)}, "
+                    "or pieces of parameter names such as layers.0"
+                )
+
+
+def _check_data(recipe: Recipe, stages: Sequence[Stage]) -> None:
+    """Open the sets of all stages that are still to come: one that is missing is told before hours of training.
+
+    Raises:
+        UserError: a set that is not there, or nothing that can be read.
+    """
+    used = [recipe.data_of(stage) for stage in stages]
+    sources = [source for data in used if data.source == "json" for source in data.all_sources()]
+    for path, split in dict.fromkeys((source.path, source.split) for source in sources):
+        records(path, split)

@@ -8,106 +8,121 @@ of every step, the main one writes, and what one of them meets ends the run for 
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections import OrderedDict
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer_callback import ProgressCallback
 
 from relook.errors import RelookError
+from relook.model.modeling import image_encoder
+from relook.model.segments import synchronised_ranks
 from relook.train import distributed
-from relook.train.checkpoints import Checkpoints, Record, StageModel, writing
-from relook.train.metrics import Metrics, Tally, reporters
+from relook.train.checkpoints import Checkpoints, Record, StageModel
+from relook.train.metrics import LOG, LogWriter, Metrics, SkippedReport, logging_to
 from relook.train.objective import Examples, Objective, run_batch
 from relook.train.optim import build_optimizer, schedule
 from relook.train.recipe import Recipe, Stage
-from relook.train.skipped import SkippedReport
 from relook.train.validation import Validator
 
 
-@dataclass
-class StageRun:
-    """A stage as it runs: what its trainer and callbacks share.
+class StageTrainer(Trainer):
+    """A Trainer of a stage's module on its objective's examples; the order of examples is the objective's.
 
-    Attributes:
-        seed: of examples and of the Trainer.
+    Args:
+        trained, objective: of the stage.
         steps: optimizer steps.
-        share: the batch of this process, and its batches per step (`distributed.divided`).
         skipped: counts samples that are left out.
-        tally: counts samples, tokens, loss and time.
+        record: of the checkpoint that the stage goes on from; None from the beginning.
     """
 
-    recipe: Recipe
-    stage: Stage
-    seed: int
-    steps: int
-    share: tuple[int, int]
-    checkpoints: Checkpoints
-    signals: distributed.Signals
-    objective: Objective
-    trained: StageModel
-    skipped: SkippedReport
-    tally: Tally
-
-
-class StageTrainer(Trainer):
-    """A Trainer of a stage's module on its objective's examples; the order of examples is the objective's."""
-
-    def __init__(self, stage_run: StageRun) -> None:
-        self.stage_run, self.checkpoints, self.metrics = stage_run, stage_run.checkpoints, Metrics()
-        recipe, stage, objective = stage_run.recipe, stage_run.stage, stage_run.objective
-        self.validator = Validator(objective, stage_run.trained, recipe.validation, stage_run.checkpoints)
-        samples = stage_run.steps * stage.batch * stage.accumulate
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        trained: StageModel,
+        objective: Objective,
+        steps: int,
+        checkpoints: Checkpoints,
+        skipped: SkippedReport,
+        record: Record | None,
+    ) -> None:
+        self.recipe, self.stage, self.trained, self.steps = recipe, stage, trained, steps
+        self.objective: Objective = objective
+        self.checkpoints, self.skipped, self.record = checkpoints, skipped, record
+        self.samples, processes = steps * stage.batch * stage.accumulate, distributed.count()
+        batch, accumulate = distributed.divided(stage.batch, stage.accumulate, processes)
+        self.parts = stage.batch // batch  # processes that share a batch
+        self.metrics = Metrics(batch * processes, record)
+        self.validator = Validator(objective, trained, recipe.validation, checkpoints)
         super().__init__(
-            model=stage_run.trained.module,
-            args=_arguments(stage_run),
-            train_dataset=Examples(objective.train.__getitem__, samples),
+            model=trained.module,
+            args=_arguments(recipe, stage, checkpoints, batch, accumulate, steps),
+            train_dataset=Examples(objective.train.__getitem__, self.samples),
             data_collator=objective.collate,
         )
-        stage_run.trained.model.config.__dict__.pop("use_cache", None)  # which the Trainer sets
+        trained.model.config.__dict__.pop("use_cache", None)  # which the Trainer sets
         self.model_accepts_loss_kwargs = False  # a loss is a mean over its batch
-        self.parts = stage.batch // stage_run.share[0]  # processes that share a batch
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
-        distributed.prepare_zero3(stage_run.trained.model, self)
-        self.add_callback(StageCallback(stage_run, distributed.optimizer_form(self)))
+        distributed.prepare_zero3(trained.model, self)
+        self.form = distributed.optimizer_form(self)
+        if record is not None:
+            distributed.check_optimizer_form(record.get("form"), self.form, checkpoints.path(record))
+
+    def run(self, signals: distributed.Signals) -> None:
+        """Train to the last step, or to the end of the step in which a signal comes."""
+        self.add_callback(StageCallback(self, signals))
+        if not distributed.main():  # else all processes would draw the same masks
+            torch.manual_seed(self.args.seed + distributed.number())
+        place, folder = self.checkpoints.place, self.checkpoints.place.parents[1]
+        writer = LogWriter(folder / LOG, self.stage.name, self.samples, self.metrics)
+        cache = FeatureCache(self.trained.model.model, self.stage.remember) if self.stage.remember else None
+        step, start = (self.record["step"], str(self.checkpoints.path(self.record))) if self.record else (0, None)
+        with logging_to(folder, place, writer, step) as callbacks:
+            for callback in callbacks:
+                self.add_callback(callback)
+            with synchronised_ranks(self.form is not None), image_encoder(cache) if cache else nullcontext():
+                self.train(resume_from_checkpoint=start)
 
     # -- learning
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            module: Any = self.model if model is None else model
-            self.optimizer = build_optimizer(module.named_parameters(remove_duplicate=False), self.stage_run.stage)
+            found: Any = self.model if model is None else model
+            self.optimizer = build_optimizer(found, self.stage)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
             found: Any = self.optimizer if optimizer is None else optimizer
             bare = found if self.is_deepspeed_enabled else getattr(found, "optimizer", found)  # not accelerate's
-            factor = schedule(self.stage_run.stage, self.stage_run.steps)
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(bare, factor)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(bare, schedule(self.stage, self.steps))
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         info = inputs.get("info", {})
-        self.stage_run.skipped.add(info.get("taught", 0), info.get("left_out", ""))
+        self.skipped.add(info.get("taught", 0), info.get("left_out", ""))
         loss = super().training_step(model, inputs, num_items_in_batch)
         value = float(distributed.mean(loss))
         if not math.isfinite(value):
             raise self._stopped_at_step(f"the loss of step {{}} is {value}. Lower lr, or look at its examples")
-        self.stage_run.tally.add(value, inputs)
+        self.metrics.add(value, inputs)
         return loss
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         weight = self._weight(inputs)
-        loss, figures = run_batch(self.stage_run.objective, model, inputs)
-        self.metrics.add(figures)
+        loss, figures = run_batch(self.objective, model, inputs)
+        self.metrics.figures.append(figures)
         return loss if weight is None else weight * loss
 
     def _weight(self, inputs: Any) -> torch.Tensor | None:
@@ -121,12 +136,12 @@ class StageTrainer(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         found = super()._get_grad_norm(model, grad_norm=grad_norm)
-        norm, limit = float(found), self.stage_run.recipe.max_grad
+        norm, limit = float(found), self.recipe.max_grad_norm
         if not math.isfinite(norm):
             raise self._stopped_at_step(f"the gradient of step {{}} has norm {norm}. Lower lr, or look at its examples")
         if limit is not None and norm > limit:
-            said = f"the gradient of step {{}} exploded: its norm is {norm:.3g}, over max_grad={limit:g}. "
-            raise self._stopped_at_step(f"{said}Lower lr, or raise max_grad")
+            said = f"the gradient of step {{}} exploded: its norm is {norm:.3g}, over max_grad_norm={limit:g}. "
+            raise self._stopped_at_step(f"{said}Lower lr, or raise max_grad_norm")
         return found
 
     def _stopped_at_step(self, why: str) -> RelookError:
@@ -136,27 +151,26 @@ class StageTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Sharded processes exchange weights as they write: who fails cannot tell the others, its launcher ends them.
-        sharded = distributed.optimizer_form(self) is not None
-        with nullcontext() if sharded else distributed.together(), self.checkpoints.written():
+        with nullcontext() if self.form else distributed.together(), self.checkpoints.writing(self.checkpoints.folder):
             super()._save_checkpoint(model, trial)
         distributed.wait()  # all have written their part: `StageCallback.on_save` comes next
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None
         if self.args.should_save:
-            self.stage_run.trained.save(output_dir, state_dict)
+            self.trained.save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The Trainer's own is not strict, and checkpoints have the published names of weights: it would load none."""
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            self.stage_run.trained.load(resume_from_checkpoint)
+            self.trained.load(resume_from_checkpoint)
 
     # -- evaluating and logging
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        with self.stage_run.tally.pause(), torch.random.fork_rng():  # evaluating changes nothing about the run
+        with self.metrics.pause(), torch.random.fork_rng():  # evaluating changes nothing about the run
             with distributed.together():
                 figures = self.validator(self.state.global_step, self._prepare_inputs)
             figures = distributed.from_main(figures)  # on which all decide what is best
@@ -166,33 +180,33 @@ class StageTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs or "train_loss" in logs:
-            figures = self.metrics.take_from_all()
-            logs |= {**figures, **(self.stage_run.tally.rates_of_all() if figures else {})}
-        with distributed.together(), writing(self.checkpoints.place, self.checkpoints):
+            logs |= self.metrics.take()
+        with distributed.together(), self.checkpoints.writing():
             super().log(logs, start_time)
 
 
-def _arguments(run: StageRun) -> TrainingArguments:
+def _arguments(
+    recipe: Recipe, stage: Stage, checkpoints: Checkpoints, batch: int, accumulate: int, steps: int
+) -> TrainingArguments:
     """The Trainer's arguments for a stage; when to save and evaluate is the callback's to say."""
-    recipe, stage = run.recipe, run.stage
     return TrainingArguments(
-        output_dir=str(run.checkpoints.aside),
+        output_dir=str(checkpoints.aside),
         run_name=f"{recipe.name}/{stage.name}",
-        max_steps=run.steps,
-        per_device_train_batch_size=run.share[0],
-        gradient_accumulation_steps=run.share[1],
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
         max_grad_norm=stage.clip,
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,  # a loss that is no number stops the run
         train_sampling_strategy="sequential",  # the examples are drawn at random already; order is part of the recipe
         save_strategy="no",
         eval_strategy="no",
-        report_to=reporters(recipe.report_to),
+        report_to=[name for name in recipe.report_to if name != "tensorboard"] or ["none"],  # written anyway
         disable_tqdm=True,
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
-        seed=run.seed,
+        seed=recipe.seed_of(stage),
         bf16=stage.precision == "bfloat16",
         activation_checkpointing=stage.checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
@@ -202,20 +216,17 @@ def _arguments(run: StageRun) -> TrainingArguments:
 
 
 class StageCallback(TrainerCallback):
-    """When to save, evaluate and stop; and the records of what was saved.
+    """When to save, evaluate and stop; and the records of what was saved."""
 
-    Args:
-        form: in which a checkpoint keeps the optimizer (`distributed.optimizer_form`).
-    """
-
-    def __init__(self, run: StageRun, form: str | None) -> None:
-        self.run, self.form = run, form
-        best = run.checkpoints.best()
+    def __init__(self, trainer: StageTrainer, signals: distributed.Signals) -> None:
+        self.trainer, self.signals, self.checkpoints = trainer, signals, trainer.checkpoints
+        best = trainer.checkpoints.best()
         self.best = math.inf if best is None else float(best["eval_loss"])
         self.evaluated: tuple[int, float | None] = (0, None)  # step, validation loss
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        recipe, signal = self.run.recipe, self._exchange()
+        self.trainer.skipped.settle()
+        recipe, signal = self.trainer.recipe, self.signals.agree()
         step, more = state.global_step, state.global_step < state.max_steps
         if recipe.save_every and step % recipe.save_every == 0 and more:
             control.should_save = True
@@ -224,13 +235,6 @@ class StageCallback(TrainerCallback):
         if signal is not None and more:
             control.should_save = control.should_training_stop = True
         return control
-
-    def _exchange(self) -> int | None:
-        """Let all processes have what single ones met in this step: samples that were left out, a signal."""
-        counted = distributed.gather(self.run.skipped.own())
-        with distributed.together():
-            self.run.skipped.settle(counted)
-        return self.run.signals.agree()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> Any:
         loss = metrics["eval_loss"]
@@ -242,11 +246,45 @@ class StageCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step, (at, loss) = state.global_step, self.evaluated
-        record: Record = {"stage": self.run.stage.name, "step": step, **self.run.tally.total()}
+        record: Record = {"stage": self.trainer.stage.name, "step": step, **self.trainer.metrics.record()}
         if at == step:
             record["eval_loss"] = loss
-        if self.form is not None:
-            record["form"] = self.form
-        with distributed.together(), self.run.checkpoints.written():
+        if self.trainer.form is not None:
+            record["form"] = self.trainer.form
+        with distributed.together(), self.checkpoints.writing(self.checkpoints.folder):
             if distributed.main():
-                self.run.checkpoints.publish(record)
+                self.checkpoints.publish(record)
+
+
+class FeatureCache:
+    """In place of `get_image_features`: features of the last `images` images, as long as the vision encoder is frozen.
+
+    Most of a step of a small model is its frozen encoder, and examples show it the same first look again and again.
+    Images are identified by a hash of their pixels, and each is encoded by itself, so that its features do not depend
+    on the others in the batch, nor on what is in the cache.
+    """
+
+    def __init__(self, base: Any, images: int) -> None:
+        self.encode, self.visual, self.images = base.get_image_features, base.visual, images
+        self.found: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def __call__(self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Any) -> Any:
+        if any(p.requires_grad for p in self.visual.parameters()):
+            return self.encode(pixel_values, image_grid_thw, **kwargs)
+        parts = pixel_values.split(image_grid_thw.prod(-1).tolist())
+        features = tuple(self._features(part, grid) for part, grid in zip(parts, image_grid_thw, strict=True))
+        return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+
+    def _features(self, pixels: Tensor, grid: Tensor) -> Tensor:
+        """(patches, p), (3,) -> (tokens, d)"""
+        reduced = torch.is_autocast_enabled(pixels.device.type)  # training may be, validation is not: not the same
+        key_hash = hashlib.blake2b(repr((grid.tolist(), reduced)).encode(), digest_size=16)
+        key_hash.update(pixels.detach().float().cpu().contiguous().numpy().data)
+        key = key_hash.digest()
+        if key not in self.found:
+            with torch.no_grad():
+                self.found[key] = self.encode(pixels, grid[None], return_dict=True).pooler_output[0]
+        self.found.move_to_end(key)
+        if len(self.found) > self.images:
+            self.found.popitem(last=False)
+        return self.found[key]

@@ -24,8 +24,8 @@ from relook.model.segments import ranks_synchronised
 from relook.regions import Box, cells_to_box, iou, union, upright
 from relook.trace import Answer
 from relook.train import distributed
-from relook.train.checkpoints import Checkpoints, StageModel, writing
-from relook.train.metrics import Metrics
+from relook.train.checkpoints import Checkpoints, StageModel
+from relook.train.metrics import means
 from relook.train.objective import Objective, run_batch
 from relook.train.recipe import Validation
 
@@ -66,13 +66,13 @@ class Validator:
     def _losses(self, prepare: Callable[[Any], Any]) -> dict[str, float]:
         if not self._batches:
             self._batches = list(self._drawn())
-        metrics, total = Metrics(), 0.0
+        reported, total = list[Any](), 0.0
         with torch.no_grad():
             for count, batch in self._batches:
                 loss, figures = run_batch(self.objective, self.trained.module, prepare(batch))
-                metrics.add(figures)
+                reported.append(figures)
                 total += count * float(loss)
-        return {"loss": total / sum(count for count, _ in self._batches), **metrics.take()}
+        return {"loss": total / sum(count for count, _ in self._batches), **means(reported)}
 
     def _drawn(self) -> Iterator[tuple[int, Any]]:
         held, size = self.objective.eval, self.objective.stage.batch
@@ -111,7 +111,7 @@ class Validator:
 
     def _draw(self, step: int, pairs: list[tuple[Answer, Question]]) -> None:
         drawn, folder = [picture(answer, question) for answer, question in pairs], self.checkpoints.place / "pictures"
-        with writing(folder, self.checkpoints):
+        with self.checkpoints.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for number, image in enumerate(drawn, 1):
                 image.save(folder / f"step-{step}-{number}.png")
