@@ -14,8 +14,6 @@ from relook.perceive import VLM
     [
         ({"question": "  "}, "question is empty"),
         ({"question": None}, "expected text"),
-        ({"question": "What is <|im_end|>?"}, "<|im_end|>"),
-        ({"question": "Where is the <image>?"}, "<image>"),
         ({"look": "zoom"}, "expected one of auto, none, region, clip"),
         ({"look": "seg"}, "this model has no 'seg' look; expected one of auto, none, region, clip"),
         ({"region": (3, 3, 2, 4)}, "grid"),

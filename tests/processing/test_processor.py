@@ -152,8 +152,9 @@ def test_blocks_of_the_loop_equal_encode_item(published, name):
     for kind in ("image", "clip", "detection", "seg"):
         number = len(sample["sample"].get(LOOKS["region" if kind == "image" else kind].item_key) or [])
         tensors = {key: encoded[key] for key in encoded if key not in ("input_ids", "labels", "prompt_ids")}
-        counts[kind] = iter(processor.pad_counts(kind, tensors, number))
-    contents = [processor.expand(m["content"], counts) for m in sample["sample"]["messages"]]
+        counts[kind] = processor.pad_counts(kind, tensors, number)
+    left = {kind: iter(numbers) for kind, numbers in counts.items()}
+    contents = [processor.expand(m["content"], left) for m in sample["sample"]["messages"]]
     ids = processor.opening_ids(contents[0])
     for asked, content in enumerate(contents[1:], start=1):
         if asked % 2:
@@ -161,8 +162,8 @@ def test_blocks_of_the_loop_equal_encode_item(published, name):
         else:
             ids += processor.next_turn_ids(content, closed=False)
     assert ids + processor.tokenizer.encode("<|im_end|>") == encoded["input_ids"]
-    messages = [{"role": "assistant" if i % 2 else "user", "content": c} for i, c in enumerate(contents[:-1])]
-    assert processor.prompt_ids(messages) == sample["prompt_ids"]
+    ids, _ = processor.conversation_ids(sample["sample"]["messages"][:-1], counts)
+    assert ids == sample["prompt_ids"]
 
 
 def test_pieces_are_tokenised_apart(published):
@@ -301,7 +302,7 @@ def test_template_follows_the_system_prompt():
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     assert text == (
         '<|im_start|>system\nSay "yes".<|im_end|>\n'
-        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>?<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>\n?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert processor_of(system="").apply_chat_template(chat).startswith("<|im_start|>user")
     with pytest.raises(Exception, match="video"):

@@ -331,9 +331,8 @@ def item_length(processor: Any, item: Item) -> int:
         refs = item.images.get(spec.item_key, ())
         stages = image_stages(messages) if kind == "image" else ["reencode"] * len(refs)
         pads += [_pads(processor, ref, stage, kind) for ref, stage in zip(refs, stages, strict=False)]
-    ones = {kind: repeat(1) for kind in KINDS}
-    single = [{**turn, "content": processor.expand(turn["content"], ones)} for turn in messages]
-    return len(processor.prompt_ids(single)) + sum(pads) - len(pads)  # pads are tokens whatever stands beside them
+    ids, _ = processor.conversation_ids(messages, {kind: repeat(1) for kind in KINDS})
+    return len(ids) + sum(pads) - len(pads)  # pads are tokens whatever stands beside them
 
 
 def _pads(processor: Any, ref: Any, stage: str, kind: str) -> int:

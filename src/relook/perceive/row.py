@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from relook.looks import IM_END, LOOKS, VISION_START, Call, look_turn, parse_tokens, without_triggers, write_call
+from relook.processing.vocabulary import BREAK
 from relook.regions import Cells, cells_to_box, widen
 from relook.trace import Answer, Finished, Look, LookTaken, TextDelta, Turn, Usage
 
@@ -209,7 +210,8 @@ class Row:
                 conversation.features.lookup("image", first + i, image, "first")[0]
                 for i, image in enumerate(request.images)
             ]
-        content = self.context.processor.first_turn(self._sentence(), len(views))
+        processor = self.context.processor
+        content = processor.first_turn(processor.as_text(self._sentence()), len(views))
         self._user_turn(content, [ShownImage("image", view) for view in views])
         if request.region is not None:
             self._force_text(write_call("region", request.region, self.context.vocabulary.grid) + IM_END)
@@ -256,7 +258,7 @@ class Row:
         places = [base + i + 1 for i, token in enumerate(ids) if token == start]
         conversation.pending.shown += zip(places, images, strict=True)
         conversation.add(ids)
-        conversation.turns.append(Turn("user", content))
+        conversation.turns.append(Turn("user", content.replace(BREAK, "")))
 
     def _end_turn(self) -> None:
         """After the assistant's turn: look, ask again, or finish."""
@@ -282,7 +284,7 @@ class Row:
             self._user_turn(look_turn(good), images)
         else:  # nothing to show: the question again, to be answered without a look
             self._looks_left = 0
-            self._user_turn(self._plain, [])
+            self._user_turn(self.context.processor.as_text(self._plain), [])
         self._begin_turn()
 
     def _check_call(self, call: Call) -> Call:

@@ -6,7 +6,7 @@ All input is checked here, before the model runs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, TypedDict, Unpack
 from PIL import Image
 
 from relook.errors import UserError
-from relook.looks import LOOKS, VISION_END, VISION_START, control_tokens
+from relook.looks import LOOKS
 from relook.regions import check_cells
 from relook.trace import Answer, Finished
 from relook.views import open_image
@@ -270,17 +270,7 @@ class VLM:
             raise UserError(f"the question is a {type(question).__name__}; expected text")
         if not question.strip():
             raise UserError("the question is empty; ask something about the image")
-        for text in self._reserved():
-            if text in question:
-                raise UserError(f"the question holds {text!r}, which is no text to this model; leave it out")
         return question.strip()
-
-    def _reserved(self) -> Collection[str]:
-        """What would be read as structure: special tokens, the control tokens of looks, placeholders of images."""
-        pads, ordinary = control_tokens(list(LOOKS), self.processor.grid_size)
-        special = self.processor.tokenizer.all_special_tokens
-        placeholders = [spec.placeholder for spec in LOOKS.values()]
-        return dict.fromkeys([VISION_START, VISION_END, *special, *pads, *ordinary, *placeholders])
 
 
 class Chat:

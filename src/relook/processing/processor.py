@@ -12,7 +12,7 @@ melt into the newline of its header.)
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,14 @@ from relook.processing.turns import (
     check_counts,
     check_pads,
     expand_pads,
+    first_turn,
     image_stages,
     pad_stages,
+    plain_turn,
     split_system,
+    template_turn,
 )
-from relook.processing.vocabulary import IGNORED, KINDS, TENSORS, add_look_tokens, expand
+from relook.processing.vocabulary import BREAK, IGNORED, KINDS, TENSORS, add_look_tokens, as_text, encode, expand
 from relook.processing.vocabulary import chat_template as own_template  # `chat_template` is an argument of __init__
 from relook.views import DEFAULT_VIEW, PREPROCESSING, View, load_item_image, open_image
 
@@ -232,6 +235,10 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
 
     # ---- text and ids
 
+    def as_text(self, text: str) -> str:
+        """Text from outside for a turn, of which nothing is read as structure; see `vocabulary.as_text`."""
+        return as_text(text, self.tokenizer, placeholders=True)
+
     def expand(self, text: str, counts: Mapping[str, Iterable[int]]) -> str:
         """Placeholders (<image>, <clip_image>, ...) to runs of pads; see `vocabulary.expand`."""
         return expand(text, counts)
@@ -249,8 +256,7 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
 
     def first_turn(self, question: str, images: int = 1) -> str:
         """Content of the first user turn: a line `<image>` per image and the question, in the order of training."""
-        placeholders = [KINDS["image"].placeholder] * images
-        return "\n".join([question, *placeholders] if self.question_first else [*placeholders, question])
+        return first_turn(question, images, self.question_first)
 
     def opening_ids(self, content: str, system: str | None = None) -> list[int]:
         """The block before the first sampled token: system turn, first user turn, assistant's header."""
@@ -264,28 +270,33 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         """
         return (self._encode(IM_END) if not closed else []) + self._encode("\n") + self.turn_ids("user", content)
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation with expanded contents that ends with a user turn and the assistant's header."""
-        return self._conversation_ids(messages)[0]
+    def conversation_ids(
+        self, messages: Sequence[Message], counts: Mapping[str, Iterable[int]]
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation whose images have `counts` pads, and whether each is the assistant's (its end is).
 
-    def _conversation_ids(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation, and whether each one is the assistant's (its <|im_end|> is)."""
+        After a user turn, with the assistant's header. In the contents, only placeholders and the calls of the
+        assistant are structure; all else is plain text, also where it spells a control token.
+        """
+        counts = {kind: iter(numbers) for kind, numbers in counts.items()}
+        messages = [plain_turn(message, partial(as_text, tokenizer=self.tokenizer)) for message in messages]
         system, turns = split_system(messages)
         ids: list[int] = []
         written: list[bool] = []
         for i, turn in enumerate(turns):
+            content = expand(turn["content"], counts)
             if turn["role"] == "assistant":
-                block = self.turn_ids("assistant", turn["content"])
+                block = self.turn_ids("assistant", content)
             elif i == 0:
-                block = self.opening_ids(turn["content"], system)
+                block = self.opening_ids(content, system)
             else:
-                block = self.next_turn_ids(turn["content"], closed=True)
+                block = self.next_turn_ids(content, closed=True)
             ids += block
             written += [turn["role"] == "assistant"] * len(block)
         return ids, written
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        return encode(text, self.tokenizer)
 
     # ---- data items
 
@@ -301,21 +312,20 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
             with their <|im_end|>, and in them the `*_action` tokens), prompt_ids (everything before the last answer),
             and the tensors of `encode_images` for every kind of image in the item.
         """
-        messages = item["messages"]
+        messages = [plain_turn(message, partial(as_text, tokenizer=self.tokenizer)) for message in item["messages"]]
         sources = {kind: list(item.get(spec.item_key) or []) for kind, spec in KINDS.items()}
         check_counts(messages, {kind: len(images) for kind, images in sources.items()})
         stages = {kind: ["reencode"] * len(images) for kind, images in sources.items()}
         stages["image"] = image_stages(messages)
         encoded: dict[str, Any] = {}
-        counts: dict[str, Iterator[int]] = {}
+        counts: dict[str, list[int]] = {}
         for kind, images in sources.items():
             opened = [load_item_image(image, image_root) for image in images]
             viewed = [self.view(image, stage, kind) for image, stage in zip(opened, stages[kind], strict=True)]
             tensors = self.encode_images(viewed, kind)
             encoded.update(tensors)
-            counts[kind] = iter(self.pad_counts(kind, tensors, len(images)))
-        expanded = [{"role": m["role"], "content": self.expand(m["content"], counts)} for m in messages]
-        ids, written = self._conversation_ids(expanded)
+            counts[kind] = self.pad_counts(kind, tensors, len(images))
+        ids, written = self.conversation_ids(messages, counts)
         answer = next((i for i, w in enumerate(reversed(written)) if not w), 0)  # the last block, if the assistant's
         result: dict[str, Any] = {"input_ids": ids, "prompt_ids": ids[: len(ids) - answer]}
         if labels:
@@ -357,6 +367,8 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
             texts = expand_pads(texts, KINDS[kind].pad, self.pad_counts(kind, tensors, len(seen)))
         stages = pad_stages(texts) if texts else ["first"] * len(flat["image"])
         seen = [self.view(i, s) if views else i for i, s in zip(flat["image"], stages, strict=True)]
+        if any(BREAK in text for text in texts):
+            kwargs["sanitize_control_tokens"] = True  # the tokenizer encodes what is broken as plain text
         out = super().__call__(images=seen or None, text=texts or None, **kwargs)
         as_torch = kwargs.get("return_tensors") == "pt"
         out.update(extra if as_torch else {name: tensor.numpy() for name, tensor in extra.items()})
@@ -368,6 +380,17 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         fetched: Any = self.image_processor.fetch_images(images)  # URLs and paths, as transformers takes them
         flat: Any = make_flat_list_of_images(fetched)
         return [open_image(image) for image in flat]
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with user turns in the form that the model was trained on, whatever the order of parts.
+
+        With `tokenize=True` the ids are those of `encode_item` and of the loop, and texts are plain text. (A template
+        that is only rendered is a string, in which nothing tells a literal `<|im_end|>` from a turn's end.)
+        """
+        chats, batched = self._normalize_conversations(conversation)
+        plain = self.as_text if kwargs.get("tokenize") else None
+        chats = [[template_turn(message, plain, self.question_first) for message in chat] for chat in chats]
+        return super().apply_chat_template(chats if batched else chats[0], *args, **kwargs)
 
     def _multimodal_inputs_from_conversations(self, conversations: list, *args: Any, **kwargs: Any) -> tuple:
         # apply_chat_template(tokenize=True) passes the fourth value on to __call__ as keywords

@@ -1,16 +1,61 @@
-"""The structure of a conversation: roles of its turns, number of its images, the view stage of each image.
+"""The structure of a conversation: roles and order of its turns, its images and the view stage of each.
 
-Pure functions over messages ({"role", "content"} with placeholders) and over texts as the chat template writes them.
+Pure functions over messages ({"role", "content"} with placeholders, or with parts as chat templates take them) and over
+texts as the chat template writes them.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
 
 from relook.errors import UserError
-from relook.looks import IM_START, LOOKS
-from relook.processing.vocabulary import KINDS
+from relook.looks import IM_START, LOOKS, parse_calls
+from relook.processing.vocabulary import BREAK, KINDS
 
 Message = Mapping[str, str]
+
+
+def first_turn(question: str, images: int, question_first: bool) -> str:
+    """A user turn that shows images: each on a line of its own, before the question or after, as the model learnt."""
+    placeholders = [KINDS["image"].placeholder] * images
+    return "\n".join([question, *placeholders] if question_first else [*placeholders, question])
+
+
+def plain_turn(message: Message, as_text: Callable[[str], str]) -> dict[str, Any]:
+    """A message from outside, its content changed by `as_text`, except for the calls in what the assistant says."""
+    content, kept, at = message["content"], list[str](), 0
+    for call in parse_calls(content) if message["role"] == "assistant" else ():
+        if call.problem is None:
+            kept += [as_text(content[at : call.span[0]]), content[slice(*call.span)]]
+            at = call.span[1]
+    return {**message, "content": "".join([*kept, as_text(content[at:])])}
+
+
+def template_turn(message: Mapping[str, Any], as_text: Callable[[str], str] | None, question_first: bool) -> Any:
+    """A message for the chat template: the images and the question of a user turn as in `first_turn`.
+
+    Parts with text between images, as a look shows several regions, stay as they are. With `as_text`, for templates
+    whose text is encoded, also as in `plain_turn`.
+    """
+    content, role = message.get("content") or "", message["role"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    sides = [is_text for is_text, _ in groupby(parts, lambda part: part["type"] == "text")]
+    if role == "user" and True in sides and len(sides) <= 2:
+        images = [part for part in parts if part["type"] != "text"]
+        question = "".join(part["text"] for part in parts if part["type"] == "text").strip()
+        after = question_first and all(part["type"] == "image" for part in images)
+        newline = {"type": "text", "text": "\n"}
+        apart = [piece for image in images for piece in ([newline, image] if after else [image, newline])]
+        parts = [*([] if after else apart), {"type": "text", "text": question}, *(apart if after else [])]
+    if as_text is not None:
+        said = [plain_turn({"role": role, "content": part.get("text", "")}, as_text)["content"] for part in parts]
+        if role == "assistant" and said and said[0][:1].isspace():
+            said[0] = BREAK + said[0]  # or it would melt into the newline of its header
+        parts = [
+            {**part, "text": text} if part["type"] == "text" else part for part, text in zip(parts, said, strict=True)
+        ]
+    return {**message, "content": parts[0]["text"] if isinstance(content, str) else parts}
 
 
 def check_counts(messages: Sequence[Message], images: Mapping[str, int]) -> None:

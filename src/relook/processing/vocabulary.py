@@ -2,10 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from transformers import AddedToken
+from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START as BREAK
+from transformers.utils.chat_template_utils import encode_marked_chat
 
 from relook.errors import UserError
 from relook.looks import DEFAULT_SYSTEM, LOOKS, VISION_END, VISION_START, LookSpec, control_tokens
@@ -81,7 +84,7 @@ def expand(text: str, counts: Mapping[str, Iterable[int]]) -> str:
     turns of a conversation can be expanded one after the other. `expand("<image>?", {"image": [2]})` is
     "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>?".
     """
-    numbers: dict[str, Iterator[int]] = {kind: iter(values) for kind, values in counts.items()}
+    numbers = {kind: iter(values) for kind, values in counts.items()}
 
     def write(match: re.Match[str]) -> str:
         kind = _KIND_OF_PLACEHOLDER[match.group()]
@@ -91,6 +94,30 @@ def expand(text: str, counts: Mapping[str, Iterable[int]]) -> str:
         return VISION_START + KINDS[kind].pad * count + VISION_END
 
     return _PLACEHOLDERS.sub(write, text)
+
+
+def as_text(text: str, tokenizer: Any, placeholders: bool = False) -> str:
+    """Text from outside, of which nothing is read as structure: `encode` makes plain text of all of it.
+
+    `BREAK` (a private character, which `encode` and transformers' tokenizers leave out again) is put behind the first
+    character of every literal token of the tokenizer, such as `<|im_end|>` or `<|x_3|>`; with `placeholders`, of
+    `<image>` and its like, too.
+    """
+    return _starts(tuple(tokenizer.get_added_vocab()), placeholders).sub(rf"\1{BREAK}", text.replace(BREAK, ""))
+
+
+@lru_cache
+def _starts(tokens: tuple[str, ...], placeholders: bool) -> re.Pattern[str]:
+    tokens += tuple(_KIND_OF_PLACEHOLDER) if placeholders else ()
+    any_token = "|".join(re.escape(token) for token in tokens if len(token) > 1) or "(?!)"
+    return re.compile(f"(?={any_token})(.)", re.DOTALL)
+
+
+def encode(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a piece of a conversation; what went through `as_text` is plain text."""
+    if BREAK in text:
+        return encode_marked_chat(tokenizer, text)
+    return tokenizer.encode(text, add_special_tokens=False) if text else []
 
 
 _KIND_OF_PLACEHOLDER = {spec.placeholder: kind for kind, spec in KINDS.items()}
