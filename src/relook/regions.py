@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from relook.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
 GRID = 8  # cells a side in the published models
@@ -161,9 +162,9 @@ def crop(image: "Image.Image", cells: Cells, *, grid: int = GRID, margin: int = 
 
 
 def upright(image: "Image.Image") -> "Image.Image":
-    """`image` as people see it: turned as its EXIF tag says, RGB, transparent parts white, 16-bit grey scaled to 8.
+    """`image` as people see it: turned as its EXIF tag says, RGB, transparent parts white, deep grey scaled to 8 bits.
 
-    Returns the very same object when there is nothing to do.
+    Returns the very same object when there is nothing to do. Raises UserError for floats outside 0..1.
     """
     from PIL import Image, ImageOps
 
@@ -174,19 +175,37 @@ def upright(image: "Image.Image") -> "Image.Image":
         turned = False
     if turned:
         image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips at 255, which turns a 16-bit scan white
-        import numpy as np
-
-        values = np.asarray(image).astype(np.int64)
-        bits = 8 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 0
-        return Image.fromarray(np.clip(values >> bits, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
+    if image.mode.startswith(("I", "F")):  # Pillow's own conversion clips
+        return Image.fromarray(_deep_grey(image)).convert("RGB")
+    if image.has_transparency_data:  # an alpha channel, or a transparent color that the file names
+        layer = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _deep_grey(image: "Image.Image") -> "np.ndarray":
+    import numpy as np
+
+    values = np.asarray(image)
+    if image.mode == "F":
+        return eight_bits(values)
+    values = values.astype(np.int64)
+    shift = 8 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 0
+    grey = np.clip(values >> shift, 0, 255)
+    return np.where(values == image.info.get("transparency", -1), 255, grey).astype(np.uint8)
+
+
+def eight_bits(values: "np.ndarray") -> "np.ndarray":
+    """Pixels as uint8, from uint8, bool, or floats in 0..1. Raises UserError for others."""
+    import numpy as np
+
+    if values.dtype == bool or np.issubdtype(values.dtype, np.floating):
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise UserError(f"pixels of {values.dtype} leave 0..1; expected floats in 0..1, or uint8")
+        return np.round(values * 255).astype(np.uint8)
+    if values.dtype != np.uint8:
+        raise UserError(f"pixels of {values.dtype}; expected uint8, or floats in 0..1")
+    return values
 
 
 def token_area(extent: str, size: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -8,15 +8,18 @@ Frames: sizes are (width, height) in pixels, boxes (x1, y1, x2, y2) with x2 and 
 
 from __future__ import annotations
 
+import base64
 import io
+import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, unquote_to_bytes
 
 from relook.errors import UserError
-from relook.regions import split_crop_suffix, upright
+from relook.regions import eight_bits, split_crop_suffix, upright
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -141,26 +144,38 @@ PREPROCESSING: dict[str, dict[str, View | None]] = {
 }
 
 
-def open_image(source: Any) -> Image.Image:
-    """An upright RGB image from a path, a PIL image, a numpy array or the bytes of an image file.
+def open_image(source: Any, fetch: bool = False) -> Image.Image:
+    """An upright RGB image from a path, a data URL, a PIL image, a numpy array or the bytes of an image file.
 
-    Arrays are (height, width), (height, width, 3) or (height, width, 4); uint8, or floats in 0..1.
+    Arrays are (height, width), (height, width, 3) or (height, width, 4); uint8, or floats in 0..1. With `fetch`,
+    whatever transformers' own functions take, too: http and https addresses, and files as base64 text.
 
     Raises:
         UserError: nothing there, not an image, a file that ends early, an image without pixels.
     """
     from PIL import Image
 
+    if isinstance(source, str) and source.startswith("data:"):
+        return _decode(data_url(source), f"data URL {source[:40]}...")
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        if not fetch:
+            raise UserError(
+                f"{source}: addresses are not fetched; download the image, or ask with fetch=True (--fetch)"
+            )
+        return _decode(_download(source), source)
     if isinstance(source, (str, Path)):
+        if fetch and not os.path.isfile(source) and (data := _base64(str(source))):
+            return _decode(data, f"base64 text {str(source)[:40]}...")
         return _open_file(Path(source))
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(io.BytesIO(bytes(source)), f"{len(source)} bytes")
+        return _decode(bytes(source), f"{len(source)} bytes")
     if isinstance(source, Image.Image):
         if 0 in source.size:
             raise UserError(
                 f"image of {source.width} x {source.height} pixels has nothing to see; give one with pixels"
             )
         try:
+            source.load()
             return upright(source)
         except (OSError, SyntaxError, ValueError) as error:  # PIL reads lazily: a broken file shows only here
             raise UserError(f"image cannot be read ({error}); give a complete image") from error
@@ -179,7 +194,7 @@ def load_item_image(source: Any, root: str | Path | None = None) -> Image.Image:
     """
     box = None
     name = source
-    if isinstance(source, (str, Path)):
+    if isinstance(source, (str, Path)) and not str(source).startswith(("data:", "http://", "https://")):
         name, box = split_crop_suffix(str(source))
         path = Path(root or ".") / name
         whole = Path(root or ".") / source
@@ -204,23 +219,52 @@ def load_item_image(source: Any, root: str | Path | None = None) -> Image.Image:
 
 
 def _open_file(path: Path) -> Image.Image:
-    if not path.exists():
-        raise UserError(f"{path}: no such file; give the path of an image")
-    if not path.is_file():
-        raise UserError(f"{path}: not a file; give the path of an image")
-    if path.stat().st_size == 0:
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a file; give the path of an image")
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        reason = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or error
+        raise UserError(f"{str(path)[:300]}: {str(reason).lower()}; give the path of an image") from None
+    if not data:
         raise UserError(f"{path}: the file is empty; give the path of an image")
-    with path.open("rb") as stream:
-        return _decode(stream, str(path))
+    return _decode(data, str(path))
 
 
-def _decode(stream: Any, name: str) -> Image.Image:
+def data_url(url: str) -> bytes:
+    """The content of `data:image/png;base64,...`, or of one that is percent-encoded."""
+    head, comma, body = url.partition(",")
+    data = _base64(unquote(body)) if head.endswith(";base64") else unquote_to_bytes(body)
+    if not comma or not data:
+        raise UserError(f"data URL {url[:40]}... holds no data that can be read; expected data:image/png;base64,...")
+    return data
+
+
+def _base64(text: str) -> bytes | None:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        return None
+
+
+def _download(url: str) -> bytes:
+    from huggingface_hub.utils import httpx
+
+    try:
+        return httpx.get(url, follow_redirects=True).raise_for_status().content
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise UserError(f"{url}: cannot be fetched ({str(error).splitlines()[0]}); check the address") from None
+
+
+def _decode(data: bytes, name: str) -> Image.Image:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(stream) as image:
+        with Image.open(io.BytesIO(data)) as image:
             image.load()
             return upright(image)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     except UnidentifiedImageError as error:
         raise UserError(f"{name}: not an image that can be read; give a JPEG, PNG, WebP, TIFF or similar") from error
     except Image.DecompressionBombError as error:
@@ -238,14 +282,4 @@ def _from_array(source: Any) -> Image.Image:
         raise UserError(
             f"array of shape {array.shape} is no image; expected (height, width), or (height, width, 3 or 4)"
         )
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if np.issubdtype(array.dtype, np.floating):
-        if not (np.isfinite(array).all() and array.min() >= 0.0 and array.max() <= 1.0):
-            raise UserError(f"array of {array.dtype} leaves 0..1; expected floats in 0..1, or uint8")
-        array = np.round(array * 255).astype(np.uint8)
-    elif array.dtype == bool:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype != np.uint8:
-        raise UserError(f"array of {array.dtype}; expected uint8, or floats in 0..1")
-    return upright(Image.fromarray(array))
+    return upright(Image.fromarray(eight_bits(array[:, :, 0] if array.shape[2:] == (1,) else array)))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 from itertools import islice
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support.source_files import (
     BOXED,
     call,
@@ -17,7 +20,9 @@ from support.source_files import (
 )
 
 from relook.data import Question, build_item, read_items
-from relook.data.images import ImageFinder, check_copy
+from relook.data.collate import opened
+from relook.data.images import ImageFinder, check_copy, file_size, place_image, read_facts
+from relook.data.items import Item
 from relook.data.published import IMAGE_SETS, Archive, ImageSet, dataset_of
 from relook.data.remap import remap
 from relook.errors import UserError
@@ -131,3 +136,15 @@ def test_the_manifest_says_what_is_not_published():
         for archive in row["archives"]:
             assert archive["by"] or archive["size"] is archive["bytes"] is archive["checksum"] is None
     assert "checksum not published" in call("data", "images").stdout
+
+
+def test_a_data_url_is_an_image(tmp_path):
+    """In items, through checks and lengths: read like a file, and not joined with the folder."""
+    stream = io.BytesIO()
+    Image.new("RGB", (60, 20)).save(stream, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    assert place_image(url, tmp_path, strict=True) == url
+    assert file_size(url) == (60, 20) and read_facts(url).size == (60, 20)
+    assert read_facts("data:image/png;base64,?").problem == "unreadable"
+    item = Item.from_dict({"messages": [{"role": "user", "content": "<image>"}], "images": [url]})
+    assert opened(item).images["images"][0].size == (60, 20)

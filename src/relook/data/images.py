@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from relook.data.published import IMAGE_SETS, dataset_of
 from relook.errors import UserError
 from relook.regions import Box, Cells, join_crop_suffix, split_crop_suffix, upright
+from relook.views import data_url
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +55,7 @@ def place_image(ref: ImageRef, root: str | Path, *, strict: bool = False) -> Ima
     Raises:
         UserError: the path leaves a strict root.
     """
-    if not isinstance(ref, str | os.PathLike):
+    if not isinstance(ref, str | os.PathLike) or os.fspath(ref).startswith("data:"):
         return ref
     placed = os.path.normpath(os.path.join(root, os.fspath(ref)))
     inside = os.path.abspath(root)
@@ -124,7 +125,7 @@ def file_size(path: str, where: str = "", *, header_only: bool = False) -> tuple
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(data_url(path)) if path.startswith("data:") else path) as image:
             return upright_size(image, header_only=header_only)
     except FileNotFoundError:
         return None
@@ -169,8 +170,9 @@ def read_facts(path: str, *, look: bool = False) -> ImageFacts:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        data = data_url(path) if path.startswith("data:") else Path(path).read_bytes()
+    except UserError as error:
+        return ImageFacts("unreadable", str(error))
     except FileNotFoundError:
         return ImageFacts("missing", "no such file")
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte

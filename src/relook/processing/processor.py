@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
-from transformers.image_utils import make_flat_list_of_images
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
@@ -356,7 +355,7 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
             raise UserError("videos are not supported; give images")
         texts = [text] if isinstance(text, str) else list(text or [])
         given = {"image": images, "clip": clip_images, "detection": detection_images, "seg": seg_images}
-        flat = {kind: self._flat(value) for kind, value in given.items()}
+        flat = {kind: _opened(value) for kind, value in given.items()}
         if texts:
             check_pads(texts, {kind: len(value) for kind, value in flat.items()})
         extra: dict[str, Any] = {}
@@ -373,13 +372,6 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         as_torch = kwargs.get("return_tensors") == "pt"
         out.update(extra if as_torch else {name: tensor.numpy() for name, tensor in extra.items()})
         return out
-
-    def _flat(self, images: Any) -> list[Any]:
-        if images is None or (isinstance(images, (list, tuple)) and not images):
-            return []
-        fetched: Any = self.image_processor.fetch_images(images)  # URLs and paths, as transformers takes them
-        flat: Any = make_flat_list_of_images(fetched)
-        return [open_image(image) for image in flat]
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers', with user turns in the form that the model was trained on, whatever the order of parts.
@@ -406,6 +398,15 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
     @property
     def model_input_names(self) -> list[str]:
         return super().model_input_names + [name for look in self.looks if look in TENSORS for name in TENSORS[look]]
+
+
+def _opened(images: Any) -> list[Any]:
+    """All images of nested lists in order, opened; addresses are fetched as transformers does."""
+    if images is None:
+        return []
+    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
+        return [opened for image in images for opened in _opened(image)]
+    return [open_image(images, fetch=True)]
 
 
 def _template_of(tokenizer: Any) -> str | dict | None:
