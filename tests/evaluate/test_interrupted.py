@@ -109,3 +109,40 @@ def test_a_run_without_any_answer_is_not_resumed(tmp_path):
     with pytest.raises(RelookError, match="out of order"):
         evaluate(Mute(), [str(path)], ["none"], out=tmp_path / "run")
     assert evaluate(Echo(), [str(path)], ["none"], out=tmp_path / "run").run["taken_up"] == 0
+
+
+def test_finished_work_is_not_replaced_unless_told(tmp_path):
+    """Neither another model's nor the same one's, nor what a judge was paid for."""
+
+    class Other(Echo):
+        name = "other"
+
+    path = interrupted_evaluation.write_questions(tmp_path)
+    run = tmp_path / "run"
+    evaluate(Echo(), [str(path)], ["none"], out=run)
+    file = run / "records.jsonl"
+    judged = [json.loads(line) | {"judged": {"reply": "score: 1"}} for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(record) + "\n" for record in judged))
+    before = {each.name: each.read_bytes() for each in run.iterdir()}
+    with pytest.raises(UserError, match='finished evaluation of "echo" with the same settings'):
+        evaluate(Echo(), [str(path)], ["none"], out=run)
+    with pytest.raises(UserError, match=r'finished evaluation of "echo", which differs in model \("echo", now "other"\)'):
+        evaluate(Other(), [str(path)], ["none"], out=run)
+    assert {each.name: each.read_bytes() for each in run.iterdir()} == before
+    evaluate(Other(), [str(path)], ["none"], out=run, overwrite=True)
+    assert json.loads((run / "results.json").read_text())["run"]["model"] == "other"
+    assert "judged" not in json.loads(file.read_text().splitlines()[0])
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    """The second is refused while the first is at it, and what the first writes is whole."""
+
+    class Nosy(Echo):
+        def ask_many(self, requests, **options):
+            with pytest.raises(UserError, match="another run is writing here"):
+                evaluate(Echo(), [str(path)], ["none"], out=tmp_path / "run")
+            return super().ask_many(requests, **options)
+
+    path = interrupted_evaluation.write_questions(tmp_path)
+    evaluate(Nosy(), [str(path)], ["none"], out=tmp_path / "run")
+    assert len(records(tmp_path)) == 11

@@ -20,14 +20,10 @@ from PIL import Image
 from support.hand_made_records import call, record, save
 
 from relook.errors import UserError
-from relook.evaluate import WRITERS, bootstrap, collect, keep, read_folder, write
+from relook.evaluate import WRITERS, collect, keep, read_folder, write
 from relook.evaluate.report import PAGE, table_csv, table_md
 from relook.evaluate.report.figures import _matplotlib, fields_figure
-from relook.evaluate.statistics import clustered
-from relook.evaluate.summary import Resampling, compare, estimate, measure_of, pool, summarize
-
-EXACT = measure_of("exact")
-
+from relook.evaluate.summary import compare, pool, summarize
 
 FACTS = {"parameters": 1_500_000, "training": {"samples": 24_000, "seconds": 3600.4}}
 YAML = """
@@ -88,23 +84,6 @@ def test_questions_without_a_partner_are_left_out_of_a_difference():
     b = pool({"two": [record(0, 0), record(2, 1), record(3, 1), record(1, 0, accepted=["another answer"])]})
     found = compare("own", "exact", ("a", a), ("b", b)).gain
     assert (found.mean, found.n) == (1, 1)
-
-
-def test_questions_with_pages_of_their_own_give_the_plain_bootstrap():
-    values = [1.0, 0.0, 0.0, 0.25, 1.0, 0.5, 0.0]
-    asked = pool({"one": [record(i, value) for i, value in enumerate(values)]})
-    ours, plain = estimate(asked, EXACT, Resampling(seed=3)), bootstrap(values, seed=3)
-    assert (ours.mean, ours.low, ours.high) == pytest.approx((plain.mean, plain.low, plain.high))
-
-
-def test_drawing_pages_is_what_it_says():
-    """Against a plain loop over resamples that puts the drawn pages' values together; pages of unlike sizes."""
-    rng = np.random.default_rng(0)
-    pages = [rng.normal(page % 7, 1, 1 + page % 4) for page in range(25)]
-    found = clustered([(str(page), value) for page, values in enumerate(pages) for value in values])
-    draws = [np.concatenate([pages[i] for i in rng.integers(0, 25, 25)]).mean() for _ in range(20_000)]
-    assert found.mean == pytest.approx(np.concatenate(pages).mean())
-    assert (found.low, found.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.06)  # of a width of 1.6
 
 
 def test_the_paired_interval_comes_near_the_normal_one():

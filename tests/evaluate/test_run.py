@@ -14,7 +14,7 @@ from support.synthetic import FIRST_SEED, PAGES, Pages
 
 from relook.data import Question
 from relook.errors import RelookError, UserError
-from relook.evaluate import SETTINGS, TASKS, anls, bootstrap, evaluate, exact_match, find_task, region_overlap
+from relook.evaluate import SETTINGS, TASKS, anls, evaluate, exact_match, find_task, region_overlap
 from relook.evaluate.environment import model_facts
 from relook.evaluate.settings import Case, annotated_cells, random_cells
 from relook.regions import cells_to_box, crop
@@ -88,18 +88,6 @@ def test_overlap_equals_counting_pixels(looked, annotated):
     else:
         both, either = (seen & wanted).sum(), (seen | wanted).sum()
         assert overlap == pytest.approx((both / wanted.sum(), both / either))
-
-
-def test_bootstrap_agrees_with_theory():
-    """For shares the interval comes near the normal one, p +- 1.96 sqrt(p(1-p)/n); the same seed gives the same one."""
-    values = [1.0] * 300 + [0.0] * 100
-    estimate = bootstrap(values, seed=3)
-    half = 1.96 * np.sqrt(0.75 * 0.25 / 400)
-    assert estimate.mean == 0.75 and estimate.n == 400
-    assert (estimate.low, estimate.high) == pytest.approx((0.75 - half, 0.75 + half), abs=0.01)
-    assert estimate == bootstrap(values, seed=3) != bootstrap(values, seed=4)
-    assert bootstrap([2.0, 2.0]).low == bootstrap([2.0, 2.0]).high == 2.0
-    assert bootstrap([]).mean is None
 
 
 # ---- a model made of plain Python

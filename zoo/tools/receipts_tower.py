@@ -37,6 +37,8 @@ from zoo.worlds import make_world
 
 AROUND = 6  # margin around a line in pixels
 
+Figures = list[tuple[str, float]]  # (which receipt, value)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,7 +56,7 @@ def main() -> None:
     print(f"{options.model}: {options.lines} lines of {len(scans)} receipts, seed {options.seed}")
     figures = {**lines_read(reader, heads, scans, options.lines, options.seed), **fields_found(reader, heads, scans)}
     for name, values in figures.items():
-        mean = bootstrap(values)
+        mean = bootstrap([value for _, value in values], clusters=[scan for scan, _ in values])
         print(f"{name:44} {100 * mean.mean:5.1f} % ({100 * mean.low:.1f}-{100 * mean.high:.1f})  n = {len(values)}")
 
 
@@ -77,12 +79,13 @@ def tokens_of(trained: LineHeads, pixels: dict[str, Any]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def lines_read(reader: Lines, trained: LineHeads, scans: list[Scan], number: int, seed: int) -> dict[str, list[float]]:
+def lines_read(reader: Lines, trained: LineHeads, scans: list[Scan], number: int, seed: int) -> dict[str, Figures]:
     """Return per line the edit distance relative to its length and whether it is exact; the same for numeric lines."""
     random = np.random.default_rng(seed)
     errors, digits = [], []
     while len(errors) < number:
-        scan = scans[int(random.integers(len(scans)))]
+        place = int(random.integers(len(scans)))
+        scan = scans[place]
         box, text = scan.lines[int(random.integers(len(scan.lines)))]
         window = clamp((box[0] - AROUND, box[1] - AROUND, box[2] + AROUND, box[3] + AROUND), scan.image.size)
         pixels, grid = reader.encode(scan.image.crop(window), seen_at(window, 1.0))
@@ -91,22 +94,22 @@ def lines_read(reader: Lines, trained: LineHeads, scans: list[Scan], number: int
             continue  # no character of the encoder's alphabet
         rows, slots, letters = found[0]
         seen = trained.heads["slots"](tokens_of(trained, pixels)).view(grid[0], -1, len(reader.classes) + 1)
-        errors.append(error_rate(spell(pool_rows(seen[rows, slots])), letters.tolist()))
+        errors.append((str(place), error_rate(spell(pool_rows(seen[rows, slots])), letters.tolist())))
         bare = text.replace(" ", "")
         digits.append(2 * sum(c.isdigit() for c in bare) >= len(bare))
     some = [error for error, mostly in zip(errors, digits, strict=True) if mostly]
     return {
         "character error rate, mean over lines": errors,
-        "whole lines right": [float(error == 0) for error in errors],
-        "lines that are mostly digits, right": [float(error == 0) for error in some],
+        "whole lines right": [(scan, float(error == 0)) for scan, error in errors],
+        "lines that are mostly digits, right": [(scan, float(error == 0)) for scan, error in some],
     }
 
 
 @torch.no_grad()
-def fields_found(reader: Lines, trained: LineHeads, scans: list[Scan]) -> dict[str, list[float]]:
+def fields_found(reader: Lines, trained: LineHeads, scans: list[Scan]) -> dict[str, Figures]:
     """Return per receipt and field whether the best token of the first look lies in the field, or one row off."""
-    found: dict[str, list[float]] = {}
-    for scan in scans:
+    found: dict[str, Figures] = {}
+    for place, scan in enumerate(scans):
         sheet = Sheet.of_scan(scan)
         pixels = reader.processor.encode_images([reader.processor.view(sheet.image.convert("RGB"), "first")], "image")
         rows, columns = (int(v) // 2 for v in pixels["image_grid_thw"][0, 1:])
@@ -116,7 +119,9 @@ def fields_found(reader: Lines, trained: LineHeads, scans: list[Scan]) -> dict[s
             here = truth[..., reader.fields[field]].float()
             near = F.max_pool2d(here[None], (3, 1), stride=1, padding=(1, 0))[0]
             best = int(scores[:, reader.fields[field]].argmax())
-            found.setdefault(f"first look: best token in the {field}", []).append(float(near.flatten()[best]))
+            found.setdefault(f"first look: best token in the {field}", []).append(
+                (str(place), float(near.flatten()[best]))
+            )
     return dict(sorted(found.items()))
 
 

@@ -43,6 +43,7 @@ def evaluate(
     images: Annotated[
         list[str] | None, Option(metavar="SET=FOLDER...", help="Folders of images, as in `relook data remap`.")
     ] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace a finished evaluation in --out.")] = False,
     as_json: ResultsAsJson = False,
 ) -> None:
     """Measure a model: tasks x ways to look, with 95 % intervals."""
@@ -55,7 +56,7 @@ def evaluate(
     with progress_bars() as progress:
         done = run(model, tasks or [], looks or ["auto", "none"], n=n, out=out, seed=seed,
                    batch=_batch(batch), protocol=protocol, places=places, dtype=dtype, engine=engine, replicas=replicas,
-                   progress=progress)  # fmt: skip
+                   progress=progress, overwrite=overwrite)  # fmt: skip
     if is_main_process():
         print_result(done, as_json, ensure_ascii=False)
 

@@ -70,9 +70,9 @@ class Executor:
         """Seconds per question by batch size, the same in all processes."""
         return fastest_batch(Runner(self.vlm, plan))
 
-    def writer(self, out: str | Path | None, about: Mapping[str, Any]) -> RecordWriter:
+    def writer(self, out: str | Path | None, about: Mapping[str, Any], overwrite: bool = False) -> RecordWriter:
         """This process's writer of records."""
-        return RecordWriter(out, about)
+        return RecordWriter(out, about, overwrite=overwrite)
 
     def records(self, plan: Plan, writer: RecordWriter, progress: Progress | None) -> list[Record]:
         """All records of the run, in any order."""
@@ -125,9 +125,9 @@ class Processes(Executor):
 
         return broadcast_object_list([super().measure(plan) if self.main else None])[0]
 
-    def writer(self, out: str | Path | None, about: Mapping[str, Any]) -> RecordWriter:
+    def writer(self, out: str | Path | None, about: Mapping[str, Any], overwrite: bool = False) -> RecordWriter:
         with self.state.main_process_first():  # the first one writes what the run is about before anybody its records
-            return RecordWriter(out, about, self.state.process_index)
+            return RecordWriter(out, about, self.state.process_index, overwrite)
 
     def records(self, plan: Plan, writer: RecordWriter, progress: Progress | None) -> list[Record]:
         from accelerate.utils import gather_object

@@ -24,6 +24,7 @@ from relook.errors import RelookError, UserError
 from relook.evaluate.executors import Progress
 from relook.evaluate.records import RECORDS, RESULTS, answered, read_folder, to_lines, write_files
 from relook.evaluate.results import Evaluation
+from relook.io import locked_folder
 
 SYSTEM = (
     "You grade answers to questions about images. You are given a question, the standard answer and the answer of a "
@@ -34,7 +35,11 @@ SYSTEM = (
 ASKED = "Question: {question}\nStandard answer: {accepted}\nModel's answer: {answer}"
 MAX_TOKENS = 64
 SCORE = "judge"
-_SCORE = re.compile(r"score(?: is)?\W*?(-?\d+(?:\.\d*)?|-?\.\d+)(?![\d.]*\s*[/%])", re.IGNORECASE)
+_SCORE = re.compile(  # "score: 0.5", "Score is 0,5"; not "1/10", "1 out of 10", "50%", "0.5-0.7"
+    r"\bscore\b(?: is)?(?:\W*S\b)?\W*?(-?(?:\d+(?:[.,]\d+)?|[.,]\d+)(?:e-?\d+)?)"
+    r"(?![.,]?\d|\s*[/%]|\s*-\s*\.?\d|\s*(?:points? )?(?:out )?of\b|\s*to \d)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def parse_score(reply: str) -> float | None:
     >>> parse_score("Score: 0.5"), parse_score("score: 7/10"), parse_score("I cannot tell.")
     (0.5, None, None)
     """
-    found = {float(number) for number in _SCORE.findall(reply)}
+    found = {float(number.replace(",", ".")) for number in _SCORE.findall(reply)}
     return found.pop() if len(found) == 1 and 0 <= min(found) <= 1 else None
 
 
@@ -257,7 +262,8 @@ def judge_folder(
     run = {**folder.run, SCORE: _account(judge, judgements, prices)}
     evaluation = Evaluation.of(run, folder.records, scores, int(run.get("seed", 0)))
     results = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False)
-    write_files({path / RECORDS: to_lines(folder.records).encode(), path / RESULTS: results.encode()})
+    with locked_folder(path):
+        write_files({path / RECORDS: to_lines(folder.records).encode(), path / RESULTS: results.encode()})
     return evaluation
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 import numpy as np
 
@@ -19,21 +19,33 @@ from relook.regions import Box
 
 Scorer = Callable[[str, Sequence[str]], float]
 
+_STRAIGHT = str.maketrans("\u2019\u2018\u02bc\u2212\u2010\u2011", "'''---")  # apostrophes, minus signs and hyphens
+
 # ---- the same text
 
 
 def normalize(text: str) -> str:
-    """Lower case, white space runs as one space, none at the ends: the only differences that exact match forgives.
+    """Lower case, white space runs as one space, none at the ends; composed characters (NFC), invisible ones left out.
+
+    These are the only differences that exact match forgives.
 
     >>> normalize(" Sin  Thye\\n& Co ")
     'sin thye & co'
     """
-    return re.sub(r"\s+", " ", text).strip().casefold()
+    text = "".join(c for c in unicodedata.normalize("NFC", text) if unicodedata.category(c) != "Cf")
+    return " ".join(text.casefold().replace("i\u0307", "i").split())  # casefold leaves the dot of a Turkish I beside it
+
+
+def _same(answer: str, accepted: Sequence[str], normal: Callable[[str], str]) -> list[bool]:
+    """Which accepted answers it equals once both are normalized. What normalizes to nothing equals only its own words:
+    an empty answer is never right, and "a" is no "the"."""
+    said, plain = normal(answer), normalize(answer)
+    return [said == normal(each) if said else bool(plain) and plain == normalize(each) for each in accepted]
 
 
 def exact_match(answer: str, accepted: Sequence[str]) -> float:
     """1.0 where the normalized answer is one of the normalized accepted ones, else 0.0."""
-    return float(normalize(answer) in {normalize(each) for each in accepted})
+    return float(any(_same(answer, accepted, normalize)))
 
 
 def anls(answer: str, accepted: Sequence[str], threshold: float = 0.5) -> float:
@@ -109,7 +121,7 @@ def vqa_normalize(text: str) -> str:
     >>> vqa_normalize("The two dogs, dont they?"), vqa_normalize("1,000.50"), vqa_normalize("red/blue")
     ("2 dogs don't they", '1000.50', 'red blue')
     """
-    spaced = re.sub(r"[\n\t]", " ", text).strip()
+    spaced = re.sub(r"[\n\t]", " ", unicodedata.normalize("NFC", text).translate(_STRAIGHT)).strip()
     thousands = re.search(r"\d,\d", spaced) is not None
     out = spaced
     for mark in _MARKS:
@@ -121,7 +133,7 @@ def vqa_normalize(text: str) -> str:
 
 def vqa_exact(answer: str, accepted: Sequence[str]) -> float:
     """Exact match after the VQA challenge's normalization of both sides."""
-    return float(vqa_normalize(answer) in {vqa_normalize(each) for each in accepted})
+    return float(any(_same(answer, accepted, vqa_normalize)))
 
 
 def vqa_accuracy(answer: str, accepted: Sequence[str]) -> float:
@@ -133,7 +145,7 @@ def vqa_accuracy(answer: str, accepted: Sequence[str]) -> float:
     """
     if len(accepted) < 4:
         return vqa_exact(answer, accepted)
-    agrees = [vqa_normalize(each) == vqa_normalize(answer) for each in accepted]
+    agrees = _same(answer, accepted, vqa_normalize)
     return sum(min(1.0, (sum(agrees) - one) / 3) for one in agrees) / len(agrees)
 
 
@@ -154,25 +166,35 @@ def _near(answer: str, accepted: str, tolerance: float) -> bool:
 
 
 def _plain_number(text: str) -> float | None:
-    text = text.strip()
-    try:
-        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        return None
+    found = re.fullmatch(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)(%?)", text.strip(), re.IGNORECASE)
+    return None if found is None else float(found[1]) / (100 if found[2] else 1)
 
 
-_CURRENCIES = frozenset(
-    ("rm", "myr", "usd", "us", "sgd", "s", "eur", "gbp", "jpy", "cny", "rmb", "inr", "rs", "aud", "a", "cad", "chf")
-    + ("idr", "rp", "thb", "php", "hkd", "hk", "nzd", "krw", "vnd", "twd", "nt")
+# what may stand beside a number -> the currencies it may mean
+
+_SIGNS = {
+    **{code.lower(): code for code in "MYR EUR GBP JPY CNY INR CHF IDR THB PHP KRW VND USD SGD AUD CAD HKD NZD TWD".split()},
+    **{"rm": "MYR", "rmb": "CNY", "rs": "INR", "rs.": "INR", "rp": "IDR", "rp.": "IDR"},
+    **{"$": "USD", "us$": "USD", "s$": "SGD", "a$": "AUD", "c$": "CAD", "hk$": "HKD", "nz$": "NZD", "nt$": "TWD"},
+    **{"€": "EUR", "£": "GBP", "¥": "JPY CNY", "₹": "INR", "฿": "THB", "₱": "PHP", "₩": "KRW", "₫": "VND"},
+}
+_SIGN = "|".join(re.escape(sign) for sign in sorted(_SIGNS, key=len, reverse=True))
+_AMOUNT = re.compile(
+    rf"(?P<open>\()? *(?P<minus>-)? *(?P<first>{_SIGN})? *(?P<after>-)? *(?P<number>\d[\d.,' ]*?)"
+    rf"(?P<dash>[.,]-+)? *(?P<behind>-)? *(?P<last>{_SIGN})?(?(open)\))\.?"
 )
-_NUMBER = re.compile(r"-?\d[\d.,' ]*\d|-?\d")
+_WHOLE = frozenset(("IDR", "VND"))  # of which people write no decimals, and a point before thousands
+# "9.5"; "9,50" and "0,500"; "1,234.50", "1.234,50", "1 234", "1'234"; India's "1,23,456"
+_POINT = re.compile(r"\d+(?:\.\d+)?")
+_COMMA = re.compile(r"\d+,\d{1,2}|0,\d+")
+_GROUPS = re.compile(r"\d{1,3}([.,' ])\d{3}(?:\1\d{3})*(?:(?!\1)[.,]\d+)?|\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?")
 
 
 def amount(answer: str, accepted: Sequence[str]) -> float:
     """1.0 where the answer is an accepted amount of money, however it is written; else exact match.
 
-    "RM 9.00", "9.00", "$9" and "9,00" are the same amount as "9.00"; "1,234.50" and "1.234,50" are one too. Two
-    amounts in two named currencies differ, and so do texts with more than a number and a currency in them.
+    "RM 9.00", "MYR 9", "9,00" and "9.-" are the same amount as "9.00"; "1,234.50" and "1.234,50" are one too. Amounts
+    in two named currencies differ. A date, two numbers, or other words are no amount.
 
     >>> amount("RM 9.00", ["9.00"]), amount("$9.00", ["RM 9.00"]), amount("9.10", ["9.00"])
     (1.0, 0.0, 0.0)
@@ -181,59 +203,64 @@ def amount(answer: str, accepted: Sequence[str]) -> float:
     wanted = [known for each in accepted if (known := read_amount(each)) is not None]
     if said is None or not wanted:
         return exact_match(answer, accepted)
-    return float(any(said[0] == value and (not said[1] or not unit or said[1] == unit) for value, unit in wanted))
+    return float(any(said[0] == value and (not said[1] or not unit or bool(said[1] & unit)) for value, unit in wanted))
 
 
-def read_amount(text: str) -> tuple[Decimal, str] | None:
-    """(number, currency as written or "") of a text that is nothing but these; None for any other."""
-    numbers = _NUMBER.findall(text)
-    if len(numbers) != 1:
-        return None
-    rest = text.replace(numbers[0], " ", 1).lower().replace(".", " ")
-    letters = re.findall(r"[^\W\d_]+", rest)
-    signs = [c for c in rest if unicodedata.category(c) == "Sc"]
-    others = [c for c in rest if not c.isalpha() and not c.isspace() and unicodedata.category(c) != "Sc"]
-    if others or not set(letters) <= _CURRENCIES:
-        return None
-    try:
-        return Decimal(_decimal(numbers[0])), "".join([*letters, *signs])
-    except InvalidOperation:
-        return None
+def read_amount(text: str) -> tuple[Decimal, frozenset[str]] | None:
+    """(number, the currencies that its sign may mean) of a text that is nothing but these; None for any other.
 
-
-def _decimal(number: str) -> str:
-    """A written number with a point before its decimals and no other mark.
-
-    The last point or comma stands before decimals if it is the only one of its kind and two digits or one follow, or if
-    both kinds occur; else it separates thousands.
+    >>> read_amount("(RM 1,234.50)"), read_amount("12.05.2018")
+    ((Decimal('-1234.50'), frozenset({'MYR'})), None)
     """
-    number = re.sub(r"[' ]", "", number)
-    last = max(number.rfind("."), number.rfind(","))
-    if last < 0:
-        return number
-    mark, decimals = number[last], len(number) - last - 1
-    both = "." in number and "," in number
-    is_point = number.count(mark) == 1 and (both or decimals <= 2 or mark == ".")
-    whole = re.sub(r"[.,]", "", number[:last])
-    return f"{whole}.{number[last + 1 :]}" if is_point else whole + number[last + 1 :]
+    found = _AMOUNT.fullmatch(unicodedata.normalize("NFKC", text).translate(_STRAIGHT).strip().lower())
+    if found is None:
+        return None
+    units = [frozenset(_SIGNS[sign].split()) for sign in (found["first"], found["last"]) if sign]
+    unit = frozenset.intersection(*units) if units else frozenset()
+    number = _decimal(found["number"].strip(), bool(unit & _WHOLE))
+    if number is None or (units and not unit):
+        return None
+    negative = any(found[name] for name in ("open", "minus", "after", "behind"))
+    return (-number if negative else number), unit
+
+
+def _decimal(number: str, whole: bool) -> Decimal | None:
+    """A written number; None where its marks are not those of one. `whole`: in a currency without decimals."""
+    if re.match(r"0\d", number):  # a code, not a number
+        return None
+    if _POINT.fullmatch(number) and not (whole and _GROUPS.fullmatch(number)):
+        return Decimal(number)
+    if _COMMA.fullmatch(number):
+        return Decimal(number.replace(",", "."))
+    if not _GROUPS.fullmatch(number):
+        return None
+    *groups, last = re.split(r"[.,' ]", number)
+    marks = re.findall(r"[.,' ]", number)
+    point = "." if marks[-1] != marks[0] else ""
+    return Decimal("".join(groups) + point + last)
 
 
 # ---- one of a few
 
 
-def read_yes_no(answer: str) -> str | None:
-    """ "yes" or "no" as POPE reads an answer: the first sentence, "no" where it holds no or not. None: neither.
+_NO = ("no", "not", "none", "nope", "cannot")
 
-    POPE's own script (https://github.com/RUCAIBox/POPE, evaluate.py) takes whatever is not a no for a yes; here an
-    answer that says neither is neither, and wrong.
+
+def read_yes_no(answer: str) -> str | None:
+    """ "yes" or "no"; None where the answer says neither.
+
+    The first word of the first sentence that says yes or no decides ("not" and "isn't" say no), else the first plain
+    yes or no behind it. POPE's own script (https://github.com/RUCAIBox/POPE, evaluate.py) reads the first sentence
+    only, a "not" anywhere in it as a no, and takes whatever is not a no for a yes.
 
     >>> read_yes_no("Yes, there is."), read_yes_no("There is not."), read_yes_no("A dog.")
     ('yes', 'no', None)
     """
-    words = re.findall(r"[a-z']+", answer.lower().split(".")[0])
-    if "no" in words or "not" in words or any(word.endswith("n't") for word in words):
-        return "no"
-    return "yes" if "yes" in words else None
+    first, *others = re.split(r"[.!?]", normalize(answer).translate(_STRAIGHT), maxsplit=1)
+    for word in re.findall(r"[a-z']+", first):
+        if word == "yes" or word in _NO or word.endswith("n't"):
+            return "yes" if word == "yes" else "no"
+    return next((word for word in re.findall(r"[a-z']+", "".join(others)) if word in ("yes", "no")), None)
 
 
 def yes_no(answer: str, accepted: Sequence[str]) -> float:
@@ -242,30 +269,36 @@ def yes_no(answer: str, accepted: Sequence[str]) -> float:
     return float(said is not None and said in {read_yes_no(each) for each in accepted})
 
 
-_LETTER = (
-    re.compile(r"^\W*([A-Z])\W*$"),  # "B", "(B)", "B."
-    re.compile(r"^\(?([A-Z])[).:]"),  # "B) rubber", "B. rubber"
-    re.compile(r"\b(?:answer|option|choice)(?: is)?:? *\(?([A-Z])\b(?! [a-z])", re.IGNORECASE),  # "The answer is B."
+_REASON = r" (?:because|is|as|since|which)\b"  # words behind a letter that may be a word itself (A, I)
+_BARE = re.compile(r"\W*([A-Za-z])\W*")  # "B", "(b)", "B."
+_NOT = re.compile(r"\bnot (?:option )?(?:\([A-Z]\)|[A-Z]\b)")
+_SAYS = r"\b(?:answer|option|choice)(?: is)?:? *|答案[是为]?:? *"
+_LETTERS = (
+    re.compile(r"^\(?([A-Za-z])(?:[)、]|[.:](?= |$))"),  # "B) rubber", "b. rubber"
+    re.compile(rf"(?i:{_SAYS})\(?([B-HJ-Z]\b|[AI]\b(?! [a-z])|[AI](?={_REASON}))"),  # "The answer is B."
+    re.compile(rf"(?i:{_SAYS})\(?([a-z])\)?\W*$"),  # "the answer is b"
+    re.compile(r"\b(?:is|be|choose|pick|select) ([A-Z])\W*$"),  # "I think it is C"
     re.compile(r"\(([A-Z])\)"),  # "... (B)"
 )
+_OPENING = re.compile(rf"([B-HJ-Z])(?= (?!or\b|and\b)[a-z])|([AI])(?={_REASON})")  # "B because it is red."
+_LEAD = re.compile(r"^(?:the )?(?:correct |right )?(?:answer|option|choice)(?: is)?:? *", re.IGNORECASE)
 
 
 def read_letter(answer: str) -> str | None:
     """The option's letter that an answer names; None where it names none, or several.
 
-    A letter that may be a word is none: "A red one" is not option A.
+    A letter that may be a word is none: "A red one" is not option A. A letter that is denied is none either.
 
     >>> read_letter("(B) rubber"), read_letter("The answer is C."), read_letter("A red one"), read_letter("(A) or (B)")
     ('B', 'C', None, None)
     """
-    text = answer.strip()
-    for number, pattern in enumerate(_LETTER):
-        found = set(pattern.findall(text.upper() if number == 0 else text))
-        named = {letter.upper() for letter in found}
-        if named:
-            several = named | set(_LETTER[-1].findall(text))
-            return named.pop() if len(several) == 1 else None
-    return None
+    text = _NOT.sub(" ", unicodedata.normalize("NFKC", answer).replace("*", "")).strip(" \n\t\"'`")
+    if bare := _BARE.fullmatch(text):
+        return bare[1].upper()
+    named = {letter.upper() for pattern in _LETTERS for letter in pattern.findall(text)}
+    if not named and (opening := _OPENING.match(text)):
+        named = {opening[1] or opening[2]}
+    return named.pop() if len(named) == 1 else None
 
 
 def choice(answer: str, accepted: Sequence[str]) -> float:
@@ -277,7 +310,7 @@ def choice(answer: str, accepted: Sequence[str]) -> float:
     named = read_letter(answer)
     if named is not None:
         return float(named == letter.strip(" ().").upper())
-    return float(vqa_normalize(answer) in {vqa_normalize(each) for each in texts})
+    return max(vqa_exact(answer, texts), vqa_exact(_LEAD.sub("", answer.strip()), texts))
 
 
 SCORERS: dict[str, Scorer] = {

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from relook.errors import UserError
-from relook.evaluate.records import RECORDS, Record, to_lines
+from relook.evaluate.records import RECORDS, Record, holds_records, read_run, to_lines
 from relook.io import replacing
 
 HEAD, PART = "run.json", RECORDS + ".part"
@@ -31,13 +31,17 @@ class RecordWriter:
         folder: of the run; made where missing.
         about: what decides the records (model, tasks, looks, ...), as JSON.
         rank: which of the processes that share the run this is. The first opens its writer before the others do.
+        overwrite: whether the folder may hold a finished run, which is replaced when this one ends.
 
     Raises:
-        UserError: the folder cannot be written, or holds an unfinished run about something else.
+        UserError: the folder cannot be written, holds a finished run, or an unfinished one about something else.
     """
 
-    def __init__(self, folder: str | Path | None, about: Mapping[str, Any], rank: int = 0) -> None:
+    def __init__(
+        self, folder: str | Path | None, about: Mapping[str, Any], rank: int = 0, overwrite: bool = False
+    ) -> None:
         self.folder, self.about = None if folder is None else Path(folder), json.loads(json.dumps(about))
+        self.overwrite = overwrite
         self.records: dict[Key, Record] = {}
         self.file: IO[bytes] | None = None
         if self.folder is not None:
@@ -98,6 +102,11 @@ class RecordWriter:
     def _open(self, folder: Path, first: bool) -> IO[bytes]:
         if begun(folder) is None:
             if first:
+                if holds_records(folder) and not self.overwrite:
+                    raise UserError(
+                        f"{folder} holds a finished evaluation of {_finished(folder, self.about)}; choose another "
+                        "folder, or give --overwrite (overwrite=True) to replace it"
+                    )
                 with replacing(folder / HEAD) as text:
                     json.dump(self.about, text, indent=1, ensure_ascii=False)
             return self.part.open("wb")
@@ -151,6 +160,15 @@ def _whole_lines(data: bytes) -> list[tuple[Record, int]]:
             break
         found.append((record, place))
     return found
+
+
+def _finished(folder: Path, now: Mapping[str, Any]) -> str:
+    """What a finished run is about, beside what is to be run now."""
+    run = read_run(folder)
+    before = {name: run[name] for name in now if name in run}
+    name = _short(run.get("model", "an unnamed model"))
+    other = _difference(before, {key: now[key] for key in before})
+    return f"{name}, which differs in {other}" if other else f"{name} with the same settings"
 
 
 def _read_head(path: Path) -> Any:

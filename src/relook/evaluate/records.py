@@ -33,6 +33,7 @@ class Record(TypedDict):  # annotations of this module are not postponed: NotReq
     index: int  # of the question in its task
     where: str  # file:line, or which page of a synthetic dataset
     image: str | None  # path; None for an image in memory
+    pixels: NotRequired[str | None]  # hash of an image in memory
     field: str | None
     question: str
     accepted: list[str]
@@ -63,6 +64,12 @@ def answered(record: Record) -> bool:
 def image_key(record: Record) -> str:
     """What identifies an image: its path, or of a page drawn in memory which page."""
     return str(record["image"] or record["where"])
+
+
+def cluster_key(record: Record) -> str:
+    """What identifies an image's content in statistics: its hash where it was in memory (one may be asked about in
+    several rows of a file), else `image_key`."""
+    return record.get("pixels") or image_key(record)
 
 
 def to_lines(records: Iterable[Record]) -> str:
@@ -113,7 +120,7 @@ def read_folder(path: str | Path) -> Folder:
                 f"{file}:{number}: question {key[2]} of {key[0]} under {key[1]} is there twice; evaluate again"
             )
         records[key] = record
-    return Folder(path.resolve().name, path, _run(path / RESULTS), tuple(records[key] for key in sorted(records)))
+    return Folder(path.resolve().name, path, read_run(path), tuple(records[key] for key in sorted(records)))
 
 
 def keep(folder: Folder, target: str | Path) -> Path:
@@ -171,7 +178,13 @@ def _record(line: str, where: str) -> Record:
     return record
 
 
-def _run(file: Path) -> Mapping[str, Any]:
+def read_run(folder: Path) -> Mapping[str, Any]:
+    """`run` of a folder's results.json; empty where that is missing.
+
+    Raises:
+        UserError: it is not the results of an evaluation.
+    """
+    file = folder / RESULTS
     if not file.is_file():
         return {}
     try:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from relook.evaluate.records import Record
 from relook.evaluate.statistics import Estimate
-from relook.evaluate.summary import Comparison, Summary, compare_looks, summarize_run
+from relook.evaluate.summary import Comparison, Summary, compare_looks, summarize
 from relook.evaluate.tasks import PUBLISHED
 
 Column = tuple[str, float, int, bool]  # measure, factor, decimals, interval shown
@@ -56,7 +56,7 @@ class Evaluation:
         groups: dict[tuple[str, str], list[Record]] = {}
         for record in records:
             groups.setdefault((record["task"], record["look"]), []).append(record)
-        results = [summarize_run(task, look, each, scores[task], seed) for (task, look), each in groups.items()]
+        results = [summarize(task, look, {"": each}, scores[task], (), seed) for (task, look), each in groups.items()]
         return cls(run, results, compare_looks(records, seed))
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from relook.evaluate.records import RESULTS
 from relook.evaluate.results import Evaluation
 from relook.evaluate.runner import Plan, in_order
 from relook.evaluate.tasks import Places
-from relook.io import replacing
+from relook.io import locked_folder, replacing
 
 AUTO = "auto"  # a batch size that is measured
 # Everything that the records depend on: a run that was cut goes on only if none of it has changed.
@@ -46,6 +47,7 @@ def evaluate(
     dtype: str | None = None,
     engine: str | None = None,
     replicas: int | None = None,
+    overwrite: bool = False,
 ) -> Evaluation:
     """Ask the questions of `tasks` under each setting of `looks`, and score the answers.
 
@@ -65,10 +67,11 @@ def evaluate(
         dtype: of the weights, as `relook.load` takes it; for a model that is given by name.
         engine: a row of `EXECUTORS`; None: this process, with those that torchrun started beside it.
         replicas: of the model, for engine="ray"; None: one for each GPU, or else each CPU, of the cluster.
+        overwrite: whether `out` may hold a finished run, which is replaced when this one ends.
 
     Raises:
-        UserError: unknown task or look, a look the model lacks, a file that cannot be read, a folder with an unfinished
-            run of other settings.
+        UserError: unknown task or look, a look the model lacks, a file that cannot be read, a folder with a finished
+            run, with an unfinished one of other settings, or that another run writes into.
         RelookError: not one question was answered.
     """
     first: Any = 1 if batch == AUTO else batch
@@ -79,7 +82,8 @@ def evaluate(
         if batch == AUTO:
             plan, run["measured"] = _with_fastest_batch(plan, executor, out)
         run |= plan.to_dict() | {"engine": find_executor(engine)}
-        evaluation = _asked(plan, run, executor, out, progress)
+        with locked_folder(out) if out is not None and executor.main else nullcontext():
+            evaluation = _asked(plan, run, executor, out, progress, overwrite)
     if not _any_answer(evaluation):
         errors = [error for result in evaluation.results for error in result.errors]
         why = errors[0] if errors else "no setting applied to any question"
@@ -88,10 +92,15 @@ def evaluate(
 
 
 def _asked(
-    plan: Plan, run: dict[str, Any], executor: Executor, out: str | Path | None, progress: Progress | None
+    plan: Plan,
+    run: dict[str, Any],
+    executor: Executor,
+    out: str | Path | None,
+    progress: Progress | None,
+    overwrite: bool,
 ) -> Evaluation:
     """The results of the plan, written into `out`; a run without an answer leaves nothing there."""
-    with executor.writer(out, {name: run.get(name) for name in DECISIVE}) as writer:
+    with executor.writer(out, {name: run.get(name) for name in DECISIVE}, overwrite) as writer:
         records = in_order(executor.records(plan, writer, progress), plan)
         run["taken_up"] = writer.taken_up
         run["seconds"] = sum(record["seconds"] or 0.0 for record in records)

@@ -6,6 +6,7 @@ same setting gives the same records. The failure of an item is in its record; it
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -238,13 +239,13 @@ def _time(runner: Runner, task: Task, questions: Sequence[Question]) -> float:
 
 
 def _unanswered(task: str, look: str, number: int, question: Question) -> Record:
-    record: Any = dict.fromkeys(name for name in Record.__annotations__ if name != "judged")
+    record: Any = dict.fromkeys(name for name in Record.__annotations__ if name not in ("judged", "pixels"))
     return record | {
         "task": task,
         "look": look,
         "index": number,
         "where": question.where,
-        "image": question.image if isinstance(question.image, str) else None,
+        **_image_of(question),
         "field": question.field,
         "question": question.text,
         "accepted": list(question.answers),
@@ -253,6 +254,18 @@ def _unanswered(task: str, look: str, number: int, question: Question) -> Record
         "looks": [],
         "transcript": [],
     }
+
+
+def _image_of(question: Question) -> dict[str, str | None]:
+    """What a record says of its image: the path, or the hash of one in memory (None where it cannot be decoded)."""
+    image = question.image
+    if isinstance(image, str):
+        return {"image": image}
+    try:
+        data = f"{image.mode} {image.size}".encode() + image.tobytes()
+    except OSError:
+        return {"image": None}
+    return {"image": None, "pixels": hashlib.blake2b(data, digest_size=16).hexdigest()}
 
 
 def _fill(record: Record, case: Case, answer: Answer, scores: Sequence[str]) -> None:

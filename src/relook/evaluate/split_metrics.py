@@ -1,7 +1,7 @@
 """Scores that are defined for a whole split only: F1 and CIDEr are no means over items.
 
 A `SplitScore` turns each answered record into a vector of parts (counts), and the sum of the parts over records into
-one number: its interval is the plain bootstrap too, items being drawn and their parts added up. `of` is the item score
+one number; its interval comes from drawing images, whose parts are added up. `of` is the item score
 whose records it is about; it applies by itself where that score is.
 """
 
@@ -15,8 +15,8 @@ import numpy as np
 
 from relook.errors import UserError
 from relook.evaluate.metrics import caption_words, read_yes_no
-from relook.evaluate.records import Record
-from relook.evaluate.statistics import Estimate, resampled
+from relook.evaluate.records import Record, cluster_key
+from relook.evaluate.statistics import Estimate, ratio, resampled
 
 Parts = Callable[[Sequence[Record]], np.ndarray]  # records -> (n, k)
 Value = Callable[[np.ndarray], np.ndarray]  # sums (..., k) -> (...); NaN where it is not defined
@@ -51,18 +51,14 @@ class SplitScore:
             raise UserError(f"{self.name} needs {self.library}, which is not installed; pip install 'relook[captions]'")
 
     def estimate(self, records: Sequence[Record], seed: int = 0) -> Estimate:
-        """The score over the records that have the item score, with its 95 % bootstrap interval by item."""
+        """The score over the records that have the item score, with its 95 % bootstrap interval by image."""
         scored = [record for record in records if self.of in record["scores"]]
-        return resampled(self.parts(scored), self.value, seed=seed)
+        return resampled(self.parts(scored), self.value, clusters=[*map(cluster_key, scored)], seed=seed)
 
 
 def split_scores(records: Sequence[Record], seed: int = 0) -> dict[str, Estimate]:
     """Every row of `SPLIT_SCORES` that applies to these answered records."""
     return {row.name: row.estimate(records, seed) for row in SPLIT_SCORES.values() if row.applies(records)}
-
-
-def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=np.asarray(b) > 0)
 
 
 def _said(record: Record) -> str:
@@ -87,7 +83,7 @@ def _by_source(records: Sequence[Record]) -> np.ndarray:
 
 
 def _cv_bench(sums: np.ndarray) -> np.ndarray:
-    ade, coco, omni = (_ratio(sums[..., at], sums[..., at + 1]) for at in (0, 2, 4))
+    ade, coco, omni = (ratio(sums[..., at], sums[..., at + 1]) for at in (0, 2, 4))
     return ((ade + coco) / 2 + omni) / 2
 
 
@@ -113,16 +109,16 @@ SPLIT_SCORES: dict[str, SplitScore] = {
     row.name: row
     for row in (
         SplitScore("yes_precision", "of the answers yes, the share that is right", "yes_no", _yes_no_counts,
-                   lambda s: _ratio(s[..., 0], s[..., 0] + s[..., 1])),
+                   lambda s: ratio(s[..., 0], s[..., 0] + s[..., 1])),
         SplitScore("yes_recall", "of the questions whose answer is yes, the share answered so", "yes_no",
-                   _yes_no_counts, lambda s: _ratio(s[..., 0], s[..., 0] + s[..., 2])),
+                   _yes_no_counts, lambda s: ratio(s[..., 0], s[..., 0] + s[..., 2])),
         SplitScore("yes_f1", "harmonic mean of the two (POPE's F1)", "yes_no", _yes_no_counts,
-                   lambda s: _ratio(2 * s[..., 0], 2 * s[..., 0] + s[..., 1] + s[..., 2])),
+                   lambda s: ratio(2 * s[..., 0], 2 * s[..., 0] + s[..., 1] + s[..., 2])),
         SplitScore("yes_ratio", "the share of answers that are yes", "yes_no", _yes_no_counts,
-                   lambda s: _ratio(s[..., 0] + s[..., 1], s[..., 3])),
+                   lambda s: ratio(s[..., 0] + s[..., 1], s[..., 3])),
         SplitScore("cv_bench", "((ADE20K + COCO) / 2 + Omni3D) / 2 of the accuracies by source (arXiv 2406.16860)",
                    "choice", _by_source, _cv_bench, frozenset(CV_BENCH_SOURCES)),
         SplitScore("cider", "CIDEr-D of captions (Vedantam et al., arXiv 1411.5726), mean over items", "rouge_l",
-                   _ciders, lambda s: _ratio(s[..., 0], s[..., 1]), library="pycocoevalcap"),
+                   _ciders, lambda s: ratio(s[..., 0], s[..., 1]), library="pycocoevalcap"),
     )
 }  # fmt: skip

@@ -29,24 +29,28 @@ class Estimate:
         return factor * self.mean, factor * self.low, factor * self.high
 
 
-def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Estimate:
-    """The mean and its percentile bootstrap interval, items drawn with replacement.
+def bootstrap(values: Sequence[float], *, clusters: Sequence[str] | None = None, seed: int = 0) -> Estimate:
+    """The mean and its 95 % percentile bootstrap interval.
 
-    The same values and seed give the same interval. One item gives an interval without width: read `n` beside it.
+    Args:
+        values: one for each item.
+        clusters: of each item what it belongs to (its image). Clusters are drawn with replacement, all items of one
+            together: items of a cluster are not independent. None: each item is one of its own.
+
+    The same values and seed give the same interval. One cluster gives an interval without width, as do equal values.
     """
-    parts = np.asarray(values, dtype=float)[:, None]
-    return resampled(parts, lambda sums: sums[..., 0] / len(parts), seed=seed, resamples=resamples, level=level)
+    parts = np.column_stack([np.asarray(values, dtype=float), np.ones(len(values))])
+    return resampled(parts, lambda sums: ratio(sums[..., 0], sums[..., 1]), clusters=clusters, seed=seed)
 
 
 def resampled(
     parts: np.ndarray,
     value: Callable[[np.ndarray], np.ndarray],
     *,
+    clusters: Sequence[str] | None = None,
     seed: int = 0,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
 ) -> Estimate:
-    """A figure made of sums over items, and its percentile bootstrap interval, items drawn with replacement.
+    """A figure made of sums over items, and its 95 % percentile bootstrap interval (see `bootstrap`).
 
     Args:
         parts: (n, k), what each item adds.
@@ -56,35 +60,28 @@ def resampled(
     whole = float(value(parts.sum(axis=0))) if n else float("nan")
     if np.isnan(whole):
         return Estimate(None, None, None, n)
-    rng = np.random.default_rng(seed)
-    sizes = [min(_RESAMPLES_AT_ONCE, resamples - start) for start in range(0, resamples, _RESAMPLES_AT_ONCE)]
-    figures = np.concatenate([value(parts[rng.integers(0, n, (size, n))].sum(axis=1)) for size in sizes])
-    low, high = np.nanquantile(figures, [(1 - level) / 2, (1 + level) / 2])
+    if clusters is not None:
+        places = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
+        sums = np.zeros((len(places), parts.shape[1]))
+        np.add.at(sums, [places[name] for name in clusters], parts)
+        parts = sums
+    draws = _draws(len(parts), seed)
+    starts = range(0, RESAMPLES, _RESAMPLES_AT_ONCE)
+    figures = [value(draws[start : start + _RESAMPLES_AT_ONCE].astype(float) @ parts) for start in starts]
+    low, high = np.nanquantile(np.concatenate(figures), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(whole, float(low), float(high), n)
 
 
-def clustered(values: Sequence[tuple[str, float]], *, seed: int = 0) -> Estimate:
-    """Mean of (cluster, value) pairs with its 95 % percentile interval, clusters drawn with replacement.
-
-    One cluster gives an interval without width; so do values that are all the same.
-    """
-    if not values:
-        return Estimate(None, None, None, 0)
-    places = {name: place for place, name in enumerate(dict.fromkeys(name for name, _ in values))}
-    owner = np.array([places[name] for name, _ in values])
-    sums = np.bincount(owner, weights=[value for _, value in values])
-    sizes = np.bincount(owner).astype(float)
-    draws = _draws(len(places), seed)
-    means = (draws @ sums) / (draws @ sizes)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(sums.sum() / sizes.sum()), float(low), float(high), len(values))
+def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b; NaN where b is 0."""
+    return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=np.asarray(b) > 0)
 
 
 @lru_cache(maxsize=8)
 def _draws(n: int, seed: int) -> np.ndarray:
-    """How often each of n clusters is drawn in each resample: float (RESAMPLES, n); each row adds up to n."""
+    """How often each of n clusters is drawn in each resample: uint8 (RESAMPLES, n); each row adds up to n."""
     rng = np.random.default_rng(seed)
-    counts = np.zeros((RESAMPLES, n))
+    counts = np.zeros((RESAMPLES, n), dtype=np.uint8)
     for start in range(0, RESAMPLES, _RESAMPLES_AT_ONCE):
         block = counts[start : start + _RESAMPLES_AT_ONCE]
         drawn = rng.integers(0, n, block.shape)

@@ -1,10 +1,9 @@
 """Records to numbers: the summary of a task's answers, and the comparison of two sets of answers to the same questions.
 
 Records of several folders (seeds) are pooled: answers to one question are averaged first, so that a question counts
-once however many seeds answered it. Intervals within one run come from drawing questions
-with replacement, in reports from drawing images, all questions of an image together (`Resampling.by_image`): questions
-about one image are not independent, and where every question has an image of its own both are the same bootstrap. They
-say what other images would change, not what another training would. The order of records changes nothing.
+once however many seeds answered it. Intervals come from drawing images with replacement, all questions of an image
+together: questions about one image are not independent. They say what other images would change, not what another
+training would. The order of records changes nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from relook.evaluate.metrics import SCORERS
-from relook.evaluate.records import Record, answered, image_key
+from relook.evaluate.records import Record, answered, cluster_key
 from relook.evaluate.split_metrics import split_scores
-from relook.evaluate.statistics import Estimate, bootstrap, clustered, paired_test
+from relook.evaluate.statistics import Estimate, bootstrap, paired_test
 
 Measure = Callable[[Record], float | None]
 Key = tuple[int, str, tuple[str, ...]]  # number of the question in its task, its text, the accepted answers
@@ -50,23 +49,6 @@ def measure_of(name: str) -> Measure:
     return MEASURES.get(name) or (lambda record: record["scores"].get(name))
 
 
-@dataclass(frozen=True)
-class Resampling:
-    """What is drawn with replacement: images with all their questions, or questions; and the seed of the draws."""
-
-    seed: int = 0
-    by_image: bool = True
-
-    def mean(self, values: Sequence[tuple[str, float]]) -> Estimate:
-        """Of (image, value) pairs, with its 95 % interval."""
-        if self.by_image:
-            return clustered(values, seed=self.seed)
-        return bootstrap([value for _, value in values], seed=self.seed)
-
-
-IMAGES = Resampling()
-
-
 # ---- questions
 
 
@@ -97,7 +79,7 @@ def pool(records: Mapping[str, Sequence[Record]]) -> tuple[PooledQuestion, ...]:
     return tuple(
         PooledQuestion(
             key,
-            min(map(image_key, found[key])),
+            min(map(cluster_key, found[key])),
             next((record["field"] for record in found[key] if record["field"]), None),
             tuple(filter(answered, found[key])),
         )
@@ -105,10 +87,15 @@ def pool(records: Mapping[str, Sequence[Record]]) -> tuple[PooledQuestion, ...]:
     )
 
 
-def estimate(questions: Iterable[PooledQuestion], measure: Measure, resampling: Resampling = IMAGES) -> Estimate:
-    """Mean over the questions that have a value, and its 95 % interval."""
-    values = ((each.image, each.value(measure)) for each in questions)
-    return resampling.mean([(image, value) for image, value in values if value is not None])
+def estimate(questions: Iterable[PooledQuestion], measure: Measure, seed: int = 0) -> Estimate:
+    """Mean over the questions that have a value, and its 95 % interval; `seed` is of the draws."""
+    return _mean(((each.image, each.value(measure)) for each in questions), seed)
+
+
+def _mean(values: Iterable[tuple[str, float | None]], seed: int) -> Estimate:
+    """Of (image, value) pairs that have a value, with its interval."""
+    known = [(image, value) for image, value in values if value is not None]
+    return bootstrap([value for _, value in known], clusters=[image for image, _ in known], seed=seed)
 
 
 def _key(record: Record) -> Key:
@@ -177,7 +164,7 @@ def summarize(
     records: Mapping[str, Sequence[Record]],
     scores: Sequence[str] | None = None,
     by_field: Sequence[str] = BY_FIELD,
-    resampling: Resampling = IMAGES,
+    seed: int = 0,
 ) -> Summary:
     """The summary of one task under one look.
 
@@ -188,15 +175,15 @@ def summarize(
     """
     questions = pool(records)
     every = sorted((record for name in sorted(records) for record in records[name]), key=_key)
-    answers = [record for name in sorted(records) for record in records[name] if answered(record)]
+    answers = [record for record in every if answered(record)]
     scores = scored(answers) if scores is None else scores
     failed = [record for record in every if record["failed"] is not None]
     names = (*scores, *MEASURES)
-    measures = {name: estimate(questions, measure_of(name), resampling) for name in names}
+    measures = {name: estimate(questions, measure_of(name), seed) for name in names}
     fields = {}
     for name in sorted({each.field for each in questions if each.field and each.answers}):
         there = [each for each in questions if each.field == name]
-        fields[name] = {each: estimate(there, measure_of(each), resampling) for each in (*scores, *by_field)}
+        fields[name] = {each: estimate(there, measure_of(each), seed) for each in (*scores, *by_field)}
     missing = {name: sum(name not in record["scores"] for record in answers) for name in scores}
     kinds = Counter(look["kind"] for record in answers for look in record["looks"] if look["problem"] is None)
     return Summary(
@@ -208,18 +195,13 @@ def summarize(
         skipped=sum(record["skipped"] is not None for record in every),
         unscored=sum(any(name not in record["scores"] for name in scores) for record in answers),
         missing={name: count for name, count in missing.items() if count},
-        measures=measures | split_scores(answers, resampling.seed),
+        measures=measures | split_scores(answers, seed),
         fields=fields,
         kinds=dict(kinds.most_common()),
         errors=[f"{record['where']}: {record['failed']}" for record in failed[:5]],
         seeds={name: _means(records[name], scores) for name in sorted(records) if records[name]},
         uneven=len({frozenset(map(_key, each)) for each in records.values()}) > 1,
     )
-
-
-def summarize_run(task: str, look: str, records: Sequence[Record], scores: Sequence[str], seed: int = 0) -> Summary:
-    """The summary of one task's records under one look in one run, as results.json has it."""
-    return summarize(task, look, {"": records}, scores, (), Resampling(seed, by_image=False))
 
 
 def scored(records: Iterable[Record]) -> tuple[str, ...]:
@@ -266,7 +248,7 @@ def compare(
     score: str,
     a: tuple[str, Sequence[PooledQuestion]],
     b: tuple[str, Sequence[PooledQuestion]],
-    resampling: Resampling = IMAGES,
+    seed: int = 0,
 ) -> Comparison:
     """Compare two rows or looks, each its name and its questions, in one score."""
     measure, others = measure_of(score), {each.key: each for each in b[1]}
@@ -284,9 +266,9 @@ def compare(
         only_b=right[False, True],
         both=right[True, True],
         neither=right[False, False],
-        gain=resampling.mean([(each.image, x - y) for each, x, y in found]),
-        looked=resampling.mean(looked),
-        p=paired_test([(each.image, x, y) for each, x, y in found], resampling.seed),
+        gain=_mean([(each.image, x - y) for each, x, y in found], seed),
+        looked=_mean(looked, seed),
+        p=paired_test([(each.image, x, y) for each, x, y in found], seed),
     )
 
 
@@ -297,7 +279,7 @@ def compare_looks(records: Sequence[Record], seed: int = 0) -> list[Comparison]:
     Against `blank`, `random` or `clip-unconditioned`, the model's own look shows what is left of its gain when it sees
     nothing, something else, or features that do not depend on the question.
     """
-    found, questions = [], Resampling(seed, by_image=False)
+    found = []
     for task in dict.fromkeys(record["task"] for record in records):
         looks: dict[str, list[Record]] = defaultdict(list)
         for record in records:
@@ -306,7 +288,7 @@ def compare_looks(records: Sequence[Record], seed: int = 0) -> list[Comparison]:
         score = next((name for each in looks.values() for record in each for name in record["scores"]), None)
         if score is not None:
             pooled = {look: pool({"": each}) for look, each in looks.items()}
-            found += [compare(task, score, (a, pooled[a]), (b, pooled[b]), questions) for a, b in _pairs(list(looks))]
+            found += [compare(task, score, (a, pooled[a]), (b, pooled[b]), seed) for a, b in _pairs(list(looks))]
     return found
 
 
