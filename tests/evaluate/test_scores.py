@@ -15,7 +15,6 @@ from relook.evaluate.metrics import (
     amount,
     choice,
     read_amount,
-    read_letter,
     relaxed,
     rouge_l,
     vqa_accuracy,

@@ -173,7 +173,30 @@ def _plain_number(text: str) -> float | None:
 # what may stand beside a number -> the currencies it may mean
 
 _SIGNS = {
-    **{code.lower(): code for code in "MYR EUR GBP JPY CNY INR CHF IDR THB PHP KRW VND USD SGD AUD CAD HKD NZD TWD".split()},
+    **{
+        code.lower(): code
+        for code in [
+            "MYR",
+            "EUR",
+            "GBP",
+            "JPY",
+            "CNY",
+            "INR",
+            "CHF",
+            "IDR",
+            "THB",
+            "PHP",
+            "KRW",
+            "VND",
+            "USD",
+            "SGD",
+            "AUD",
+            "CAD",
+            "HKD",
+            "NZD",
+            "TWD",
+        ]
+    },
     **{"rm": "MYR", "rmb": "CNY", "rs": "INR", "rs.": "INR", "rp": "IDR", "rp.": "IDR"},
     **{"$": "USD", "us$": "USD", "s$": "SGD", "a$": "AUD", "c$": "CAD", "hk$": "HKD", "nz$": "NZD", "nt$": "TWD"},
     **{"€": "EUR", "£": "GBP", "¥": "JPY CNY", "₹": "INR", "฿": "THB", "₱": "PHP", "₩": "KRW", "₫": "VND"},
