@@ -1,4 +1,4 @@
-"""Answers as models write them, read as a person would; beside it what lmms-eval and VLMEvalKit read, where they differ.
+"""Answers as models write them, read as a person would; beside them what lmms-eval and VLMEvalKit read.
 
 Theirs were worked out by hand from their rules as published (read 2026-11-28): lmms-eval's
 `parse_multi_choice_response` (from MMMU; where it finds nothing it draws an option at random, here None) and

@@ -126,9 +126,7 @@ def test_finished_work_is_not_replaced_unless_told(tmp_path):
     before = {each.name: each.read_bytes() for each in run.iterdir()}
     with pytest.raises(UserError, match='finished evaluation of "echo" with the same settings'):
         evaluate(Echo(), [str(path)], ["none"], out=run)
-    with pytest.raises(
-        UserError, match=r'finished evaluation of "echo", which differs in model \("echo", now "other"\)'
-    ):
+    with pytest.raises(UserError, match=r'of "echo", which differs in model \("echo", now "other"\)'):
         evaluate(Other(), [str(path)], ["none"], out=run)
     assert {each.name: each.read_bytes() for each in run.iterdir()} == before
     evaluate(Other(), [str(path)], ["none"], out=run, overwrite=True)

@@ -170,36 +170,15 @@ def _plain_number(text: str) -> float | None:
     return None if found is None else float(found[1]) / (100 if found[2] else 1)
 
 
-# what may stand beside a number -> the currencies it may mean
-
-_SIGNS = {
-    **{
-        code.lower(): code
-        for code in [
-            "MYR",
-            "EUR",
-            "GBP",
-            "JPY",
-            "CNY",
-            "INR",
-            "CHF",
-            "IDR",
-            "THB",
-            "PHP",
-            "KRW",
-            "VND",
-            "USD",
-            "SGD",
-            "AUD",
-            "CAD",
-            "HKD",
-            "NZD",
-            "TWD",
-        ]
-    },
-    **{"rm": "MYR", "rmb": "CNY", "rs": "INR", "rs.": "INR", "rp": "IDR", "rp.": "IDR"},
-    **{"$": "USD", "us$": "USD", "s$": "SGD", "a$": "AUD", "c$": "CAD", "hk$": "HKD", "nz$": "NZD", "nt$": "TWD"},
-    **{"€": "EUR", "£": "GBP", "¥": "JPY CNY", "₹": "INR", "฿": "THB", "₱": "PHP", "₩": "KRW", "₫": "VND"},
+_CURRENCIES = {  # what may stand beside a number, besides the code; "¥" is two
+    **{"MYR": "rm", "USD": "$ us$", "EUR": "€", "GBP": "£", "JPY": "¥", "CNY": "¥ rmb", "INR": "₹ rs rs.", "CHF": ""},
+    **{"IDR": "rp rp.", "THB": "฿", "PHP": "₱", "KRW": "₩", "VND": "₫", "SGD": "s$", "AUD": "a$", "CAD": "c$"},
+    **{"HKD": "hk$", "NZD": "nz$", "TWD": "nt$"},
+}
+_SIGNS: dict[str, frozenset[str]] = {
+    sign: frozenset(code for code, signs in _CURRENCIES.items() if sign in (code.lower(), *signs.split()))
+    for code, signs in _CURRENCIES.items()
+    for sign in (code.lower(), *signs.split())
 }
 _SIGN = "|".join(re.escape(sign) for sign in sorted(_SIGNS, key=len, reverse=True))
 _AMOUNT = re.compile(
@@ -238,7 +217,7 @@ def read_amount(text: str) -> tuple[Decimal, frozenset[str]] | None:
     found = _AMOUNT.fullmatch(unicodedata.normalize("NFKC", text).translate(_STRAIGHT).strip().lower())
     if found is None:
         return None
-    units = [frozenset(_SIGNS[sign].split()) for sign in (found["first"], found["last"]) if sign]
+    units = [_SIGNS[sign] for sign in (found["first"], found["last"]) if sign]
     unit = frozenset.intersection(*units) if units else frozenset()
     number = _decimal(found["number"].strip(), bool(unit & _WHOLE))
     if number is None or (units and not unit):
