@@ -25,7 +25,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -80,11 +79,9 @@ class Bench:
         rows = [f"{self.machine}; {self.versions}; seed {self.seed}, 1 thread, float32, processor time"]
         rows.append(f"{'':{width}}  {'':>8}  {'95 % interval':>17}  {'n':>3}  budget")
         for line in self.lines:
-            value, low, high = (
-                f"{v:.3f}" if line.unit == "s" else f"{v:.2f}" for v in (line.value, line.low, line.high)
-            )
-            verdict = "" if line.ok else "  OVER"
-            budget = f"<= {line.budget:g} {line.unit}{verdict}"
+            digits = 3 if line.unit == "s" else 2
+            value, low, high = (f"{v:.{digits}f}" for v in (line.value, line.low, line.high))
+            budget = f"<= {line.budget:g} {line.unit}{'' if line.ok else '  OVER'}"
             rows.append(f"{line.what:{width}}  {value:>6} {line.unit}  {f'{low} .. {high}':>17}  {line.n:3}  {budget}")
         rows.append("medians: " + ", ".join(f"{case} {seconds:.3f} s" for case, seconds in self.seconds.items()))
         return "\n".join(rows)
@@ -103,17 +100,21 @@ def run(repeats: int = 7, seed: int = 0, status: Callable[[str], None] = lambda 
 
     from relook.evaluate.environment import cpu_name
 
-    with _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
         status("building a random model (8 layers, width 512)")
-        subject = Subject.build(seed)
+        subject = Subject(seed)
         times = measure(subject.cases(), repeats, status)
         usage = subject.answer("clip").usage
-    lines = [line(what, times[a], budget, seed, over=times[b]) for what, (a, b, budget) in RATIOS.items()]
+    finally:
+        torch.set_num_threads(threads)
+    lines = [_line(what, times[a], budget, seed, over=times[b]) for what, (a, b, budget) in RATIOS.items()]
     positions = usage.lm_positions / usage.sequence_length
     lines.insert(2, Line("LM positions / length of the final sequence", positions, positions, positions, 1, 1.0))
     for what, (arguments, budget) in COMMANDS.items():
         status(what)
-        lines.append(line(what, [_command_seconds(arguments) for _ in range(repeats)], budget, seed))
+        lines.append(_line(what, [_command_seconds(arguments) for _ in range(repeats)], budget, seed))
     return Bench(
         machine=f"{platform.system()} {platform.machine()}, {cpu_name()}",
         versions=f"Python {platform.python_version()}, torch {torch.__version__}, "
@@ -122,9 +123,6 @@ def run(repeats: int = 7, seed: int = 0, status: Callable[[str], None] = lambda 
         lines=lines,
         seconds={case: median(values) for case, values in times.items()},
     )
-
-
-# -- measuring --------------------------------------------------------------------------------------------------------
 
 
 def measure(
@@ -142,7 +140,7 @@ def measure(
     return times
 
 
-def line(what: str, values: Sequence[float], budget: float, seed: int, over: Sequence[float] | None = None) -> Line:
+def _line(what: str, values: Sequence[float], budget: float, seed: int, over: Sequence[float] | None = None) -> Line:
     """Median of `values` in seconds, or its ratio to the median of `over`, with a 95 % percentile bootstrap interval.
 
     Rounds are resampled whole, since both cases of a round ran under the same conditions.
@@ -157,18 +155,6 @@ def line(what: str, values: Sequence[float], budget: float, seed: int, over: Seq
     return Line(what, statistic(range(n)), low, high, n, budget, unit="x" if over else "s")
 
 
-@contextmanager
-def _one_thread():
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _command_seconds(arguments: list[str]) -> float:
     """CPU seconds of a Python process, including its start."""
     begin = os.times()
@@ -177,43 +163,26 @@ def _command_seconds(arguments: list[str]) -> float:
     return end.children_user + end.children_system - begin.children_user - begin.children_system
 
 
-# -- cases -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
 class Subject:
-    """A random relook model and stock Qwen2-VL with the same weights, and the same inputs for both.
+    """A random relook model and stock Qwen2-VL with the same weights, and the same inputs for both."""
 
-    Attributes:
-        vlm: the relook model.
-        plain: transformers' Qwen2VLForConditionalGeneration.
-        image: PIL image of SIDE x SIDE pixels.
-        sequence: (L,) token ids of a finished conversation with a look; the pads of both looks are <|image_pad|>.
-        batch: a training batch for relook.
-        plain_batch: the same tokens for `plain`.
-    """
-
-    vlm: Any
-    plain: Any
-    image: Any
-    sequence: Any
-    batch: dict[str, Any]
-    plain_batch: dict[str, Any]
-
-    @classmethod
-    def build(cls, seed: int) -> Subject:
+    def __init__(self, seed: int) -> None:
+        import numpy as np
         import torch
+        from PIL import Image
 
         from relook.perceive import VLM
 
         torch.manual_seed(seed)
-        model, processor, plain = _models()
-        vlm, image = VLM(model, processor, "bench"), _image(seed)
-        chat = vlm.chat(image)
+        model, processor, self.plain = _models()
+        self.vlm = VLM(model, processor, "bench")
+        self.image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
+        chat = self.vlm.chat(self.image)
         chat.ask(QUESTION, look="clip", max_new_tokens=ANSWER_TOKENS)
-        sequence = _as_first_looks(model, torch.tensor(chat._conversation.ids))
-        batch = _batch(processor, image)
-        return cls(vlm, plain, image, sequence, batch, _plain_batch(model, batch))
+        # (L,) ids of a finished conversation with a look; the pads of both looks are <|image_pad|>
+        self.sequence = _as_first_looks(model, torch.tensor(chat._conversation.ids))
+        self.batch = _batch(processor, self.image)
+        self.plain_batch = _plain_batch(model, self.batch)
 
     def cases(self) -> dict[str, Callable[[], Any]]:
         return {
@@ -229,12 +198,8 @@ class Subject:
         """Generate exactly ANSWER_TOKENS tokens with a forced look."""
         return self.vlm.ask(self.image, QUESTION, look=look, max_new_tokens=ANSWER_TOKENS)
 
-    def plain_answer(self) -> int:
-        """Process the same final sequence once, with the image encoded once and its features used twice.
-
-        Returns:
-            Length of the key-value cache.
-        """
+    def plain_answer(self) -> None:
+        """Process the same final sequence once, with the image encoded once and its features used twice."""
         import torch
         from transformers import DynamicCache
 
@@ -251,8 +216,7 @@ class Subject:
             embeds[kinds.bool()] = features.repeat(2, 1)
             cache, end = DynamicCache(), ids.shape[1]
             answer = end - ANSWER_TOKENS - 1  # start of the answer, which ends with <|im_end|>
-            spans = [(0, answer), *((k, k + 1) for k in range(answer, end))]
-            for a, b in spans:
+            for a, b in [(0, answer), *((k, k + 1) for k in range(answer, end))]:
                 states = core.language_model(
                     inputs_embeds=embeds[:, a:b],
                     position_ids=positions[:, :, a:b],
@@ -260,14 +224,13 @@ class Subject:
                     use_cache=True,
                 ).last_hidden_state
                 model.lm_head(states[:, -1]).argmax(-1).item()
-        return cache.get_seq_length()
 
-    def step(self, mask: int) -> float:
-        """Forward and backward with `para_mask_id` = mask (0 none, 1 the first user turn) on every row; the loss."""
+    def step(self, mask: int) -> None:
+        """Forward and backward with `para_mask_id` = mask (0 none, 1 the first user turn) on every row."""
         model = self.vlm.model
         model.config.para_mask_id, model.config.para_mask_ratio = mask, 1.0
         try:
-            return _step(model, self.batch)
+            _step(model, self.batch)
         finally:
             model.config.para_mask_id = 0
             model.eval()
@@ -298,13 +261,6 @@ def _models() -> tuple[Any, Any, Any]:
     weights = {name: value for name, value in model.state_dict().items() if name in plain.state_dict()}
     plain.load_state_dict(weights)
     return model, processor, plain
-
-
-def _image(seed: int) -> Any:
-    import numpy as np
-    from PIL import Image
-
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
 
 
 def _batch(processor: Any, image: Any) -> dict[str, Any]:
@@ -342,9 +298,7 @@ def _as_first_looks(model: Any, ids: Any) -> Any:
     return ids.where(ids != model.config.clip_image_token_id, model.config.image_token_id)
 
 
-def _step(model: Any, batch: Mapping[str, Any]) -> float:
+def _step(model: Any, batch: Mapping[str, Any]) -> None:
     model.train()
     model.zero_grad(set_to_none=True)
-    loss = model(**batch).loss
-    loss.backward()
-    return float(loss.detach())
+    model(**batch).loss.backward()

@@ -12,7 +12,7 @@ wrong with it. Writing does raise `UserError`, since there the caller chose the 
 """
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from relook.errors import UserError
@@ -287,100 +287,61 @@ def _text_pieces(text: str) -> list[_Piece]:
     return pieces
 
 
-class _Open:
-    """A call being parsed: collects tokens until it is closed, then gives the `Call`."""
-
-    def __init__(self, look: str | None, start: int, grid: int) -> None:
-        self.look, self.start, self.end, self.grid = look, start, start, grid
-        self.xs: list[int] = []
-        self.ys: list[int] = []
-        self.actions: list[str] = []
-        self.stray: list[str] = []
-        self.pending: list[str] = []  # strays not yet followed by a token of the call: they may be the answer's text
-        self.off_grid = False
-        self.problems: list[str] = [] if look else ["its start token is missing"]
-
-    def take(self, token: str, end: int) -> None:
-        """Add a coordinate or an action token."""
-        columns = {x_token(i): i for i in range(self.grid)}
-        rows = {y_token(i): i for i in range(self.grid)}
-        if token in columns:
-            self.xs.append(columns[token])
-        elif token in rows:
-            self.ys.append(rows[token])
-        elif token in _BY_ACTION:
-            self.actions.append(token)
-        else:
-            self.off_grid = True
-            self.problems.append(f"{token} is not on the grid of {self.grid} x {self.grid} cells")
-        self.look = self.look or (_BY_ACTION[token].name if token in _BY_ACTION else "region")
-        self._reach(end)
-
-    def close(self, end_token: str, end: int) -> Call:
-        """The call, ended by `end_token`."""
-        self._reach(end)
-        closer = _BY_END[end_token]
-        self.look = self.look or closer.name
-        if closer.name != self.look:
-            self.problems.append(f"a {self.look} call that ends in {end_token}")
-        return self._call()
-
-    def cut(self) -> Call:
-        """The call, never ended."""
-        look = self.look or "region"
-        self.problems.insert(0, f"cut off: {LOOKS[look].end} is missing")
-        return self._call(complete=False)
-
-    def _reach(self, end: int) -> None:
-        self.stray += self.pending
-        self.pending, self.end = [], end
-
-    def _call(self, complete: bool = True) -> Call:
-        spec = LOOKS[self.look or "region"]
-        problems = self.problems
-        if self.stray:
-            problems.append(f"{_short(self.stray[0])} does not belong inside a call")
-        if spec.action is None:
-            problems += [f"{token} does not belong in a region call" for token in self.actions]
-        elif self.xs or self.ys:
-            problems.append(f"a {spec.name} call takes no cells")
-        elif any(action != spec.action for action in self.actions):
-            problems.append(f"a {spec.name} call that holds {next(a for a in self.actions if a != spec.action)}")
-        elif len(self.actions) > 1:
-            problems.append(f"{spec.action} stands in it {len(self.actions)} times")
-        if complete and spec.action is None and not (self.xs and self.ys) and not self.off_grid:
-            missing = "no cells" if not (self.xs or self.ys) else "no row (y)" if self.xs else "no column (x)"
-            problems.append(f"the region names {missing}")
-        if complete and spec.action is not None and not self.actions:
-            problems.append(f"{spec.action} is missing")
-        cells = None
-        if spec.action is None and not problems:
-            cells = (min(self.xs), min(self.ys), max(self.xs), max(self.ys))
-        return Call(spec.name, cells, "; ".join(problems) or None, (self.start, self.end))
-
-
-def _calls(pieces: Iterable[_Piece], grid: int) -> Iterable[Call]:
+def _calls(pieces: Iterable[_Piece], grid: int) -> Iterator[Call]:
     """Read `pieces` into calls. A call opens at a start token, or at a coordinate, action or end token without one."""
-    call: _Open | None = None
-    for piece, start, end in pieces:
-        if piece in _BY_START:
-            if call is not None:
-                yield call.cut()
-            call = _Open(_BY_START[piece].name, start, grid)
-            call.end = end
-        elif piece in _BY_END:
-            yield (call or _Open(None, start, grid)).close(piece, end)
-            call = None
-        elif piece in _BY_ACTION or _COORDINATE.fullmatch(piece):
-            call = call or _Open(None, start, grid)
-            call.take(piece, end)
-        elif piece == IM_END and call is not None:
-            yield call.cut()
-            call = None
-        elif call is not None and piece.strip(_BLANKS):
-            call.pending.append(piece)
-    if call is not None:
-        yield call.cut()
+    call: list[_Piece] = []
+    for piece in pieces:
+        token = piece[0]
+        if call and (token in _BY_START or token == IM_END):
+            yield _read(call, grid)
+            call = []
+        if token in _BY_END:
+            yield _read([*call, piece], grid)
+            call = []
+        elif _of_a_call(token) or (call and token != IM_END and token.strip(_BLANKS)):
+            call.append(piece)
+    if call:
+        yield _read(call, grid)
+
+
+def _of_a_call(token: str) -> bool:
+    return token in _BY_START or token in _BY_END or token in _BY_ACTION or _COORDINATE.fullmatch(token) is not None
+
+
+def _read(pieces: list[_Piece], grid: int) -> Call:
+    """One call: its start token (or none), coordinates, actions and strays, its end token (or none)."""
+    while not _of_a_call(pieces[-1][0]):  # text after a call that was never ended may be the answer's
+        pieces.pop()
+    tokens = [token for token, _, _ in pieces]
+    opener, closer = _BY_START.get(tokens[0]), _BY_END.get(tokens[-1])
+    inner = tokens[opener is not None : len(tokens) - (closer is not None)]
+    columns, rows = ({token(i): i for i in range(grid)} for token in (x_token, y_token))
+    xs, ys = ([axis[token] for token in inner if token in axis] for axis in (columns, rows))
+    actions = [token for token in inner if token in _BY_ACTION]
+    off_grid = [t for t in inner if _COORDINATE.fullmatch(t) and t not in columns and t not in rows]
+    spec = opener or (_BY_ACTION.get(inner[0], LOOKS["region"]) if inner else closer) or LOOKS["region"]
+
+    problems = [] if closer else [f"cut off: {spec.end} is missing"]
+    problems += [] if opener else ["its start token is missing"]
+    problems += [f"{token} is not on the grid of {grid} x {grid} cells" for token in off_grid]
+    if closer is not None and closer.name != spec.name:
+        problems.append(f"a {spec.name} call that ends in {closer.end}")
+    problems += [f"{_short(t)} does not belong inside a call" for t in inner if not _of_a_call(t)][:1]
+    if spec.action is None:
+        problems += [f"{token} does not belong in a region call" for token in actions]
+    elif xs or ys:
+        problems.append(f"a {spec.name} call takes no cells")
+    elif others := [action for action in actions if action != spec.action]:
+        problems.append(f"a {spec.name} call that holds {others[0]}")
+    elif len(actions) > 1:
+        problems.append(f"{spec.action} stands in it {len(actions)} times")
+    if closer and spec.action is None and not (xs and ys) and not off_grid:
+        missing = "no cells" if not (xs or ys) else "no row (y)" if xs else "no column (x)"
+        problems.append(f"the region names {missing}")
+    if closer and spec.action is not None and not actions:
+        problems.append(f"{spec.action} is missing")
+    cells = (min(xs), min(ys), max(xs), max(ys)) if spec.action is None and not problems else None
+    return Call(spec.name, cells, "; ".join(problems) or None, (pieces[0][1], pieces[-1][2]))
 
 
 def _short(text: str, limit: int = 40) -> str:
