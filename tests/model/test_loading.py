@@ -65,9 +65,7 @@ def test_bin_shards_load_like_safetensors(clip):
         torch.save({k: weights[k] for k in part}, clip / shard)
         index |= dict.fromkeys(part, shard)
     (clip / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    loaded = load_published(clip)
-    assert torch.equal(answer(loaded), expected)
-    assert loaded.load_report.renamed == len(names)
+    assert torch.equal(answer(load_published(clip)), expected)
 
 
 def test_missing_weights_raise_with_their_names(clip):
@@ -189,7 +187,8 @@ def test_new_model_from_plain_parts(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
     model.save_pretrained(tmp_path / "new")
     processor.save_pretrained(tmp_path / "new")
-    assert load_model(tmp_path / "new").load_report.complete
+    again = load_model(tmp_path / "new", device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     with pytest.raises(UserError, match="needs its encoder"):
         new_model(tmp_path / "base", looks=("seg",))
 

@@ -1,4 +1,4 @@
-"""What transformers' `generate` needs to know about looks. It refuses to keep anything on the model.
+"""What transformers' `generate` needs to know about looks. Nothing is kept on the model.
 
 `generate` decodes one turn; the loop that answers a call and goes on is `relook.perceive`. Here: the token after a
 `*_action_start` is forced, its condition travels from step to step in the model kwargs, positions are computed from the
@@ -14,8 +14,11 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from relook.errors import UserError
+from relook.processing.vocabulary import TENSORS
 
 from .configuration import ReencodeIds
+
+LOOK_INPUTS = [name for look, names in TENSORS.items() if look != "image" for name in names]
 
 
 class ForceAction(LogitsProcessor):
@@ -67,37 +70,26 @@ class LookGenerationMixin:
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         looks = {k: model_kwargs.pop(k) for k in list(model_kwargs) if k in LOOK_INPUTS}
-        repeated = input_ids
-        if expand_size > 1 and any(v is not None for v in looks.values()):
-            looks = self._repeat_look_images(looks, input_ids, expand_size)
+        repeated = self._repeat_look_images(looks, input_ids, expand_size) if expand_size > 1 else {}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=repeated, **model_kwargs
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        return input_ids, {**model_kwargs, **looks}
+        return input_ids, {**model_kwargs, **looks, **repeated}
 
     def _repeat_look_images(self, looks: dict[str, Any], input_ids: Tensor, times: int) -> dict[str, Any]:
         """Repeat every row's images `times` times, row by row, so that they stay in row-major order of the pads."""
-        out = dict(looks)
+        out = {}
         for look in self.config.reencodings:
-            name = "clip_pixel_values" if look == "clip" else f"{look}_images"
+            name, *grid_name = TENSORS[look]
             if looks.get(name) is None:
                 continue
-            grid = looks.get("clip_images_grid_thw") if look == "clip" else None
-            images = list(looks[name] if grid is None else looks[name].split(grid.prod(-1).tolist()))
             # An image starts where its pad follows something else.
             pads = (input_ids == self.config.reencode_ids(look).pad).int()
             starts = (pads.diff(dim=1, prepend=torch.zeros_like(pads[:, :1])) == 1).sum(1).tolist()
-            order: list[int] = []
-            first = 0
-            for count in starts:
-                order += list(range(first, first + count)) * times
-                first += count
-            out[name] = (
-                torch.stack([images[i] for i in order]) if grid is None else torch.cat([images[i] for i in order])
-            )
-            if grid is not None:
-                out["clip_images_grid_thw"] = grid[order]
+            rows = torch.arange(sum(starts)).split(starts)
+            order = torch.cat([row.repeat(times) for row in rows])
+            sizes = looks[grid_name[0]].prod(-1).tolist() if grid_name else 1
+            images = looks[name].split(sizes)
+            out[name] = torch.cat([images[i] for i in order])
+            out |= {key: looks[key][order] for key in grid_name}
         return out
-
-
-LOOK_INPUTS = ("clip_pixel_values", "clip_images_grid_thw", "detection_images", "seg_images")

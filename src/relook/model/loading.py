@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,30 +74,6 @@ def _from_hub(name: str) -> Path:
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class LoadReport:
-    """What a load did: names as in the model (`missing`, `mismatched`) or as in the files (`unexpected`, `renamed`)."""
-
-    missing: list[str]
-    unexpected: list[str]
-    mismatched: list[str]
-    renamed: int
-    loaded: int
-
-    @property
-    def complete(self) -> bool:
-        return not (self.missing or self.unexpected or self.mismatched)
-
-    def __str__(self) -> str:
-        parts = [f"{self.loaded} tensors loaded ({self.renamed} renamed from the published layout)"]
-        for kind in ("missing", "unexpected", "mismatched"):
-            names = getattr(self, kind)
-            if names:
-                more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-                parts.append(f"{len(names)} {kind}: {', '.join(names[:8])}{more}")
-        return "; ".join(parts)
-
-
 def load_model(
     name_or_path: str | Path,
     *,
@@ -107,7 +82,7 @@ def load_model(
     attn_implementation: str | None = None,
     encoder_config: dict[str, Any] | None = None,
 ) -> VPTQwen2VLForConditionalGeneration:
-    """Load a model, whole or not at all, in eval mode; `model.load_report` says what was renamed.
+    """Load a model, whole or not at all, in eval mode.
 
     Args:
         name_or_path: a shipped model, a folder in relook's or the published layout or a hub id (adapters:
@@ -124,10 +99,7 @@ def load_model(
     if is_adapter(folder):
         raise UserError(f"{folder}: this is an adapter, not a model; open it with relook.load, or merge it first")
     config = read_config(folder, encoder_config)
-    model, report = load_with_report(folder, config, torch_dtype(dtype, device), attn_implementation)
-    if not report.complete:
-        raise CheckpointError(f"{folder}: the weights do not fill the model: {report}. Check config.json or the files")
-    model.load_report = report
+    model = load_weights(folder, config, torch_dtype(dtype, device), attn_implementation)
     return model.to(device).eval()  # type: ignore[arg-type]  # torch's own signature, wrapped by transformers
 
 
@@ -185,31 +157,47 @@ def torch_dtype(dtype: torch.dtype | str | None, device: torch.device | None = N
     return found
 
 
-def load_with_report(
-    folder: Path, config: VPTQwen2VLConfig, dtype: torch.dtype | str, attn_implementation: str | None = None
-) -> tuple[VPTQwen2VLForConditionalGeneration, LoadReport]:
-    """A model of this config with the weights of a folder, on the CPU; what does not fit is in the report."""
-    stored = stored_tensors(folder)
+def load_weights(
+    folder: Path,
+    config: VPTQwen2VLConfig,
+    dtype: torch.dtype | str,
+    attn_implementation: str | None = None,
+    drawn: tuple[str, ...] = (),
+) -> VPTQwen2VLForConditionalGeneration:
+    """A model of this config with the weights of a folder, on the CPU.
+
+    Args:
+        drawn: beginnings of the names of weights that need not be there, and are drawn.
+
+    Raises:
+        CheckpointError: files that cannot be read, or do not fit the config; the message names the tensors.
+    """
+    stored_tensors(folder)  # names damaged files
     cls: Any = VPTQwen2VLForConditionalGeneration  # from_pretrained's return type depends on output_loading_info
     extra: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     # Mismatched shapes are let through here so that they come back by name, with everything else that does not fit.
-    extra |= {"ignore_mismatched_sizes": True, "local_files_only": True, "weights_only": True}
+    extra |= {"dtype": dtype, "ignore_mismatched_sizes": True, "local_files_only": True, "weights_only": True}
     try:
         with quiet():
-            model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **extra)
+            model, info = cls.from_pretrained(folder, config=config, output_loading_info=True, **extra)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{folder}: the weights cannot be read: {str(error).strip().splitlines()[0]}") from error
+    wrong = {
+        "missing": [name for name in info["missing_keys"] if not name.startswith(drawn)],
+        "unexpected": info["unexpected_keys"],
+        "mismatched": [str(key[0]) for key in info["mismatched_keys"]],
+    }
+    if found := {kind: sorted(names) for kind, names in wrong.items() if names}:
+        parts = [
+            f"{len(names)} {kind}: {', '.join(names[:8])}{f' and {len(names) - 8} more' * (len(names) > 8)}"
+            for kind, names in found.items()
+        ]
+        raise CheckpointError(
+            f"{folder}: the weights do not fill the model: {'; '.join(parts)}. Check config.json or the files"
+        )
     if model.lm_head.weight is not model.get_input_embeddings().weight:  # stored apart, whatever the config says
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
-    names = set(model.state_dict())
-    report = LoadReport(
-        missing=sorted(info["missing_keys"]),
-        unexpected=sorted(info["unexpected_keys"]),
-        mismatched=sorted(str(key[0]) for key in info["mismatched_keys"]),
-        renamed=len([k for k in stored if k not in names]),
-        loaded=len(stored),
-    )
-    return model, report
+    return model
 
 
 @contextmanager

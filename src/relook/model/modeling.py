@@ -88,7 +88,6 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
     get_input_embeddings: Any
     encoders: Any
     projectors: Any
-    load_report: Any = None
 
     def _add_looks(self, config: Any) -> None:
         """Encoders and projectors, keyed by the look's name."""

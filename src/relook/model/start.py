@@ -32,7 +32,7 @@ from .loading import (
     check_free,
     load_model,
     load_processor,
-    load_with_report,
+    load_weights,
     meta_model,
     read_config,
     read_json,
@@ -194,10 +194,7 @@ def new_model(
     config, processor, known = plain_config(folder, looks, {look: each.config for look, each in encoders.items()})
     config.provenance = {"base": checkpoint_name(folder), "seed": seed}
     torch.manual_seed(seed)
-    model, report = load_with_report(folder, config, torch_dtype(dtype), attn_implementation)
-    foreign = [k for k in report.missing if not k.startswith(("encoders.", "projectors."))]
-    if foreign or report.unexpected or report.mismatched:
-        raise CheckpointError(f"{base}: not a whole Qwen2-VL checkpoint: {report}")
+    model = load_weights(folder, config, torch_dtype(dtype), attn_implementation, ("encoders.", "projectors."))
     for look, encoder in encoders.items():
         model.encoders[look].load_state_dict(encoder.state_dict())
     new_token_rows(model, known, len(processor.tokenizer))
