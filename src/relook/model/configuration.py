@@ -61,6 +61,7 @@ class VPTQwen2VLConfig(Qwen2VLConfig):
     """
 
     model_type = "qwen2_vl_vpt"
+    keys_to_ignore_at_inference = ["past_key_values", "look_states"]
 
     detection_image_token_id: int | None = None
     detection_action_start_id: int | None = None

@@ -22,7 +22,10 @@ LOOK_INPUTS = [name for look, names in TENSORS.items() if look != "image" for na
 
 
 class ForceAction(LogitsProcessor):
-    """After `*_action_start` only `*_action` can follow (the published code overwrites the token there)."""
+    """After `*_action_start` only `*_action` can follow (the published code overwrites the token there).
+
+    Pads stand for images and are never written.
+    """
 
     def __init__(self, tokens: list[ReencodeIds]):
         self.tokens = tokens
@@ -32,6 +35,7 @@ class ForceAction(LogitsProcessor):
             forced = torch.full_like(scores, -torch.inf)
             forced[:, token.action] = 0
             scores = torch.where(input_ids[:, -1:] == token.start, forced, scores)
+            scores[:, token.pad] = -torch.inf
         return scores
 
 
@@ -52,10 +56,8 @@ class LookGenerationMixin:
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-        return {
-            **{k: v for k, v in model_kwargs.items() if k not in LOOK_INPUTS},  # seen once, in the prefill
-            "previous_state": outputs.last_state,
-        }
+        seen = LOOK_INPUTS if model_kwargs.get("use_cache", True) else ()  # without a cache all is read again
+        return {**{k: v for k, v in model_kwargs.items() if k not in seen}, "look_states": outputs.look_states}
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """(3, B, L) for the whole conversation so far; the base model would keep offsets of the last call on itself."""

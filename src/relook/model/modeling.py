@@ -24,11 +24,13 @@ from transformers import Qwen2VLForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2_vl.modeling_qwen2_vl import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from relook.errors import UserError
 
-from .configuration import VPTQwen2VLConfig
+from .configuration import ReencodeIds, VPTQwen2VLConfig
 from .encoders import ENCODERS, build_encoder
 from .generation import LookGenerationMixin
 from .packed import Packed
@@ -49,13 +51,17 @@ from .segments import (
 
 @dataclass
 class LookAgainOutput(CausalLMOutputWithPast):
-    """transformers' output, and `last_state` (B, d): the final hidden state of the last column.
+    """transformers' output, and `look_states` (B, 2k, d): what a cache does not hold of the calls in it.
 
-    Where the last token is a `*_action_start`, that state is the condition of the look it asks for; `generate` passes
-    it to the next step, so the model itself keeps no state.
+    For each of the k re-encoding looks, the condition of its latest call, then the hidden state of its
+    `*_action_start` where that is the last token; NaN where there is none. Whoever continues the cache passes it on
+    (`generate` does), so the model itself keeps no state. None in training.
     """
 
-    last_state: Tensor | None = None
+    look_states: Tensor | None = None
+
+    def to_tuple(self) -> tuple:
+        return tuple(self[name] for name in self if name != "look_states")  # as the base model's
 
 
 _IMAGE_ENCODER: ContextVar[Callable[..., Any] | None] = ContextVar("image_encoder", default=None)
@@ -123,6 +129,7 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
                 spec, encoder = ENCODERS[look], self._branch(self.encoders, look)
                 images = tensors[spec.input].to(device=self.device, dtype=encoder.dtype)
                 return list(spec.features(encoder(images)))
+            self._branch(self.projectors, look) if look != "image" else None
             pixels, grids = tensors["pixel_values"].to(self.device), tensors["image_grid_thw"].to(self.device)
             return list(self._image_features(pixels, grids).pooler_output)
 
@@ -170,13 +177,14 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             return (real.long().cumsum(-1) - 1).clamp(min=0)[None].expand(3, -1, -1)
         kinds = (input_ids == self.config.image_token_id).int() + 2 * (input_ids == self.config.video_token_id).int()
-        return self.model.get_rope_index(
-            input_ids,
-            kinds,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            attention_mask=attention_mask,
-        )[0]
+        grids = dict(image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw)
+        try:
+            return self.model.get_rope_index(input_ids, kinds, attention_mask=attention_mask, **grids)[0]
+        except (TypeError, StopIteration) as error:  # how it reports that a grid is missing
+            raise UserError(
+                "the text holds more images than image_grid_thw has grids; positions need the grid of every image in "
+                "input_ids, also of those in a cache"
+            ) from error
 
     def _branch(self, branches: nn.ModuleDict, look: str) -> Any:
         if look not in branches:
@@ -189,6 +197,7 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -209,7 +218,7 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         mm_token_type_ids: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         logits_to_keep: int | Tensor = 0,
-        previous_state: Tensor | None = None,
+        look_states: Tensor | None = None,
         conversation_ids: Tensor | None = None,
         para_mask_modes: Tensor | None = None,
         **kwargs: Any,
@@ -219,12 +228,12 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         Args beyond the base model's (images of each kind in row-major order of their pads):
             clip_pixel_values (patches, p), clip_images_grid_thw (k, 3): images for `<|clip_image_pad|>`.
             detection_images (k, 3, 224, 224), seg_images (k, 3, 1024, 1024).
-            previous_state (B, d): `last_state` of the step before, to continue a cache right after `*_action_start`.
+            look_states (B, 2k, d): that of the output whose cache is continued.
             conversation_ids (B, L): the conversation that each column of a packed row belongs to (`packed.Packed`).
             para_mask_modes (n,): mask mode 0, 1 or 2 of each conversation; None: drawn as the config says.
 
         Returns:
-            LookAgainOutput: loss, logits (B, L, vocab), past_key_values, last_state (B, d).
+            LookAgainOutput: loss, logits (B, L, vocab), past_key_values, look_states (B, 2k, d).
         """
         base = dict(
             pixel_values=pixel_values,
@@ -249,12 +258,13 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
                     "the new tokens alone. Pass position_ids=model.rope_positions(block, grids, start)[0][:, None]"
                 )
             position_ids = self._positions(input_ids, attention_mask, image_grid_thw, video_grid_thw, packed)
-        batch = self._batch(input_ids, inputs_embeds, attention_mask, position_ids, previous_state, base, looks, packed)
+        states = look_states if past else None
+        batch = self._batch(input_ids, inputs_embeds, attention_mask, position_ids, states, base, looks, packed, past)
         outputs = self._run(batch, input_ids, para_mask_modes, run)
-        return self._head(outputs, labels, logits_to_keep, kwargs)
+        return self._head(outputs, batch, input_ids, labels, logits_to_keep, kwargs)
 
     def _batch(
-        self, input_ids, embeds, attention_mask, position_ids, previous_state, base, looks, packed
+        self, input_ids, embeds, attention_mask, position_ids, states, base, looks, packed, past
     ) -> SegmentedBatch:
         """All that is known before the language model runs.
 
@@ -269,20 +279,27 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
             outputs, features = self._encode_images(base, looks)
             embeds = self.get_input_embeddings()(input_ids) if embeds is None else embeds
             embeds = self._merge_base_images(input_ids, embeds, outputs)
-        conditioned = self.config.num_inner_forward_run == 2
-        ids = {n: i for n in self.config.reencodings if (i := self.config.reencode_ids(n)) is not None}
-        calls = find_calls(input_ids, ids, numbers) if conditioned and ids and input_ids is not None else []
-        if conditioned and previous_state is not None:
-            for token in ids.values():
-                is_action = input_ids[:, :1, None] == token.action
-                first = torch.where(is_action, previous_state[:, None].to(embeds.dtype), embeds[:, :1])
-                embeds = torch.cat([first, embeds[:, 1:]], dim=1)
-        spans = []
-        for look, images in features.items():
-            found = find_image_spans(input_ids, look, ids[look].pad, [_tokens(x) for x in images], calls, numbers)
+        calls, spans = [], []
+        ids = self._call_ids()
+        if ids and input_ids is not None:
+            shown = input_ids
+            if attention_mask is not None and attention_mask.ndim == 2:
+                shown = input_ids.where(
+                    attention_mask[:, -input_ids.shape[1] :].bool(), -1
+                )  # what is masked is no call
+            calls = find_calls(shown, ids, numbers)
+            if states is not None:
+                embeds, states = _continue_call(embeds, shown[:, :1], states, ids)
+        for look in self.config.reencodings:
+            pad = self.config.reencode_ids(look)
+            if input_ids is None or pad is None or (look not in features and past and input_ids.shape[1] == 1):
+                continue
+            images = features.get(look, [])
+            found = find_image_spans(input_ids, look, pad.pad, [_tokens(x) for x in images], calls, numbers)
             for span in found:
                 if span.call is None:
-                    tokens, _ = self.project(look, images[span.image])
+                    state = self._state_in_cache(look, span.row, states, past)
+                    tokens, _ = self.project(look, images[span.image], state)
                     embeds = put_columns(embeds, span.row, span.columns, tokens)
             spans += found
         embeds = embeds if zero is None else embeds + zero.to(embeds)
@@ -291,8 +308,29 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         if packed is not None:
             attention_mask = (packed.numbers >= 0).long()
         if position_ids is not None and (depth or packed is not None):
-            position_ids = position_ids[-3:]  # without the text positions that transformers may put in front
-        return SegmentedBatch(embeds, attention_mask, position_ids, packed, calls, spans, features, depth)
+            # (3, B, L): without the text positions that transformers may put in front, or these three times
+            position_ids = position_ids[None] if position_ids.ndim == 2 else position_ids[-3:]
+            position_ids = position_ids.expand(3, *embeds.shape[:2])
+        return SegmentedBatch(embeds, attention_mask, position_ids, packed, calls, spans, features, states, depth)
+
+    def _call_ids(self) -> dict[str, ReencodeIds]:
+        """Token ids of the looks that are conditioned; none in the alignment stage."""
+        conditioned = self.config.num_inner_forward_run == 2
+        ids = {look: self.config.reencode_ids(look) for look in self.config.reencodings if conditioned}
+        return {look: found for look, found in ids.items() if found is not None}
+
+    def _state_in_cache(self, look: str, row: int, states: Tensor | None, past: int) -> Tensor | None:
+        """The condition of an image whose call is not in the input: that of the cache's own call, None without one."""
+        ids = self._call_ids()
+        if not past or look not in ids:
+            return None
+        if states is None:
+            raise UserError(
+                f"the images of a {look} look continue a cache, and the condition of a call in it is not in the cache: "
+                "pass look_states of the output that the cache came with, or the whole conversation without a cache"
+            )
+        state = states[row, list(ids).index(look)]
+        return None if state.isnan().any() else state
 
     def _conditional_parameters(self) -> list[nn.Parameter]:
         """The parameters that some batches do not use: vision encoders and projectors."""
@@ -360,10 +398,11 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
             embeds = embeds.masked_fill(masked.unsqueeze(-1), 0)
         return self.model.language_model(inputs_embeds=embeds, **batch.full_inputs(), **run)
 
-    def _head(self, outputs: Any, labels: Tensor | None, logits_to_keep: int | Tensor, kwargs: dict[str, Any]):
+    def _head(self, outputs: Any, batch: SegmentedBatch, input_ids, labels, logits_to_keep, kwargs) -> LookAgainOutput:
         hidden = outputs.last_hidden_state
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, keep])
+        logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        if self.training and torch.is_grad_enabled() and not logits.requires_grad:
+            logits = logits + zero_of(self.parameters())  # nothing that learns was used: a step of zero
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -375,8 +414,35 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            last_state=hidden[:, -1],
+            look_states=None if self.training or input_ids is None else self._look_states(hidden, batch, input_ids),
         )
+
+    def _look_states(self, hidden: Tensor, batch: SegmentedBatch, input_ids: Tensor) -> Tensor | None:
+        ids = self._call_ids()
+        if not ids:
+            return None
+        none = torch.full_like(hidden[:, 0], torch.nan)
+        found = [none] * len(ids) if batch.states is None else list(batch.states.unbind(1))
+        for call in batch.calls:
+            number = list(ids).index(call.look)
+            row = torch.tensor([call.row], device=hidden.device)
+            found[number] = found[number].index_copy(0, row, hidden[call.row, call.start][None])
+        started = [torch.where(input_ids[:, -1:] == token.start, hidden[:, -1], none) for token in ids.values()]
+        return torch.stack([*found, *started], dim=1)
+
+
+def _continue_call(embeds: Tensor, first: Tensor, states: Tensor, ids: dict[str, ReencodeIds]) -> tuple[Tensor, Tensor]:
+    """A call whose `*_action_start` is the cache's last token and whose `*_action` is the `first` (B, 1) of the input.
+
+    Returns:
+        embeds (B, L, d) with the control token's replaced, and the conditions (B, k, d) of the latest calls.
+    """
+    latest, started = states.to(embeds.dtype).chunk(2, dim=1)
+    actions = torch.tensor([token.action for token in ids.values()], device=first.device)
+    called = ((first == actions) & ~started.isnan().any(-1))[..., None]  # (B, k, 1), one look of a row at most
+    state = torch.where(called, started, 0).sum(1, keepdim=True)
+    start = torch.where(called.any(1, keepdim=True), state, embeds[:, :1])
+    return torch.cat([start, embeds[:, 1:]], dim=1), torch.where(called, started, latest)
 
 
 def _tokens(features: Tensor) -> int:

@@ -247,6 +247,7 @@ class SegmentedBatch:
         attention_mask: (B, past + L) or None; position_ids: (3, B, L).
         calls, spans: the calls in the batch, and the image spans of its looks.
         features: look -> the encoder's output for each of its images.
+        states: (B, k, d) conditions of the latest calls before the batch; None where there are none.
         packed: where rows hold several conversations, which columns belong together.
         depth: number of segments before the last: the most calls in one conversation, on any rank.
     """
@@ -258,6 +259,7 @@ class SegmentedBatch:
     calls: Sequence[CallSite]
     spans: Sequence[ImageSpan]
     features: dict[str, list[Tensor]]
+    states: Tensor | None
     depth: int
 
     def full_inputs(self) -> dict[str, Any]:
