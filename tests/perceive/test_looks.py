@@ -30,7 +30,8 @@ def test_the_attention_map_is_the_projectors(tiny_vlm, look):
             input_ids=torch.tensor([conversation.ids[: start + 1]]),
             pixel_values=inputs["pixel_values"],
             image_grid_thw=inputs["image_grid_thw"],
-        ).last_state[0]
+            output_hidden_states=True,
+        ).hidden_states[-1][0, -1]
         expected = vlm.model.project(look, features, state)[1]
     np.testing.assert_allclose(seen.attention.reshape(-1), expected.numpy(), atol=1e-4)
 

@@ -95,6 +95,10 @@ class VPTQwen2VLConfig(Qwen2VLConfig):
         self.encoders = dict(self.encoders or {})
         known = [spec.encoder for spec in LOOKS.values() if spec.reencodes]
         _one_of("vision_encoder_ls", self.vision_encoder_ls, known)
+        if getattr(self.text_config, "use_sliding_window", False):
+            raise ValueError(
+                "use_sliding_window is true; looks are cut in and padded, which needs full attention: false"
+            )
         _one_of("position_mode", [self.position_mode], POSITION_MODES)
         _one_of("input_grads", [self.input_grads], INPUT_GRADS)
         _one_of("num_inner_forward_run", [self.num_inner_forward_run], (1, 2))

@@ -1,12 +1,17 @@
 """What transformers' `generate` needs to know about looks. Nothing is kept on the model.
 
 `generate` decodes one turn; the loop that answers a call and goes on is `relook.perceive`. Here: the token after a
-`*_action_start` is forced, its condition travels from step to step in the model kwargs, positions are computed from the
-ids each time, and per-row copies (`num_return_sequences`) repeat each row's images.
+`*_action_start` is forced, conditions travel from step to step in the model kwargs (`look_states`), positions are
+computed from the ids each time, and per-row copies (`num_return_sequences`) repeat each row's images.
+
+`look_states` (B, 2k, d) is what a cache does not hold of the calls in it: for each of the k conditioned looks, the
+condition of its latest call, then the hidden state of its `*_action_start` where that is the last token; NaN where
+there is none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +22,7 @@ from relook.errors import UserError
 from relook.processing.vocabulary import TENSORS
 
 from .configuration import ReencodeIds
+from .segments import CallSite, find_calls
 
 LOOK_INPUTS = [name for look, names in TENSORS.items() if look != "image" for name in names]
 
@@ -39,11 +45,54 @@ class ForceAction(LogitsProcessor):
         return scores
 
 
+def states_after(
+    hidden: Tensor, calls: Sequence[CallSite], before: Tensor | None, input_ids: Tensor, ids: Mapping[str, ReencodeIds]
+) -> Tensor:
+    """`look_states` at the end of an input, from its hidden states (B, L, d) and the conditions (B, k, d) before it."""
+    none = torch.full_like(hidden[:, 0], torch.nan)
+    found = [none] * len(ids) if before is None else list(before.unbind(1))
+    for call in calls:
+        number, row = list(ids).index(call.look), torch.tensor([call.row], device=hidden.device)
+        found[number] = found[number].index_copy(0, row, hidden[call.row, call.start][None])
+    started = [torch.where(input_ids[:, -1:] == token.start, hidden[:, -1], none) for token in ids.values()]
+    return torch.stack([*found, *started], dim=1)
+
+
+def continue_call(
+    embeds: Tensor, first: Tensor, states: Tensor, ids: Mapping[str, ReencodeIds]
+) -> tuple[Tensor, Tensor]:
+    """A call whose `*_action_start` is the cache's last token and whose `*_action` is the `first` (B, 1) of the input.
+
+    Returns:
+        embeds (B, L, d) with the control token's replaced, and the conditions (B, k, d) of the latest calls.
+    """
+    latest, started = states.to(embeds.dtype).chunk(2, dim=1)
+    actions = torch.tensor([token.action for token in ids.values()], device=first.device)
+    called = ((first == actions) & ~started.isnan().any(-1))[..., None]  # (B, k, 1), one look of a row at most
+    state = torch.where(called, started, 0).sum(1, keepdim=True)
+    start = torch.where(called.any(1, keepdim=True), state, embeds[:, :1])
+    return torch.cat([start, embeds[:, 1:]], dim=1), torch.where(called, started, latest)
+
+
+def state_in_cache(look: str, row: int, states: Tensor | None, ids: Mapping[str, ReencodeIds]) -> Tensor | None:
+    """The condition of an image whose call is not in the input: that of the latest call before, None without one."""
+    if look not in ids:
+        return None
+    if states is None:
+        raise UserError(
+            f"the images of a {look} look continue a cache, which does not hold the condition of their call: pass "
+            "look_states of the output that the cache came with, or the whole conversation without a cache"
+        )
+    state = states[row, list(ids).index(look)]
+    return None if state.isnan().any() else state
+
+
 class LookGenerationMixin:
     """Overrides of GenerationMixin; each calls up for everything that is not about looks."""
 
     config: Any
     _positions: Any
+    _call_ids: Any
 
     def _get_logits_processor(self, generation_config, *args, logits_processor=None, **kwargs):
         tokens = [i for n in self.config.reencodings if (i := self.config.reencode_ids(n)) is not None]
@@ -53,6 +102,12 @@ class LookGenerationMixin:
         return super()._get_logits_processor(  # type: ignore[misc]
             generation_config, *args, logits_processor=LogitsProcessorList([*own, *(logits_processor or [])]), **kwargs
         )
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        looks = any(model_kwargs.get(name) is not None for name in LOOK_INPUTS)
+        if generation_config.prefill_chunk_size is not None and (looks or find_calls(input_ids, self._call_ids())):
+            raise UserError("prefill_chunk_size would cut a prompt that holds a look; leave it out")
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)  # type: ignore[misc]

@@ -32,7 +32,7 @@ from relook.errors import UserError
 
 from .configuration import ReencodeIds, VPTQwen2VLConfig
 from .encoders import ENCODERS, build_encoder
-from .generation import LookGenerationMixin
+from .generation import LookGenerationMixin, continue_call, state_in_cache, states_after
 from .packed import Packed
 from .projector import ConditionedProjector, init_projector_layer
 from .segments import (
@@ -53,9 +53,7 @@ from .segments import (
 class LookAgainOutput(CausalLMOutputWithPast):
     """transformers' output, and `look_states` (B, 2k, d): what a cache does not hold of the calls in it.
 
-    For each of the k re-encoding looks, the condition of its latest call, then the hidden state of its
-    `*_action_start` where that is the last token; NaN where there is none. Whoever continues the cache passes it on
-    (`generate` does), so the model itself keeps no state. None in training.
+    Whoever continues the cache passes it on, as `generate` does (`generation`). None in training.
     """
 
     look_states: Tensor | None = None
@@ -89,11 +87,20 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
     config: Any
     model: Any
     lm_head: Any
-    device: Any
     loss_function: Any
     get_input_embeddings: Any
     encoders: Any
     projectors: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong: with the weights or, where accelerate has put these aside, where they come to run."""
+        device: torch.device = super().device  # type: ignore[misc]
+        if device.type == "meta":
+            hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+            places = (getattr(hook, "execution_device", None) for hook in hooks)
+            return torch.device(next((place for place in places if place is not None), device))
+        return device
 
     def _add_looks(self, config: Any) -> None:
         """Encoders and projectors, keyed by the look's name."""
@@ -279,26 +286,23 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
             outputs, features = self._encode_images(base, looks)
             embeds = self.get_input_embeddings()(input_ids) if embeds is None else embeds
             embeds = self._merge_base_images(input_ids, embeds, outputs)
+        flat = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
         calls, spans = [], []
         ids = self._call_ids()
         if ids and input_ids is not None:
             shown = input_ids
-            if attention_mask is not None and attention_mask.ndim == 2:
-                shown = input_ids.where(
-                    attention_mask[:, -input_ids.shape[1] :].bool(), -1
-                )  # what is masked is no call
+            if flat is not None:  # what is masked is no call
+                shown = input_ids.where(flat[:, -input_ids.shape[1] :].bool(), -1)
             calls = find_calls(shown, ids, numbers)
             if states is not None:
-                embeds, states = _continue_call(embeds, shown[:, :1], states, ids)
-        for look in self.config.reencodings:
-            pad = self.config.reencode_ids(look)
-            if input_ids is None or pad is None or (look not in features and past and input_ids.shape[1] == 1):
-                continue
-            images = features.get(look, [])
-            found = find_image_spans(input_ids, look, pad.pad, [_tokens(x) for x in images], calls, numbers)
+                embeds, states = continue_call(embeds, shown[:, :1], states, ids)
+        step = past and input_ids.shape[1] == 1  # a token that was sampled is no image
+        for look in self.config.reencodings if input_ids is not None and not step else ():
+            images, pad = features.get(look, []), self.config.reencode_ids(look).pad
+            found = find_image_spans(input_ids, look, pad, [_tokens(x) for x in images], calls, numbers)
             for span in found:
                 if span.call is None:
-                    state = self._state_in_cache(look, span.row, states, past)
+                    state = state_in_cache(look, span.row, states, ids) if past else None
                     tokens, _ = self.project(look, images[span.image], state)
                     embeds = put_columns(embeds, span.row, span.columns, tokens)
             spans += found
@@ -318,19 +322,6 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         conditioned = self.config.num_inner_forward_run == 2
         ids = {look: self.config.reencode_ids(look) for look in self.config.reencodings if conditioned}
         return {look: found for look, found in ids.items() if found is not None}
-
-    def _state_in_cache(self, look: str, row: int, states: Tensor | None, past: int) -> Tensor | None:
-        """The condition of an image whose call is not in the input: that of the cache's own call, None without one."""
-        ids = self._call_ids()
-        if not past or look not in ids:
-            return None
-        if states is None:
-            raise UserError(
-                f"the images of a {look} look continue a cache, and the condition of a call in it is not in the cache: "
-                "pass look_states of the output that the cache came with, or the whole conversation without a cache"
-            )
-        state = states[row, list(ids).index(look)]
-        return None if state.isnan().any() else state
 
     def _conditional_parameters(self) -> list[nn.Parameter]:
         """The parameters that some batches do not use: vision encoders and projectors."""
@@ -393,7 +384,7 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         if masked is None and not recompute:
             return SegmentedForward(self, batch, run).run()
         segments = SegmentedForward(self, batch, {})
-        embeds = segments.run_prefixes() if recompute else segments.run_up_to_last()
+        embeds = segments.run_prefixes() if recompute else segments.run_segments(segments.segments[:-1])[0]
         if masked is not None:
             embeds = embeds.masked_fill(masked.unsqueeze(-1), 0)
         return self.model.language_model(inputs_embeds=embeds, **batch.full_inputs(), **run)
@@ -408,41 +399,17 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
+        ids, states = self._call_ids(), None
+        if ids and input_ids is not None and not self.training:
+            states = states_after(hidden, batch.calls, batch.states, input_ids, ids)
         return LookAgainOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            look_states=None if self.training or input_ids is None else self._look_states(hidden, batch, input_ids),
+            look_states=states,
         )
-
-    def _look_states(self, hidden: Tensor, batch: SegmentedBatch, input_ids: Tensor) -> Tensor | None:
-        ids = self._call_ids()
-        if not ids:
-            return None
-        none = torch.full_like(hidden[:, 0], torch.nan)
-        found = [none] * len(ids) if batch.states is None else list(batch.states.unbind(1))
-        for call in batch.calls:
-            number = list(ids).index(call.look)
-            row = torch.tensor([call.row], device=hidden.device)
-            found[number] = found[number].index_copy(0, row, hidden[call.row, call.start][None])
-        started = [torch.where(input_ids[:, -1:] == token.start, hidden[:, -1], none) for token in ids.values()]
-        return torch.stack([*found, *started], dim=1)
-
-
-def _continue_call(embeds: Tensor, first: Tensor, states: Tensor, ids: dict[str, ReencodeIds]) -> tuple[Tensor, Tensor]:
-    """A call whose `*_action_start` is the cache's last token and whose `*_action` is the `first` (B, 1) of the input.
-
-    Returns:
-        embeds (B, L, d) with the control token's replaced, and the conditions (B, k, d) of the latest calls.
-    """
-    latest, started = states.to(embeds.dtype).chunk(2, dim=1)
-    actions = torch.tensor([token.action for token in ids.values()], device=first.device)
-    called = ((first == actions) & ~started.isnan().any(-1))[..., None]  # (B, k, 1), one look of a row at most
-    state = torch.where(called, started, 0).sum(1, keepdim=True)
-    start = torch.where(called.any(1, keepdim=True), state, embeds[:, :1])
-    return torch.cat([start, embeds[:, 1:]], dim=1), torch.where(called, started, latest)
 
 
 def _tokens(features: Tensor) -> int:

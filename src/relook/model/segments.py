@@ -202,8 +202,8 @@ def synchronised_ranks(enabled: bool = True) -> Iterator[None]:
     A layer's weights are gathered when it runs, by all ranks at once. Looks break that: a batch with two looks a row
     runs the layers three times, one without runs them once, and a projector that one rank needs another does not. So
     ranks agree on the most calls of a conversation and run the missing segments on a column of padding, and every
-    conditionally used weight is added, times zero, on all of them. Losses and gradients stay as they are; but the
-    gradient of a weight that no rank uses is zero instead of None (an optimizer's momentum then moves it).
+    conditionally used weight is added, times zero, on all of them. Losses and gradients stay as they are; only that of
+    a weight that no rank uses is zero instead of None (an optimizer's momentum then moves it).
     """
     token = _SYNCHRONISED.set(enabled)
     try:
@@ -229,8 +229,8 @@ def max_over_ranks(depth: int, device: torch.device) -> int:
 def zero_of(parameters: Iterable[nn.Parameter]) -> Tensor:
     """A scalar zero with every trainable parameter in its graph.
 
-    Computed before anything else and added to the embeddings, it comes last in the backward pass. Gradients are then
-    ready in the same order on all ranks, which is the order in which ZeRO lays them out.
+    Computed first and added to the embeddings, it comes last in the backward pass: gradients are then ready in the same
+    order on all ranks, in which ZeRO lays them out.
     """
     return sum((0 * parameter.sum() for parameter in parameters if parameter.requires_grad), torch.zeros(()))
 
@@ -330,19 +330,24 @@ class SegmentedForward:
         self.extra = {k: v for k, v in run.items() if k not in ("past_key_values", "use_cache")}
         given = run.get("past_key_values")
         if given is not None and not isinstance(given, DynamicCache):
-            raise UserError(f"calls in the input need a DynamicCache to continue from, got {type(given).__name__}")
-        self.keep_cache = given is not None or bool(run.get("use_cache"))
+            raise UserError(f"a look in the input needs a cache that grows (DynamicCache), got {type(given).__name__}")
+        use_cache = run.get("use_cache")
+        keep = model.config.get_text_config().use_cache if use_cache is None else use_cache  # as the base model does
+        self.keep_cache = given is not None or keep
         self.cache = given if given is not None else DynamicCache()
         self.past = self.cache.get_seq_length()
         rows, length = batch.inputs_embeds.shape[:2]
         mask = batch.attention_mask
         if mask is None:
             mask = torch.ones(rows, self.past + length, dtype=torch.long, device=batch.inputs_embeds.device)
-        if mask.ndim != 2 or mask.shape[1] != self.past + length:
-            raise UserError(f"attention_mask has shape {tuple(mask.shape)}; expected ({rows}, {self.past + length})")
-        self.mask = mask[:, self.past :]
+        if mask.shape != (rows, self.past + length):
+            raise UserError(
+                f"attention_mask has shape {tuple(mask.shape)}; where the input holds a look, (rows, columns of cache "
+                f"and input) is expected: ({rows}, {self.past + length})"
+            )
+        self.mask = mask[:, self.past :].long()
         self.segments = batch.segments(self.mask)
-        # Of every key in the cache: its column in the batch, and whether it is a token.
+        # of every key in the cache: its column in the batch, and whether it is a token
         self.columns = [torch.zeros(rows, self.past, dtype=torch.long, device=mask.device)]
         self.real = [mask[:, : self.past].bool()]
 
@@ -379,15 +384,16 @@ class SegmentedForward:
             embeds = embeds + 0 * states.sum()
         return embeds
 
-    def run_up_to_last(self) -> Tensor:
-        """All segments but the last: the embeddings with every condition injected."""
-        embeds = self.batch.inputs_embeds
-        for order, segment in enumerate(self.segments[:-1]):
-            embeds = self._inject_all(order, segment, self._run(segment, embeds).last_hidden_state, embeds)
-        return embeds
+    def run_segments(self, segments: Sequence[Segment]) -> tuple[Tensor, list[Any]]:
+        """The embeddings with the conditions that these segments give injected, and the language model's outputs."""
+        embeds, outputs = self.batch.inputs_embeds, []
+        for order, segment in enumerate(segments):
+            outputs.append(self._run(segment, embeds))
+            embeds = self._inject_all(order, segment, outputs[-1].last_hidden_state, embeds)
+        return embeds, outputs
 
     def run_prefixes(self) -> Tensor:
-        """As `run_up_to_last`, without continuing a cache: before each call its whole prefix runs again."""
+        """All conditions injected without continuing a cache: before each call its whole prefix runs again."""
         embeds = self.batch.inputs_embeds
         for order in range(self.batch.depth):
             segment = self.batch.prefixes(self.mask, order)
@@ -401,17 +407,15 @@ class SegmentedForward:
 
     def run(self) -> Any:
         """All segments; hidden states (and the cache, where it is kept) come back in the batch's own column order."""
-        embeds, outputs = self.batch.inputs_embeds, []
-        for number, segment in enumerate(self.segments):
-            outputs.append(self._run(segment, embeds))
-            embeds = self._inject_all(number, segment, outputs[-1].last_hidden_state, embeds)
-        order = self._order()
-        last = outputs[-1]
+        _, outputs = self.run_segments(self.segments)
+        order, last = self._order(), outputs[-1]
         last.last_hidden_state = _restore([o.last_hidden_state for o in outputs], order)
         if last.hidden_states is not None:
             layers = zip(*(o.hidden_states for o in outputs), strict=True)
             last.hidden_states = tuple(_restore(layer, order) for layer in layers)
-        last.attentions = None  # the maps of different segments have different widths
+        if last.attentions is not None:
+            maps = zip(*(o.attentions for o in outputs), strict=True)
+            last.attentions = tuple(self._restore_map(layer, order) for layer in maps)
         last.past_key_values = self._restore_cache(order) if self.keep_cache else None
         return last
 
@@ -423,15 +427,27 @@ class SegmentedForward:
         order[row, columns[row, place]] = place
         return order
 
-    def _restore_cache(self, order: Tensor) -> DynamicCache:
+    def _keys(self, order: Tensor) -> Tensor:
+        """(B, past + L): the place in the cache of every column before and in the batch."""
         before = torch.arange(self.past, device=order.device).expand(len(order), -1)
-        index = torch.cat([before, order.clamp(min=0) + self.past], dim=1)[:, None, :, None]
+        return torch.cat([before, order.clamp(min=0) + self.past], dim=1)
+
+    def _restore_cache(self, order: Tensor) -> DynamicCache:
+        index = self._keys(order)[:, None, :, None]
         layers: Any = self.cache.layers
         for layer in layers:
-            shape = (-1, layer.keys.shape[1], -1, layer.keys.shape[3])
-            layer.keys = layer.keys.gather(2, index.expand(shape))
-            layer.values = layer.values.gather(2, index.expand(shape))
+            at = index.to(layer.keys.device).expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
+            layer.keys, layer.values = layer.keys.gather(2, at), layer.values.gather(2, at)
         return self.cache
+
+    def _restore_map(self, parts: Sequence[Tensor], order: Tensor) -> Tensor:
+        """Attention maps of all segments (B, heads, S, keys so far) -> (B, heads, L, past + L), zero for padding."""
+        width, heads = parts[-1].shape[-1], parts[-1].shape[1]
+        whole = torch.cat([nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts], dim=2)
+        whole = whole.gather(2, order.clamp(min=0)[:, None, :, None].expand(-1, heads, -1, width))
+        whole = whole.gather(3, self._keys(order)[:, None, None].expand(-1, heads, order.shape[1], -1))
+        real = torch.cat([self.real[0], order >= 0], dim=1)
+        return whole * (order >= 0)[:, None, :, None] * real[:, None, None]
 
 
 def _restore(parts: Sequence[Tensor], order: Tensor) -> Tensor:
