@@ -65,10 +65,9 @@ def test_one_process_resumes_a_run_of_two(own, straight, tmp_path):
     about = json.loads((tmp_path / "run/run.json").read_text())
     plan = Plan((own,), ("none", "oracle"), None, 0, 4, 64, "default")
     for rank in (0, 1):
-        with RecordWriter(tmp_path / "run", about, rank) as journal:
-            share = Executor(Echo()).share(plan, journal, None, rank, 2)
-            for _ in range(8):
-                next(share)
+        share = Executor(Echo()).share(plan, RecordWriter(tmp_path / "run", about, rank), None, rank, 2)
+        for _ in range(8):
+            next(share)
     with (tmp_path / "run/records.jsonl.part-1").open("ab") as file:
         file.write(b'{"task": "own", "lo')
     assert len(parts(tmp_path / "run")) == 2

@@ -73,8 +73,8 @@ def run(folder: Path, kill_at: int = 0) -> dict[str, int]:
     def torn(self, records):
         """Write a partial record, as a kill in the middle of a write leaves it."""
         if LAST == EVENTS + 1:
-            self.file.write(json.dumps(records[0]).encode() + b"\n" + json.dumps(records[-1]).encode()[:20])
-            self.file.flush()
+            with self.part.open("ab") as file:
+                file.write(json.dumps(records[0]).encode() + b"\n" + json.dumps(records[-1]).encode()[:20])
         event()
         return add(self, records)
 

@@ -14,7 +14,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from relook.errors import RelookError, UserError
 from relook.evaluate.executors import Progress
 from relook.evaluate.records import RECORDS, RESULTS, answered, read_folder, to_lines, write_files
 from relook.evaluate.results import Evaluation
-from relook.io import locked_folder
+from relook.io import append_lines, locked_folder, read_lines
 
 SYSTEM = (
     "You grade answers to questions about images. You are given a question, the standard answer and the answer of a "
@@ -200,28 +200,15 @@ class Cache:
                 path.open("a").close()
             except OSError as error:
                 raise UserError(f"{path}: cannot be written ({error.strerror}); choose another cache") from error
-            self.known = dict(_lines(path))
+            names = Judgement.__dataclass_fields__
+            entries = [entry for entry in read_lines(path) if isinstance(entry, dict) and {"key", *names} <= {*entry}]
+            self.known = {entry["key"]: {name: entry[name] for name in names} for entry in entries}
 
     def put(self, key: str, judged: dict[str, Any]) -> None:
         with self.lock:
             self.known[key] = judged
             if self.path is not None:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, **judged}, ensure_ascii=False) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-
-
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines that are whole; one that was cut when a run was killed is judged again."""
-    names = Judgement.__dataclass_fields__
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                entry = json.loads(line)
-                yield entry.pop("key"), {name: entry[name] for name in names}
-            except (ValueError, KeyError, AttributeError):
-                continue
+                append_lines(self.path, [{"key": key, **judged}])
 
 
 # ---- whole folders

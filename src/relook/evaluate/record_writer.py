@@ -14,18 +14,18 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from relook.errors import UserError
 from relook.evaluate.records import RECORDS, Record, holds_records, read_run, to_lines
-from relook.io import replacing
+from relook.io import append_lines, read_lines, replacing
 
 HEAD, PART = "run.json", RECORDS + ".part"
 Key = tuple[str, str, int]  # task, look, index of a record
 
 
 class RecordWriter:
-    """Records of one run; a context manager. Without a folder it keeps nothing.
+    """Records of one run. Without a folder it keeps nothing.
 
     Args:
         folder: of the run; made where missing.
@@ -41,23 +41,14 @@ class RecordWriter:
         self, folder: str | Path | None, about: Mapping[str, Any], rank: int = 0, overwrite: bool = False
     ) -> None:
         self.folder, self.about = None if folder is None else Path(folder), json.loads(json.dumps(about))
-        self.overwrite = overwrite
         self.records: dict[Key, Record] = {}
-        self.file: IO[bytes] | None = None
         if self.folder is not None:
             self.part = self.folder / (PART if rank == 0 else f"{PART}-{rank}")
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.file = self._open(self.folder, rank == 0)
+                self._open(self.folder, rank == 0, overwrite)
             except OSError as error:
                 raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
-
-    def __enter__(self) -> RecordWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
 
     @property
     def taken_up(self) -> int:
@@ -71,10 +62,8 @@ class RecordWriter:
 
     def add(self, records: Sequence[Record]) -> Sequence[Record]:
         """Append the records of one batch under one setting; on the disk when this returns."""
-        if self.file is not None:
-            self.file.write(to_lines(records).encode())
-            self.file.flush()
-            os.fsync(self.file.fileno())
+        if self.folder is not None:
+            append_lines(self.part, records)
         return records
 
     def finish(self, records: Sequence[Record]) -> None:
@@ -83,8 +72,7 @@ class RecordWriter:
         Called by the first process when everything else is written: until then the run can be continued. Killed in the
         midst of this, what is left is still all of the run.
         """
-        if self.folder is not None and self.file is not None:
-            self.file.close()
+        if self.folder is not None:
             others = [part for part in parts(self.folder) if part != self.part]
             with replacing(self.part) as text:
                 text.write(to_lines(records))
@@ -94,38 +82,28 @@ class RecordWriter:
 
     def discard(self) -> None:
         """Remove what the run left, so that it is not continued."""
-        if self.folder is not None and self.file is not None:
-            self.file.close()
-            for part in parts(self.folder):
-                part.unlink()
+        for part in parts(self.folder) if self.folder is not None else ():
+            part.unlink()
 
-    def _open(self, folder: Path, first: bool) -> IO[bytes]:
-        if begun(folder) is None:
+    def _open(self, folder: Path, first: bool, overwrite: bool) -> None:
+        before = begun(folder)
+        if before is None:
             if first:
-                if holds_records(folder) and not self.overwrite:
+                if holds_records(folder) and not overwrite:
                     raise UserError(
                         f"{folder} holds a finished evaluation of {_finished(folder, self.about)}; choose another "
                         "folder, or give --overwrite (overwrite=True) to replace it"
                     )
                 with replacing(folder / HEAD) as text:
                     json.dump(self.about, text, indent=1, ensure_ascii=False)
-            return self.part.open("wb")
-        before = _read_head(folder / HEAD)
-        if before != self.about:
+            self.part.open("wb").close()
+        elif before != self.about:
             raise UserError(
                 f"{folder} holds an unfinished run that differs in {_difference(before, self.about)}; give its "
                 "settings again to go on with it, or choose another folder"
             )
-        end = 0
         for part in parts(folder):
-            kept = _whole_lines(part.read_bytes())
-            self.records |= {_key(record): record for record, _ in kept}
-            if part == self.part:
-                end = kept[-1][1] if kept else 0
-        file = self.part.open("r+b" if self.part.exists() else "wb")
-        file.truncate(end)
-        file.seek(0, os.SEEK_END)
-        return file
+            self.records |= {(record["task"], record["look"], record["index"]): record for record in read_lines(part)}
 
 
 def parts(folder: Path) -> list[Path]:
@@ -139,27 +117,11 @@ def begun(folder: str | Path | None) -> dict[str, Any] | None:
     """What an unfinished run in a folder is about (empty where that cannot be read); None where there is none."""
     if folder is None or not any(part.stat().st_size for part in parts(Path(folder))):
         return None
-    return _read_head(Path(folder) / HEAD) or {}
-
-
-def _key(record: Record) -> Key:
-    return record["task"], record["look"], record["index"]
-
-
-def _whole_lines(data: bytes) -> list[tuple[Record, int]]:
-    """Records with the place in the file where each ends, up to where a write was cut."""
-    found, place = [], 0
-    for line in data.splitlines(keepends=True):
-        place += len(line)
-        try:
-            record = json.loads(line)
-            _key(record)
-        except (ValueError, KeyError, TypeError):
-            break
-        if not line.endswith(b"\n"):
-            break
-        found.append((record, place))
-    return found
+    try:
+        found = json.loads((Path(folder) / HEAD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _finished(folder: Path, now: Mapping[str, Any]) -> str:
@@ -171,15 +133,8 @@ def _finished(folder: Path, now: Mapping[str, Any]) -> str:
     return f"{name}, which differs in {other}" if other else f"{name} with the same settings"
 
 
-def _read_head(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _difference(before: Any, now: Mapping[str, Any]) -> str:
-    if not isinstance(before, dict):
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    if not before:
         return f"everything ({HEAD} is missing or broken)"
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return ", ".join(f"{name} ({_short(before.get(name))}, now {_short(now.get(name))})" for name in names[:3])

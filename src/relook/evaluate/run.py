@@ -100,19 +100,19 @@ def _asked(
     overwrite: bool,
 ) -> Evaluation:
     """The results of the plan, written into `out`; a run without an answer leaves nothing there."""
-    with executor.writer(out, {name: run.get(name) for name in DECISIVE}, overwrite) as writer:
-        records = in_order(executor.records(plan, writer, progress), plan)
-        run["taken_up"] = writer.taken_up
-        run["seconds"] = sum(record["seconds"] or 0.0 for record in records)
-        run["questions"] = questions_hashes(records)
-        evaluation = Evaluation.of(run, records, run["scores"], plan.seed)
-        if executor.main and not _any_answer(evaluation):
-            writer.discard()
-        elif executor.main:  # results, then records: until these have their name the run goes on
-            if out is not None:
-                with replacing(Path(out) / RESULTS) as results_file:
-                    json.dump(evaluation.to_dict(), results_file, indent=2, ensure_ascii=False)
-            writer.finish(records)
+    writer = executor.writer(out, {name: run.get(name) for name in DECISIVE}, overwrite)
+    records = in_order(executor.records(plan, writer, progress), plan)
+    run["taken_up"] = writer.taken_up
+    run["seconds"] = sum(record["seconds"] or 0.0 for record in records)
+    run["questions"] = questions_hashes(records)
+    evaluation = Evaluation.of(run, records, run["scores"], plan.seed)
+    if executor.main and not _any_answer(evaluation):
+        writer.discard()
+    elif executor.main:  # results, then records: until these have their name the run goes on
+        if out is not None:
+            with replacing(Path(out) / RESULTS) as results_file:
+                json.dump(evaluation.to_dict(), results_file, indent=2, ensure_ascii=False)
+        writer.finish(records)
     return evaluation
 
 
