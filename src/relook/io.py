@@ -169,7 +169,7 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
     return f"did you mean {near[0]!r}?" if near else f"expected some of {', '.join(known)}"
 
 
-def validate(schema: type[BaseModel], raw: Mapping[str, Any], where: str) -> Any:
+def validate(schema: type[BaseModel], raw: Mapping[str, Any], where: str, noun: str = "key") -> Any:
     """`schema(**raw)` with errors for people: one line, the first problem, the nearest valid key.
 
     Raises:
@@ -186,8 +186,8 @@ def validate(schema: type[BaseModel], raw: Mapping[str, Any], where: str) -> Any
         if problem["type"] == "extra_forbidden":
             valid = list(_siblings(schema, problem["loc"]))
             near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(valid)}."
-            raise UserError(f"{where}: unknown key {key!r}; {hint}") from error
+            hint = f"did you mean {near[0]!r}?" if near else f"valid {noun}s are {', '.join(valid)}."
+            raise UserError(f"{where}: unknown {noun} {key!r}; {hint}") from error
         message = problem["msg"].removeprefix("Value error, ")
         raise UserError(f"{where}: {key or 'recipe'}: {message} (seen: {_short(problem.get('input'))})") from error
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import pytest
 from support.scripted_model import QUESTION, picture
+from transformers import GenerationConfig
 
 from relook.errors import UserError
 from relook.perceive import VLM
@@ -14,24 +18,43 @@ from relook.perceive import VLM
     [
         ({"question": "  "}, "question is empty"),
         ({"question": None}, "expected text"),
+        ({"question": "a\ud800b"}, "half a character"),
         ({"look": "zoom"}, "expected one of auto, none, region, clip"),
         ({"look": "seg"}, "this model has no 'seg' look; expected one of auto, none, region, clip"),
         ({"region": (3, 3, 2, 4)}, "grid"),
         ({"region": (0, 0, 8, 8)}, "grid"),
         ({"region": (0, 0, 1)}, "four"),
         ({"region": 7}, "four"),
+        ({"region": "2,5,6"}, "four"),
+        ({"region": (0, 0, 1, float("nan"))}, "four"),
+        ({"region": ("a", 0, 1, 1)}, "four"),
+        ({"region": (0, 0, 1.5, 1)}, "four"),
         ({"region": (0, 0, 1, 1), "look": "clip"}, "leave look out"),
         ({"region": (0, 0, 1, 1), "max_looks": 0}, "max_looks=0"),
         ({"max_looks": -1}, "max_looks"),
+        ({"max_looks": "1"}, "max_looks: expected a number (seen: '1')"),
+        ({"max_looks": True}, "max_looks: expected a number (seen: True)"),
+        ({"max_looks": 1.5}, "max_looks: expected a whole number"),
+        ({"max_pixels": 9}, "ask: unknown option 'max_pixels'"),
+        ({"max_tokens": 9}, "unknown option 'max_tokens'; did you mean 'max_new_tokens'"),
+        ({"do_sample": "no"}, "do_sample: Input should be a valid boolean (seen: 'no')"),
+        ({"seed": 3}, "seed=3 has no effect on greedy decoding"),
+        ({"seed": -1, "do_sample": True}, "seed"),
+        ({"temperature": float("nan"), "do_sample": True}, "temperature: expected a number"),
+        ({"temperature": 0, "do_sample": True}, "temperature"),
+        ({"look_at": "first"}, "look_at"),
+        ({"look": None}, "look: Input should be a valid string"),
+        ({"image": "http://localhost/a.png"}, "addresses are not fetched"),
+        ({"image": "data:image/png;base64,?"}, "data URL"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"look_at": 3}, "look_at=3"),
-        ({"condition": 0}, "condition=0 is neither True nor False"),
+        ({"condition": 0}, "condition: Input should be a valid boolean (seen: 0)"),
         ({"condition": False, "look": "region"}, "look='region' and max_looks=1 leaves nothing out; it is for: clip"),
         ({"condition": False, "region": (0, 0, 1, 1)}, "condition=False with look='region'"),
         ({"condition": False, "look": "none", "max_looks": 2}, "condition=False with look='none'"),
         ({"condition": False, "max_looks": 0}, "look='auto' and max_looks=0 leaves nothing out"),
         ({"blank": True, "look": "clip"}, "blank=True with look='clip' and max_looks=1 leaves nothing out; .* region"),
-        ({"blank": "yes"}, "blank='yes' is neither"),
+        ({"blank": "yes"}, "blank: Input should be a valid boolean (seen: 'yes')"),
         ({"temperature": 0.5}, "do_sample"),
         ({"do_sample": True, "top_p": 1.5}, "top_p"),
         ({"image": None}, "no image"),
@@ -44,11 +67,95 @@ from relook.perceive import VLM
 def test_invalid_input_raises_before_generation(tiny_vlm, options, said):
     vlm = tiny_vlm(("region", "clip"))
     arguments = {"image": picture(), "question": "What?", **options}
-    with pytest.raises(UserError, match=said.replace("|", r"\|")) as caught:
+    with pytest.raises(UserError, match=said if ".*" in said else re.escape(said)) as caught:
         vlm.ask(arguments.pop("image"), arguments.pop("question"), **arguments)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="question 1"):
         vlm.ask_many([(picture(), "What?"), {"image": picture(), "question": "What?", **options}])
+
+
+def test_options_are_the_same_in_numpys_numbers_and_as_text(tiny_vlm):
+    vlm = tiny_vlm(("region", "clip"))
+    plain = vlm.ask(picture(), "What?", region=(1, 2, 3, 4), max_new_tokens=3, do_sample=True, top_k=2, seed=5)
+    region = np.array([1, 2, 3, 4])
+    tokens, two, seed = np.int64(3), np.int32(2), np.uint8(5)
+    same = vlm.ask(picture(), "What?", region=region, max_new_tokens=tokens, do_sample=True, top_k=two, seed=seed)
+    text = vlm.ask(picture(), "What?", region="1,2,3,4", max_new_tokens=3, do_sample=True, top_k=2, seed=5)
+    assert plain.transcript == same.transcript == text.transcript and same.looks[0].cells == (1, 2, 3, 4)
+
+
+def test_what_was_given_is_what_is_looked_at(tiny_vlm):
+    """Also when the caller edits the image, or an answer's, afterwards, or gives one buffer again and again."""
+    vlm = tiny_vlm(("region", "clip"))
+    for given, edit in (
+        (picture(1), lambda image: image.paste((0, 0, 0), (0, 0, *image.size))),
+        (np.array(picture(1)), lambda image: image.fill(0)),
+        (np.array(picture(1).convert("L")), lambda image: image.fill(0)),
+    ):
+        chat, untouched = vlm.chat(given), vlm.chat(given.copy())
+        first = chat.ask(QUESTION, look="clip", max_new_tokens=3)
+        untouched.ask(QUESTION, look="clip", max_new_tokens=3)
+        for seen in (given, first.image, first.looks[0].image):
+            (edit if seen is given else lambda image: image.paste((0, 0, 0), (0, 0, *image.size)))(seen)
+        ours, theirs = (each.ask(QUESTION, region=(2, 2, 4, 4), max_new_tokens=3) for each in (chat, untouched))
+        assert ours.looks[0].image.tobytes() == theirs.looks[0].image.tobytes() and ours.text == theirs.text
+
+    def frames():
+        buffer = picture(0).copy()
+        for number in range(3):
+            buffer.paste(picture(number))
+            yield buffer, QUESTION
+
+    options = {"region": (2, 2, 4, 4), "max_new_tokens": 3}
+    many = vlm.ask_many(frames(), **options)
+    for number, answer in enumerate(many):
+        alone = vlm.ask(picture(number), QUESTION, **options)
+        assert answer.looks[0].image.tobytes() == alone.looks[0].image.tobytes() and answer.text == alone.text
+        assert answer.image.tobytes() == picture(number).tobytes()
+
+
+def test_the_folders_generation_config_is_followed(tiny_vlm):
+    """Ids that end a turn, penalties, sampling numbers: as transformers' generate does it. Others are refused."""
+    vlm = tiny_vlm(("region", "clip"))
+    processor = vlm.processor
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": QUESTION}]}]
+    inputs = processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    banned = vlm.vocabulary.banned([], may_look=False, constrain=True).nonzero().flatten().tolist()
+    usual = vlm.model.generation_config
+
+    def ask(**settings):
+        vlm.model.generation_config = GenerationConfig(eos_token_id=usual.eos_token_id, **settings)
+        try:
+            asked = VLM(vlm.model, processor)
+            ours = asked.chat(picture())
+            ours.ask(QUESTION, look="none", max_new_tokens=8)
+            theirs = vlm.model.generate(**inputs, max_new_tokens=8, do_sample=False, suppress_tokens=banned)
+        finally:
+            vlm.model.generation_config = usual
+        return ours._conversation.ids[inputs["input_ids"].shape[1] :], theirs[
+            0, inputs["input_ids"].shape[1] :
+        ].tolist()
+
+    plain, _ = ask()
+    for settings in ({"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}):
+        ours, theirs = ask(**settings)
+        assert ours[: len(theirs)] == theirs != plain[: len(theirs)]
+    vlm.model.generation_config = GenerationConfig(eos_token_id=[usual.eos_token_id, plain[2]], top_k=1)
+    try:
+        ended = VLM(vlm.model, processor)
+        short = ended.chat(picture())
+        short.ask(QUESTION, look="none", max_new_tokens=8)
+        assert short._conversation.ids[inputs["input_ids"].shape[1] :][:3] == [*plain[:2], ended.vocabulary.im_end]
+        assert ended.ask(picture(), QUESTION, look="none", max_new_tokens=2, do_sample=True).text == (
+            ended.ask(picture(), QUESTION, look="none", max_new_tokens=2).text
+        ), "top_k=1 of the folder"
+        vlm.model.generation_config = GenerationConfig(num_beams=4)
+        with pytest.raises(UserError, match=r"generation_config.json sets num_beams=4, which `ask` does not follow"):
+            VLM(vlm.model, processor)
+    finally:
+        vlm.model.generation_config = usual
 
 
 def test_a_tokenizer_without_look_tokens_raises(tiny_vlm):

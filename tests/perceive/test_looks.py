@@ -22,7 +22,7 @@ def test_the_attention_map_is_the_projectors(tiny_vlm, look):
     encoded = vlm.processor.encode_images([seen.image], "image" if look == "clip" else look)
     with torch.no_grad():
         features = vlm.model.encode(look, **encoded)[0]
-        start = conversation.ids.index(vlm._context.vocabulary[LOOKS[look].start])
+        start = conversation.ids.index(vlm.vocabulary[LOOKS[look].start])
         inputs = vlm.processor.encode_item(
             {"messages": [{"role": "user", "content": answer.transcript[1].text}], "images": [picture()]}, labels=False
         )
@@ -121,7 +121,7 @@ def test_an_unconditioned_look_equals_a_full_forward(tiny_vlm):
     assert [look.kind for look in off.looks] == ["clip"] and off.looks[0].attention is None
     first = vlm.processor.view(picture(), "first", "image")
     full = by_hand(vlm, conversation.ids, first, off.looks[0].image)
-    last = conversation.ids.index(vlm._context.vocabulary["<|clip_action_start|>"])
+    last = conversation.ids.index(vlm.vocabulary["<|clip_action_start|>"])
     assert max(logits) == len(full) - 1 and len(logits) > 5
     assert max(float((full[i] - values).abs().max()) for i, values in logits.items()) < 1e-4
 

@@ -12,6 +12,7 @@ import torch
 from support.scripted_model import QUESTION, largest_difference, mixed_requests, one_forward, picture, recorded, writing
 
 from relook.looks import ANSWER_PREFIX, IM_END, LOOKS, write_call
+from relook.options import AskOptions
 from relook.trace import Finished
 
 CASES = {
@@ -121,13 +122,13 @@ def test_follow_up_questions_continue_the_cache(tiny_vlm):
             chat._conversation,
             chat._new_images + ([image] if image else []),
             question,
-            {**options, "max_new_tokens": 4},
+            AskOptions.of({**options, "max_new_tokens": 4}),
         )
         for event in chat._run(row, lambda _, index, values: logits.__setitem__(index, values)):
             if isinstance(event, Finished):
                 answers.append(event.answer)
         answers[-1].given = [answers[-1].image] if question in ("What?", "And here?") else []
-    assert answers[-1].image is second, "looks go to the latest image"
+    assert answers[-1].image.tobytes() == second.tobytes(), "looks go to the latest image"
     assert largest_difference(vlm, chat._conversation, logits, answers) < 1e-4
     assert (
         sum(a.usage.lm_positions for a in answers) == answers[-1].usage.sequence_length == len(chat._conversation.ids)
@@ -174,7 +175,7 @@ def test_greedy_text_equals_transformers_generate(tiny_vlm):
     encoded = vlm.processor.encode_item(item, labels=False)
     ids = torch.tensor([encoded["prompt_ids"]])
     assert conversation.ids[:start] == ids[0].tolist()
-    banned = vlm._context.vocabulary.banned([], may_look=False, constrain=True).nonzero().flatten().tolist()
+    banned = vlm.vocabulary.banned([], may_look=False, constrain=True).nonzero().flatten().tolist()
     out = vlm.model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -183,9 +184,9 @@ def test_greedy_text_equals_transformers_generate(tiny_vlm):
         max_new_tokens=8,
         do_sample=False,
         suppress_tokens=banned,
-        eos_token_id=sorted(vlm._context.vocabulary.ends),
+        eos_token_id=sorted(vlm.vocabulary.ends),
     )
     theirs = out[0, ids.shape[1] :].tolist()
-    if theirs[-1] in vlm._context.vocabulary.ends:  # <|endoftext|> ends a turn too; a conversation writes <|im_end|>
-        theirs[-1] = vlm._context.vocabulary.im_end
+    if theirs[-1] in vlm.vocabulary.ends:  # <|endoftext|> ends a turn too; a conversation writes <|im_end|>
+        theirs[-1] = vlm.vocabulary.im_end
     assert len(theirs) > 3 and conversation.ids[start:][: len(theirs)] == theirs

@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 from relook.looks import IM_END, LOOKS
+from relook.options import AskOptions
 from relook.perceive.loop import run
+from relook.perceive.vlm import _images
 from relook.trace import Finished
 
 QUESTION = "What is the code in the RED box ?"
@@ -45,10 +47,13 @@ def writing(vlm, *texts):
 
 def recorded(vlm, requests):
     """Run (image, question, options) as one batch; returns answers, conversations and per row {index: next logits}."""
-    rows = [vlm._row(vlm._begin(), image, question, options) for image, question, options in requests]
+    rows = [
+        vlm._row(vlm._begin(), _images(image), question, AskOptions.of(options))
+        for image, question, options in requests
+    ]
     logits = [{} for _ in rows]
     answers = {}
-    for row, event in run(vlm._context, rows, lambda row, index, values: logits[row].__setitem__(index, values)):
+    for row, event in run(vlm, rows, lambda row, index, values: logits[row].__setitem__(index, values)):
         if isinstance(event, Finished):
             answers[row] = event.answer
     return [answers[i] for i in range(len(rows))], [row.conversation for row in rows], logits

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def ask(
-    image: Annotated[str, Argument(metavar="IMAGE", help="An image file.")],
+    image: Annotated[str, Argument(metavar="IMAGE", help="An image file, or a data URL.")],
     question: Annotated[str, Argument(metavar="QUESTION", help="What to ask about it.")],
     model: Model = DEFAULT_MODEL,
     look: Annotated[
@@ -28,6 +28,7 @@ def ask(
         str | None, Option(metavar="DEVICE", help="cpu, cuda, ...; default: the fastest available.")
     ] = None,
     dtype: Dtype = None,
+    fetch: Annotated[bool, Option("--fetch", help="Download IMAGE where it is an http(s) address.")] = False,
     save: Annotated[
         Path | None, Option(metavar="PNG", help="Draw grid, box, crop, map and answer into this PNG.")
     ] = None,
@@ -38,20 +39,21 @@ def ask(
     Warnings, such as what a small model was trained on, go to stderr.
     """
     # Check everything that needs no model before loading one.
+    from relook.options import AskOptions
     from relook.views import open_image
 
-    check_look(look)
-    cells = parse_cells(region) if region is not None else None
+    given = {"look": look, "region": region, "max_looks": max_looks, "max_new_tokens": max_new_tokens}
+    options = AskOptions.of({name: value for name, value in given.items() if value is not None})
     if not question.strip():
         raise UserError("the question is empty; say what to find out about the image, in quotes")
     if save is not None:
         check_writable(save)
-    picture = open_image(image)
+    picture = open_image(image, fetch)
 
     import relook
 
     vlm = relook.load(model, **{k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None})
-    answer = vlm.ask(picture, question, look=look, region=cells, max_looks=max_looks, max_new_tokens=max_new_tokens)
+    answer = vlm.ask(picture, question, **options.model_dump(exclude_unset=True))
     if save is not None:
         answer.save(save)
     for warning in answer.warnings:  # a model's name and domain are its author's words: one printable line
@@ -87,29 +89,6 @@ def describe_look(look: "Look") -> str:
     if look.problem:
         parts.append(f"not taken: {look.problem}")
     return ", ".join(parts)
-
-
-def check_look(look: str) -> None:
-    from relook.looks import LOOKS
-
-    known = ["auto", "none", *LOOKS]
-    if look not in known:
-        raise UserError(f"there is no look called {look!r}; --look is one of {', '.join(known)}")
-
-
-def parse_cells(text: str) -> tuple[int, int, int, int]:
-    """Parse the cells x0,y0,x1,y1 (inclusive) of `--region`: '2,5,6,6' -> (2, 5, 6, 6).
-
-    `VLM.ask` checks them against the grid.
-
-    Raises:
-        UserError: not four integers.
-    """
-    try:
-        x0, y0, x1, y1 = (int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--region is {text!r}; expected four cells x0,y0,x1,y1 such as 2,5,6,6") from None
-    return x0, y0, x1, y1
 
 
 def check_writable(path: Path) -> None:

@@ -96,7 +96,7 @@ class FeatureCache:
             tensors = self.processor.encode_images([seen_as], encoder)
             grids = tensors.get("image_grid_thw")
             self.entries[key] = ViewFeatures(encoder, tensors, None if grids is None else tuple(grids[0].tolist()))
-        return self.entries[key], seen_as
+        return self.entries[key], seen_as.copy() if seen_as is whole else seen_as
 
     def _mean(self) -> tuple[int, int, int]:
         """The color that is nearest to zero once normalized."""

@@ -12,29 +12,31 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from relook.trace import LookTaken
+from relook.trace import Event, LookTaken
 
 from .conversation import forward_pending
 from .features import encode
 from .kv_cache import KVRows
-from .row import Event, LoopContext, Row
+from .row import Row
+from .sampling import draw
 
 Recorder = Callable[[int, int, Tensor], None]  # (row, index of the last token, logits (V,) of the next)
 
 
 @torch.inference_mode()
-def run(context: LoopContext, rows: Sequence[Row], record: Recorder | None = None) -> Iterator[tuple[int, Event]]:
+def run(vlm: Any, rows: Sequence[Row], record: Recorder | None = None) -> Iterator[tuple[int, Event]]:
     """Answer all rows side by side.
 
     A row's answer, looks and counts do not depend on the other rows. `seconds` are wall time, divided evenly among the
     rows of a forward.
 
     Args:
-        context: model, processor and vocabulary.
+        vlm: a `VLM`.
         rows: the questions.
         record: is called with the logits after every forward (tests compare them with one full forward).
 
@@ -47,15 +49,15 @@ def run(context: LoopContext, rows: Sequence[Row], record: Recorder | None = Non
         live, waiting = waiting, []
         images = [[shown for _, shown in row.conversation.pending.shown] for row in live]
         if any(images):
-            with _timed_shared(context, live, lambda row: "look" if row.started else "vision"):
-                encode(context.model, [shown.view for row in images for shown in row])
+            with _timed_shared(vlm, live, lambda row: "look" if row.started else "vision"):
+                encode(vlm.model, [shown.view for row in images for shown in row])
         kv = KVRows.merge([row.conversation.kv for row in live])
-        states = _forward_step(context, kv, live)
+        states = _forward_step(vlm, kv, live)
         for row, seen in zip(live, images, strict=True):
             row.events.extend(LookTaken(shown.look) for shown in seen if shown.look is not None)
         while live:
-            with _timed_shared(context, live, lambda row: "decode"):
-                _sample_step(context, live, states, number, record)
+            with _timed_shared(vlm, live, lambda row: "decode"):
+                _sample_step(vlm, live, states, number, record)
             going = [i for i, row in enumerate(live) if not row.finished and not row.waiting]
             for i, row in enumerate(live):  # before any event is yielded: a caller that stops has whole conversations
                 if i not in going:
@@ -66,43 +68,45 @@ def run(context: LoopContext, rows: Sequence[Row], record: Recorder | None = Non
                     yield number[id(row)], row.events.popleft()
             kv, live = kv.select_rows(going), [live[i] for i in going]
             if live:
-                states = _forward_step(context, kv, live)
+                states = _forward_step(vlm, kv, live)
 
 
-def _forward_step(context: LoopContext, kv: KVRows, rows: Sequence[Row]) -> Tensor:
+def _forward_step(vlm: Any, kv: KVRows, rows: Sequence[Row]) -> Tensor:
     """One forward over the pending tokens of the rows; (B, d) hidden states of their last tokens."""
-    with _timed_shared(context, rows, lambda row: row.stage):
-        return forward_pending(context.model, kv, [row.conversation for row in rows])
+    with _timed_shared(vlm, rows, lambda row: row.stage):
+        return forward_pending(vlm.model, kv, [row.conversation for row in rows])
 
 
 def _sample_step(
-    context: LoopContext, live: Sequence[Row], states: Tensor, number: dict[int, int], record: Recorder | None
+    vlm: Any, live: Sequence[Row], states: Tensor, number: dict[int, int], record: Recorder | None
 ) -> None:
     """Give every row its hidden state of `states` (B, d), and sample a token for those that need one."""
     for row, state in zip(live, states, strict=True):
         if record is not None:  # every position, also those whose successor is forced
-            record(number[id(row)], len(row.conversation.ids) - 1, context.model.lm_head(state).float())
+            record(number[id(row)], len(row.conversation.ids) - 1, vlm.model.lm_head(state).float())
         row.after_forward(state)
     wanting = [i for i, row in enumerate(live) if row.needs_token]
     if not wanting:
         return
-    logits = context.model.lm_head(states[wanting]).float()  # (b, V)
+    logits = vlm.model.lm_head(states[wanting]).float()  # (b, V)
+    for place, i in enumerate(wanting if vlm.logits_processors else ()):
+        ids = torch.tensor([live[i].conversation.ids], device=logits.device)
+        logits[place] = vlm.logits_processors(ids, logits[place : place + 1])[0]
     logits = logits.masked_fill(torch.stack([live[i].banned() for i in wanting]), -torch.inf)
     greedy = logits.argmax(-1).tolist()
     for place, i in enumerate(wanting):
         row = live[i]
-        sampling = row.request.sampling
-        row.accept(sampling.draw(logits[place], row.generator) if sampling.do_sample else greedy[place])
+        row.accept(draw(logits[place], row.options, row.generator) if row.options.do_sample else greedy[place])
 
 
 @contextmanager
-def _timed_shared(context: LoopContext, rows: Sequence[Row], stage: Callable[[Row], str]) -> Iterator[None]:
+def _timed_shared(vlm: Any, rows: Sequence[Row], stage: Callable[[Row], str]) -> Iterator[None]:
     """Measure the wall time of work that several rows share, and divide it among them, each under its own stage."""
     stages = [stage(row) for row in rows]
     begin = time.perf_counter()
     yield
-    if context.model.device.type == "cuda":
-        torch.cuda.synchronize(context.model.device)
+    if vlm.model.device.type == "cuda":
+        torch.cuda.synchronize(vlm.model.device)
     share = (time.perf_counter() - begin) / len(rows)
     for row, name in zip(rows, stages, strict=True):
         row.seconds[name] += share

@@ -15,78 +15,36 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
 from relook.looks import IM_END, LOOKS, VISION_START, Call, look_turn, parse_tokens, without_triggers, write_call
+from relook.options import AskOptions
 from relook.processing.vocabulary import BREAK
-from relook.regions import Cells, cells_to_box, widen
-from relook.trace import Answer, Finished, Look, LookTaken, TextDelta, Turn, Usage
+from relook.regions import cells_to_box, widen
+from relook.trace import Answer, Event, Finished, Look, LookTaken, TextDelta, Turn, Usage
 
 from .conversation import Conversation, ShownImage
-from .sampling import Sampling, Vocabulary
+from .sampling import generator
 from .text import TextStreamer
-
-Event = TextDelta | LookTaken | Finished
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """One checked question. See `VLM.ask` for the meaning of the fields.
-
-    `look`: "auto", "none" or a look the model has. `target`: number of the image that looks go to. `condition` and
-    `blank` are for measuring: they change the features of a look, not its tokens.
-    """
-
-    question: str
-    images: Sequence[Image.Image] = ()
-    look: str = "auto"
-    region: Cells | None = None
-    max_looks: int = 1
-    max_new_tokens: int = 64
-    target: int = 0
-    constrain: bool = True
-    condition: bool = True
-    blank: bool = False
-    sampling: Sampling = field(default_factory=Sampling)
-
-
-@dataclass(frozen=True, eq=False)
-class LoopContext:
-    """What all rows share (read-only)."""
-
-    model: Any
-    processor: Any
-    vocabulary: Vocabulary
-    name: str = ""
-
-    @property
-    def looks(self) -> list[str]:
-        return list(self.model.config.looks)
-
-    @property
-    def domain(self) -> str | None:
-        return getattr(self.model.config, "domain", None)
-
-    @property
-    def warnings(self) -> list[str]:
-        """Warnings that apply to every answer of this model, whatever its image."""
-        if not self.domain:
-            return []
-        name = self.name or "this model"
-        return [f"{name} was trained on {self.domain} only; on anything else its answers mean nothing."]
 
 
 class Row:
-    """One question: its conversation, looks, events and timing."""
+    """One question: its conversation, looks, events and timing.
 
-    def __init__(self, context: LoopContext, conversation: Conversation, request: Request):
-        self.context, self.request = context, request
+    Args:
+        vlm: the `VLM` that is asked; read only.
+        conversation: what it goes on from; left as it is.
+        options: checked; `look_at` is the number of the image that looks go to.
+    """
+
+    def __init__(self, vlm: Any, conversation: Conversation, options: AskOptions):
+        self.vlm, self.options = vlm, options
+        self.question = ""
         self.conversation = conversation.copy()
-        self.generator = request.sampling.generator()
+        self.generator = generator(options)
         self.looks: list[Look] = []
         self.events: deque[Event] = deque()  # not yet yielded by the loop
         self.finished = False
@@ -94,12 +52,11 @@ class Row:
         self.seconds = dict.fromkeys(("vision", "prefill", "decode", "look"), 0.0)
         self._tokens_before = len(conversation.ids)
         self._patches_before = sum(s.patches for s in conversation.features.entries.values())
-        self._looks_left = 0 if request.look == "none" else request.max_looks
+        self._looks_left = 0 if options.look == "none" else options.max_looks
         self._forced: deque[int] = deque()
         self._open: str | None = None  # re-encoding look whose start was written and whose condition is awaited
         self._written = 0
         self._begin_turn()
-        self._begin_question()
 
     # -- interface of the loop ---------------------------------------------------------------------------------------
 
@@ -121,7 +78,7 @@ class Row:
     def banned(self) -> Tensor:
         """(V,) bool: the tokens that may not be sampled now."""
         may_look = self._looks_left > 0
-        return self.context.vocabulary.banned(self._turn, may_look, self.request.constrain)
+        return self.vlm.vocabulary.banned(self._turn, may_look, self.options.constrain)
 
     def after_forward(self, state: Tensor) -> None:
         """The pending tokens went through the language model; `state` (d,) is the hidden state of the last one."""
@@ -136,7 +93,7 @@ class Row:
 
     def accept(self, token: int) -> None:
         """Append the sampled token."""
-        vocabulary = self.context.vocabulary
+        vocabulary = self.vlm.vocabulary
         self._write(vocabulary.im_end if token in vocabulary.ends else token, sampled=True)
         self._write_forced()
 
@@ -149,7 +106,7 @@ class Row:
         self._chosen = 0
         self._closing = False
         self._conditions: dict[str, Tensor | None] = {}
-        self._streamer = TextStreamer(self.context.processor.tokenizer, self.context.vocabulary.hidden_ids)
+        self._streamer = TextStreamer(self.vlm.processor.tokenizer, self.vlm.vocabulary.hidden_ids)
 
     def _write_forced(self) -> None:
         while self._forced and self._open is None and not self._closing:
@@ -157,7 +114,7 @@ class Row:
 
     def _write(self, token: int, sampled: bool, state: Tensor | None = None) -> None:
         """Append a token to the assistant's turn; `state` (d,) replaces its input embedding."""
-        conversation, text = self.conversation, self.context.vocabulary.text_of(token)
+        conversation, text = self.conversation, self.vlm.vocabulary.text_of(token)
         if state is not None:
             conversation.pending.states.append((len(conversation.pending), state))
         conversation.add([token], sampled)
@@ -171,17 +128,17 @@ class Row:
             return
         if piece := self._streamer.add(token):
             self.events.append(TextDelta(piece))
-        starts = [n for n in self.context.model.config.reencodings if LOOKS[n].start == text]
+        starts = [n for n in self.vlm.model.config.reencodings if LOOKS[n].start == text]
         if starts and self._looks_left > 0:
             self._open = starts[0]
-        elif self._chosen >= self.request.max_new_tokens and not self._forced and self._may_end():
-            self._forced.append(self.context.vocabulary.im_end)
+        elif self._chosen >= self.options.max_new_tokens and not self._forced and self._may_end():
+            self._forced.append(self.vlm.vocabulary.im_end)
 
     def _may_end(self) -> bool:
         """Whether the turn may be cut here: not inside a call, unless calls may be malformed."""
-        if not self.request.constrain or self._looks_left <= 0:
+        if not self.options.constrain or self._looks_left <= 0:
             return True
-        allowed = self.context.vocabulary.allowed(self._turn)
+        allowed = self.vlm.vocabulary.allowed(self._turn)
         return allowed is None or IM_END in allowed
 
     def _condition_look(self, state: Tensor) -> None:
@@ -190,34 +147,34 @@ class Row:
         Without `request.condition` only the first of the two is omitted, so that only the second look's features change
         (and the embedding of `*_action`, which conditioned training never updates, is not used).
         """
-        spec, vocabulary = LOOKS[self._open or ""], self.context.vocabulary
-        conditioned = self.context.model.config.num_inner_forward_run == 2  # 1: alignment stage, no condition
+        spec, vocabulary = LOOKS[self._open or ""], self.vlm.vocabulary
+        conditioned = self.vlm.model.config.num_inner_forward_run == 2  # 1: alignment stage, no condition
         self._open = None
-        self._conditions[spec.name] = state if conditioned and self.request.condition else None
+        self._conditions[spec.name] = state if conditioned and self.options.condition else None
         self._write(vocabulary[spec.action or ""], sampled=False, state=state if conditioned else None)
-        if self.request.constrain:  # nothing else can follow; written here, the rest of the call costs no step
+        if self.options.constrain:  # nothing else can follow; written here, the rest of the call costs no step
             self._forced.extend([vocabulary[spec.end], vocabulary.im_end])
 
     # -- turns -------------------------------------------------------------------------------------------------------
 
-    def _begin_question(self) -> None:
-        """The user's turn with the question, and the forced tokens of a requested look."""
-        request, conversation = self.request, self.conversation
-        first = len(conversation.images)
-        conversation.images += request.images
-        with self._timed("vision"):
-            views = [
-                conversation.features.lookup("image", first + i, image, "first")[0]
-                for i, image in enumerate(request.images)
-            ]
-        processor = self.context.processor
-        content = processor.first_turn(processor.as_text(self._sentence()), len(views))
-        self._user_turn(content, [ShownImage("image", view) for view in views])
-        if request.region is not None:
-            self._force_text(write_call("region", request.region, self.context.vocabulary.grid) + IM_END)
-        elif request.look in LOOKS:
-            self._force_text(LOOKS[request.look].start)
+    def ask(self, question: str, images: Sequence[Image.Image]) -> Row:
+        """Begin with the user's turn: images and question, and the forced tokens of a requested look."""
+        self.question, processor, options = question, self.vlm.processor, self.options
+        shown = self._first_views(images)
+        self._user_turn(processor.first_turn(processor.as_text(self._sentence()), len(shown)), shown)
+        if options.region is not None:
+            self._force_text(write_call("region", options.region, self.vlm.vocabulary.grid) + IM_END)
+        elif options.look in LOOKS:
+            self._force_text(LOOKS[options.look].start)
         self._write_forced()
+        return self
+
+    def _first_views(self, images: Sequence[Image.Image]) -> list[ShownImage]:
+        first, conversation = len(self.conversation.images), self.conversation
+        conversation.images += images
+        with self._timed("vision"):
+            lookup = conversation.features.lookup
+            return [ShownImage("image", lookup("image", first + i, x, "first")[0]) for i, x in enumerate(images)]
 
     def _sentence(self) -> str:
         """The question, with the published sentence that asks for a look where the model was trained with it.
@@ -226,26 +183,26 @@ class Row:
         model that has regions, else the re-encoding one; free-choice models decide without. A question that holds one
         of the sentences (published ones do) keeps it then, and loses it where another or none belongs.
         """
-        question, look = self._plain, "region" if self.request.region else self.request.look
-        if self.context.processor.free_choice or self._looks_left <= 0:
+        question, look = self._plain, self.options.first_look
+        if self.vlm.processor.free_choice or self._looks_left <= 0:
             return question
         if look == "auto":
-            if self.context.looks and question != self.request.question:
-                return self.request.question
-            look = next(iter(self.context.looks), "none")
+            if self.vlm.looks and question != self.question:
+                return self.question
+            look = next(iter(self.vlm.looks), "none")
         return f"{question} {LOOKS[look].trigger}" if look in LOOKS else question
 
     @property
     def _plain(self) -> str:
         """The question without any such sentence."""
-        return without_triggers(self.request.question).strip() or self.request.question
+        return without_triggers(self.question).strip() or self.question
 
     def _force_text(self, text: str) -> None:
-        self._forced.extend(self.context.processor.tokenizer.encode(text, add_special_tokens=False))
+        self._forced.extend(self.vlm.processor.tokenizer.encode(text, add_special_tokens=False))
 
     def _user_turn(self, content: str, images: Sequence[ShownImage]) -> None:
         """A user turn with its images in the order of its placeholders, and the assistant's header."""
-        conversation, processor = self.conversation, self.context.processor
+        conversation, processor = self.conversation, self.vlm.processor
         counts: dict[str, list[int]] = {}
         for shown in images:
             counts.setdefault(shown.kind, []).append(processor.pad_count(shown.kind, shown.view.grid))
@@ -254,7 +211,7 @@ class Row:
             conversation.turns.append(Turn("system", processor.system))
         opening = not conversation.ids
         ids = processor.opening_ids(expanded) if opening else processor.next_turn_ids(expanded, closed=True)
-        base, start = len(conversation.pending), self.context.vocabulary[VISION_START]
+        base, start = len(conversation.pending), self.vlm.vocabulary[VISION_START]
         places = [base + i + 1 for i, token in enumerate(ids) if token == start]
         conversation.pending.shown += zip(places, images, strict=True)
         conversation.add(ids)
@@ -264,11 +221,11 @@ class Row:
         """After the assistant's turn: look, ask again, or finish."""
         if piece := self._streamer.finish():
             self.events.append(TextDelta(piece))
-        written = self.context.processor.tokenizer.decode(
+        written = self.vlm.processor.tokenizer.decode(
             self._turn_ids[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         self.conversation.turns.append(Turn("assistant", written, sampled=self._turn_sampled))
-        calls = parse_tokens(self._turn[:-1], self.context.vocabulary.grid) if self._looks_left > 0 else []
+        calls = parse_tokens(self._turn[:-1], self.vlm.vocabulary.grid) if self._looks_left > 0 else []
         calls = [self._check_call(call) for call in calls]
         if not calls:
             self._closing = True
@@ -284,13 +241,17 @@ class Row:
             self._user_turn(look_turn(good), images)
         else:  # nothing to show: the question again, to be answered without a look
             self._looks_left = 0
-            self._user_turn(self.context.processor.as_text(self._plain), [])
+            self._user_turn(self.vlm.processor.as_text(self._plain), [])
         self._begin_turn()
+
+    @property
+    def _target(self) -> int:
+        return self.options.look_at or 0
 
     def _check_call(self, call: Call) -> Call:
         """The call, with a problem where the model lacks its look."""
-        if call.problem is None and call.look not in self.context.looks:
-            has = ", ".join(self.context.looks) or "none"
+        if call.problem is None and call.look not in self.vlm.looks:
+            has = ", ".join(self.vlm.looks) or "none"
             return Call(call.look, call.cells, f"the model has no {call.look} look (it has: {has})", call.span)
         return call
 
@@ -302,16 +263,16 @@ class Row:
 
     def _crop(self, call: Call) -> ShownImage:
         """A region, widened by the processor's margin, from the original pixels."""
-        processor, number = self.context.processor, self.request.target
-        grid, whole = self.context.vocabulary.grid, self.conversation.images[number]
+        processor, number = self.vlm.processor, self._target
+        grid, whole = self.vlm.vocabulary.grid, self.conversation.images[number]
         cells = widen(call.cells or (0, 0, grid - 1, grid - 1), processor.region_margin, grid)
         box = cells_to_box(cells, whole.size, grid)
-        view, seen = self.conversation.features.lookup("region", number, whole, "crop", box, self.request.blank)
+        view, seen = self.conversation.features.lookup("region", number, whole, "crop", box, self.options.blank)
         return ShownImage("image", view, self._record_look(Look("region", cells=call.cells, box=box, image=seen)))
 
     def _reencode(self, call: Call) -> ShownImage:
         """The whole image, re-encoded by the look's encoder."""
-        number = self.request.target
+        number = self._target
         whole = self.conversation.images[number]
         view, seen = self.conversation.features.lookup(call.look, number, whole, "reencode")
         look = self._record_look(Look(call.look, box=(0, 0, *whole.size), image=seen))
@@ -327,7 +288,7 @@ class Row:
     # -- the record --------------------------------------------------------------------------------------------------
 
     def _answer(self) -> Answer:
-        conversation, request = self.conversation, self.request
+        conversation = self.conversation
         patches = sum(s.patches for s in conversation.features.entries.values())
         return Answer(
             text=self._streamer.text,
@@ -340,11 +301,11 @@ class Row:
                 seconds=dict(self.seconds),
             ),
             transcript=list(conversation.turns),
-            question=request.question,
-            image=conversation.images[request.target] if conversation.images else None,
-            model=self.context.name,
-            warnings=self.context.warnings,
-            grid=self.context.vocabulary.grid,
+            question=self.question,
+            image=conversation.images[self._target].copy() if conversation.images else None,
+            model=self.vlm.name,
+            warnings=self.vlm.warnings,
+            grid=self.vlm.vocabulary.grid,
         )
 
     @contextmanager

@@ -1,79 +1,82 @@
 """The next token of a row: which tokens are allowed, and how one is sampled.
 
 `Vocabulary` masks tokens that may not be sampled now (the loop writes the structure of turns; an open call must stay
-well formed), `Sampling` samples from the rest. The samples of a row depend only on its own logits and seed, so a batch
+well formed), `draw` samples from the rest. The samples of a row depend only on its own logits and seed, so a batch
 equals its rows one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    GenerationMixin,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from relook.errors import UserError
 from relook.looks import IM_END, IM_START, IMAGE_PAD, LOOKS, VISION_END, VISION_START, allowed_next, control_tokens
+from relook.options import AskOptions
 
 VIDEO_PAD = "<|video_pad|>"
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn. Greedy unless `do_sample`; then temperature, top-k and top-p in transformers' order.
+# Settings of generation_config.json that `ask` follows; others that change what is generated are refused.
+SAMPLED = ("temperature", "top_p", "top_k")  # with do_sample, where the question does not say
+PROCESSED = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens")
+NEUTRAL = {  # what says nothing about a greedy or sampled choice of tokens, or is the question's to say
+    *("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample", "max_length"),
+    *("max_new_tokens", "use_cache", "cache_implementation", "cache_config", "transformers_version"),
+    *("return_dict_in_generate", "_from_model_config", "_commit_hash"),
+}
 
-    `seed`: two runs with one seed draw the same tokens; None draws differently every time.
+
+def generation_defaults(model: Any) -> tuple[dict[str, float], LogitsProcessorList, list[int]]:
+    """Of the model's generation config: sampling numbers, processors of logits, ids that end a turn.
+
+    Raises:
+        UserError: it asks for something that the loop does not do, such as beams.
     """
+    config = model.generation_config
+    changed = {name: value for name, value in config.to_diff_dict().items() if value is not None}
+    left = [n for n in changed if n not in {*NEUTRAL, *SAMPLED, *PROCESSED} and not n.startswith("output_")]
+    if left:
+        raise UserError(
+            f"the model's generation_config.json sets {left[0]}={changed[left[0]]!r}, which `ask` does not follow; "
+            "remove it there, or use model.generate"
+        )
+    plain = type(config)(eos_token_id=config.eos_token_id, **{n: changed[n] for n in PROCESSED if n in changed})
+    plain._eos_token_tensor = None
+    processors = GenerationMixin._get_logits_processor(model, plain, input_ids_seq_length=1, device=str(model.device))
+    ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or ())
+    return {name: changed[name] for name in SAMPLED if name in changed}, processors, ends
 
-    do_sample: bool = False
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
 
-    def __post_init__(self) -> None:
-        limits = {
-            "temperature": (self.temperature, lambda v: v > 0, "a number above 0"),
-            "top_p": (self.top_p, lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
-            "top_k": (self.top_k, lambda v: v >= 1 and int(v) == v, "a whole number of at least 1"),
-        }
-        for name, (value, holds, expected) in limits.items():
-            if value is None:
-                continue
-            if not holds(value):
-                raise UserError(f"{name}={value} is not {expected}")
-            if not self.do_sample:
-                raise UserError(
-                    f"{name}={value} has no effect on greedy decoding; add do_sample=True or leave {name} out"
-                )
+def generator(options: AskOptions) -> torch.Generator:
+    """A random generator for one row."""
+    generator = torch.Generator()
+    generator.seed() if options.seed is None else generator.manual_seed(options.seed)
+    return generator
 
-    def generator(self) -> torch.Generator:
-        """A random generator for one row."""
-        generator = torch.Generator()
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        return generator
 
-    def draw(self, logits: Tensor, generator: torch.Generator) -> int:
-        """One token id from logits (V,), banned tokens at -inf."""
-        if not self.do_sample:
-            return int(logits.argmax())
-        warpers = LogitsProcessorList()
-        if self.temperature is not None:
-            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
-        if self.top_k is not None:
-            warpers.append(TopKLogitsWarper(int(self.top_k)))
-        if self.top_p is not None:
-            warpers.append(TopPLogitsWarper(float(self.top_p)))
-        scores = logits.float().cpu().unsqueeze(0)
-        no_ids = torch.LongTensor([[]])  # part of the interface; these three look at the scores alone
-        probabilities = warpers(no_ids, scores).softmax(-1)
-        return int(torch.multinomial(probabilities[0], 1, generator=generator))
+def draw(logits: Tensor, options: AskOptions, generator: torch.Generator) -> int:
+    """A token id from logits (V,), banned tokens at -inf; temperature, top-k and top-p in transformers' order."""
+    warpers = LogitsProcessorList()
+    if options.temperature is not None:
+        warpers.append(TemperatureLogitsWarper(options.temperature))
+    if options.top_k is not None:
+        warpers.append(TopKLogitsWarper(options.top_k))
+    if options.top_p is not None:
+        warpers.append(TopPLogitsWarper(options.top_p))
+    no_ids = torch.LongTensor([[]])  # part of the interface; these three look at the scores alone
+    probabilities = warpers(no_ids, logits.float().cpu().unsqueeze(0)).softmax(-1)
+    return int(torch.multinomial(probabilities[0], 1, generator=generator))
 
 
 class Vocabulary:
@@ -85,10 +88,17 @@ class Vocabulary:
         looks: names of the looks the model has.
         grid: cells per side of the region grid.
         device: where the logits are.
+        ends: ids that end a turn, besides `<|im_end|>`, `<|endoftext|>` and the tokenizer's.
     """
 
     def __init__(
-        self, tokenizer: Any, size: int, looks: Collection[str], grid: int = 8, device: torch.device | str = "cpu"
+        self,
+        tokenizer: Any,
+        size: int,
+        looks: Collection[str],
+        grid: int = 8,
+        device: torch.device | str = "cpu",
+        ends: Collection[int] = (),
     ):
         self.tokenizer, self.size, self.looks, self.grid, self.device = tokenizer, size, frozenset(looks), grid, device
         self._ids: dict[str, int] = {}
@@ -107,8 +117,8 @@ class Vocabulary:
         self._control = [t for t in every_token if t in self._ids]
         self._starts = {s.start: n for n, s in LOOKS.items() if s.start in self._ids}
         self.im_end = self._ids[IM_END]
-        ends = [tokenizer.eos_token_id, known.get("<|endoftext|>")]
-        self.ends = frozenset(e for e in ends if e is not None) | {self.im_end}
+        own = [tokenizer.eos_token_id, known.get("<|endoftext|>")]
+        self.ends = frozenset(e for e in own if e is not None) | {self.im_end, *ends}
         self._structure = self._mask(t for t in self._ids if t not in self._control and t != IM_END)
         self._structure[len(tokenizer) :] = True
         self._no_looks = self._structure | self._mask(self._control)

@@ -7,44 +7,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 from PIL import Image
 
 from relook.errors import UserError
-from relook.looks import LOOKS
+from relook.options import AUTO, NONE, AskOptions
 from relook.regions import check_cells
-from relook.trace import Answer, Finished
+from relook.trace import Answer, Event, Finished
 from relook.views import open_image
 
 from .conversation import Conversation
 from .loop import Recorder, run
-from .row import Event, LoopContext, Request, Row
-from .sampling import Sampling, Vocabulary
+from .row import Row
+from .sampling import Vocabulary, generation_defaults
 
-AUTO, NONE = "auto", "none"
 ROWS_AT_ONCE = 8  # how many questions `ask_many` works on side by side
-
-
-class AskOptions(TypedDict, total=False):
-    """How a question is to be answered; `VLM.ask` says what each one means."""
-
-    look: str
-    region: Sequence[int] | None
-    max_looks: int
-    max_new_tokens: int
-    do_sample: bool
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    seed: int | None
-    constrain: bool
-    condition: bool
-    blank: bool
-    look_at: int | None
 
 
 def load(name: str | Path, *, dtype: Any = None, device: Any = None, attn_implementation: str | None = None) -> VLM:
@@ -76,24 +56,34 @@ class VLM:
         model: a `VPTQwen2VLForConditionalGeneration`, in eval mode.
         processor: its `VPTQwen2VLProcessor`.
         name: what answers call it.
+
+    Attributes:
+        looks: names of the looks this model can take.
+        domain: what a small model was trained on ("receipts", "cards"); None for a general one.
     """
 
     def __init__(self, model: Any, processor: Any, name: str = ""):
         self.model, self.processor, self.name = model.eval(), processor, name
-        vocabulary = Vocabulary(
-            processor.tokenizer, model.lm_head.weight.shape[0], model.config.looks, processor.grid_size, model.device
+        self.sampling, self.logits_processors, ends = generation_defaults(model)
+        size = model.lm_head.weight.shape[0]
+        self.vocabulary = Vocabulary(
+            processor.tokenizer, size, model.config.looks, processor.grid_size, model.device, ends
         )
-        self._context = LoopContext(model, processor, vocabulary, name)
 
     @property
     def looks(self) -> list[str]:
-        """Names of the looks this model can take."""
-        return self._context.looks
+        return list(self.model.config.looks)
 
     @property
     def domain(self) -> str | None:
-        """What a small model was trained on ("receipts", "cards"); None for a general one."""
-        return self._context.domain
+        return getattr(self.model.config, "domain", None)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Warnings that apply to every answer of this model, whatever its image."""
+        name = self.name or "this model"
+        said = f"{name} was trained on {self.domain} only; on anything else its answers mean nothing."
+        return [said] if self.domain else []
 
     def with_settings(self, **settings: Any) -> VLM:
         """The same model with other settings of the processor (`first_look`, `region_margin`, ...), all else shared.
@@ -104,73 +94,51 @@ class VLM:
         other.processor = copy.copy(self.processor)
         for name, value in settings.items():
             setattr(other.processor, name, value)
-        other._context = replace(self._context, processor=other.processor)
         return other
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
-    def ask(self, image: Any, question: str, **options: Unpack[AskOptions]) -> Answer:
+    def ask(self, image: Any, question: str, **options: Any) -> Answer:
         """Answer one question about one image, or about several (a list).
 
         Args:
-            image: a path, a PIL image, a numpy array, the bytes of an image file, or a list of these.
+            image: a path, a PIL image, a numpy array, the bytes of an image file, a data URL, or a list of these. What
+                was given is what is looked at, also when the caller changes it afterwards.
             question: in words; asked as it is.
-            look: "auto": the model decides. A model that was trained to be asked for a look (a prompted one) is given
-                the published sentence that asks for a region (for a re-encoding, where it has no regions); a
-                free-choice model gets the question alone. (A question that holds such a sentence keeps it for a
-                prompted model, and loses it where another or none belongs.) "none": no sentence, and no look. A look's
-                name ("region", "clip", "detection", "seg"): its sentence, and the call's first token is written for the
-                model.
-            region: (x0, y0, x1, y1) grid cells, both ends inclusive: the model is made to look there.
-            max_looks: how many times the model may look again (one turn may ask for several regions). 0 is "none".
-            max_new_tokens: limit on the tokens the model chooses in one turn; a call that was begun is completed.
-            do_sample, temperature, top_p, top_k, seed: sampling; greedy without `do_sample`.
-            constrain: while a call is being written, only tokens that keep it well formed can be chosen. Without it, a
-                malformed call is recorded in `answer.looks` with its problem, and the question is asked again with no
-                look allowed.
-            condition: for measuring. False: the projector of a re-encoding look gets no condition (c = 0), so that the
-                second look's features enter as they are, F in place of F + <F, c> c, and `attention` is None. The
-                control token keeps its hidden state. Regions have no projector, hence no condition.
-            blank: for measuring. True: the crops of regions are blank images of the same size (`Look.image` shows it).
-            look_at: which image looks go to, counted from 0 over the conversation (negative: from its end). Default:
-                the first image that came with the latest question that had one.
+            options: see `relook.options.AskOptions`: `look`, `region`, `max_looks`, `max_new_tokens`, `do_sample`,
+                `temperature`, `top_p`, `top_k`, `seed`, `constrain`, `condition`, `blank`, `look_at`, `fetch`.
 
         Raises:
-            UserError: an image that cannot be read, an empty question, a look the model lacks, a region off the grid,
-                a condition or a crop to leave out of a look that has none.
+            UserError: an image that cannot be read, an empty question, an unknown option, a look the model lacks, a
+                region off the grid, a condition or a crop to leave out of a look that has none.
         """
         return _last(self.stream(image, question, **options))
 
-    def stream(self, image: Any, question: str, **options: Unpack[AskOptions]) -> Iterator[Event]:
+    def stream(self, image: Any, question: str, **options: Any) -> Iterator[Event]:
         """As `ask`, event by event: TextDelta, LookTaken, and at the end Finished with the answer.
 
         The text pieces of the last turn add up to `answer.text`. (What a model writes before a call in the same turn is
         given out too; it is in the transcript, not in the answer.)
         """
-        return self.chat(image).stream(question, **options)
+        return self.chat().stream(question, image, **options)
 
     def ask_many(
-        self,
-        pairs: Iterable[Sequence[Any] | Mapping[str, Any]],
-        *,
-        batch_size: int = ROWS_AT_ONCE,
-        **options: Unpack[AskOptions],
+        self, pairs: Iterable[Sequence[Any] | Mapping[str, Any]], *, batch_size: int = ROWS_AT_ONCE, **options: Any
     ) -> list[Answer]:
         """Answer several questions side by side, in order. Each answer is the one `ask` gives.
 
         Args:
             pairs: (image, question), or (image, question, options), or dicts {"image": .., "question": .., options..}.
+                Read and opened batch by batch, each pair before the next.
             batch_size: how many at once.
             options: for all of them, as in `ask`; a pair's own options win.
         """
-        _whole("batch_size", batch_size, 1)
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise UserError(f"batch_size={batch_size!r} is not a whole number of at least 1")
         answers: list[Answer] = []
         rest = enumerate(pairs)
-        while batch := list(
-            islice(rest, batch_size)
-        ):  # opened batch by batch: thousands of images need not fit in memory
-            rows = [self._numbered_row(number, pair, options) for number, pair in batch]
-            done = {i: event.answer for i, event in run(self._context, rows) if isinstance(event, Finished)}
+        while rows := [self._numbered_row(number, pair, options) for number, pair in islice(rest, batch_size)]:
+            done = {i: event.answer for i, event in run(self, rows) if isinstance(event, Finished)}
             answers += [done[i] for i in range(len(rows))]
         return answers
 
@@ -183,94 +151,34 @@ class VLM:
     def _begin(self) -> Conversation:
         return Conversation.begin(self.processor, self.model.device)
 
-    def _row(self, conversation: Conversation, image: Any, question: str, options: Mapping[str, Any]) -> Row:
-        images = _images(image)
-        if not images and not conversation.images:
-            raise UserError("no image was given; give a path, a PIL image, an array, bytes, or a list of these")
-        return Row(self._context, conversation, self._request(conversation, images, question, **options))
-
-    def _numbered_row(self, number: int, pair: Any, options: Mapping[str, Any]) -> Row:
+    def _numbered_row(self, number: int, pair: Any, shared: Mapping[str, Any]) -> Row:
         try:
             image, question, own = _unpack(pair)
-            return self._row(self._begin(), image, question, {**options, **own})
+            options = AskOptions.of({**shared, **own})
+            return self._row(self._begin(), _images(image, options.fetch), question, options)
         except UserError as error:
             raise UserError(f"question {number}: {error}") from error
 
-    def _request(
-        self,
-        conversation: Conversation,
-        images: list[Image.Image],
-        question: str,
-        *,
-        look: str = AUTO,
-        region: Sequence[int] | None = None,
-        max_looks: int = 1,
-        max_new_tokens: int = 64,
-        do_sample: bool = False,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        constrain: bool = True,
-        condition: bool = True,
-        blank: bool = False,
-        look_at: int | None = None,
-    ) -> Request:
-        """The request, checked; raises UserError as `ask` says."""
-        _whole("max_looks", max_looks, 0)
-        _whole("max_new_tokens", max_new_tokens, 1)
-        self._check_look(look)
-        cells = None
-        if region is not None:
-            self._check_look("region")
-            if look not in (AUTO, "region"):
-                raise UserError(
-                    f"region={tuple(region)} was given with look={look!r}; leave look out, or make it 'region'"
-                )
-            cells = check_cells(_four(region), self.processor.grid_size)
-        if max_looks == 0 and (cells is not None or look in LOOKS):
-            raise UserError(f"look={'region' if cells else look!r} was asked for with max_looks=0; allow at least 1")
-        asked_for = "region" if cells else look
-        if not _flag("condition", condition):
-            conditioned = [name for name in self.looks if LOOKS[name].reencodes]
-            _check_left_out("condition=False", asked_for, max_looks, conditioned)
-        if _flag("blank", blank):
-            cropped = [name for name in self.looks if not LOOKS[name].reencodes]
-            _check_left_out("blank=True", asked_for, max_looks, cropped)
+    def _row(self, conversation: Conversation, images: list[Image.Image], question: str, options: AskOptions) -> Row:
+        """The row of a question, checked; raises UserError as `ask` says."""
         total = len(conversation.images) + len(images)
-        target = look_at
+        if not total:
+            raise UserError("no image was given; give a path, a PIL image, an array, bytes, or a list of these")
+        offered = [AUTO, NONE, *self.looks]
+        if options.first_look not in offered:
+            raise UserError(f"this model has no {options.first_look!r} look; expected one of {', '.join(offered)}")
+        if options.region is not None:
+            check_cells(options.region, self.processor.grid_size)
+        options.check_left_out(self.looks)
+        target = options.look_at
         if target is None:
             target = len(conversation.images) if images else conversation.target
         if not -total <= target < total:
             raise UserError(f"look_at={target} names no image; the conversation has {total}, counted from 0")
-        return Request(
-            question=self._check_question(question),
-            images=images,
-            look=look,
-            region=cells,
-            max_looks=max_looks,
-            max_new_tokens=max_new_tokens,
-            target=target % total,
-            constrain=constrain,
-            condition=condition,
-            blank=blank,
-            sampling=Sampling(do_sample, temperature, top_p, top_k, seed),
-        )
-
-    def _check_look(self, look: str) -> None:
-        offered = [AUTO, NONE, *self.looks]
-        if look in offered:
-            return
-        if look in LOOKS:
-            raise UserError(f"this model has no {look!r} look; expected one of {', '.join(offered)}")
-        raise UserError(f"look {look!r} is unknown; expected one of {', '.join(offered)}")
-
-    def _check_question(self, question: str) -> str:
-        if not isinstance(question, str):
-            raise UserError(f"the question is a {type(question).__name__}; expected text")
-        if not question.strip():
-            raise UserError("the question is empty; ask something about the image")
-        return question.strip()
+        changes: dict[str, Any] = {"look_at": target % total}
+        if options.do_sample:
+            changes |= {name: value for name, value in self.sampling.items() if getattr(options, name) is None}
+        return Row(self, conversation, options.model_copy(update=changes)).ask(_checked_question(question), images)
 
 
 class Chat:
@@ -288,7 +196,7 @@ class Chat:
         """All turns so far."""
         return list(self._conversation.turns)
 
-    def ask(self, question: str, image: Any = None, **options: Unpack[AskOptions]) -> Answer:
+    def ask(self, question: str, image: Any = None, **options: Any) -> Answer:
         """The next question; `image` adds images to the conversation. Options as in `VLM.ask`.
 
         `usage` counts what this question cost, except `sequence_length`, which is the whole conversation's: over all
@@ -296,32 +204,32 @@ class Chat:
         """
         return _last(self.stream(question, image, **options))
 
-    def stream(self, question: str, image: Any = None, **options: Unpack[AskOptions]) -> Iterator[Event]:
+    def stream(self, question: str, image: Any = None, **options: Any) -> Iterator[Event]:
         """As `ask`, event by event."""
-        row = self._vlm._row(self._conversation, self._new_images + _images(image), question, options)
-        return self._run(row)
+        checked = AskOptions.of(options)
+        images = self._new_images + _images(image, checked.fetch)
+        return self._run(self._vlm._row(self._conversation, images, question, checked))
 
     def _run(self, row: Row, record: Recorder | None = None) -> Iterator[Event]:
-        for _, event in run(self._vlm._context, [row], record):
+        for _, event in run(self._vlm, [row], record):
             if isinstance(event, Finished):
                 self._conversation, self._new_images = row.conversation, []
-                self._conversation.target = row.request.target
+                self._conversation.target = row.options.look_at or 0
             yield event
 
 
 def _last(events: Iterator[Event]) -> Answer:
-    for event in events:
-        if isinstance(event, Finished):
-            return event.answer
-    raise AssertionError("the loop ended without an answer")  # a bug of ours: every row finishes
+    *_, finished = events
+    assert isinstance(finished, Finished)  # every row finishes
+    return finished.answer
 
 
-def _images(image: Any) -> list[Image.Image]:
-    """Opened images of whatever was given; [] for None."""
+def _images(image: Any, fetch: bool = False) -> list[Image.Image]:
+    """Opened images of whatever was given, none of them the caller's own; [] for None."""
     if image is None:
         return []
-    several = image if isinstance(image, (list, tuple)) else [image]
-    return [open_image(one) for one in several]
+    opened = [(one, open_image(one, fetch)) for one in (image if isinstance(image, (list, tuple)) else [image])]
+    return [ours.copy() if ours is given else ours for given, ours in opened]
 
 
 def _unpack(pair: Sequence[Any] | Mapping[str, Any]) -> tuple[Any, str, dict[str, Any]]:
@@ -335,34 +243,11 @@ def _unpack(pair: Sequence[Any] | Mapping[str, Any]) -> tuple[Any, str, dict[str
     return pair[0], pair[1], dict(pair[2]) if len(pair) == 3 else {}
 
 
-def _four(region: Sequence[int]) -> tuple[int, int, int, int]:
-    try:
-        values = tuple(region)
-    except TypeError as error:
-        raise UserError(f"region={region!r} is not four cells; expected (x0, y0, x1, y1)") from error
-    if len(values) != 4 or not all(isinstance(v, (int, float)) or hasattr(v, "__index__") for v in values):
-        raise UserError(f"region={values} is not four cells; expected (x0, y0, x1, y1), both ends inclusive")
-    return values
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name}={value!r} is not a whole number of at least {least}")
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise UserError(f"{name}={value!r} is neither True nor False")
-    return value
-
-
-def _check_left_out(option: str, look: str, max_looks: int, having: Sequence[str]) -> None:
-    """What none of the looks asked for has cannot be left out: such an answer would pass for a measurement.
-
-    `look`: the first one ("auto", "none" or a name), after which the model is free. `having`: its looks with that part.
-    """
-    free = look == AUTO or (max_looks > 1 and look != NONE)
-    possible = having if free and max_looks > 0 else set(having) & {look}
-    if not possible:
-        known = ", ".join(having) or "none of this model's"
-        raise UserError(f"{option} with look={look!r} and max_looks={max_looks} leaves nothing out; it is for: {known}")
+def _checked_question(question: str) -> str:
+    if not isinstance(question, str):
+        raise UserError(f"the question is a {type(question).__name__}; expected text")
+    if not question.strip():
+        raise UserError("the question is empty; ask something about the image")
+    if any("\ud800" <= character <= "\udfff" for character in question):
+        raise UserError("the question holds half a character (a lone surrogate); give text in Unicode")
+    return question.strip()

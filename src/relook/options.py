@@ -1,0 +1,122 @@
+"""The options of `ask`: one checked model for Python, the command line and servers."""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+
+from relook.errors import UserError
+from relook.io import validate
+from relook.looks import LOOKS
+from relook.regions import Cells
+
+AUTO, NONE = "auto", "none"
+
+
+def _number(value: Any) -> float:
+    """Python's numbers and NumPy's; text and bool are none."""
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or not math.isfinite(value):
+        raise ValueError("expected a number")
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    if not _number(value).is_integer():
+        raise ValueError("expected a whole number")
+    return int(value)
+
+
+def _cells(value: Any) -> Any:
+    """Four cells, also as the text "2,5,6,6"."""
+    try:
+        cells = [int(part) for part in value.split(",")] if isinstance(value, str) else [_whole(v) for v in value]
+        x0, y0, x1, y1 = cells
+    except (TypeError, ValueError):
+        raise ValueError("expected four whole cells x0,y0,x1,y1, both ends inclusive, such as 2,5,6,6") from None
+    return x0, y0, x1, y1
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Number = Annotated[float, BeforeValidator(_number)]
+
+
+class AskOptions(BaseModel):
+    """Options of a question. NumPy's numbers are taken like Python's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    look: str = AUTO
+    """"auto": the model decides. A model that was trained to be asked for a look (a prompted one) is given the
+    published sentence that asks for a region (for a re-encoding, where it has no regions); a free-choice model gets the
+    question alone. (A question that holds such a sentence keeps it for a prompted model, and loses it where another or
+    none belongs.) "none": no sentence, and no look. A look's name ("region", "clip", "detection", "seg"): its sentence,
+    and the call's first token is written for the model."""
+    region: Annotated[Cells | None, BeforeValidator(lambda value: None if value is None else _cells(value))] = None
+    """(x0, y0, x1, y1) grid cells, both ends inclusive: the model is made to look there."""
+    max_looks: Whole = Field(1, ge=0)
+    """How many times the model may look again (one turn may ask for several regions). 0 is "none"."""
+    max_new_tokens: Whole = Field(64, ge=1)
+    """Limit on the tokens the model chooses in one turn; a call that was begun is completed."""
+    do_sample: StrictBool = False
+    """Draw tokens; greedy without it."""
+    temperature: Number | None = Field(None, gt=0)
+    top_p: Number | None = Field(None, gt=0, le=1)
+    top_k: Whole | None = Field(None, ge=1)
+    """With `do_sample`; what is left out is as the model's generation_config.json says."""
+    seed: Whole | None = Field(None, ge=0, lt=2**64)
+    """With `do_sample`: two runs with one seed draw the same tokens; None draws differently every time."""
+    constrain: StrictBool = True
+    """While a call is being written, only tokens that keep it well formed can be chosen. Without it, a malformed call
+    is recorded in `answer.looks` with its problem, and the question is asked again with no look allowed."""
+    condition: StrictBool = True
+    """For measuring. False: the projector of a re-encoding look gets no condition (c = 0), so that the second look's
+    features enter as they are, F in place of F + <F, c> c, and `attention` is None. The control token keeps its hidden
+    state. Regions have no projector, hence no condition."""
+    blank: StrictBool = False
+    """For measuring. True: the crops of regions are blank images of the same size (`Look.image` shows it)."""
+    look_at: Whole | None = None
+    """Which image looks go to, counted from 0 over the conversation (negative: from its end). Default: the first image
+    that came with the latest question that had one."""
+    fetch: StrictBool = False
+    """Whether images may be http and https addresses, which are then downloaded."""
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "AskOptions":
+        """The options, checked; UserError names the first one that is unknown or wrong, in one sentence."""
+        return validate(cls, options, "ask", "option")
+
+    @model_validator(mode="after")
+    def _agree(self) -> "AskOptions":
+        if self.look not in (AUTO, NONE, *LOOKS):
+            raise UserError(f"look {self.look!r} is unknown; expected one of {', '.join([AUTO, NONE, *LOOKS])}")
+        if self.region is not None and self.look not in (AUTO, "region"):
+            raise UserError(
+                f"region={self.region} was given with look={self.look!r}; leave look out, or make it 'region'"
+            )
+        if self.max_looks == 0 and self.first_look in LOOKS:
+            raise UserError(f"look={self.first_look!r} was asked for with max_looks=0; allow at least 1")
+        for name in ("temperature", "top_p", "top_k", "seed"):
+            if (value := getattr(self, name)) is not None and not self.do_sample:
+                raise UserError(f"{name}={value} has no effect on greedy decoding; add do_sample=True or leave it out")
+        return self
+
+    @property
+    def first_look(self) -> str:
+        """The look that is asked for: "region" where cells are given."""
+        return self.look if self.region is None else "region"
+
+    def check_left_out(self, looks: list[str]) -> None:
+        """Refuse to leave out what none of the looks asked for has: the answer would pass for a measurement."""
+        free = self.first_look == AUTO or (self.max_looks > 1 and self.first_look != NONE)
+        for option, reencodes, wanted in (
+            ("condition=False", True, not self.condition),
+            ("blank=True", False, self.blank),
+        ):
+            having = [name for name in looks if LOOKS[name].reencodes is reencodes]
+            possible = having if free and self.max_looks > 0 else {self.first_look}.intersection(having)
+            if wanted and not possible:
+                raise UserError(
+                    f"{option} with look={self.first_look!r} and max_looks={self.max_looks} leaves nothing out; "
+                    f"it is for: {', '.join(having) or 'none of this model'}"
+                )
