@@ -2,8 +2,8 @@
 
 `local` asks in this process. `processes` is what `torchrun` and `accelerate launch` start: each process has the model,
 takes its share of the batches and writes its own part of the records; the first one writes the results of all. `ray`
-sends the numbers of batches to replicas of the model (actors of Ray): a replica finds a batch's questions itself, so
-the model, the files of questions and the images must lie under the same paths on all nodes (a shared disk).
+sends batches of questions to replicas of the model (actors of Ray); the model and the images must lie under the same
+paths on all nodes (a shared disk).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +184,8 @@ class Ray(Executor):
 
         found: list[Record] = []
         done: Counter[str] = Counter()
-        totals = {task.name: plan.total(task) for task in plan.rows()}
+        totals = {task.name: plan.total(task) for task in plan.rows()} if progress is not None else {}
+        looks = list(dict.fromkeys(plan.looks))
 
         def collect(groups: Sequence[Sequence[Record]]) -> None:
             found.extend(record for records in groups for record in records)
@@ -194,16 +194,24 @@ class Ray(Executor):
             if progress is not None:
                 progress(name, done[name], totals[name])
 
-        todo = []
-        for number, groups in _written(plan, writer, totals):
-            if groups is None:
-                todo.append(number)
-            else:
-                collect(groups)
-        pool = ActorPool([self.first, *(self.start() for _ in range(min(self.replicas, len(todo)) - 1))])
+        pool, started = ActorPool([self.first]), 1
         with self._errors():
-            for groups in pool.map_unordered(lambda replica, number: replica.ask.remote(plan, number), todo):
-                collect([writer.add(records) for records in groups])
+            for batch in batches(plan):
+                groups = [writer.known(batch.task.name, look, batch.numbers) for look in looks]
+                whole = [records for records in groups if records is not None]
+                for records in whole:
+                    same_questions(batch, records)
+                if len(whole) == len(looks):
+                    collect(whole)
+                    continue
+                if not pool.has_free() and started < self.replicas:
+                    pool.push(self.start())
+                    started += 1
+                elif not pool.has_free():
+                    collect([writer.add(records) for records in pool.get_next_unordered()])
+                pool.submit(lambda replica, batch: replica.ask.remote(plan, batch), batch)
+            while pool.has_next():
+                collect([writer.add(records) for records in pool.get_next_unordered()])
         return found
 
     @contextmanager
@@ -217,15 +225,12 @@ class Ray(Executor):
 
 
 class Replica:
-    """A model in an actor. Batches mostly come in ascending order, so that it reads on where it is."""
+    """A model in an actor."""
 
     def __init__(self, folder: str, model: str, dtype: str | None) -> None:
         if os.path.isdir(folder):
             os.chdir(folder)  # where the run was started: relative paths mean the same here
         self.model = model, dtype
-        self.plan: Plan | None = None
-        self.at = 0
-        self.coming: Iterator[Batch] = iter(())
 
     @cached_property
     def local(self) -> Executor:
@@ -237,41 +242,10 @@ class Replica:
     def measure(self, plan: Plan) -> dict[int, float]:
         return self.local.measure(plan)
 
-    def ask(self, plan: Plan, number: int) -> list[list[Record]]:
-        """The records of the batch of that number, by setting."""
-        batch, runner = self._batch(plan, number), Runner(self.local.vlm, plan)
+    def ask(self, plan: Plan, batch: Batch) -> list[list[Record]]:
+        """The records of a batch, by setting."""
+        runner = Runner(self.local.vlm, plan)
         return [runner.ask(batch, setting) for setting in runner.settings]
-
-    def _batch(self, plan: Plan, number: int) -> Batch:
-        if number < self.at or plan != self.plan:
-            self.plan, self.at, self.coming = plan, 0, batches(plan)
-        for batch in self.coming:
-            self.at = batch.number + 1
-            if batch.number == number:
-                return batch
-        raise RelookError(f"there is no batch {number} here; the files of questions must be the same on all nodes")
-
-
-def _written(
-    plan: Plan, writer: RecordWriter, totals: Mapping[str, int]
-) -> Iterator[tuple[int, list[list[Record]] | None]]:
-    """The number of each batch, with its records by setting if all were written before.
-
-    Where none were, no page is drawn to find out.
-
-    Raises:
-        UserError: a task without questions; questions that have changed since the run was cut.
-    """
-    if not writer.taken_up and all(totals.values()):
-        yield from ((number, None) for number in range(sum(ceil(total / plan.batch) for total in totals.values())))
-        return
-    looks = list(dict.fromkeys(plan.looks))
-    for batch in batches(plan):
-        groups = [writer.known(batch.task.name, look, batch.numbers) for look in looks]
-        whole = [records for records in groups if records is not None]
-        for records in whole:
-            same_questions(batch, records)
-        yield batch.number, whole if len(whole) == len(looks) else None
 
 
 EXECUTORS: dict[str, Callable[[Any, str | None, int | None], Executor]] = {
