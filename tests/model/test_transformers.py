@@ -104,3 +104,28 @@ def test_peft_lora_learns_and_reloads(tmp_path):
     again = PeftModel.from_pretrained(tiny_model(looks=("clip",)), tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, after.logits)
+
+
+@pytest.mark.parametrize("place", ["disk", "memory"])
+def test_weights_put_aside_by_accelerate_answer_the_same(saved, place, tmp_path):
+    """forward, generate and ask of a model that is read weight by weight while it runs."""
+    from accelerate import cpu_offload
+
+    from relook.perceive import VLM
+
+    model, processor = relook.load(saved, device="cpu").model, relook.load(saved, device="cpu").processor
+    if place == "disk":
+        other = type(model).from_pretrained(saved, device_map={"": "disk"}, offload_folder=tmp_path)
+    else:
+        other = cpu_offload(type(model).from_pretrained(saved), execution_device="cpu")
+    assert next(other.parameters()).device.type == "meta"
+    picture = Image.radial_gradient("L").convert("RGB")
+    for look in ("none", "region", "clip"):
+        ask = lambda one, look=look: VLM(one, processor).ask(picture, "What?", look=look, max_new_tokens=4).transcript  # noqa: E731
+        assert ask(other) == ask(model)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    inputs = processor(
+        text=[processor.apply_chat_template(chat, add_generation_prompt=True)], images=[picture], return_tensors="pt"
+    )
+    run = lambda one: one.generate(**inputs, max_new_tokens=4, do_sample=False)  # noqa: E731
+    assert torch.equal(run(other), run(model))

@@ -10,6 +10,7 @@ An adapter on disk is a folder (`start` opens it):
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,9 @@ def merge_updates(model: Any, config: Any, weights: dict[str, torch.Tensor]) -> 
     from peft import get_peft_model, set_peft_model_state_dict
 
     config.inference_mode, config.base_model_name_or_path = False, getattr(model, "name_or_path", None)
-    adapter: Any = get_peft_model(model, config)
+    with warnings.catch_warnings():  # about tied weights, which `merge_and_unload` sees to
+        warnings.filterwarnings("ignore", message="[^\\n]*tie_word_embeddings")
+        adapter: Any = get_peft_model(model, config)
     result: Any = set_peft_model_state_dict(adapter, weights)
     lacking = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
     if result.unexpected_keys or lacking:
@@ -88,12 +91,26 @@ def merge_updates(model: Any, config: Any, weights: dict[str, torch.Tensor]) -> 
 
 
 def merge_and_unload(adapter: Any, model: Any) -> None:
-    """Merge peft's wrapper `adapter` of `model` into it, in place, and remove all of peft; tied weights stay tied."""
+    """Merge peft's wrapper `adapter` of `model` into it, in place, and remove all of peft.
+
+    Head and embedding that share a weight stay tied where they are the same afterwards; else each keeps its own.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    sides: list[Any] = [model.lm_head, model.get_input_embeddings()]
+    updated = any(isinstance(side, BaseTunerLayer) for side in sides)
+    plain = [side.get_base_layer() if isinstance(side, BaseTunerLayer) else side for side in sides]
     with torch.no_grad():
+        if updated and plain[0].weight is plain[1].weight:  # updates of one side must not move the other
+            plain[0].weight = nn.Parameter(plain[0].weight.clone())
         adapter.merge_and_unload()
-    head = model.lm_head
+    head, embedding = model.lm_head, model.get_input_embeddings()
     if isinstance(head, nn.Linear):  # peft rebuilds the tied head with its sides exchanged
         head.out_features, head.in_features = head.weight.shape
+    if model.config.tie_word_embeddings and head.weight is not embedding.weight:
+        tied = torch.equal(head.weight, embedding.weight)
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = tied
+        model.tie_weights()
     if hasattr(model, "peft_config"):
         del model.peft_config
     for parameter in model.parameters():

@@ -24,7 +24,7 @@ from relook.looks import LOOKS, control_tokens
 
 from .configuration import VPTQwen2VLConfig
 from .encoders import ENCODERS
-from .loading import check_free, load_model, read_config, resolve, stored_tensors, weight_files
+from .loading import check_free, load_model, load_processor, read_config, resolve, stored_tensors, weight_files
 
 # -- facts
 
@@ -154,6 +154,8 @@ def convert(
                 shutil.copy2(path, out / path.name)
         if to == "relook":
             model.save_pretrained(out)
+            if (folder / "tokenizer_config.json").is_file():  # what the published name says goes into a file
+                load_processor(folder).save_pretrained(out)
         else:
             _save_published(model, config, out)
     return Path(target)

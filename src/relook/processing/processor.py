@@ -22,6 +22,7 @@ from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from relook.errors import UserError
+from relook.io import checkpoint_name
 from relook.looks import DEFAULT_SYSTEM, IM_END, IM_START, LOOKS, VISION_END, VISION_START, control_tokens
 from relook.processing.pixels import encode_images, is_vit, pinned, vit_size
 from relook.processing.turns import (
@@ -48,12 +49,14 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         image_processor: Qwen2-VL's; its PIL class is used whatever is given.
         tokenizer: with the control tokens of `looks` in it, or without them until `add_look_tokens` is called.
         chat_template: of the folder; if there is none, the tokenizer's or our own.
-        looks: names of the looks that the model has.
+        looks: names of the looks that the model has. (`from_pretrained` of a folder without processor_config.json:
+            those whose tokens the tokenizer has.)
         grid_size: cells along each side of the region grid.
         region_margin: cells by which a region is widened before it is cropped.
         first_look, second_look: views of the image and of a crop. A `View`, its dict, or a longest side.
         reencode_look: view of a re-encoded image; None for the view of the first look, whose features can be reused.
-        free_choice: whether the model decides to look without being asked for it in the prompt.
+        free_choice: whether the model decides to look without being asked for it in the prompt. (Of a published
+            checkpoint: where its name ends in NoPrompt.)
         system: system prompt; empty for no system turn.
         question_first: whether the question stands before the image in the first turn (tiny models are trained so:
             image tokens can then see what is asked) and not after it, as in the published data; see `first_turn`.
@@ -109,10 +112,13 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         # `looks=`) to the tokenizer, which would write it into its config.
         settings = set(cls.__init__.__code__.co_varnames)
         kwargs = {key: value for key, value in kwargs.items() if key not in settings}
-        return [
-            Qwen2VLImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **kwargs),
-            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs),
-        ]
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        found = [look for look, spec in LOOKS.items() if spec.start in tokenizer.get_added_vocab()]
+        if processor_dict is not None and found:  # a published folder says neither
+            processor_dict.setdefault("looks", found)
+            free_choice = checkpoint_name(pretrained_model_name_or_path).endswith("NoPrompt")
+            processor_dict.setdefault("free_choice", free_choice)
+        return [Qwen2VLImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **kwargs), tokenizer]
 
     def to_dict(self) -> dict[str, Any]:
         saved = super().to_dict()

@@ -1,0 +1,78 @@
+"""A published folder is one model and processor by `relook.load` and by the Auto classes, also saved again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from support.parity import MODELS, folder, tensors
+from support.small_processors import processor_of
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+import relook
+from relook.looks import LOOKS
+from relook.model.loading import load_model, load_processor, read_config
+from relook.model.published import PUBLISHED, convert
+
+
+@torch.no_grad()
+def logits(model, name):
+    batch = tensors(folder(name) / "batch_right.safetensors")
+    return model.eval()(**batch).logits[batch["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_auto_classes_run_a_published_model_as_relook_does(name, tmp_path):
+    """The condition was a matter of the command line: what config.json says of it (1 pass) is not what was trained."""
+    assert json.loads((folder(name) / "config.json").read_text())["num_inner_forward_run"] == 1
+    expected = logits(load_model(folder(name), device="cpu"), name)
+    assert AutoConfig.from_pretrained(folder(name)).to_dict().items() >= read_config(folder(name)).to_dict().items()
+    auto = AutoModelForImageTextToText.from_pretrained(folder(name))
+    assert auto.config.num_inner_forward_run == 2
+    assert torch.equal(logits(auto, name), expected)
+    auto.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_model(tmp_path, device="cpu"), name), expected)
+    assert torch.equal(logits(AutoModelForImageTextToText.from_pretrained(tmp_path), name), expected)
+
+
+def published_folder(place, row):
+    """A published checkpoint as far as its processor goes: tokenizer, preprocessor_config.json, config.json."""
+    processor_of(looks=("region", row.look)).save_pretrained(place)
+    (place / "processor_config.json").unlink()
+    processor_of().image_processor.save_pretrained(place)
+    for name in ("tokenizer_config.json", "preprocessor_config.json"):
+        values = json.loads((place / name).read_text())
+        values.pop("processor_class", None)
+        (place / name).write_text(json.dumps(values))
+    values = json.loads((folder("clip") / "config.json").read_text()) | {"vision_encoder_ls": [LOOKS[row.look].encoder]}
+    (place / "config.json").write_text(json.dumps(values | {"alignment": row.alignment}))
+    return place
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("cached", [False, True], ids=["folder", "snapshot of the hub"])
+def test_a_processor_knows_its_looks_and_whether_it_is_prompted(name, cached, tmp_path):
+    place = tmp_path / (f"models--rp-yu--{name}/snapshots/0a1b2c" if cached else name)
+    place.mkdir(parents=True)
+    published_folder(place, PUBLISHED[name])
+    assert relook.__version__  # importing relook is what registers the classes
+    found = [load_processor(place), AutoProcessor.from_pretrained(place)]
+    for processor in found:
+        assert processor.looks == ["region", PUBLISHED[name].look]
+        assert processor.free_choice == ("NoPrompt" in name)
+    found[1].save_pretrained(tmp_path / "elsewhere")
+    again = AutoProcessor.from_pretrained(tmp_path / "elsewhere")
+    assert (again.looks, again.free_choice) == (found[0].looks, found[0].free_choice)
+    assert read_config(place).provenance["source"] == name
+    assert read_config(place).num_inner_forward_run == (1 if PUBLISHED[name].alignment else 2)
+
+
+def test_a_converted_model_keeps_what_its_name_said(tmp_path):
+    place = published_folder(tmp_path / "Qwen2-VL-2b-VPT-CLIP-NoPrompt", PUBLISHED["Qwen2-VL-2b-VPT-CLIP"])
+    shutil.copyfile(folder("clip") / "config.json", place / "config.json")
+    shutil.copyfile(folder("clip") / "model.safetensors", place / "model.safetensors")
+    for target, to in (("ours", "relook"), ("back", "published")):
+        place = convert(place, tmp_path / target, to=to)
+        assert load_processor(place).free_choice and load_processor(place).looks == ["region", "clip"]
