@@ -99,7 +99,7 @@ def merge_and_unload(adapter: Any, model: Any) -> None:
 
     sides: list[Any] = [model.lm_head, model.get_input_embeddings()]
     updated = any(isinstance(side, BaseTunerLayer) for side in sides)
-    plain = [side.get_base_layer() if isinstance(side, BaseTunerLayer) else side for side in sides]
+    plain: list[Any] = [side.get_base_layer() if isinstance(side, BaseTunerLayer) else side for side in sides]
     with torch.no_grad():
         if updated and plain[0].weight is plain[1].weight:  # updates of one side must not move the other
             plain[0].weight = nn.Parameter(plain[0].weight.clone())
