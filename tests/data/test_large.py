@@ -10,6 +10,7 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import ROOT
 from typer.testing import CliRunner
@@ -18,7 +19,7 @@ from relook.cli import app
 from relook.data import Item, ItemsDataset, build, read_items, write_items
 from relook.data import reader as reader_module
 from relook.data.check import check
-from relook.data.dataset import ItemStream, shuffled
+from relook.data.dataset import ItemStream, windowed
 from relook.data.reader import Unreadable, read_records, scan, write_records
 from relook.data.remap import convert
 from relook.data.stats import stats
@@ -98,11 +99,13 @@ def test_a_stream_gives_every_item_once_in_an_order_of_its_seed(sets):
     assert sorted([number for part in parts for number in part], key=int) == sorted(first, key=int)
 
 
-def test_every_place_of_the_buffer_is_drawn():
-    """Numbers leave their neighbourhood on both sides by about the buffer's length."""
-    order = list(shuffled(range(5000), 500, 3))
-    moves = [place - number for place, number in enumerate(order)]
-    assert min(moves) >= -500 and max(moves) > 1000 and sum(abs(move) > 100 for move in moves) > 3500
+def test_numbers_leave_their_place_by_a_window_and_no_more():
+    orders = [windowed(5000, 500, np.random.default_rng(seed)) for seed in (3, 4)]
+    for order in orders:
+        moves = order - np.arange(5000)
+        assert sorted(order) == list(range(5000)) and abs(moves).max() < 500 and (abs(moves) > 100).sum() > 2500
+    starts = [{n for n in range(1, 5000) if order[:n].max() < n} for order in orders]
+    assert not starts[0] & starts[1]  # windows begin elsewhere in another epoch
 
 
 def test_stream_places_images_below_the_root_or_says_where_not(sets, tmp_path):

@@ -101,7 +101,10 @@ def test_coco_counts_objects_of_a_kind_and_passes_over_crowds(tmp_path, monkeypa
     ("text", "words"),
     [
         ('{"images": [], "annotations": [', "broken JSON"),
-        ('{"images": [], "categories": [],\n"annotations": [{"image_id": 1, "category_id": 3}]}', ":2: category_id 3"),
+        (
+            '{"images": [], "categories": [],\n"annotations": [{"image_id": 1, "category_id": 3}]}',
+            ":2, entry 1: category_id 3",
+        ),
         (
             '{"images": [], "categories": [{"id": 3}],\n"annotations": [{"image_id": 1, "category_id": 3, "bbox": 1}]}',
             "box 1;",

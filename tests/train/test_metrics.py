@@ -69,11 +69,13 @@ def test_shares_are_counted_by_class(tokens) -> None:
 
 
 def items_file(folder: Path, count: int) -> Path:
-    Image.new("RGB", (80, 80), "white").save(folder / "page.png")
+    for i in range(count):
+        Image.new("RGB", (80, 80), "white").save(folder / f"{i}.png")
     call = write_call("region", (1, 2, 3, 4))
     turns = [("user", "<image>\nWhat?"), ("assistant", call), ("user", "<image>"), ("assistant", "42")]
-    item = {"messages": [{"role": r, "content": c} for r, c in turns], "images": ["page.png", "page.png_10,20,40,50"]}
-    (folder / "items.json").write_text(json.dumps([item | {"number": i} for i in range(count)]))
+    item = {"messages": [{"role": r, "content": c} for r, c in turns]}
+    shown = [{"images": [f"{i}.png", f"{i}.png_10,20,40,50"], "number": i} for i in range(count)]
+    (folder / "items.json").write_text(json.dumps([item | each for each in shown]))
     return folder / "items.json"
 
 

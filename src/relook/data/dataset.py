@@ -1,34 +1,37 @@
 """Items by number, as a stream, and in the order of a seed for training.
 
-`ItemsDataset` and `ItemStream` give the items of one file. `SampledItems` and `StreamedItems` give those of a recipe's
-`data:`: which record comes when is a function of the seed and the position, whether records are read by number or from
-front to back, so nothing needs to be saved to resume a run but the position. No image is opened here:
-`relook.data.collate` makes rows and batches of the items.
+`ItemsDataset` and `ItemStream` give the items of one file, `SampledItems` those of a recipe's `data:`. Which record
+comes when is a function of the seed and the position, so nothing needs to be saved to resume a run but the position;
+and which records are held out is a function of the images alone. No image is opened here: `relook.data.collate` makes
+rows and batches of the items.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from relook.data.build import build_item
-from relook.data.forms.table import row_question, stored_image
+from relook.data.forms.table import COLUMNS, row_question, stored_image
+from relook.data.images import split_ref
 from relook.data.items import IMAGE_KEYS, Item, variant
-from relook.data.reader import Record, Unreadable, folder_of, read_records
+from relook.data.reader import Record, Unreadable, folder_of, readable
 from relook.data.records import Records, SequenceRecords, records
 from relook.data.rules import BuildOptions, Data, ItemSource
 from relook.errors import RelookError, UserError
+from relook.io import rng
 
-T = TypeVar("T")
-Found = tuple[int, Record | Unreadable]  # number of the source, record of it
+Found = tuple[int, Record]  # number of the source, record of it
 
-BUFFER = 16384  # records in the shuffle buffer, as in the published training
+BUFFER = 16384  # records of a window that a stream shuffles, as in the published training
 DRAWS = 1000  # draws between sources that are made at a time
 EARLY = 200  # samples: a share of unreadable ones is not judged on fewer
 
@@ -44,12 +47,12 @@ class ItemsDataset(Sequence[Item]):
         image_root: folder of the relative image paths, which they may not leave; without it, the file's own folder.
     """
 
-    def __init__(self, path: str | Path, image_root: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path, image_root: str | Path | None = None, held: int = 0) -> None:
         self.path, self.image_root = Path(path), image_root
-        self.records = records(path)
+        self.records = records(path, held=held)
         length = len(self.records)
         if bad := self.records.unreadable:
-            raise UserError(f"{bad[0].where}: {bad[0].why}")
+            readable(bad[0])
         if not length:
             raise UserError(f"{path}: holds no items; build some with `relook data build`")
 
@@ -63,12 +66,12 @@ class ItemsDataset(Sequence[Item]):
 
 
 class ItemStream:
-    """The items of a file in a shuffled order, from front to back through a buffer; the file is never held.
+    """The items of a file nearly from front to back, shuffled within windows (see `windowed`).
 
     Args:
         path, image_root: as of `ItemsDataset`.
         seed: of the order; `epoch` (an attribute, to be set between passes) gives each pass another.
-        buffer: records that are held to draw from; 1 gives the file's own order.
+        buffer: records of a window; 1 gives the file's own order.
         part: (i, n) for every n-th record from the i-th on, one part for each of n workers.
     """
 
@@ -89,28 +92,18 @@ class ItemStream:
         self.seed, self.buffer, self.part, self.epoch = seed, buffer, part, 0
 
     def __iter__(self) -> Iterator[Item]:
-        mine = islice(read_records(self.path), self.part[0], None, self.part[1])
-        for record in shuffled(mine, self.buffer, f"{self.seed}/{self.epoch}"):
-            yield _placed(record, self.image_root)
+        items = ItemsDataset(self.path, self.image_root, self.buffer)
+        order = windowed(len(items), self.buffer, rng(self.seed, self.epoch))
+        return (items[number] for number in order[self.part[0] :: self.part[1]].tolist())
 
 
-def shuffled(rows: Iterable[T], buffer: int, seed: str | int) -> Iterator[T]:
-    """`rows` through a shuffle buffer; every row comes out once, at the latest when the input has ended.
+def windowed(count: int, window: int, draw: np.random.Generator) -> np.ndarray:
+    """The numbers below `count`, shuffled within windows that follow one another; where windows begin is drawn, too.
 
-    >>> sorted(shuffled(range(5), 2, seed=0))
-    [0, 1, 2, 3, 4]
+    So records are read nearly from front to back, and no two that are read in turn lie further apart than a window.
     """
-    draw = random.Random(seed)
-    held: list[T] = []
-    for row in rows:
-        if len(held) < buffer:
-            held.append(row)
-            continue
-        at = draw.randrange(buffer)
-        held[at], row = row, held[at]
-        yield row
-    draw.shuffle(held)
-    yield from held
+    edges = [0, *range(int(draw.integers(window)) or window, count, window), count]
+    return np.concatenate([draw.permutation(end - begin) + begin for begin, end in pairwise(edges)])
 
 
 def _placed(record: Record, image_root: str | Path | None) -> Item:
@@ -157,10 +150,13 @@ def interleaved(
 class SampledItems:
     """The items of several sources by position, epoch after epoch in a new order; records are read by number.
 
+    With `data.streaming`, an order is `windowed` (of `data.buffer` records). A source that an epoch did not take all of
+    goes on in the next one, so that each of its items comes in its turn.
+
     Args:
         data: of the recipe; with several sources, `data.mix` says how they come together.
         seed: of the order.
-        validation: how many records are held out (`self.validation`), chosen by the seed, and never come otherwise.
+        validation: how many records are held out (`self.validation`), by image, and never come otherwise.
         processor: of the model that learns: questions become items on its grid and in its order.
         sources: records in place of those that `data` names (items in memory).
 
@@ -181,8 +177,12 @@ class SampledItems:
         self.sources, self.build = data.all_sources(), build_options(data, processor)
         weights = [source.weight for source in self.sources]
         self.shares = [weight / sum(weights) for weight in weights]
-        self.records = list(sources) if sources is not None else [records(s.path, s.split) for s in self.sources]
+        self.window = max(1, data.buffer // (1 if data.mix == "concat" else len(weights))) if data.streaming else 0
+        opened = [records(s.path, s.split, self.window) for s in self.sources] if sources is None else sources
+        self.records = list(opened)
         self.validation = ValidationSplit(self, self._hold_out(validation))
+        self._drawn = [np.zeros(len(weights), dtype=np.int64)]  # of each source, before each epoch that is known
+        self._order: tuple[int, Any, Any] = (-1, None, None)
 
     @classmethod
     def of(cls, items: Sequence[Any], seed: int) -> SampledItems:
@@ -195,62 +195,92 @@ class SampledItems:
         return [one for source in self.records for one in source.unreadable]
 
     def _hold_out(self, count: int) -> list[tuple[int, int]]:
-        """Choose the (source, number) of `count` records for validation; `_numbers` keeps those of the others."""
+        """Choose the (source, number) of `count` records for validation; `_numbers` keeps those of the others.
+
+        Each source gives its share, those first whose image comes first in an order that depends on the images' paths
+        alone. A record that shares an image with one that is held out is not taught either.
+        """
+        keys = [self._image_keys(source) for source in range(len(self.records))] if count else []
         lengths = [len(source) for source in self.records]
-        for source, length in zip(self.sources, lengths, strict=True):
-            if not length:
-                raise UserError(f"{source.path}: holds no items; build some with `relook data build`")
+        total, names = sum(lengths), ", ".join(source.path for source in self.sources)
+        few = f"say fewer: validation.items={max(1, total // 10)}"
+        if empty := [source.path for source, length in zip(self.sources, lengths, strict=True) if not length]:
+            raise UserError(f"{empty[0]}: holds no items; build some with `relook data build`")
         if bad := self.unreadable:
             first = f"{bad[0].where}: {bad[0].why}"
-            check_share(len(bad), sum(lengths) + len(bad), "records", self.data.max_broken, first)
-        if 2 * count > sum(lengths):
-            raise self._too_few(count, sum(lengths))
-        starts = np.cumsum([0, *lengths])
-        chosen = np.sort(np.random.default_rng([self.seed, 1]).permutation(starts[-1])[:count])  # over all sources
-        self._numbers = [np.setdiff1d(np.arange(begin, end), chosen) - begin for begin, end in pairwise(starts)]
-        self._lengths: list[int] = []  # of the epochs that are known
-        self._order: tuple[int, Any, Any] = (-1, None, None)
-        which = np.searchsorted(starts, chosen, side="right") - 1
-        return [(int(source), int(number - starts[source])) for source, number in zip(which, chosen, strict=True)]
+            check_share(len(bad), total + len(bad), "records", self.data.max_broken, first)
+        if 2 * count > total:
+            raise UserError(
+                f"validation.items is {count} and would hold out most of the {total} items in {names}; {few}"
+            )
+        self._numbers = [np.arange(length) for length in lengths]
+        chosen: list[tuple[int, int]] = []
+        for source, (own, quota) in enumerate(zip(keys, np.diff(np.cumsum([0, *lengths]) * count // total))):  # noqa: B905
+            ranked = sorted((images[0], number) for number, images in enumerate(own))
+            chosen += sorted((source, number) for _, number in ranked[:quota])
+        held = {key for source, number in chosen for key in keys[source][number]}
+        for source, own in enumerate(keys):
+            self._numbers[source] = np.flatnonzero([held.isdisjoint(images) for images in own])
+            if not len(self._numbers[source]):
+                raise UserError(
+                    f"validation.items is {count} and leaves nothing to learn from in {self.sources[source].path}: all "
+                    f"of it shows images that are held out; {few}, or name a file of other images as validation.path"
+                )
+        return chosen
 
-    def _too_few(self, count: int, found: int) -> UserError:
-        names, few = ", ".join(source.path for source in self.sources), max(1, found // 10)
-        return UserError(
-            f"validation.items is {count} and would hold out most of the {found} items in {names}; "
-            f"say fewer: validation.items={few}"
-        )
+    def _image_keys(self, source: int) -> list[tuple[int, ...]]:
+        """Of each record the 64-bit keys of its images, by path from here or content; of its text where it has none."""
+        spec, found = self.sources[source], []
+        columns = (*IMAGE_KEYS, *([spec.columns["image"]] if "image" in spec.columns else COLUMNS["image"]))
+        for record in self.records[source]:
+            if isinstance(record, Unreadable):
+                continue
+            value = record.value["item"].to_dict() if isinstance(record.value.get("item"), Item) else record.value
+            lists = [value[key] for key in columns if value.get(key)]
+            refs = [ref for refs in lists for ref in (refs if isinstance(refs, list) else [refs])]
+            root = spec.image_root or folder_of(record.file)
+            names = {_image_name(ref, root): None for ref in refs} or [json.dumps(value, default=str).encode()]
+            digests = (hashlib.blake2b(name, digest_size=8).digest() for name in names)
+            found.append(tuple(int.from_bytes(digest, "big") for digest in digests))
+        return found
 
     def __len__(self) -> int:
         """Items of the first epoch."""
         return self._length(0)
 
     def _length(self, epoch: int) -> int:
-        while len(self._lengths) <= epoch:
-            self._lengths.append(len(self._ordered(len(self._lengths))[0]))
-        return self._lengths[epoch]
+        while len(self._drawn) <= epoch + 1:
+            which = self._ordered(len(self._drawn) - 1)[0]
+            self._drawn.append(self._drawn[-1] + np.bincount(which, minlength=len(self.sources)))
+        return int((self._drawn[epoch + 1] - self._drawn[epoch]).sum())
 
     def _ordered(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The sources and record numbers of an epoch, in order; the last epoch asked for is kept."""
         if self._order[0] != epoch:
             sizes, draw = [len(numbers) for numbers in self._numbers], np.random.default_rng([self.seed, epoch])
             if self.data.mix == "concat":
-                order = draw.permutation(sum(sizes))
+                order = self._shuffled(sum(sizes), draw)
                 which = np.repeat(np.arange(len(sizes)), sizes)[order]
                 numbers = np.concatenate(self._numbers)[order]
             else:
                 which, before = interleaved(sizes, self.shares, self.data.mix == "interleave_over", draw)
                 numbers = np.empty_like(before)
-                for source, size in enumerate(sizes):
+                for source, own in enumerate(self._numbers):
                     mine = which == source
-                    numbers[mine] = self._numbers[source][self._shuffled(epoch, source, before[mine], size)]
+                    numbers[mine] = own[self._turn(source, before[mine] + self._drawn[epoch][source], len(own))]
             self._order = epoch, which, numbers
         return self._order[1:]
 
-    def _shuffled(self, epoch: int, source: int, before: np.ndarray, size: int) -> np.ndarray:
-        """The place of each how-many-th draw from a source: a new permutation for each time through it."""
-        rounds = int(before.max(initial=-1)) // size + 1
-        orders = [np.random.default_rng([self.seed, epoch, source, r]).permutation(size) for r in range(rounds)]
-        return np.concatenate([np.empty(0, dtype=np.int64), *orders])[before]
+    def _turn(self, source: int, draws: np.ndarray, size: int) -> np.ndarray:
+        """The place of each how-many-th draw from a source: a new order for each time through it."""
+        if not len(draws):
+            return draws
+        rounds = range(draws[0] // size, draws[-1] // size + 1)
+        orders = [self._shuffled(size, np.random.default_rng([self.seed, source, r])) for r in rounds]
+        return np.concatenate(orders)[draws - rounds[0] * size]
+
+    def _shuffled(self, count: int, draw: np.random.Generator) -> np.ndarray:
+        return windowed(count, self.window, draw) if self.window else draw.permutation(count)
 
     def record(self, position: int) -> Found:
         """The source and the record at a position."""
@@ -262,20 +292,14 @@ class SampledItems:
         source = int(which[position])
         return source, self.records[source][int(numbers[position])]
 
-    def held_out(self, source: int, number: int) -> Found:
-        """A record that is held out."""
-        return source, self.records[source][number]
-
     def item(self, source: int, record: Record | Unreadable) -> Item:
         """The item of a record, its images placed but not opened.
 
         Raises:
             UserError: it is none; with file and line.
         """
-        if isinstance(record, Unreadable):
-            raise UserError(f"{record.where}: {record.why}")
-        given = record.value.get("item")
-        item = given if isinstance(given, Item) else record_item(record, self.sources[source], self.build)
+        given = readable(record).value.get("item")
+        item = given if isinstance(given, Item) else record_item(readable(record), self.sources[source], self.build)
         return variant(item, free_choice=True) if self.data.free_choice else item
 
     def __iter__(self) -> Iterator[Item]:
@@ -283,87 +307,16 @@ class SampledItems:
         return (self.item(*self.record(position)) for position in range(len(self)))
 
 
-class StreamedItems(SampledItems):
-    """The items of sources that are read from front to back, mixed, and shuffled through a buffer.
-
-    Going on to a position is cheap and going back expensive (the stream starts again), so ask in order. Every process
-    that asks reads all records and makes items of its own ones only. The first records are those held out.
-    """
-
-    def _hold_out(self, count: int) -> list[tuple[int, int]]:
-        self._kept: dict[tuple[int, int], Record | Unreadable] = {}
-        self._stream: Iterator[tuple[tuple[int, int], Record | Unreadable]] | None = None
-        self._next = 0
-        self._last: Found | None = None
-        first = list(islice(self._epoch(0), 2 * count or 1))
-        if not first:
-            names = ", ".join(source.path for source in self.sources)
-            raise UserError(f"{names}: holds no items; build some with `relook data build`")
-        if len(first) < 2 * count:
-            raise self._too_few(count, len(first))
-        self._kept = dict(first[:count])
-        return list(self._kept)
-
-    def __len__(self) -> int:
-        raise UserError("a stream does not know how many items it has; say steps or samples, not epochs")
-
-    def __iter__(self) -> Iterator[Item]:
-        return (self.item(source, record) for (source, _), record in self._epoch(0))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For another process, which reads its own stream."""
-        return {**self.__dict__, "_stream": None, "_next": 0}
-
-    def held_out(self, source: int, number: int) -> Found:
-        return source, self._kept[source, number]
-
-    def record(self, position: int) -> Found:
-        if self._stream is None or position < self._next - 1:
-            self._stream, self._next = self._endless(), 0
-        while self._next <= position:
-            (source, _), record = next(self._stream)
-            self._last, self._next = (source, record), self._next + 1
-        assert self._last is not None
-        return self._last
-
-    def _endless(self) -> Iterator[tuple[tuple[int, int], Record | Unreadable]]:
-        epoch = 0
-        while True:
-            yield from self._epoch(epoch)
-            epoch += 1
-
-    def _epoch(self, epoch: int) -> Iterator[tuple[tuple[int, int], Record | Unreadable]]:
-        return shuffled(self._mixed(epoch), self.data.buffer, f"{self.seed}/{epoch}")
-
-    def _mixed(self, epoch: int) -> Iterator[tuple[tuple[int, int], Record | Unreadable]]:
-        """The records of an epoch as the sources are read, with their (source, number)."""
-        streams = [self._read(source) for source in range(len(self.records))]
-        if self.data.mix == "concat":
-            for stream in streams:
-                yield from stream
-            return
-        draw, over = np.random.default_rng([self.seed, epoch]), self.data.mix == "interleave_over"
-        ahead = [next(stream, None) for stream in streams]
-        for source, record in zip(self.sources, ahead, strict=True):
-            if record is None:
-                raise UserError(f"{source.path}: holds no items that could be taught; leave it out of the mix")
-        done: set[int] = set()
-        while True:
-            for source in draw.choice(len(streams), size=DRAWS, p=np.asarray(self.shares)).tolist():
-                record = ahead[source]
-                assert record is not None
-                yield record
-                ahead[source] = next(streams[source], None)
-                if ahead[source] is None:  # that was its last
-                    done.add(source)
-                    if not over or len(done) == len(streams):
-                        return
-                    streams[source] = self._read(source)
-                    ahead[source] = next(streams[source])
-
-    def _read(self, source: int) -> Iterator[tuple[tuple[int, int], Record | Unreadable]]:
-        numbered = enumerate(self.records[source])
-        return (((source, number), record) for number, record in numbered if (source, number) not in self._kept)
+def _image_name(ref: Any, root: str | Path) -> bytes:
+    """What tells an image from others: the path of its file, or its bytes."""
+    if isinstance(ref, dict) and ref.get("bytes") is not None:
+        return bytes(ref["bytes"])
+    ref = ref.get("path") if isinstance(ref, dict) else ref
+    if isinstance(ref, tuple):  # (image, box)
+        ref = ref[0]
+    if isinstance(ref, str):
+        return os.path.normpath(os.path.join(root, split_ref(ref)[0])).encode("utf-8", "surrogatepass")
+    return ref.tobytes() if hasattr(ref, "tobytes") else str(ref).encode()
 
 
 class ValidationSplit(Sequence[Item]):
@@ -380,12 +333,13 @@ class ValidationSplit(Sequence[Item]):
 
     def record(self, index: int) -> Found:
         """The source and the record of a held-out item."""
-        return self.items.held_out(*self.keys[index])
+        source, number = self.keys[index]
+        return source, self.items.records[source][number]
 
 
 def open_items(data: Data, seed: int, validation: int = 0, processor: Any = None) -> SampledItems:
     """The items that a recipe's `data` names; see `SampledItems`."""
-    return (StreamedItems if data.streaming else SampledItems)(data, seed, validation, processor)
+    return SampledItems(data, seed, validation, processor)
 
 
 def record_item(record: Record, source: ItemSource, options: BuildOptions) -> Item:

@@ -58,11 +58,7 @@ class Unreadable:
 
 
 def place_of_record(path: str | Path, line: int, entry: int = 0) -> str:
-    """A place in a file; published sets may be an array on one line, of which only the entry's number says where.
-
-    >>> place_of_record("a.json", 7), place_of_record("a.json", 1, 512)
-    ('a.json:7', 'a.json:1, entry 512')
-    """
+    """A place in a file, such as "a.json:7"; of an array on one line "a.json:1, entry 512"."""
     return f"{path}:{line}" + (f", entry {entry}" if entry else "")
 
 
@@ -96,12 +92,16 @@ def scan(path: str | Path) -> Iterator[Record | Unreadable]:
             )
 
 
+def readable(record: Record | Unreadable) -> Record:
+    """The record, or a UserError that says where and why there is none."""
+    if isinstance(record, Unreadable):
+        raise UserError(f"{record.where}: {record.why}")
+    return record
+
+
 def read_records(path: str | Path) -> Iterator[Record]:
     """As `scan`, but an unreadable record is an error too, with file and line."""
-    for record in scan(path):
-        if isinstance(record, Unreadable):
-            raise UserError(f"{record.where}: {record.why}")
-        yield record
+    return map(readable, scan(path))
 
 
 def read_members(path: str | Path, key: str) -> Iterator[Record]:
@@ -110,12 +110,8 @@ def read_members(path: str | Path, key: str) -> Iterator[Record]:
     Raises:
         UserError: not one JSON object, broken, no such member, or an entry that is not an object; with file and line.
     """
-    path = Path(path)
-    with open_input(path) as file:
-        for record in JsonScanner(path, file).member(key):
-            if isinstance(record, Unreadable):
-                raise UserError(f"{record.where}: {record.why}")
-            yield record
+    with open_input(Path(path)) as file:
+        yield from map(readable, JsonScanner(Path(path), file).member(key))
 
 
 def open_input(path: Path) -> IO[bytes]:
@@ -229,8 +225,8 @@ class JsonScanner:
 
     def entries(self, objects: bool = True) -> Iterator[Record | Unreadable]:
         """The objects of the array that starts here; `objects=False` passes over it, whatever it holds."""
+        number, last = 0, self.line  # the line on which the entry before ended
         self.take("[")
-        number, last = 0, 0  # the line on which the entry before ended
         if self.peek() != "]":
             while True:
                 number, line = number + 1, self.line

@@ -1,6 +1,6 @@
 """Records of a set by number, whatever its file format.
 
-JSON array, JSON lines    one pass finds where the records are: 20 bytes a record are kept
+JSON array, JSON lines    one pass finds where the records are: 24 bytes a record are kept
 Parquet                   a file, or a folder of them as `relook data convert` writes it
 saved dataset             a folder that `datasets.save_to_disk` wrote; images stay undecoded bytes
 sequence                  items in memory, or anybody's dataset
@@ -21,18 +21,20 @@ from relook.data.reader import (
     open_input,
     parquet_files,
     parse_record,
+    readable,
     scan,
     with_extra,
 )
 from relook.errors import UserError
 
-GROUPS = 8  # row groups of Parquet that are kept in memory
+GROUPS = 8  # row groups of Parquet that are kept in memory, at least
 
 
 class Records(Protocol):
     """Records by number and from front to back. `unreadable` are those without a number, known after `len`."""
 
-    unreadable: list[Unreadable]
+    @property
+    def unreadable(self) -> Sequence[Unreadable]: ...
 
     def __len__(self) -> int: ...
 
@@ -47,49 +49,50 @@ class JsonRecords:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.unreadable: list[Unreadable] = []
-        self._places: tuple[array[int], array[int], array[int]] | None = None  # starts, ends (bytes), lines
+        self._places: tuple[array[int], ...] = ()  # starts and ends (bytes), lines, entries of an array on one line
 
-    def _index(self) -> tuple[array[int], array[int], array[int]]:
-        if self._places is None:
-            starts, ends, lines = array("Q"), array("Q"), array("L")
-            for record in scan(self.path):
-                if isinstance(record, Unreadable):
-                    self.unreadable.append(record)
-                    continue
-                starts.append(record.start)
-                ends.append(record.end)
-                lines.append(record.line)
-            self._places = starts, ends, lines
+    def _index(self) -> tuple[array[int], ...]:
+        if not self._places:
+            for _ in self:
+                pass
         return self._places
 
     def __len__(self) -> int:
         return len(self._index()[0])
 
     def __getitem__(self, number: int) -> Record:
-        starts, ends, lines = self._index()
-        start, end, line = starts[number], ends[number], lines[number]
-        entry = number + 1 if number and lines[number - 1] == line else 0  # an array on one line
+        start, end, line, entry = (values[number] for values in self._index())
         with open_input(self.path) as file:
             file.seek(start)
-            record = parse_record(self.path, file.read(end - start), line, start, end, entry)
-        if isinstance(record, Unreadable):  # the file was changed since
-            raise UserError(f"{record.where}: {record.why}")
-        return record
+            return readable(parse_record(self.path, file.read(end - start), line, start, end, entry))
 
     def __iter__(self) -> Iterator[Record | Unreadable]:
-        return scan(self.path)
+        places, unreadable = (array("Q"), array("Q"), array("I"), array("I")), list[Unreadable]()
+        for record in scan(self.path):
+            if isinstance(record, Unreadable):
+                unreadable.append(record)
+            else:
+                for values, value in zip(places, (record.start, record.end, record.line, record.entry), strict=True):
+                    values.append(value)
+            yield record
+        self._places, self.unreadable = places, unreadable
 
 
 class ParquetRecords:
-    """A Parquet file, or a folder of them. A record by number costs its row group, of which the last ones are kept."""
+    """A Parquet file, or a folder of them. A record by number costs its row group, of which the last ones are kept.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.unreadable: list[Unreadable] = []
+    Args:
+        held: records that are wanted near one another: their groups are kept (`GROUPS` at least).
+    """
+
+    unreadable: tuple[Unreadable, ...] = ()
+
+    def __init__(self, path: Path, held: int = 0) -> None:
+        self.path, self.held = path, held
         self._groups: list[tuple[Path, int, int]] = []  # file, group, rows of the file before it
         self._starts: list[int] = []  # number of the first record of each group
         self._length = 0
-        self._read: dict[int, list[dict[str, Any]]] = {}
+        self._read: dict[int, list[dict[str, Any]]] = {}  # the last used last
         _, parquet = import_pyarrow()
         for file in parquet_files(path):
             before = self._length
@@ -105,25 +108,31 @@ class ParquetRecords:
     def __getitem__(self, number: int) -> Record:
         at = bisect.bisect_right(self._starts, number) - 1
         file, group, before = self._groups[at]
-        if at not in self._read:
-            if len(self._read) >= GROUPS:
-                del self._read[next(iter(self._read))]
+        rows = self._read.pop(at, None)
+        if rows is None:
             _, parquet = import_pyarrow()
             with parquet.ParquetFile(file) as opened:
-                self._read[at] = opened.read_row_group(group).to_pylist()
+                rows = opened.read_row_group(group).to_pylist()
+            while len(self._read) >= GROUPS and sum(map(len, self._read.values())) > self.held:
+                del self._read[next(iter(self._read))]
+        self._read[at] = rows
         row = number - self._starts[at]
-        return Record(with_extra(dict(self._read[at][row])), str(file), before + row + 1)
+        return Record(with_extra(dict(rows[row])), str(file), before + row + 1)
 
     def __iter__(self) -> Iterator[Record | Unreadable]:
         return scan(self.path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_read": {}}
 
 
 class SequenceRecords:
     """Items that are in memory already, or rows of somebody else's dataset, as they are."""
 
+    unreadable: tuple[Unreadable, ...] = ()
+
     def __init__(self, items: Sequence[Any], name: str = "items") -> None:
         self.items, self.name = items, name
-        self.unreadable: list[Unreadable] = []
 
     def __len__(self) -> int:
         return len(self.items)
@@ -137,7 +146,7 @@ class SequenceRecords:
 
 
 class SavedRecords(SequenceRecords):
-    """A dataset that `datasets.save_to_disk` wrote, memory-mapped."""
+    """A dataset that `datasets.save_to_disk` wrote, memory-mapped; its images stay undecoded bytes."""
 
     def __init__(self, path: Path, split: str) -> None:
         super().__init__(saved_dataset(path, split).with_format("arrow"), str(path))
@@ -149,21 +158,26 @@ class SavedRecords(SequenceRecords):
 
 def saved_dataset(path: Path, split: str) -> Any:
     """The `datasets.Dataset` in a folder that `save_to_disk` wrote; `split` where it holds several."""
+    datasets = import_datasets(path)
     try:
-        from datasets import DatasetDict, load_from_disk
-    except ImportError:
-        raise UserError(
-            f"{path}: needs the package datasets, which is not installed; pip install 'relook[train]'"
-        ) from None
-    try:
-        rows = load_from_disk(str(path))
+        rows = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a saved dataset that can be read ({str(error).splitlines()[0]})") from None
-    if not isinstance(rows, DatasetDict):
+    if not isinstance(rows, datasets.DatasetDict):
         return rows
     if split not in rows:
         raise UserError(f"{path}: has no split {split!r}; its splits: {', '.join(map(str, rows))}")
     return rows[split]
+
+
+def import_datasets(source: str | Path) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{source}: needs the package datasets, which is not installed; pip install 'relook[train]'"
+        ) from None
+    return datasets
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -171,12 +185,13 @@ def is_saved_dataset(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def records(path: str | Path, split: str = "train") -> Records:
+def records(path: str | Path, split: str = "train", held: int = 0) -> Records:
     """The records of a source, whatever its file format.
 
     Args:
         path: a JSON or JSON-lines file, a Parquet file or folder of them, or a folder that `save_to_disk` wrote.
         split: of a saved dataset that holds several.
+        held: records that are wanted near one another (see `ParquetRecords`).
 
     Raises:
         UserError: nothing there, or nothing that can be read.
@@ -187,7 +202,7 @@ def records(path: str | Path, split: str = "train") -> Records:
     if is_saved_dataset(path):
         return SavedRecords(path, split)
     if parquet_files(path):
-        return ParquetRecords(path)
+        return ParquetRecords(path, held)
     if path.is_dir():
         raise UserError(f"{path}: a folder without Parquet files or a saved dataset; give one of its files")
     return JsonRecords(path)
