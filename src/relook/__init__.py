@@ -19,6 +19,8 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "relook.perceive",
     "VLM": "relook.perceive",
+    "LookAgain": "relook.perceive.generate",
+    "LookPipeline": "relook.perceive.generate",
     "Answer": "relook.trace",
     "Look": "relook.trace",
     "Turn": "relook.trace",
@@ -36,6 +38,8 @@ __all__ = [
     "CheckpointError",
     "Finished",
     "Look",
+    "LookAgain",
+    "LookPipeline",
     "LookTaken",
     "RelookError",
     "TextDelta",
@@ -49,6 +53,7 @@ __all__ = [
 if TYPE_CHECKING:
     from relook.errors import CheckpointError, RelookError, UserError
     from relook.perceive import VLM, load
+    from relook.perceive.generate import LookAgain, LookPipeline
     from relook.trace import Answer, Finished, Look, LookTaken, TextDelta, Turn, Usage
 
 

@@ -35,7 +35,7 @@ def writing(vlm, *texts):
         if logits.ndim == 1:  # the recorder's: unmodified logits
             return logits
         logits = logits.clone()
-        logits[:, wanted.pop(0) if wanted else end] += 1e4
+        logits[..., wanted.pop(0) if wanted else end] += 1e4
         return logits
 
     handle = vlm.model.lm_head.register_forward_hook(want)

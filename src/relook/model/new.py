@@ -87,7 +87,9 @@ def build_tokenizer(size: Size) -> PreTrainedTokenizerBase:
     learner.train_from_iterator(dict.fromkeys([*known, *size.phrases]), trainer)
     model = json.loads(learner.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
-    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=cast(Any, merges), eos_token="<|im_end|>")
+    tokenizer = Qwen2Tokenizer(
+        vocab=model["vocab"], merges=cast(Any, merges), eos_token="<|im_end|>", padding_side="left"
+    )
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
     pads, ordinary = looks.control_tokens(size.looks, size.grid)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in pads])

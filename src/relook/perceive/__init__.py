@@ -7,6 +7,7 @@ conversation.py  tokens, positions and images of one conversation; a forward ove
 features.py      view features: each distinct view goes through its vision encoder once
 sampling.py      constrained vocabulary and sampling
 text.py          text streamer: token ids to text, piece by piece
+generate.py      looks in transformers' `generate` and pipeline
 kv_cache.py      keys and values of rows that are merged and extracted
 """
 

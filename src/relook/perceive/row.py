@@ -20,8 +20,21 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from relook.looks import IM_END, LOOKS, VISION_START, Call, look_turn, parse_tokens, without_triggers, write_call
+from relook.errors import UserError
+from relook.looks import (
+    IM_END,
+    IM_START,
+    IMAGE_PAD,
+    LOOKS,
+    VISION_START,
+    Call,
+    look_turn,
+    parse_tokens,
+    without_triggers,
+    write_call,
+)
 from relook.options import AskOptions
+from relook.processing.turns import pad_stages
 from relook.processing.vocabulary import BREAK
 from relook.regions import cells_to_box, widen
 from relook.trace import Answer, Event, Finished, Look, LookTaken, TextDelta, Turn, Usage
@@ -45,6 +58,7 @@ class Row:
         self.question = ""
         self.conversation = conversation.copy()
         self.generator = generator(options)
+        self._target = options.look_at or 0
         self.looks: list[Look] = []
         self.events: deque[Event] = deque()  # not yet yielded by the loop
         self.finished = False
@@ -103,7 +117,7 @@ class Row:
         self._turn: list[str] = []
         self._turn_ids: list[int] = []
         self._turn_sampled = False
-        self._chosen = 0
+        self._chosen = self._given = 0
         self._closing = False
         self._conditions: dict[str, Tensor | None] = {}
         self._streamer = TextStreamer(self.vlm.processor.tokenizer, self.vlm.vocabulary.hidden_ids)
@@ -169,12 +183,53 @@ class Row:
         self._write_forced()
         return self
 
-    def _first_views(self, images: Sequence[Image.Image]) -> list[ShownImage]:
+    def go_on(self, prompt: Sequence[int], images: Sequence[Image.Image]) -> Row:
+        """Begin with a prompt in token ids, as `generate` takes it, and its images in the order of their pads.
+
+        What follows the last header of the assistant is the beginning of its turn.
+        """
+        vocabulary, processor, conversation = self.vlm.vocabulary, self.vlm.processor, self.conversation
+        runs, header = image_runs(self.vlm, prompt), processor.tokenizer.encode(f"{IM_START}assistant\n")
+        width = len(header)
+        cut = next((i for i in range(len(prompt), width - 1, -1) if prompt[i - width : i] == header), len(prompt))
+        tokens = [vocabulary.text_of(token) for token in prompt]
+        stages = pad_stages(
+            ["".join(token for token, last in zip(tokens, ["", *tokens], strict=False) if token != last)]
+        )
+        shown = self._first_views(images, stages)
+        counts = [processor.pad_count("image", image.view.grid) for image in shown]
+        if counts != [length for _, length in runs]:
+            found = ", ".join(str(length) for _, length in runs) or "no"
+            raise UserError(
+                f"the prompt has {found} pads for its images, which make {', '.join(map(str, counts)) or 'none'}; "
+                "give the images that the processor was given, in that order"
+            )
+        turn_of = [prompt[:at].count(vocabulary[IM_START]) for at, _ in runs]
+        latest = max((turn for turn, stage in zip(turn_of, stages, strict=True) if stage == "first"), default=None)
+        self._target = 0 if latest is None else turn_of.index(latest)
+        self._looks_left *= latest is not None
+        conversation.pending.shown += [(at, image) for (at, _), image in zip(runs, shown, strict=True)]
+        conversation.add(prompt[:cut])
+        conversation.turns.append(Turn("user", processor.decode(prompt[:cut])))
+        after_start = {token for spec in LOOKS.values() if spec.action for token in (spec.action, spec.end)}
+        self._forced.extend(token for token in prompt[cut:] if vocabulary.text_of(token) not in after_start)
+        self._given = len(prompt) - cut
+        self._write_forced()
+        return self
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """The ids of the last turn, with its end; without those that a prompt began it with."""
+        return self._turn_ids[self._given :]
+
+    def _first_views(self, images: Sequence[Image.Image], stages: Sequence[str] = ()) -> list[ShownImage]:
         first, conversation = len(self.conversation.images), self.conversation
+        stages = stages or ["first"] * len(images)
         conversation.images += images
         with self._timed("vision"):
             lookup = conversation.features.lookup
-            return [ShownImage("image", lookup("image", first + i, x, "first")[0]) for i, x in enumerate(images)]
+            views = [lookup("image", first + i, x, s)[0] for i, (x, s) in enumerate(zip(images, stages, strict=False))]
+        return [ShownImage("image", view) for view in views]
 
     def _sentence(self) -> str:
         """The question, with the published sentence that asks for a look where the model was trained with it.
@@ -244,10 +299,6 @@ class Row:
             self._user_turn(self.vlm.processor.as_text(self._plain), [])
         self._begin_turn()
 
-    @property
-    def _target(self) -> int:
-        return self.options.look_at or 0
-
     def _check_call(self, call: Call) -> Call:
         """The call, with a problem where the model lacks its look."""
         if call.problem is None and call.look not in self.vlm.looks:
@@ -313,3 +364,13 @@ class Row:
         begin = time.perf_counter()
         yield
         self.seconds[stage] += time.perf_counter() - begin
+
+
+def image_runs(vlm: Any, ids: Sequence[int]) -> list[tuple[int, int]]:
+    """(first pad, number of pads) of every image in a prompt. Raises UserError for re-encoded ones."""
+    pads = {vlm.vocabulary.get(spec.pad): spec.pad for spec in LOOKS.values() if spec.reencodes}
+    if other := next((pads[token] for token in ids if token in pads), None):
+        raise UserError(f"the prompt holds {other}, a look taken before; go on with it by `VLM.chat`")
+    starts = [i + 1 for i, token in enumerate(ids) if token == vlm.vocabulary[VISION_START]]
+    image = vlm.vocabulary[IMAGE_PAD]
+    return [(at, next((n for n, t in enumerate(ids[at:]) if t != image), len(ids) - at)) for at in starts]

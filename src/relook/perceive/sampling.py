@@ -128,6 +128,9 @@ class Vocabulary:
     def __getitem__(self, token: str) -> int:
         return self._ids[token]
 
+    def get(self, token: str) -> int | None:
+        return self._ids.get(token)
+
     def _mask(self, tokens: Any) -> Tensor:
         """(V,) bool, True at the given tokens."""
         mask = torch.zeros(self.size, dtype=torch.bool, device=self.device)

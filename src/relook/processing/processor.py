@@ -20,10 +20,21 @@ from typing import Any
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import logging
 
 from relook.errors import UserError
 from relook.io import checkpoint_name
-from relook.looks import DEFAULT_SYSTEM, IM_END, IM_START, LOOKS, VISION_END, VISION_START, control_tokens
+from relook.looks import (
+    DEFAULT_SYSTEM,
+    IM_END,
+    IM_START,
+    LOOKS,
+    VISION_END,
+    VISION_START,
+    control_tokens,
+    parse_calls,
+    strip_calls,
+)
 from relook.processing.pixels import encode_images, is_vit, pinned, vit_size
 from relook.processing.turns import (
     Message,
@@ -40,6 +51,8 @@ from relook.processing.turns import (
 from relook.processing.vocabulary import BREAK, IGNORED, KINDS, TENSORS, add_look_tokens, as_text, encode, expand
 from relook.processing.vocabulary import chat_template as own_template  # `chat_template` is an argument of __init__
 from relook.views import DEFAULT_VIEW, PREPROCESSING, View, load_item_image, open_image
+
+logger = logging.get_logger(__name__)
 
 
 class VPTQwen2VLProcessor(Qwen2VLProcessor):
@@ -95,6 +108,8 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         self.image_token, self.video_token = KINDS["image"].pad, "<|video_pad|>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        if "padding_side" not in tokenizer.init_kwargs:  # as stock Qwen2-VL ships: batches are generated from
+            tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
         ProcessorMixin.__init__(
             self,
             pinned(image_processor),
@@ -361,7 +376,7 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
             raise UserError("videos are not supported; give images")
         texts = [text] if isinstance(text, str) else list(text or [])
         given = {"image": images, "clip": clip_images, "detection": detection_images, "seg": seg_images}
-        flat = {kind: _opened(value) for kind, value in given.items()}
+        flat = {kind: opened(value) for kind, value in given.items()}
         if texts:
             check_pads(texts, {kind: len(value) for kind, value in flat.items()})
         extra: dict[str, Any] = {}
@@ -401,17 +416,25 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
                 more = {**more, KINDS[kind].item_key: found}
         return images, videos, audios, more
 
+    def post_process_image_text_to_text(self, generated_outputs: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """The texts of generated ids, as a pipeline shows them: without calls of looks."""
+        texts = super().post_process_image_text_to_text(generated_outputs, *args, **kwargs)
+        stripped = [strip_calls(text, self.grid_size) if parse_calls(text, self.grid_size) else text for text in texts]
+        if stripped != texts:
+            logger.warning_once("a look was asked for, which needs pipeline_class=relook.LookPipeline")
+        return stripped
+
     @property
     def model_input_names(self) -> list[str]:
         return super().model_input_names + [name for look in self.looks if look in TENSORS for name in TENSORS[look]]
 
 
-def _opened(images: Any) -> list[Any]:
+def opened(images: Any) -> list[Any]:
     """All images of nested lists in order, opened; addresses are fetched as transformers does."""
     if images is None:
         return []
     if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
-        return [opened for image in images for opened in _opened(image)]
+        return [one for image in images for one in opened(image)]
     return [open_image(images, fetch=True)]
 
 

@@ -1,0 +1,127 @@
+"""Second looks for transformers' own ways in: `model.generate` and `pipeline("image-text-to-text")`.
+
+inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt", ...)
+ids = model.generate(**inputs, custom_generate=LookAgain(processor, images))
+
+pipe = pipeline("image-text-to-text", model=..., pipeline_class=LookPipeline)
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ImageTextToTextPipeline
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
+from transformers.utils.chat_template_utils import Chat
+
+from relook.errors import UserError
+from relook.options import AskOptions
+from relook.processing.processor import opened
+from relook.trace import Answer, Finished
+
+from .loop import run
+from .row import Row, image_runs
+from .vlm import VLM
+
+
+class LookAgain:
+    """The decoding loop with looks, for `generate(..., custom_generate=...)`.
+
+    `generate` then returns the prompt and the answer after the last look; the looks are in `answers`. They see the
+    original images, which a processor's tensors do not hold: these are given here.
+
+    Args:
+        processor: the model's.
+        images: of the prompts, as they were given to the processor, in the order of their pads.
+        options: of `relook.options.AskOptions`, such as `look="none"`, `max_looks` or `constrain`.
+
+    Attributes:
+        answers: one `Answer` for each sequence of the last call.
+    """
+
+    def __init__(self, processor: Any, images: Any, **options: Any):
+        self.processor, self.images, self.options = processor, opened(images), options
+        self.answers: list[Answer] = []
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = (),
+        generation_config: Any = None,
+        **prepared: Any,
+    ) -> Any:
+        """Called by `generate` with (B, L) ids, padded on the left; returns (B, L + the longest answer)."""
+        for criterion in stopping_criteria:
+            if not isinstance(criterion, (MaxLengthCriteria, EosTokenCriteria)):
+                raise UserError(f"{type(criterion).__name__} is not followed over looks; leave it out of generate")
+        vlm = VLM(model, self.processor)
+        vlm.logits_processors, ends = logits_processor, generation_config.eos_token_id
+        vlm.vocabulary.ends |= {ends} if isinstance(ends, int) else set(ends or ())
+        room, drawn = generation_config.max_length - input_ids.shape[1], generation_config.do_sample
+        real = prepared.get("attention_mask")
+        real = torch.ones_like(input_ids) if real is None else real
+        rows, images, copies = list[Row](), iter(self.images), generation_config.num_return_sequences or 1
+        for ids, mask in zip(input_ids[::copies], real[::copies], strict=True):
+            prompt = ids[mask.bool()].tolist()
+            shown = list(islice(images, len(image_runs(vlm, prompt))))
+            for _ in range(copies):
+                seed = {"seed": int(torch.randint(2**62, ()))} if drawn else {}
+                options = AskOptions.of({"max_new_tokens": room, "do_sample": drawn, **seed, **self.options})
+                rows.append(Row(vlm, vlm._begin(), options).go_on(prompt, shown))
+        if any(True for _ in images):
+            raise UserError(
+                f"LookAgain has {len(self.images)} images, more than the prompts; give those of the prompts"
+            )
+        done = {i: event.answer for i, event in run(vlm, rows) if isinstance(event, Finished)}
+        self.answers = [done[i] for i in range(len(rows))]
+        answered = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row.answer_ids) for row in rows],
+            batch_first=True,
+            padding_value=self.processor.tokenizer.pad_token_id,
+        )
+        sequences: Any = torch.cat([input_ids, answered.to(input_ids)], dim=1)
+        as_dict = generation_config.return_dict_in_generate
+        return GenerateDecoderOnlyOutput(sequences=sequences) if as_dict else sequences
+
+
+class LookPipeline(ImageTextToTextPipeline):
+    """`pipeline("image-text-to-text", ..., pipeline_class=LookPipeline)`: transformers' pipeline, with looks.
+
+    Called like transformers' own; images are opened by relook's opener.
+    """
+
+    processor: Any
+
+    def preprocess(self, inputs=None, timeout=None, continue_final_message=None, **kwargs):  # type: ignore[override]
+        given, images = inputs, list[Any]()
+        if isinstance(inputs, Chat):
+            (messages,), _ = self.processor._normalize_conversations(inputs.messages)
+            for message in messages:
+                if not isinstance(message["content"], str):
+                    message["content"] = [_opened_part(part, images) for part in message["content"]]
+            inputs = Chat(messages)
+        elif isinstance(inputs, dict):
+            images = opened(inputs["images"])
+            inputs = {**inputs, "images": images}
+        out: Any = super().preprocess(inputs, timeout, continue_final_message, **kwargs)
+        out["text"] = given if isinstance(given, Chat) else out["text"]
+        out["shown"] = images
+        return out
+
+    def _forward(self, model_inputs, generate_kwargs=None):  # type: ignore[override]
+        looking = LookAgain(self.processor, model_inputs.pop("shown"))
+        return super()._forward(model_inputs, {**(generate_kwargs or {}), "custom_generate": looking})
+
+
+def _opened_part(part: dict[str, Any], images: list[Any]) -> dict[str, Any]:
+    """A part with its image opened and kept in `images`."""
+    sources = [part[key] for key in ("image", "url", "path", "base64") if key in part]
+    if part["type"] != "image" or not sources:
+        return part
+    images += opened(sources[0])
+    return {"type": "image", "image": images[-1]}
