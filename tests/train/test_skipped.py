@@ -97,7 +97,7 @@ def test_more_than_a_set_share_of_broken_examples_stops_the_run(monkeypatch, tmp
     with pytest.raises(RelookError, match=r"1 of 1 examples could not be read"):
         report = SkippedReport(most_broken=0.9)
         report.add(0, broken)
-        report.settle()
+        report.settle(last=True)
 
 
 def test_a_run_with_a_broken_image_names_it_and_one_with_too_many_stops(tmp_path, monkeypatch, capsys) -> None:

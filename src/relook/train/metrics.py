@@ -25,8 +25,8 @@ from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback
 
+from relook.data import dataset
 from relook.data.collate import SkippedSample
-from relook.data.dataset import check_share
 from relook.data.reader import Unreadable
 from relook.errors import RelookError, UserError
 from relook.io import append_lines, read_lines, replacing, replacing_file
@@ -149,37 +149,39 @@ class SkippedReport:
         before, kept = self._own
         self._own = before + taught, kept + [SkippedSample(**one) for one in json.loads(left_out or "[]")]
 
-    def settle(self) -> None:
+    def settle(self, last: bool = False) -> None:
         """Count what all processes noted; all of them come to the same account.
 
+        Args:
+            last: whether nothing follows; before, that nothing was taught is not judged on few examples.
+
         Raises:
-            RelookError: too many are broken.
+            RelookError: too many are broken, or all are too long.
         """
         noted, self._own = distributed.gather(self._own), (0, [])
         self.taught += sum(taught for taught, _ in noted)
         found = sorted((one for _, left_out in noted for one in left_out), key=lambda one: one.example)
-        if not found:
-            return
         for one in found:
             self._count(one)
             if sum(self.left_out.values()) <= SHOWN:
                 _say_skipped(one)
         with distributed.together():
-            if self.path is not None and distributed.main():
+            if found and self.path is not None and distributed.main():
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 append_lines(self.path, map(asdict, found))
-            self._check()
+            self._check(last)
 
     def _count(self, one: SkippedSample) -> None:
         self.left_out[one.reason] += 1
         self._first.setdefault(one.reason, one)
 
-    def _check(self) -> None:
+    def _check(self, last: bool) -> None:
         broken, seen = self.left_out["broken"], self.taught + sum(self.left_out.values())
         first = {reason: f"{one.where}: {one.what}" for reason, one in self._first.items()}
-        if broken:
-            check_share(broken, seen, "examples", self.most_broken, first["broken"])
-        if self.left_out["too long"] and not self.taught:
+        judged = last or seen >= dataset.EARLY
+        if broken and (judged or broken < seen or broken > self.most_broken * dataset.EARLY):
+            dataset.check_share(broken, seen, "examples", self.most_broken, first["broken"])
+        if self.left_out["too long"] and not self.taught and judged:
             raise RelookError(
                 f"all {seen} examples so far are longer than the cutoff; the first: {first['too long']}; raise "
                 "max_length, or let images be smaller"

@@ -166,6 +166,11 @@ def find_objective(stage: Stage) -> type[Objective]:
     return plugins.find("objective", stage.objective, OBJECTIVES, f"stage {stage.name}", fits)
 
 
+def learnt_tokens(batch: Mapping[str, Any]) -> int:
+    """How many tokens of a batch are learnt: its weight in the loss of a step. Without labels all batches weigh 1."""
+    return int((batch["labels"][:, 1:] >= 0).sum()) if "labels" in batch else 1
+
+
 def run_batch(objective: Objective, module: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, float]]:
     """Loss and figures of a batch that `objective.collate` made."""
     inputs = {key: value for key, value in batch.items() if key != "info"}

@@ -66,6 +66,10 @@ class Stage(Strict):
     epochs: float | None = Field(None, gt=0, description="of a JSON source: at most so many passes over its items")
     batch: int = Field(16, gt=0)
     accumulate: int = Field(1, gt=0, description="batches per optimizer step")
+    average: Literal["tokens", "batches"] = Field(
+        "tokens",
+        description="a step's loss: mean over its learnt tokens, however cut; batches: over its batches' means",
+    )
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
     lr_rest: float | None = Field(None, gt=0, description="of what muon leaves to AdamW; lr / 4 unless given")

@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -26,7 +28,7 @@ from relook.model.segments import synchronised_ranks
 from relook.train import distributed
 from relook.train.checkpoints import Checkpoints, Record, StageModel
 from relook.train.metrics import LOG, LogWriter, Metrics, SkippedReport, logging_to
-from relook.train.objective import Examples, Objective, run_batch
+from relook.train.objective import Examples, Objective, learnt_tokens, run_batch
 from relook.train.optim import build_optimizer, schedule
 from relook.train.recipe import Recipe, Stage
 from relook.train.validation import Validator
@@ -59,6 +61,7 @@ class StageTrainer(Trainer):
         self.samples, processes = steps * stage.batch * stage.accumulate, distributed.count()
         batch, accumulate = distributed.divided(stage.batch, stage.accumulate, processes)
         self.parts = stage.batch // batch  # processes that share a batch
+        self.weights = iter(list[float]())  # of the batches of a step
         self.metrics = Metrics(batch * processes, record)
         self.validator = Validator(objective, trained, recipe.validation, checkpoints)
         super().__init__(
@@ -68,7 +71,7 @@ class StageTrainer(Trainer):
             data_collator=objective.collate,
         )
         trained.model.config.__dict__.pop("use_cache", None)  # which the Trainer sets
-        self.model_accepts_loss_kwargs = False  # a loss is a mean over its batch
+        self.model_accepts_loss_kwargs = False  # a loss (with heads: a sum of several) is weighted as a whole
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         distributed.prepare_zero3(trained.model, self)
@@ -78,6 +81,9 @@ class StageTrainer(Trainer):
 
     def run(self, signals: distributed.Signals) -> None:
         """Train to the last step, or to the end of the step in which a signal comes."""
+        with distributed.together(), torch.random.fork_rng():
+            if self.recipe.evaluate_every:
+                assert self.validator.batches  # refused before hours of training
         self.add_callback(StageCallback(self, signals))
         if not distributed.main():  # else all processes would draw the same masks
             torch.manual_seed(self.args.seed + distributed.number())
@@ -117,22 +123,19 @@ class StageTrainer(Trainer):
         self.metrics.add(value, inputs)
         return loss
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = distributed.gather([learnt_tokens(batch) for batch in batches])
+        parts = self.parts if self.stage.average == "batches" else None
+        self.weights = iter(step_weights(counts, distributed.number(), parts))
+        return batches, None
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        weight = self._weight(inputs)
         loss, figures = run_batch(self.objective, model, inputs)
         self.metrics.figures.append(figures)
-        return loss if weight is None else weight * loss
-
-    def _weight(self, inputs: Any) -> torch.Tensor | None:
-        """Where a batch is split, the mean over its tokens is that of the parts' means, each by its share of tokens."""
-        if self.parts == 1 or "labels" not in inputs:
-            return None
-        counts = distributed.gather(int((inputs["labels"][:, 1:] >= 0).sum()))
-        first = distributed.number() // self.parts * self.parts
-        whole = max(1, sum(counts[first : first + self.parts]))
-        return torch.tensor(counts[distributed.number()] * self.parts / whole, device=inputs["labels"].device)
+        return next(self.weights) * loss  # the Trainer takes the mean over a step's batches and processes
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         found = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -185,6 +188,23 @@ class StageTrainer(Trainer):
             super().log(logs, start_time)
 
 
+def step_weights(counts: Sequence[Sequence[int]], number: int, parts: int | None = None) -> list[float]:
+    """Factors on the losses of one process's batches in a step: their mean over all processes is the step's loss.
+
+    Args:
+        counts: learnt tokens of every batch of every process.
+        number: of the process.
+        parts: for the mean over batches: how many processes share a batch; None for the mean over tokens.
+
+    Example: two batches of 1 and 3 tokens weigh 0.5 and 1.5 by tokens, 1 and 1 by batches. One without any weighs 0.
+    """
+    weights = np.asarray(counts, dtype=float)  # (processes, batches of one)
+    if parts is not None:
+        shared = weights.reshape(-1, parts, weights.shape[1])
+        weights = (shared / shared.sum(1, keepdims=True).clip(1)).reshape(weights.shape)
+    return (weights[number] / (weights.mean() or 1.0)).tolist()
+
+
 def _arguments(
     recipe: Recipe, stage: Stage, checkpoints: Checkpoints, batch: int, accumulate: int, steps: int
 ) -> TrainingArguments:
@@ -225,9 +245,9 @@ class StageCallback(TrainerCallback):
         self.evaluated: tuple[int, float | None] = (0, None)  # step, validation loss
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        self.trainer.skipped.settle()
-        recipe, signal = self.trainer.recipe, self.signals.agree()
         step, more = state.global_step, state.global_step < state.max_steps
+        self.trainer.skipped.settle(last=not more)
+        recipe, signal = self.trainer.recipe, self.signals.agree()
         if recipe.save_every and step % recipe.save_every == 0 and more:
             control.should_save = True
         if recipe.evaluate_every and (step % recipe.evaluate_every == 0 or not more):

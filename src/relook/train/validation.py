@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 
+from relook.data.collate import SkippedSample
 from relook.data.items import Question, read_questions
 from relook.errors import RelookError, UserError
 from relook.looks import parse_calls
@@ -26,7 +28,7 @@ from relook.trace import Answer
 from relook.train import distributed
 from relook.train.checkpoints import Checkpoints, StageModel
 from relook.train.metrics import means
-from relook.train.objective import Objective, run_batch
+from relook.train.objective import Objective, learnt_tokens, run_batch
 from relook.train.recipe import Validation
 
 ANNOTATED = (0, 190, 70)  # colour of the annotated box
@@ -37,7 +39,7 @@ class Validator:
     """Figures of a model while it learns.
 
     Args:
-        objective: the stage's; its batches and questions are drawn once, at the first call.
+        objective: the stage's; its batches and questions are drawn once.
         trained: the stage's model.
         plan: how many of what.
         checkpoints: of the stage, in whose folder the drawn answers go.
@@ -45,7 +47,6 @@ class Validator:
 
     def __init__(self, objective: Objective, trained: StageModel, plan: Validation, checkpoints: Checkpoints) -> None:
         self.objective, self.trained, self.plan, self.checkpoints = objective, trained, plan, checkpoints
-        self._batches: list[tuple[int, Any]] = []
         self._questions: list[Question] | None = None
 
     def __call__(self, step: int, prepare: Callable[[Any], Any]) -> dict[str, float]:
@@ -64,24 +65,40 @@ class Validator:
     # -- loss
 
     def _losses(self, prepare: Callable[[Any], Any]) -> dict[str, float]:
-        if not self._batches:
-            self._batches = list(self._drawn())
         reported, total = list[Any](), 0.0
         with torch.no_grad():
-            for count, batch in self._batches:
+            for weight, batch in self.batches:
                 loss, figures = run_batch(self.objective, self.trained.module, prepare(batch))
                 reported.append(figures)
-                total += count * float(loss)
-        return {"loss": total / sum(count for count, _ in self._batches), **means(reported)}
+                total += weight * float(loss)
+        return {"loss": total / sum(weight for weight, _ in self.batches), **means(reported)}
 
-    def _drawn(self) -> Iterator[tuple[int, Any]]:
-        held, size = self.objective.eval, self.objective.stage.batch
+    @cached_property
+    def batches(self) -> list[tuple[int, Any]]:
+        """The batches in which something is learnt, with their weights: learnt tokens, or examples, as the stage says.
+
+        Raises:
+            UserError: there are none; those left out are named.
+        """
+        stage, held = self.objective.stage, self.objective.eval
+        name, found, left_out = f"stage {stage.name!r}: {stage.objective}", [], list[SkippedSample]()
         if not len(held):
-            name = f"stage {self.objective.stage.name!r}: {self.objective.stage.objective}"
             raise UserError(f"{name} holds no examples out for validation")
-        for start in range(0, len(held), size):
-            examples = [held[i] for i in range(start, min(start + size, len(held)))]
-            yield len(examples), self.objective.collate(examples)
+        for start in range(0, len(held), stage.batch):
+            examples = [held[i] for i in range(start, min(start + stage.batch, len(held)))]
+            skipped = [one for one in examples if isinstance(one, SkippedSample)]
+            left_out += skipped
+            batch = self.objective.collate(examples)
+            if tokens := learnt_tokens(batch):
+                by_tokens = stage.average == "tokens" and "labels" in batch
+                found.append((tokens if by_tokens else len(examples) - len(skipped), batch))
+        if left_out:
+            said = f"{len(left_out)} of {len(held)} validation items are left out of eval_loss (the first: "
+            said += f"{left_out[0].where}: {left_out[0].what})"
+            if not found:
+                raise UserError(f"{name}: {said}; none is left: mend them, raise max_length or choose other items")
+            distributed.say(f"{stage.name}: {said}")
+        return found
 
     # -- questions
 
