@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -106,6 +107,48 @@ def locked_folder(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        with suppress(OSError):  # a run that was refused leaves no folder
+            if [path.name for path in folder.iterdir()] == [".lock"]:
+                (folder / ".lock").unlink()
+                folder.rmdir()
+
+
+# -- what a run is about
+
+
+def content_digest(path: str | Path, *patterns: str) -> str | None:
+    """Digest of a file, or of the files in a folder that match `patterns` (all of them by default); None: not there.
+
+    Of a file over a GiB: of its size and 64 blocks spread over it.
+    """
+    path = Path(path)
+    names = sorted({one for pattern in patterns or ("*",) for one in path.rglob(pattern)}) if path.is_dir() else [path]
+    found = hashlib.sha256()
+    for name in (name for name in names if name.is_file()):
+        size = name.stat().st_size
+        found.update(f"{name.relative_to(path)} {size}".encode())
+        with name.open("rb") as file:
+            for at in range(0, size, max(2**24, size // 64) if size > 2**30 else 2**24):
+                file.seek(at)
+                found.update(file.read(2**24))
+    return found.hexdigest()[:16] if path.exists() else None
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], name: str = "") -> list[str]:
+    """What differs, by dotted names; what is None now is not known, and does not count.
+
+    >>> differences({"lr": 1, "data": {"path": "a"}}, {"lr": 2, "data": {"path": "a"}})
+    ['lr (1, now 2)']
+    """
+    found = []
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{name}{key}.")
+        elif old != new and (new is not None or key not in now):
+            said = [_short(side[key]) if key in side else "not given" for side in (before, now)]
+            found.append(f"{name}{key} ({said[0]}, now {said[1]})")
+    return found
 
 
 # -- JSON lines
@@ -195,8 +238,8 @@ def validate(schema: type[BaseModel], raw: Mapping[str, Any], where: str, noun: 
 def _names(raw: Any, loc: Sequence[int | str]) -> Iterator[str]:
     """The way to `loc` as an override would say it: an entry of a list by its name, where it has one."""
     for part in loc:
-        inside = (isinstance(raw, Mapping) and part in raw) or (isinstance(raw, Sequence) and isinstance(part, int))
-        raw = raw[part] if inside else None
+        listed = isinstance(part, int) and isinstance(raw, Sequence) and part < len(raw)
+        raw = raw[part] if listed or (isinstance(raw, Mapping) and part in raw) else None
         yield str(raw["name"] if isinstance(part, int) and isinstance(raw, Mapping) and "name" in raw else part)
 
 

@@ -17,7 +17,7 @@ from support.synthetic import OBJECTIVE
 
 from relook.errors import RelookError
 from relook.model.loading import load_model
-from relook.train.checkpoints import RECORD, Checkpoints, digest
+from relook.train.checkpoints import RECORD, Checkpoints, made_of
 from relook.train.distributed import Signals, Stopped
 from relook.train.runner import run
 from relook.train.trainer import StageTrainer
@@ -164,33 +164,34 @@ def steps(checkpoints: Checkpoints) -> list[int]:
 
 
 def test_the_last_k_and_the_best_are_kept(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, "mine", keep=2)
+    checkpoints = Checkpoints(tmp_path, keep=2)
     for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, 1.5)):
         publish(checkpoints, step, loss)
     assert steps(checkpoints) == [2, 4, 5]
     assert checkpoints.last()["step"] == 5 and checkpoints.best()["step"] == 2
     assert "step-5" in checkpoints.say_last()
-    with checkpoints.finishing({}) as aside:
+    with checkpoints.finishing({"stage": "a"}) as aside:
         aside.mkdir()
     assert steps(checkpoints) == [2] and checkpoints.finished()
 
 
-def test_what_has_no_record_or_anothers_does_not_exist(tmp_path: Path) -> None:
-    theirs, ours = Checkpoints(tmp_path, "theirs", keep=2), Checkpoints(tmp_path, "ours", keep=2)
-    publish(theirs, 1)
-    publish(theirs, 2)
-    (theirs.folder / "step-2" / RECORD).unlink()
-    assert [r["step"] for r in theirs.found()] == [1] and ours.last() is None
-    publish(ours, 2)  # takes the place of the half one, and theirs are gone
-    assert steps(ours) == [2] and (ours.folder / "step-2" / "model").read_text() == "2"
-    (tmp_path / "done.json").write_text(json.dumps({"digest": "theirs"}))
-    assert ours.finished() is None and theirs.finished()
+def test_what_has_no_record_does_not_exist(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    publish(checkpoints, 1)
+    publish(checkpoints, 2)
+    (checkpoints.folder / "step-2" / RECORD).unlink()
+    assert [r["step"] for r in checkpoints.found()] == [1]
+    publish(checkpoints, 2)  # takes the place of the half one
+    assert steps(checkpoints) == [1, 2] and (checkpoints.folder / "step-2" / "model").read_text() == "2"
 
 
-def test_a_digest_is_of_what_decides_the_weights() -> None:
-    def of(**changes) -> str:
+def test_a_stage_is_made_of_what_decides_the_weights(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "items.json").write_text("[]")
+
+    def of(**changes) -> dict:
         plan = interrupted_run.recipe(**changes)
-        return digest("", plan, plan.stages[0])
+        return made_of(plan, plan.stages[0], None)
 
     watched = {"save_every": 7, "keep_last": 9, "evaluate_every": 3, "max_grad_norm": 5.0, "report_to": ["wandb"]}
     assert of(**watched, validation={"questions": 1, "examples": 2}) == of()

@@ -7,7 +7,7 @@ import yaml
 from support import ROOT
 
 from relook.errors import UserError
-from relook.train.objective import OBJECTIVES
+from relook.train.objective import OBJECTIVES, find_objective
 from relook.train.recipe import load_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -72,6 +72,44 @@ def test_overrides_reach_stages_by_name(tmp_path: Path) -> None:
     assert recipe.seed == 7
     assert recipe.stages[0].lr == 2e-4
     assert recipe.stages[0].freeze == ["visual"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("stages.first.lr=-1", "stages.first.lr=.nan", "stages.first.lr=.inf", "stages.first.lr_rest=-1"),
+        *("stages.first.lr_scale={projectors: -1}", "stages.first.weight_decay=-1", "stages.first.clip=-1"),
+        *("stages.first.betas=[1.5, 0.9]", "stages.first.betas=[0.9, 1.0]", "stages.first.betas=[0.9]"),
+        *("seed=-1", "seed=1.5", "stages.first.seed=-3", "stages.first.warmup=1", "stages.first.mask_ratio=1.5"),
+        *("stages.first.epochs=-1", "stages.first.average=mean", "name=../../x", "stages.first.name=a/b"),
+        *("stages.first.weight_decay=.inf", "stages.first.batch=0", "threads=0", "workers=-1", "max_grad_norm=0"),
+    ],
+)
+def test_numbers_out_of_bounds_are_one_sentence(tmp_path: Path, override: str) -> None:
+    path = written(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, [override])
+    key, _, value = override.partition("=")
+    where = key.replace("first.name", "a/b.name")  # by the name that it would have
+    assert where in str(caught.value) and "seen: " in str(caught.value) and "\n" not in str(caught.value), value
+
+
+@pytest.mark.parametrize("option", ["max_length: -1", "max_length: 0", "pack: -5", "group: -2", "mx: 3"])
+def test_options_out_of_bounds_are_one_sentence(tmp_path: Path, option: str) -> None:
+    stage = {"name": "first", "objective": "instruct", "samples": 16, "options": yaml.safe_load(f"{{{option}}}")}
+    made = load_recipe(written(tmp_path, data={"path": "items.json"}, stages=[stage])).stages[0]
+    with pytest.raises(UserError, match=rf"stage first: options: .*{option.partition(':')[0]}"):
+        find_objective(made).check(made, from_items=True)
+
+
+def test_a_synthetic_dataset_beside_items_is_refused(tmp_path: Path) -> None:
+    for key in ("path=own.json", "image_root=own", "streaming=true"):
+        with pytest.raises(
+            UserError, match=rf"data.world \(cards\) and data.{key.partition('=')[0]} .*exclude each other"
+        ):
+            load_recipe(written(tmp_path), [f"data.{key}"])
+    data = load_recipe(written(tmp_path), ["data.world=null", "data.path=own.json"]).data
+    assert (data.source, data.path) == ("json", "own.json")
 
 
 def test_keys_of_earlier_versions_are_accepted_with_a_notice(tmp_path: Path, capsys) -> None:

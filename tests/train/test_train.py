@@ -117,4 +117,4 @@ def test_a_run_of_an_older_version_is_neither_continued_nor_replaced(tmp_path: P
     (tmp_path / "stages" / "00-a" / "weights.safetensors").touch()
     with pytest.raises(UserError, match="older version of relook"):
         run(recipe([{"name": "a", "objective": OBJECTIVE, "samples": 1}]), out=tmp_path)
-    assert [path.name for path in tmp_path.rglob("*")] == ["stages", "00-a", "weights.safetensors"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["stages", ".lock", "00-a", "weights.safetensors"]

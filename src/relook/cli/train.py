@@ -18,6 +18,7 @@ def train(
         bool,
         Option("--dry-run", help="Check data and model; report trainable parameters, tokens, steps, memory and time."),
     ] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Start over where the folder holds a run.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the dry run as JSON.")] = False,
 ) -> None:
     """Train a model by a recipe; a rerun continues an interrupted run. SIGTERM and Ctrl-C save first."""
@@ -26,7 +27,7 @@ def train(
         return
     from relook.train import distributed, run
 
-    done = run(recipe, overrides or [])
+    done = run(recipe, overrides or [], overwrite=overwrite)
     if distributed.main():
         print(f"written: {done}")
 

@@ -242,13 +242,19 @@ class Data(Strict):
     @model_validator(mode="before")
     @classmethod
     def _told(cls, raw: Any) -> Any:
-        implied = isinstance(raw, dict) and "source" not in raw and "world" not in raw
+        implied = isinstance(raw, dict) and "source" not in raw and not raw.get("world")
         return {**raw, "source": "json"} if implied and (raw.get("path") or raw.get("sources")) else raw
 
     @model_validator(mode="after")
     def _complete(self) -> Data:
         if self.source == "world" and not self.world:
             raise ValueError("source is 'world' but no world is named; add e.g. world: cards")
+        theirs = [key for key in ("path", "sources", "image_root", "streaming") if getattr(self, key)]
+        if self.world and theirs:
+            raise ValueError(
+                f"data.world ({self.world}) and data.{theirs[0]} ({getattr(self, theirs[0])}) exclude each other; leave"
+                " one out: data.world=null data.source=json for items, data.path=null for the synthetic dataset"
+            )
         if self.source == "json" and (self.path is None) == (not self.sources):
             raise ValueError("source is 'json': give exactly one of path: items.json and sources: [{path: ...}, ...]")
         if self.sources and self.image_root is not None:

@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from relook.errors import CheckpointError, UserError
-from relook.io import checkpoint_name
+from relook.io import checkpoint_name, content_digest
 from relook.looks import LOOKS
 
 from . import new
@@ -78,6 +78,16 @@ class Start(BaseModel):
     def base_record(self, seed: int) -> dict[str, Any] | None:
         """What an adapter of this start keeps of it in base.json; None for a new model, which has no name."""
         return None if self.start is None else {**self.model_dump(include=set(BASE_KEYS)), "seed": seed}
+
+    def digests(self) -> dict[str, str | None]:
+        """Digests of the weights that are named, by name; None where they are not at hand."""
+        found: dict[str, str | None] = {}
+        for name in filter(None, (self.start, self.visual, self.detection, self.seg)):
+            try:
+                found[name] = content_digest(resolve(name), "*.safetensors", "*.bin")
+            except UserError:
+                found[name] = None
+        return found
 
 
 # -- opening ----------------------------------------------------------------------------------------------------------

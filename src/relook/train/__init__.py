@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 
-def run(recipe: str | Path, overrides: Sequence[str] = (), out: str | Path | None = None) -> Path:
+def run(
+    recipe: str | Path, overrides: Sequence[str] = (), out: str | Path | None = None, overwrite: bool = False
+) -> Path:
     """Carry out a recipe; see `relook.train.runner.run`. Imports torch only when called."""
     from relook.train.runner import run as carry_out
 
-    return carry_out(recipe, overrides, out)
+    return carry_out(recipe, overrides, out, overwrite)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Any:

@@ -2,12 +2,13 @@
 
     stages/00-dense/                 a model folder that `relook.load` takes; heads.safetensors where the run has
                                      auxiliary heads; done.json is the record
+    stages/00-dense/stage.json       what decides these weights: the recipe, digests of items and of the start
     stages/00-dense/checkpoints/     step-200/, step-400/: the same, and beside it what training needs to go on;
                                      checkpoint.json is the record
 
-A record holds the digest of all that the recipe says about these weights. What has no record, or that of another
-recipe, does not exist: everything is written aside, the record last, and takes its name when all of it is on the disk.
-The inside of a checkpoint is written by transformers' Trainer (`trainer`).
+A folder is gone on with only for the same stage.json. What has no record does not exist: everything is written aside,
+the record last, and takes its name when all of it is on the disk. The inside of a checkpoint is written by
+transformers' Trainer (`trainer`).
 """
 
 from __future__ import annotations
@@ -26,28 +27,37 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from relook.errors import RelookError, UserError
+from relook.errors import RelookError
+from relook.io import content_digest, differences, replacing
 from relook.model.adapters import Adapter
 from relook.train.recipe import Recipe, Stage
 
-RECORD, DONE = "checkpoint.json", "done.json"
+RECORD, DONE, MADE_OF = "checkpoint.json", "done.json", "stage.json"
+VERSION = 2  # of the way in which stages train: what an older one has begun is not gone on with
 HEADS = "heads.safetensors"
 GO_ON = "the same command goes on from there"
 Record = dict[str, Any]
 
 
-def digest(before: str, recipe: Recipe, stage: Stage) -> str:
-    """Names everything that a recipe says about the weights after a stage (what it leaves at its default apart).
+def made_of(recipe: Recipe, stage: Stage, before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """All that decides the weights after a stage: what the recipe says (its defaults apart), and digests of its files.
 
-    `before` is the digest of the stage before, "" for the first.
+    Args:
+        before: the same of the stage before; None for the first.
     """
-    changed: dict[str, Any] = {"exclude_defaults": True}
-    mended = {"max_broken"}  # when to stop: what is learnt is the same
-    parts = recipe.model.model_dump(**changed), recipe.data.model_dump(**changed, exclude=mended)
-    said: list[Any] = [before or [recipe.seed, *parts], stage.model_dump(**changed, exclude={"data": mended})]
-    if recipe.validation.items and recipe.data_of(stage).source == "json":
-        said.append(recipe.validation.items)  # fewer are left to learn from
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    changed: dict[str, Any] = {"exclude_defaults": True, "mode": "json"}
+    data = recipe.data_of(stage)
+    about = data.model_dump(**changed, exclude={"max_broken"})  # when to stop: what is learnt is the same
+    said: dict[str, Any] = {"relook": VERSION, "seed": recipe.seed, "data": about}
+    said["stages"] = {stage.name: stage.model_dump(**changed, exclude={"data"})}
+    if data.source == "json":
+        about["digests"] = {source.path: content_digest(source.path) for source in data.all_sources()}
+        said["validation"] = {"items": recipe.validation.items}  # fewer are left to learn from
+    if before is None:
+        said["model"] = {**recipe.model.model_dump(**changed), "digests": recipe.model.digests()}
+    else:
+        said["stage before"] = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
+    return said
 
 
 # -- a model that trains, and its files
@@ -61,6 +71,7 @@ class StageModel:
         outer: the model, or the module with auxiliary heads around it (whose attribute `model` it is then).
         heads: tensors of auxiliary heads that earlier stages left.
         free_choice: what the processor said before the stage's data had their say (`processor.free_choice`).
+        origin: where the weights of the run's first stage came from; None for a new model.
     """
 
     model: Any
@@ -69,6 +80,7 @@ class StageModel:
     adapter: Adapter | None = None
     heads: Mapping[str, Tensor] = field(default_factory=dict)
     free_choice: bool = False
+    origin: dict[str, Any] | None = None
 
     @property
     def wrapped(self) -> bool:
@@ -123,32 +135,19 @@ def read_heads(folder: str | Path) -> dict[str, Tensor]:
 # -- the folder of a stage
 
 
-def refuse_older_run(folder: Path) -> None:
-    """Raises UserError where a finished stage of a run is no model folder, as versions before 2026-11-28 left them.
-
-    Such a run is neither gone on with (a stage took settings of the one before it) nor replaced.
-    """
-    old = next(iter(sorted(folder.glob("stages/*/weights.safetensors"))), None)
-    if old is not None:
-        raise UserError(
-            f"{folder} holds a run of an older version of relook ({old.parent.name} has weights and no config.json); "
-            "give another folder with out=, or remove this one"
-        )
-
-
 @dataclass
 class Checkpoints:
     """The folder of one stage.
 
     Args:
         place: the folder.
-        digest: of the recipe up to this stage.
         keep: how many checkpoints are kept beside the best, which is the one of least `eval_loss`.
+        made: what decides its weights (`made_of`).
     """
 
     place: Path
-    digest: str
     keep: int
+    made: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -162,14 +161,34 @@ class Checkpoints:
     def path(self, record: Record) -> Path:
         return self.folder / f"step-{record['step']}"
 
+    def begun(self) -> dict[str, Any] | None:
+        """What the stage was begun with (see `made_of`); None where it was not."""
+        return _read(self.place / MADE_OF) if (self.place / MADE_OF).is_file() else None
+
+    def difference(self) -> str:
+        """How what the stage was begun with differs from `made`; "" for not at all, or where it was not begun."""
+        older = self.place / DONE, self.place / "weights.safetensors", self.folder
+        if (before := self.begun()) is None:
+            return f"{self.place.name} is of an older version of relook" if any(p.exists() for p in older) else ""
+        return ", ".join(differences(before, self.made)[:3])
+
+    def begin(self) -> None:
+        """Keep what the stage is made of, and remove what a killed run left half-written."""
+        shutil.rmtree(self.aside, ignore_errors=True)
+        with replacing(self.place / MADE_OF) as file:
+            json.dump(self.made, file, indent=1)
+
     def finished(self) -> Record | None:
         """The record of the stage if it is done."""
-        return self._read(self.place / DONE)
+        return _read(self.place / DONE) if (self.place / DONE).is_file() else None
+
+    def before(self) -> list[Record]:
+        """The records of the stages before."""
+        return [_read(path) for path in sorted(self.place.parent.glob(f"*/{DONE}")) if path.parent < self.place]
 
     def found(self) -> list[Record]:
-        """Records of the whole checkpoints of this recipe, by step."""
-        records = (self._read(path / RECORD) for path in self.folder.glob("step-*"))
-        return sorted((r for r in records if r is not None), key=lambda r: r["step"])
+        """Records of the whole checkpoints, by step."""
+        return sorted((_read(path) for path in self.folder.glob(f"step-*/{RECORD}")), key=lambda r: r["step"])
 
     def last(self) -> Record | None:
         return next(reversed(self.found()), None)
@@ -182,10 +201,10 @@ class Checkpoints:
     def publish(self, record: Record) -> None:
         """Give the checkpoint that the Trainer wrote its record and its name; then drop what is not kept."""
         part, target = self.aside / f"checkpoint-{record['step']}", self.path(record)
-        self._write(part / RECORD, record)
+        (part / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         _sync_all(part)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if target.exists():  # of another recipe
+        if target.exists():  # half removed
             _remove(target)
         os.replace(part, target)
         _sync(self.folder)
@@ -198,15 +217,12 @@ class Checkpoints:
         Of the checkpoints only the best stays.
         """
         self.place.mkdir(parents=True, exist_ok=True)
-        (self.place / DONE).unlink(missing_ok=True)  # before the weights that it is about
         aside = self.place / "model.part"
         shutil.rmtree(aside, ignore_errors=True)
         try:
             yield aside
-            self._write(aside / DONE, record)
+            (aside / DONE).write_text(json.dumps(record, indent=1), encoding="utf-8")
             _sync_all(aside)
-            for old in (*self.place.glob("*.safetensors"), *self.place.glob("*.json")):
-                old.unlink()
             for path in sorted(aside.iterdir(), key=lambda path: path.name == DONE):
                 os.replace(path, self.place / path.name)
             _sync(self.place)
@@ -217,7 +233,7 @@ class Checkpoints:
             self.folder.rmdir()
 
     def _drop(self, kept: list[Record | None]) -> None:
-        """Remove all checkpoints but these, those of other recipes too, and what is half-written."""
+        """Remove all checkpoints but these, and what is half-written."""
         shutil.rmtree(self.aside, ignore_errors=True)
         paths = {self.path(record) for record in kept if record is not None}
         for path in self.folder.glob("step-*"):
@@ -255,12 +271,10 @@ class Checkpoints:
             said = f"{path} could not be written: {why} ({free:.0f} MB free). Make room; {self.say_last()}"
             raise RelookError(said) from error
 
-    def _read(self, path: Path) -> Record | None:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return record if record.get("digest") == self.digest else None
 
-    def _write(self, path: Path, record: Record) -> None:
-        path.write_text(json.dumps({**record, "digest": self.digest}, indent=1), encoding="utf-8")
+def _read(path: Path) -> Record:
+    found: Record = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 @contextmanager

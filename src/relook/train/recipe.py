@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from relook.data.rules import Data, Strict, relative_path
 from relook.errors import UserError
@@ -26,7 +26,15 @@ RENAMED = {"optimiser": "optimizer", "max_grad": "max_grad_norm"}  # keys of ear
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(pattern=r"^\w[^/\\]*$")]  # of a folder
+
+
+def _folder_name(name: str) -> str:
+    if not name or name.startswith(".") or set(name) & set("/\\"):
+        raise ValueError("it names a folder: without / and \\, and with no dot in front")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_folder_name)]
 
 
 def renamed(raw: Any) -> Any:

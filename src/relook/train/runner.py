@@ -2,13 +2,15 @@
 
 A run is a folder: `recipe.yaml` as used, `log.jsonl`, `tensorboard/`, `stages/<nr>-<name>/` with the model after every
 stage (and, while it runs, its checkpoints), `curves.png`, and `final/` with the model as it ships. A rerun skips the
-stages whose recipe (and everything before them) has not changed, and goes on inside the one that was cut.
+stages that are done and goes on inside the one that was cut; one that differs in what decides the weights is refused.
 """
 
 from __future__ import annotations
 
 import difflib
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +20,55 @@ from torch import Tensor, nn
 from relook.data.dataset import open_items
 from relook.data.records import records
 from relook.errors import UserError
-from relook.io import replacing, replacing_folder
+from relook.io import locked_folder, replacing, replacing_folder
 from relook.model.start import Start, StartInfo, describe_start, open_start
 from relook.plugins import find
 from relook.train import distributed, lora
-from relook.train.checkpoints import GO_ON, Checkpoints, Record, StageModel, digest, read_heads, refuse_older_run
+from relook.train.checkpoints import GO_ON, Checkpoints, Record, StageModel, made_of, read_heads
 from relook.train.distributed import Signals, Stopped
-from relook.train.metrics import SKIPPED, SkippedReport, check_reporters, draw_curves
+from relook.train.metrics import BOARD, CURVES, LOG, SKIPPED, SkippedReport, check_reporters, draw_curves
 from relook.train.objective import Objective, Setup, find_objective
 from relook.train.optim import PARTS, in_part, set_trainable
-from relook.train.recipe import Data, Recipe, Stage, load_recipe, reset_forward, set_forward
+from relook.train.recipe import Data, Recipe, Stage, load_recipe, set_forward
 from relook.train.trainer import StageTrainer
 
+PARTS_OF_A_RUN = ("recipe.yaml", LOG, CURVES, BOARD, "final")  # beside stages/
 
-def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), out: str | Path | None = None) -> Path:
+
+def run(
+    recipe: str | Path | Recipe, overrides: Sequence[str] = (), out: str | Path | None = None, overwrite: bool = False
+) -> Path:
     """Train what a recipe says and return the folder of the finished model.
 
     Args:
         recipe: a YAML file, or a recipe already checked.
         overrides: `key=value`, see `recipe.load_recipe`; `out=FOLDER` among them is taken as `out`.
         out: the run's folder; `runs/<recipe name>` unless given.
+        overwrite: start over, whatever run the folder holds.
 
     Raises:
-        UserError: the recipe does not hold together, before any training.
+        UserError: the recipe does not hold together, or the folder holds another run; before any training.
     """
     for o in overrides:
         out = o.removeprefix("out=") if o.startswith("out=") else out
-    with distributed.joined():
+    with distributed.joined(), ExitStack() as held:
         with distributed.together():
             if not isinstance(recipe, Recipe):
                 recipe = load_recipe(recipe, [o for o in overrides if not o.startswith("out=")])
             folder = Path(out) if out is not None else Path("runs") / recipe.name
             torch.set_num_threads(recipe.threads)
             check(recipe)
-            refuse_older_run(folder)
+            names = [f"{number:02d}-{stage.name}" for number, stage in enumerate(recipe.stages)]
+            places = [Checkpoints(folder / "stages" / name, recipe.keep_last) for name in names]
+            waiting = zip(recipe.stages, places, strict=True)
+            _check_data(recipe, [stage for stage, place in waiting if overwrite or place.finished() is None])
+        with distributed.together():
+            if distributed.main():
+                held.enter_context(locked_folder(folder))
+                _begin_run(recipe, folder, places, overwrite)
         with Signals() as signals:
             try:
-                _run_stages(recipe, folder, signals)
+                _run_stages(recipe, folder, places, signals)
             except Stopped:
                 if distributed.main():
                     draw_curves(folder)
@@ -62,16 +76,36 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), out: str | P
     return folder / "final"
 
 
-def _run_stages(recipe: Recipe, folder: Path, signals: Signals) -> None:
+def _begin_run(recipe: Recipe, folder: Path, places: list[Checkpoints], overwrite: bool) -> None:
+    """Tell every stage's folder what it is made of; with `overwrite`, nothing is left of an earlier run.
+
+    Raises:
+        UserError: the folder holds a run that was begun with something else; names what differs.
+    """
+    for path in [folder / name for name in (*PARTS_OF_A_RUN, "stages")] if overwrite else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    before = None
+    for stage, place in zip(recipe.stages, places, strict=True):
+        place.made = made_of(recipe, stage, before)
+        _refuse(folder, place.difference())
+        before = place.begun() or place.made
+    for path in set(folder.glob("stages/*")) - {place.place for place in places}:
+        _refuse(folder, Checkpoints(path, 1).difference() and f"the stage {path.name}, which the recipe lacks")
+
+
+def _refuse(folder: Path, differs: str) -> None:
+    if differs:
+        raise UserError(
+            f"{folder} holds a run that differs: {differs}; take that back, give another folder with out=, or start "
+            "over with --overwrite"
+        )
+
+
+def _run_stages(recipe: Recipe, folder: Path, places: list[Checkpoints], signals: Signals) -> None:
     """All stages that are not done yet, and the model as it ships."""
-    start, history, places, name = recipe.model, list[Record](), list[Checkpoints](), ""
-    for number, stage in enumerate(recipe.stages):
-        name = digest(name, recipe, stage)
-        places.append(Checkpoints(folder / "stages" / f"{number:02d}-{stage.name}", name, recipe.keep_last))
-    done = distributed.from_main([place.finished() for place in places])
-    with distributed.together():
-        _check_data(recipe, [stage for stage, record in zip(recipe.stages, done, strict=True) if record is None])
-    for stage, place, record in zip(recipe.stages, places, done, strict=True):
+    start = recipe.model
+    for stage, place in zip(recipe.stages, places, strict=True):
+        record = distributed.from_main(place.finished())
         if record is not None:
             distributed.say(f"{stage.name}: already done, taken from {place.place}")
         else:
@@ -80,12 +114,11 @@ def _run_stages(recipe: Recipe, folder: Path, signals: Signals) -> None:
             if signal is not None and stage is not recipe.stages[-1]:
                 said = f"stopped after stage {stage.name}, which is kept in {place.place}; {GO_ON}"
                 raise distributed.for_all(Stopped(said, signal))
-        history.append({k: v for k, v in record.items() if k != "digest"})
         start = Start.model_validate({"start": str(place.place)})
     with distributed.together(), place.writing(folder):
         if distributed.main():
             draw_curves(folder)
-            save_final(recipe, history, start, folder / "final")
+            _save_final(recipe, start, folder / "final")
 
 
 def train_stage(recipe: Recipe, stage: Stage, start: Start, checkpoints: Checkpoints, signals: Signals) -> Record:
@@ -99,7 +132,8 @@ def train_stage(recipe: Recipe, stage: Stage, start: Start, checkpoints: Checkpo
         trained, objective, items = _open_stage(recipe, stage, start)
         steps = steps_of(stage, items)
         if distributed.main():
-            _write_recipe(recipe, checkpoints.place.parents[1])  # not before: a run that is refused leaves no folder
+            checkpoints.begin()  # not before: a run that is refused leaves no folder
+            _write_recipe(recipe, checkpoints.place.parents[1])
     record = distributed.from_main(checkpoints.last())
     begun = record["step"] if record is not None else 0
     if record is not None:
@@ -135,7 +169,10 @@ def _open_stage(recipe: Recipe, stage: Stage, start: Start) -> tuple[StageModel,
         items = open_items(data, recipe.seed_of(stage), recipe.validation.items, processor)
     trained, objective = prepare_stage(recipe, stage, model, processor, items, heads, first)
     assert objective is not None
-    trained.free_choice = free_choice
+    trained.free_choice, before = free_choice, model.config.provenance or {}
+    trained.origin = before.get("start") if not first else None
+    if first and start.start is not None:
+        trained.origin = {"from": Path(start.start).name, **before}
     distributed.refuse_sharding("auxiliary heads", trained.wrapped)
     return trained, objective, items
 
@@ -186,9 +223,8 @@ def _finish(trainer: StageTrainer) -> Record:
     }
     if best is not None:
         record["best"] = {k: best[k] for k in ("step", "eval_loss")}
-    with distributed.together(), checkpoints.writing():
+    with distributed.together(), checkpoints.writing(), trainer.described(record):
         if distributed.main():
-            reset_forward(trained.model.config, recipe.stages[: recipe.stages.index(stage) + 1])
             if trained.adapter is not None:
                 trained.processor.free_choice = trained.free_choice or recipe.data.free_choice
                 with replacing_folder(checkpoints.place / "adapter") as aside:
@@ -202,28 +238,10 @@ def _finish(trainer: StageTrainer) -> Record:
     return record
 
 
-def save_final(recipe: Recipe, history: list[Record], last: Start, folder: Path) -> None:
-    """The finished model, as it ships: weights in the recipe's dtype, processor, and where it all came from."""
-    import transformers
-
-    from relook import __version__
-
+def _save_final(recipe: Recipe, last: Start, folder: Path) -> None:
+    """The finished model, as it ships: weights in the recipe's dtype."""
     model, processor = open_start(last)
-    started = recipe.model.start
-    before = {"start": {"from": Path(started).name, **(model.config.provenance or {})}} if started else {}
-    model.config.provenance = {
-        **before,
-        "recipe": recipe.name,
-        "seed": recipe.seed,
-        "samples": sum(h["samples"] for h in history),
-        "seconds": round(sum(h["seconds"] for h in history), 1),
-        "stages": history,
-        "relook": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
     processor.free_choice = processor.free_choice or recipe.data.free_choice
-    model.config.domain = recipe.domain  # not that of the weights it started from
     with replacing_folder(folder) as aside:
         model.to(getattr(torch, recipe.save_dtype)).save_pretrained(aside)
         processor.save_pretrained(aside)

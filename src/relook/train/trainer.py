@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from relook.train.checkpoints import Checkpoints, Record, StageModel
 from relook.train.metrics import LOG, LogWriter, Metrics, SkippedReport, logging_to
 from relook.train.objective import Examples, Objective, learnt_tokens, run_batch
 from relook.train.optim import build_optimizer, schedule
-from relook.train.recipe import Recipe, Stage
+from relook.train.recipe import Recipe, Stage, reset_forward
 from relook.train.validation import Validator
 
 
@@ -161,7 +161,41 @@ class StageTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None
         if self.args.should_save:
-            self.trained.save(output_dir, state_dict)
+            done = {"stage": self.stage.name, "step": self.state.global_step, **self.metrics.record()}
+            with self.described({key: value for key, value in done.items() if key != "loss_sum"}):
+                self.trained.save(output_dir, state_dict)
+
+    @contextmanager
+    def described(self, record: Record) -> Iterator[None]:
+        """Within, the model's config says what its weights are and how they are asked, not how the stage trains them.
+
+        Args:
+            record: of the stage so far.
+        """
+        import transformers
+
+        from relook import __version__
+
+        recipe, config, stages = self.recipe, self.trained.model.config, [*self.checkpoints.before(), record]
+        before = dict(config.__dict__)
+        reset_forward(config, recipe.stages[: len(stages)])
+        config.domain = recipe.domain  # not that of the weights it started from
+        config.provenance = {
+            **({"start": self.trained.origin} if self.trained.origin else {}),
+            "recipe": recipe.name,
+            "seed": recipe.seed,
+            "samples": sum(each["samples"] for each in stages),
+            "seconds": round(sum(each["seconds"] for each in stages), 1),
+            "stages": stages,
+            "relook": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        try:
+            yield
+        finally:
+            config.__dict__.clear()
+            config.__dict__.update(before)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The Trainer's own is not strict, and checkpoints have the published names of weights: it would load none."""
