@@ -1,4 +1,4 @@
-"""Region geometry: grid cells, fractions and pixels, and crops. Pure arithmetic.
+"""Region geometry: grid cells and pixels, and crops. Pure arithmetic.
 
 Frames, the same everywhere in relook:
 
@@ -30,7 +30,6 @@ GRID = 8  # cells a side in the published models
 
 Cells: TypeAlias = tuple[int, int, int, int]
 Box: TypeAlias = tuple[int, int, int, int]
-Fractions: TypeAlias = tuple[float, float, float, float]
 
 
 def check_cells(cells: Sequence[int], grid: int = GRID) -> Cells:
@@ -108,29 +107,6 @@ def widen(cells: Cells, margin: int, grid: int = GRID) -> Cells:
         raise UserError(f"margin {margin} is negative: expected 0 or more cells")
     last = grid - 1
     return max(x0 - margin, 0), max(y0 - margin, 0), min(x1 + margin, last), min(y1 + margin, last)
-
-
-def cells_to_fractions(cells: Cells, grid: int = GRID) -> Fractions:
-    """(left, top, right, bottom) edges as fractions 0..1 of the image's sides.
-
-    >>> cells_to_fractions((1, 2, 3, 4))
-    (0.125, 0.25, 0.5, 0.625)
-    """
-    x0, y0, x1, y1 = check_cells(cells, grid)
-    return x0 / grid, y0 / grid, (x1 + 1) / grid, (y1 + 1) / grid
-
-
-def fractions_to_cells(fractions: Sequence[float], grid: int = GRID) -> Cells:
-    """Smallest cells that cover `fractions` (left, top, right, bottom edges, 0..1), cut to the image."""
-    if len(fractions) != 4 or not all(math.isfinite(value) for value in fractions):
-        raise UserError(f"box {tuple(fractions)} is not four numbers: expected left,top,right,bottom as fractions 0..1")
-    left, top, right, bottom = fractions
-    if right < left or bottom < top:
-        raise UserError(f"box {tuple(fractions)} runs backwards: expected left <= right and top <= bottom")
-    rounding = 1e-9  # i / grid * grid may come out a hair beside i
-    x0, y0 = (_clamp(math.floor(edge * grid + rounding), 0, grid - 1) for edge in (left, top))
-    x1, y1 = (math.ceil(edge * grid - rounding) - 1 for edge in (right, bottom))
-    return x0, y0, _clamp(x1, x0, grid - 1), _clamp(y1, y0, grid - 1)
 
 
 def covered(box: Sequence[float], other: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""Region geometry: cells, fractions, pixels and crops, for images from 1 x 1 to 20:1 and grids from 1 to 16.
+"""Region geometry: cells, pixels and crops, for images from 1 x 1 to 20:1 and grids from 1 to 16.
 
 Expected boxes come from the published conversations (crop suffixes beside region tokens) and from counting pixels;
 properties are tested with hypothesis.
@@ -19,11 +19,9 @@ from relook.looks import parse_calls
 from relook.regions import (
     box_to_cells,
     cells_to_box,
-    cells_to_fractions,
     clamp_box,
     covered,
     crop,
-    fractions_to_cells,
     iou,
     join_crop_suffix,
     split_crop_suffix,
@@ -152,28 +150,11 @@ def test_widening_grows_by_whole_cells_and_stays_on_the_grid(region: tuple, marg
         assert inside(cells_to_box(cells, size, grid), cells_to_box(wide, size, grid))
 
 
-@pytest.mark.parametrize("grid", [*range(1, 17), 49, 103])  # 1 / 49 * 49 is a hair under 1
-def test_cells_to_fractions_to_cells_is_the_identity(grid: int) -> None:
-    for first, last in [(i, j) for i in range(grid) for j in range(i, grid)]:
-        fractions = cells_to_fractions((first, first, last, last), grid)
-        assert all(0 <= f <= 1 for f in fractions)
-        assert fractions_to_cells(fractions, grid) == (first, first, last, last)
-
-
-@given(a_box())
-def test_fractions_and_pixels_name_the_same_cells_where_cells_are_whole_pixels(case: tuple) -> None:
-    grid, (width, height), box = case
-    size = (width * grid, height * grid)
-    shares = (box[0] / size[0], box[1] / size[1], box[2] / size[0], box[3] / size[1])
-    assert fractions_to_cells(shares, grid) == box_to_cells(box, size, grid)
-
-
 def test_boxes_are_cut_to_the_image_and_fractions_of_pixels_count_whole() -> None:
     assert clamp_box((-5, -5, 1000, 1000), (64, 32)) == (0, 0, 64, 32)
     assert clamp_box((10.2, 3.9, 11.1, 4.0), (64, 32)) == (10, 3, 12, 4)
     assert clamp_box((200, 200, 300, 300), (64, 32)) == (63, 31, 64, 32)  # beside the image: its nearest pixel
     assert box_to_cells((20, 20, 20, 20), (64, 64)) == (2, 2, 2, 2)  # empty: one pixel
-    assert fractions_to_cells((-1, 0.5, 2, 0.5)) == (0, 4, 7, 4)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +168,6 @@ def test_boxes_are_cut_to_the_image_and_fractions_of_pixels_count_whole() -> Non
         lambda: box_to_cells((5, 5, 4, 6), (10, 10)),
         lambda: box_to_cells((5, 5, float("nan"), 6), (10, 10)),
         lambda: box_to_cells((5, 5, 6), (10, 10)),
-        lambda: fractions_to_cells((0.5, 0, 0.25, 1)),
         lambda: widen((0, 0, 1, 1), -1),
     ],
 )

@@ -6,8 +6,8 @@ from support import tiny_model as tiny
 from support.interrupted_run import recipe
 from support.synthetic import OBJECTIVE
 
+from relook.model.encoders import image_encoder
 from relook.model.loading import load_model
-from relook.model.modeling import image_encoder
 from relook.train.runner import run
 from relook.train.trainer import FeatureCache
 

@@ -1,4 +1,4 @@
-"""The extra vision encoders: stock transformers models, one row each.
+"""Vision encoders: the extra ones, stock transformers models, one row each; and the images of a forward through all.
 
 A row says which class encodes, how its output becomes the feature F of the projector and what a checkpoint of the
 published format leaves to the hub. The base model's own ViT (look "clip") needs no row: it is already there.
@@ -6,10 +6,13 @@ published format leaves to the hub. The base model's own ViT (look "clip") needs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionEncoder
@@ -83,3 +86,87 @@ def build_encoder(look: str, values: dict[str, Any] | None, attn_implementation:
     if attn_implementation in ("eager", "sdpa"):  # SAM has no other; DINOv2 follows for one predictable choice
         config._attn_implementation = attn_implementation
     return ENCODERS[look].model_class(config)
+
+
+# -- the images of one forward ----------------------------------------------------------------------------------------
+
+_IMAGE_ENCODER: ContextVar[Callable[..., Any] | None] = ContextVar("image_encoder", default=None)
+
+
+@contextmanager
+def image_encoder(encode: Callable[..., Any]) -> Iterator[None]:
+    """Within, `encode` takes the place of the base model's `get_image_features` (for example, a cache around it).
+
+    Args:
+        encode: (pixel_values (patches, p), image_grid_thw (k, 3), return_dict=True) -> an output with `pooler_output`,
+            one (n, d) tensor per image.
+    """
+    token = _IMAGE_ENCODER.set(encode)
+    try:
+        yield
+    finally:
+        _IMAGE_ENCODER.reset(token)
+
+
+def image_features(model: Any, pixel_values: Tensor, image_grid_thw: Tensor) -> Any:
+    """The output of the base model's own vision encoder; see `image_encoder`."""
+    encode = _IMAGE_ENCODER.get() or model.model.get_image_features
+    return encode(pixel_values, image_grid_thw, return_dict=True)
+
+
+def encode_images(model: Any, base: dict[str, Any], looks: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The encoders' outputs for the base model's images and videos, and the features of every look's images.
+
+    A clip look at an image that is also a first look or a crop takes that one's features: one encoder run.
+
+    Args:
+        model: a `LookAgainMixin`.
+        base: images and videos under the names of `forward`. looks: look -> its images under the names of `encode`.
+    """
+    outputs: dict[str, Any] = dict(base["mm_encoder_outputs"] or {})
+    features: dict[str, list[Tensor]] = {}
+    pixels, grids = base["pixel_values"], base["image_grid_thw"]
+    own = pixels is not None and outputs.get("image") is None
+    if own:
+        outputs["image"] = image_features(model, pixels, grids)
+    if outputs.get("video") is None and base["pixel_values_videos"] is not None:
+        video = (base["pixel_values_videos"], base["video_grid_thw"])
+        outputs["video"] = model.model.get_video_features(*video, return_dict=True)
+    if own and "clip" in looks:
+        clips, sizes = looks["clip"]["pixel_values"], looks["clip"]["image_grid_thw"]
+        same = same_images(clips, sizes, pixels, grids)
+        others = [i for i, at in enumerate(same) if at is None]
+        rest: Iterator[Tensor] = iter(())
+        if others:
+            parts = clips.split(sizes.prod(-1).tolist())
+            clips = torch.cat([parts[i] for i in others])
+            rest = iter(model.encode("clip", pixel_values=clips, image_grid_thw=sizes[others]))
+        features["clip"] = [next(rest) if at is None else outputs["image"].pooler_output[at] for at in same]
+    features |= {look: model.encode(look, **tensors) for look, tensors in looks.items() if look not in features}
+    return outputs, features
+
+
+def same_images(pixels: Tensor, grids: Tensor, others: Tensor, other_grids: Tensor) -> list[int | None]:
+    """For each image, the first of the others with the same pixels, None where there is none.
+
+    Args:
+        pixels, others: (patches, p), image after image; grids, other_grids: (k, 3) their patches as t, h, w.
+    """
+    ours, theirs = (
+        list(zip(x.split(g.prod(-1).tolist()), g.tolist(), strict=True))
+        for x, g in ((pixels, grids), (others, other_grids))
+    )
+    return [
+        next((i for i, (other, size) in enumerate(theirs) if size == grid and torch.equal(image, other)), None)
+        for image, grid in ours
+    ]
+
+
+def merge_base_images(model: Any, input_ids: Any, embeds: Tensor, outputs: dict[str, Any]) -> Tensor:
+    """First looks and crops (and videos) into the embeddings, exactly as the base model does."""
+    for index, kind in enumerate(("image", "video")):
+        if outputs.get(kind) is not None:
+            values = torch.cat(list(outputs[kind].pooler_output), dim=0).to(embeds)
+            mask = model.model.get_placeholder_mask(input_ids, embeds, **{f"{kind}_features": values})[index]
+            embeds = embeds.masked_scatter(mask, values)
+    return embeds

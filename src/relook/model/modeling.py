@@ -12,9 +12,7 @@ applies it to Qwen2-VL.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +29,7 @@ from transformers.utils import can_return_tuple
 from relook.errors import UserError
 
 from .configuration import ReencodeIds, VPTQwen2VLConfig
-from .encoders import ENCODERS, build_encoder
+from .encoders import ENCODERS, build_encoder, encode_images, image_features, merge_base_images
 from .generation import LookGenerationMixin, continue_call, state_in_cache, states_after
 from .packed import Packed
 from .projector import ConditionedProjector, init_projector_layer
@@ -44,7 +42,6 @@ from .segments import (
     max_over_ranks,
     put_columns,
     ranks_synchronised,
-    same_images,
     zero_of,
 )
 
@@ -60,24 +57,6 @@ class LookAgainOutput(CausalLMOutputWithPast):
 
     def to_tuple(self) -> tuple:
         return tuple(self[name] for name in self if name != "look_states")  # as the base model's
-
-
-_IMAGE_ENCODER: ContextVar[Callable[..., Any] | None] = ContextVar("image_encoder", default=None)
-
-
-@contextmanager
-def image_encoder(encode: Callable[..., Any]) -> Iterator[None]:
-    """Within, `encode` takes the place of the base model's `get_image_features` (for example, a cache around it).
-
-    Args:
-        encode: (pixel_values (patches, p), image_grid_thw (k, 3), return_dict=True) -> an output with `pooler_output`,
-            one (n, d) tensor per image.
-    """
-    token = _IMAGE_ENCODER.set(encode)
-    try:
-        yield
-    finally:
-        _IMAGE_ENCODER.reset(token)
 
 
 class LookAgainMixin(LookGenerationMixin, nn.Module):
@@ -138,7 +117,7 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
                 return list(spec.features(encoder(images)))
             self._branch(self.projectors, look) if look != "image" else None
             pixels, grids = tensors["pixel_values"].to(self.device), tensors["image_grid_thw"].to(self.device)
-            return list(self._image_features(pixels, grids).pooler_output)
+            return list(image_features(self, pixels, grids).pooler_output)
 
     def project(self, look: str, features: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """One image's features -> tokens for the language model (n, d), and the attention map <F_i, c> (n,) or None.
@@ -264,7 +243,8 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
                     "a cache is continued without position_ids, and positions after an image cannot be told from "
                     "the new tokens alone. Pass position_ids=model.rope_positions(block, grids, start)[0][:, None]"
                 )
-            position_ids = self._positions(input_ids, attention_mask, image_grid_thw, video_grid_thw, packed)
+            mask = two_dimensional(attention_mask)
+            position_ids = self._positions(input_ids, mask, image_grid_thw, video_grid_thw, packed)
         states = look_states if past else None
         batch = self._batch(input_ids, inputs_embeds, attention_mask, position_ids, states, base, looks, packed, past)
         outputs = self._run(batch, input_ids, para_mask_modes, run)
@@ -283,23 +263,24 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         synchronised, numbers = ranks_synchronised(), None if packed is None else packed.numbers
         zero = zero_of(self._conditional_parameters()) if synchronised and self.training else None
         with self._input_grad_context():
-            outputs, features = self._encode_images(base, looks)
+            outputs, features = encode_images(self, base, looks)
             embeds = self.get_input_embeddings()(input_ids) if embeds is None else embeds
-            embeds = self._merge_base_images(input_ids, embeds, outputs)
-        flat = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+            embeds = merge_base_images(self, input_ids, embeds, outputs)
         calls, spans = [], []
         ids = self._call_ids()
         if ids and input_ids is not None:
             shown = input_ids
-            if flat is not None:  # what is masked is no call
-                shown = input_ids.where(flat[:, -input_ids.shape[1] :].bool(), -1)
+            if (mask := two_dimensional(attention_mask)) is not None:  # what is masked is no call
+                shown = input_ids.where(mask[:, -input_ids.shape[1] :].bool(), -1)
             calls = find_calls(shown, ids, numbers)
             if states is not None:
                 embeds, states = continue_call(embeds, shown[:, :1], states, ids)
-        step = past and input_ids.shape[1] == 1  # a token that was sampled is no image
+        step = past and embeds.shape[1] == 1  # a token that was sampled is no image
         for look in self.config.reencodings if input_ids is not None and not step else ():
-            images, pad = features.get(look, []), self.config.reencode_ids(look).pad
-            found = find_image_spans(input_ids, look, pad, [_tokens(x) for x in images], calls, numbers)
+            images, token = features.get(look, []), self.config.reencode_ids(look)
+            if token is None:
+                continue
+            found = find_image_spans(input_ids, look, token.pad, [_tokens(x) for x in images], calls, numbers)
             for span in found:
                 if span.call is None:
                     state = state_in_cache(look, span.row, states, ids) if past else None
@@ -327,47 +308,6 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         """The parameters that some batches do not use: vision encoders and projectors."""
         decoder = {id(p) for part in (self.model.language_model, self.lm_head) for p in part.parameters()}
         return [p for p in self.parameters() if id(p) not in decoder]
-
-    def _image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Any:
-        """The base model's own vision encoder over images; see `image_encoder`."""
-        encode = _IMAGE_ENCODER.get() or self.model.get_image_features
-        return encode(pixel_values, image_grid_thw, return_dict=True)
-
-    def _encode_images(self, base: dict[str, Any], looks: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The encoder's outputs for the base model's images and videos, and the features of every look's images.
-
-        A clip look at an image that is also a first look or a crop takes that one's features: one encoder run.
-        """
-        outputs: dict[str, Any] = dict(base["mm_encoder_outputs"] or {})
-        features: dict[str, list[Tensor]] = {}
-        pixels, grids = base["pixel_values"], base["image_grid_thw"]
-        given = outputs.get("image") is not None
-        if pixels is not None and not given:
-            outputs["image"] = self._image_features(pixels, grids)
-        if outputs.get("video") is None and base["pixel_values_videos"] is not None:
-            video = (base["pixel_values_videos"], base["video_grid_thw"])
-            outputs["video"] = self.model.get_video_features(*video, return_dict=True)
-        if "clip" in looks and pixels is not None and not given:
-            clips, sizes = looks["clip"]["pixel_values"], looks["clip"]["image_grid_thw"]
-            same = same_images(clips, sizes, pixels, grids)
-            others = [i for i, at in enumerate(same) if at is None]
-            rest: Iterator[Tensor] = iter(())
-            if others:
-                parts = clips.split(sizes.prod(-1).tolist())
-                clips = torch.cat([parts[i] for i in others])
-                rest = iter(self.encode("clip", pixel_values=clips, image_grid_thw=sizes[others]))
-            features["clip"] = [next(rest) if at is None else outputs["image"].pooler_output[at] for at in same]
-        features |= {look: self.encode(look, **tensors) for look, tensors in looks.items() if look not in features}
-        return outputs, features
-
-    def _merge_base_images(self, input_ids: Tensor, embeds: Tensor, outputs: dict[str, Any]) -> Tensor:
-        """First looks and crops (and videos) into the embeddings, exactly as the base model does."""
-        for index, kind in enumerate(("image", "video")):
-            if outputs.get(kind) is not None:
-                values = torch.cat(list(outputs[kind].pooler_output), dim=0).to(embeds)
-                mask = self.model.get_placeholder_mask(input_ids, embeds, **{f"{kind}_features": values})[index]
-                embeds = embeds.masked_scatter(mask, values)
-        return embeds
 
     def _run(self, batch: SegmentedBatch, input_ids: Any, modes: Tensor | None, run: dict[str, Any]) -> Any:
         """The language model over a batch: in one piece without calls, else in segments over one cache.
@@ -410,6 +350,11 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
             attentions=outputs.attentions,
             look_states=states,
         )
+
+
+def two_dimensional(mask: Any) -> Tensor | None:
+    """An attention mask (B, columns), None where it is another kind (4-D, or one per kind of layer)."""
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _tokens(features: Tensor) -> int:

@@ -138,22 +138,6 @@ def put_columns(x: Tensor, row: int, columns: Tensor, values: Tensor) -> Tensor:
     return x.index_put((rows, columns), values.to(x.dtype))
 
 
-def same_images(pixels: Tensor, grids: Tensor, others: Tensor, other_grids: Tensor) -> list[int | None]:
-    """For each image, the first of the others with the same pixels, None where there is none.
-
-    Args:
-        pixels, others: (patches, p), image after image; grids, other_grids: (k, 3) their patches as t, h, w.
-    """
-    ours, theirs = (
-        list(zip(x.split(g.prod(-1).tolist()), g.tolist(), strict=True))
-        for x, g in ((pixels, grids), (others, other_grids))
-    )
-    return [
-        next((i for i, (other, size) in enumerate(theirs) if size == grid and torch.equal(image, other)), None)
-        for image, grid in ours
-    ]
-
-
 # -- mask modelling ---------------------------------------------------------------------------------------------------
 
 

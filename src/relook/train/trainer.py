@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer_callback import ProgressCallback
 
 from relook.errors import RelookError
-from relook.model.modeling import image_encoder
+from relook.model.encoders import image_encoder
 from relook.model.segments import synchronised_ranks
 from relook.train import distributed
 from relook.train.checkpoints import Checkpoints, Record, StageModel
