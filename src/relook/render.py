@@ -1,12 +1,10 @@
 """The saved picture of an answer: question, answer, the image with its grid and boxes, and what every look saw.
 
-Draws a `trace.Answer` with Pillow. Two layouts: looks stand in a column beside a tall image, or in rows below a wide
-one. Positions are pixels of the picture, (0, 0) top left.
+Draws a `trace.Answer` with Pillow. Looks stand in a column beside a tall image, or in rows below a wide one.
 Pillow and NumPy are imported inside functions, so that importing relook stays quick.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -15,10 +13,10 @@ from relook.regions import Box, cells_to_box, token_area, upright
 from relook.trace import Answer, Look
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL import Image, ImageFont
 
 Color = tuple[int, int, int]
+Line = tuple[str, Color, int]  # text, color, font size
 
 PAPER: Color = (246, 247, 250)
 INK: Color = (24, 29, 44)
@@ -39,66 +37,51 @@ MOST_LOOKS = 6
 MOST_LINES = 10  # of any one text
 
 
-@dataclass
-class _Card:
-    """One look, ready to be placed. `source` is its box in pixels of the image, None when it has none of its own."""
-
-    view: "Image.Image | None"
-    caption: list[tuple[str, Color, int]]  # text, color, font size
-    accent: Color
-    source: Box | None = None
-
-
 def render(answer: Answer) -> "Image.Image":
     """The picture of `answer`, RGB, up to about 1200 pixels wide; at least the text when there is no image."""
-    from PIL import Image
+    from PIL import ImageOps
 
     image = None if answer.image is None else upright(answer.image)
     beside = image is None or image.width <= 1.35 * image.height
-    shown = answer.looks[:MOST_LOOKS]
-    room = TALL_PANEL if beside else WIDE_PANEL
-    panel, scale = (None, 1.0) if image is None else _panel(answer, image, shown, room)
-    width_left = (panel.width + AXIS if panel else 0) + (GAP + COLUMN if shown and beside else 0)
-    width = max(LEAST_WIDTH, width_left) + 2 * MARGIN
-
-    head = _head(answer, width - 2 * MARGIN)
-    top = MARGIN + head.height + GAP
-    left = MARGIN + (AXIS if panel else 0)
-    panel_top = top + (AXIS if panel else 0)
-    panel_bottom = panel_top + panel.height if panel else top
+    looks = answer.looks[:MOST_LOOKS]
+    panel = [] if image is None else [_panel(answer, image, looks, TALL_PANEL if beside else WIDE_PANEL)]
     if beside:
-        x = left + panel.width + GAP if panel else MARGIN
-        seen = sum(look.problem is None for look in shown) or 1
-        untaken = 90 * (len(shown) - seen)  # about the text of a look that was not taken
-        height = max((panel_bottom - panel_top - untaken - GAP * (seen - 1)) // seen, 150)
-        places = _column(_cards(answer, image, shown, (width - MARGIN - x, height)), x, panel_top)
+        width = max(COLUMN, LEAST_WIDTH - sum(each.width + GAP for each in panel))
+        seen = sum(look.problem is None for look in looks) or 1
+        untaken = 90 * (len(looks) - seen)  # about the text of a look that was not taken
+        height = (sum(each.height - AXIS for each in panel) - untaken - GAP * (seen - 1)) // seen
+        cards = _cards(answer, image, looks, (width, max(height, 150)))
+        body = _stack([*panel, _stack(cards, down=True)], down=False)
     else:
-        across = min(len(shown), 3) or 1
-        room = ((width - 2 * MARGIN - GAP * (across - 1)) // across, 420)
-        places = _rows(_cards(answer, image, shown, room), across, room[0], panel_bottom + GAP)
-    bottom = max([panel_bottom, *(y + _card_height(card) for card, _, y in places)])
-    foot = _foot(answer, width - 2 * MARGIN)
+        across = min(len(looks), 3) or 1
+        width = (panel[0].width - GAP * (across - 1)) // across
+        cards = _cards(answer, image, looks, (width, 420))
+        rows = [_stack(cards[i : i + across], down=False) for i in range(0, len(cards), across)]
+        body = _stack([*panel, *rows], down=True)
+    width = max(LEAST_WIDTH, body.width)
+    pieces = [_text_image(_head(answer, width), width), body, _text_image(_foot(answer, width), width)]
+    return ImageOps.expand(_stack(pieces, down=True), MARGIN, PAPER)
 
-    canvas = Image.new("RGB", (width, bottom + GAP + foot.height + MARGIN), PAPER)
-    canvas.paste(head, (MARGIN, MARGIN))
-    if panel is not None:
-        canvas.paste(panel, (left, panel_top))
-        _axes(canvas, (left, panel_top), panel.size, answer.grid)
-        if beside:
-            _beams(canvas, places, (left, panel_top), panel.width, scale)
-    for card, x, y in places:
-        _place(canvas, card, x, y)
-    canvas.paste(foot, (MARGIN, bottom + GAP))
+
+def _stack(pieces: Sequence["Image.Image"], down: bool) -> "Image.Image":
+    """Pictures one below the other, or side by side, with a gap between."""
+    from PIL import Image
+
+    pieces = [piece for piece in pieces if piece.height > 1]
+    across, along = [[piece.size[axis] for piece in pieces] for axis in ((0, 1) if down else (1, 0))]
+    size = max(across, default=1), max(sum(along) + GAP * (len(pieces) - 1), 1)
+    canvas, at = Image.new("RGB", size if down else size[::-1], PAPER), 0
+    for piece, length in zip(pieces, along, strict=True):
+        canvas.paste(piece, (0, at) if down else (at, 0))
+        at += length + GAP
     return canvas
 
 
 # -- the image with its grid and boxes -------------------------------------------------------------------------------
 
 
-def _panel(
-    answer: Answer, image: "Image.Image", looks: list[Look], room: tuple[int, int]
-) -> tuple["Image.Image", float]:
-    """The image scaled into `room` with grid, cells and boxes; and the scale."""
+def _panel(answer: Answer, image: "Image.Image", looks: list[Look], room: tuple[int, int]) -> "Image.Image":
+    """The image scaled into `room` with grid, cells and boxes; cell numbers above and left of it."""
     from PIL import Image, ImageDraw
 
     scale = _scale(image.size, room)
@@ -118,69 +101,56 @@ def _panel(
     for i, look, box in boxes:
         accent = ACCENTS[i % len(ACCENTS)]
         left, top, right, bottom = _scaled(box, scale, panel.size)
-        if look.cells is not None:
+        if look.cells is not None:  # before they were widened
             own = _scaled(cells_to_box(look.cells, image.size, answer.grid), scale, panel.size)
-            if own != (left, top, right, bottom):
-                _dashed(draw, own, accent)
+            draw.rectangle(own, outline=(*accent, 160), width=1)
         draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=(255, 255, 255, 255))
         draw.rectangle((left, top, right, bottom), outline=(*accent, 255), width=4)
-        _badge(layer, (left, top), str(i + 1), accent)
-    return Image.alpha_composite(panel, layer).convert("RGB"), scale
-
-
-def _axes(canvas: "Image.Image", corner: tuple[int, int], size: tuple[int, int], grid: int) -> None:
-    """Cell numbers above and left of the panel, thinned out where cells are too narrow for them."""
-    from PIL import ImageDraw
-
+        draw.rectangle((left, top, left + 24, top + 24), fill=(*accent, 255))
+        draw.text((left + 12.5, top + 12.5), str(i + 1), font=_font(16), fill=(255, 255, 255, 255), anchor="mm")
+    canvas = Image.new("RGB", (panel.width + AXIS, panel.height + AXIS), PAPER)
+    canvas.paste(Image.alpha_composite(panel, layer).convert("RGB"), (AXIS, AXIS))
     draw = ImageDraw.Draw(canvas)
-    for axis, length in enumerate(size):
-        step = next((s for s in (1, 2, 4, 8, grid) if length * s / grid >= 18), grid)
-        for i in range(0, grid, step):
-            along = corner[axis] + int((i + 0.5) * length / grid)
-            place = (along, corner[1] - AXIS // 2) if axis == 0 else (corner[0] - AXIS // 2, along)
+    for axis, length in enumerate(panel.size):
+        step = next((s for s in (1, 2, 4, 8, answer.grid) if length * s / answer.grid >= 18), answer.grid)
+        for i in range(0, answer.grid, step):
+            along = AXIS + int((i + 0.5) * length / answer.grid)
+            place = (along, AXIS // 2) if axis == 0 else (AXIS // 2, along)
             draw.text(place, str(i), font=_font(14), fill=SOFT, anchor="mm")
-
-
-def _beams(
-    canvas: "Image.Image", places: list[tuple[_Card, int, int]], corner: tuple[int, int], width: int, scale: float
-) -> None:
-    """A faint beam from each box to its crop beside the image, drawn between the two only."""
-    from PIL import Image, ImageDraw
-
-    layer = Image.new("RGBA", canvas.size, (0, 0, 0, 0))
-    draw = ImageDraw.Draw(layer)
-    for card, x, y in places:
-        if card.source is None or card.view is None:
-            continue
-        right, top, bottom = (corner[0] + card.source[2] * scale, *(corner[1] + card.source[i] * scale for i in (1, 3)))
-        draw.polygon([(right, top), (x, y), (x, y + card.view.height), (right, bottom)], fill=(*card.accent, 26))
-    layer.paste((0, 0, 0, 0), (0, 0, corner[0] + width, canvas.height))
-    canvas.paste(Image.alpha_composite(canvas.convert("RGBA"), layer).convert("RGB"))
+    return canvas
 
 
 # -- looks -----------------------------------------------------------------------------------------------------------
 
 
-def _cards(answer: Answer, image: "Image.Image | None", looks: list[Look], room: tuple[int, int]) -> list[_Card]:
-    """A card for every look of `looks`, its view scaled into `room` less its caption; and one for what was left out."""
+def _cards(
+    answer: Answer, image: "Image.Image | None", looks: list[Look], room: tuple[int, int]
+) -> list["Image.Image"]:
+    """Every look with its caption, its view scaled into `room` less the caption; and a line for what was left out."""
+    from PIL import ImageDraw
+
     cards = []
     for i, look in enumerate(looks):
         accent = ACCENTS[i % len(ACCENTS)]
-        title = f"{i + 1}  {look.kind} look" + ("" if look.problem is None else ", not taken")
-        lines = [(title, accent, 18)]
+        lines = [(f"{i + 1}  {look.kind} look" + ("" if look.problem is None else ", not taken"), accent, 18)]
         if look.problem is not None:
-            cards.append(_Card(None, [*lines, *_wrapped(look.problem, WARN, 16, room[0])], accent))
+            cards.append(_text_image([*lines, *_wrapped(look.problem, WARN, 16, room[0])], room[0]))
             continue
-        lines += _wrapped(_description(look), SOFT, 15, room[0])
+        caption = _text_image([*lines, *_wrapped(_description(look), SOFT, 15, room[0])], room[0])
         view = _view(look, image)
-        if view is not None:
-            space = (room[0], max(room[1] - _text_height(lines) - 8, 90))
-            view = _resized(view, _scale(view.size, space))
-            if look.attention is not None:
-                view = _heated(view, look)
-        cards.append(_Card(view, lines, accent, look.box if look.kind == "region" else None))
+        if view is None:
+            cards.append(caption)
+            continue
+        view = _resized(view, _scale(view.size, (room[0], max(room[1] - caption.height - 8, 90))))
+        if look.attention is not None:
+            view = _heated(view, look)
+        ImageDraw.Draw(view).rectangle((0, 0, view.width - 1, view.height - 1), outline=accent, width=3)
+        card = caption.crop((0, -view.height - 8, room[0], caption.height))
+        card.paste(PAPER, (0, 0, room[0], view.height + 8))
+        card.paste(view, (0, 0))
+        cards.append(card)
     if len(answer.looks) > len(looks):
-        cards.append(_Card(None, [(f"and {len(answer.looks) - len(looks)} more looks", SOFT, 16)], SOFT))
+        cards.append(_text_image([(f"and {len(answer.looks) - len(looks)} more looks", SOFT, 16)], room[0]))
     return cards
 
 
@@ -189,7 +159,8 @@ def _description(look: Look) -> str:
     parts = []
     if look.cells is not None:
         x0, y0, x1, y1 = look.cells
-        parts.append(f"asked: cells x {_span(x0, x1)}, y {_span(y0, y1)}")
+        columns, rows = (str(a) if a == b else f"{a} to {b}" for a, b in ((x0, x1), (y0, y1)))
+        parts.append(f"asked: cells x {columns}, y {rows}")
     if look.kind == "region" and look.box is not None:
         left, top, right, bottom = look.box
         parts.append(f"seen: pixels {left},{top} to {right},{bottom}")
@@ -201,17 +172,11 @@ def _description(look: Look) -> str:
     return " · ".join(parts)
 
 
-def _span(first: int, last: int) -> str:
-    return str(first) if first == last else f"{first} to {last}"
-
-
 def _view(look: Look, image: "Image.Image | None") -> "Image.Image | None":
     """What to draw of the look: a crop with its original pixels, else the view that the trace kept, or the image."""
     if image is not None and look.kind == "region" and look.box is not None:
         return image.crop(look.box)
-    if look.image is not None:
-        return upright(look.image)
-    return image
+    return image if look.image is None else upright(look.image)
 
 
 def _heated(view: "Image.Image", look: Look) -> "Image.Image":
@@ -223,85 +188,41 @@ def _heated(view: "Image.Image", look: Look) -> "Image.Image":
     low, high = float(heat.min()), float(np.quantile(heat, 0.99))
     heat = np.clip((heat - low) / (high - low), 0, 1) if high > low else np.zeros_like(heat)
     x1, y1, x2, y2 = token_area(LOOKS[look.kind].extent if look.kind in LOOKS else "whole", view.size)
-    place = round(x1), round(y1), max(round(x2), round(x1) + 1), max(round(y2), round(y1) + 1)
-    area = (place[2] - place[0], place[3] - place[1])
+    area = max(round(x2) - round(x1), 1), max(round(y2) - round(y1), 1)
     spread = np.asarray(Image.fromarray(heat).resize(area, Image.Resampling.BICUBIC)).clip(0, 1)
-    colors = np.dstack([_magma(spread), 255 * (0.3 + 0.4 * spread)]).astype(np.uint8)
-    layer = Image.new("RGBA", view.size, (*PAPER, 150))  # what the tokens do not cover is faded
-    layer.paste(Image.fromarray(colors, "RGBA"), place[:2])
-    return Image.alpha_composite(view.convert("RGBA"), layer).convert("RGB")
-
-
-def _magma(values: "np.ndarray") -> "np.ndarray":
-    """Colors (h, w, 3) of values (h, w) in 0..1."""
-    import numpy as np
-
     at = np.linspace(0, 1, len(HEAT))
-    return np.stack([np.interp(values, at, [color[i] for color in HEAT]) for i in range(3)], axis=-1)
-
-
-def _column(cards: list[_Card], x: int, y: int) -> list[tuple[_Card, int, int]]:
-    places = []
-    for card in cards:
-        places.append((card, x, y))
-        y += _card_height(card) + GAP
-    return places
-
-
-def _rows(cards: list[_Card], across: int, width: int, y: int) -> list[tuple[_Card, int, int]]:
-    places = []
-    for start in range(0, len(cards), across):
-        row = cards[start : start + across]
-        places += [(card, MARGIN + i * (width + GAP), y) for i, card in enumerate(row)]
-        y += max(_card_height(card) for card in row) + GAP
-    return places
-
-
-def _card_height(card: _Card) -> int:
-    return _text_height(card.caption) + (card.view.height + 8 if card.view is not None else 0)
-
-
-def _place(canvas: "Image.Image", card: _Card, x: int, y: int) -> None:
-    """Draw `card` with its top left corner at (x, y): the view in a frame of its color, the caption under it."""
-    from PIL import ImageDraw
-
-    draw = ImageDraw.Draw(canvas)
-    if card.view is not None:
-        canvas.paste(card.view, (x, y))
-        draw.rectangle((x, y, x + card.view.width - 1, y + card.view.height - 1), outline=card.accent, width=3)
-        y += card.view.height + 8
-    _write(canvas, card.caption, (x, y))
+    magma = [np.interp(spread, at, [color[i] for color in HEAT]) for i in range(3)]
+    colors = np.dstack([*magma, 255 * (0.3 + 0.4 * spread)]).astype(np.uint8)
+    layer = Image.new("RGBA", view.size, (*PAPER, 150))  # what the tokens do not cover is faded
+    layer.paste(Image.fromarray(colors, "RGBA"), (round(x1), round(y1)))
+    return Image.alpha_composite(view.convert("RGBA"), layer).convert("RGB")
 
 
 # -- text ------------------------------------------------------------------------------------------------------------
 
 
-def _head(answer: Answer, width: int) -> "Image.Image":
+def _head(answer: Answer, width: int) -> list[Line]:
     """The question, and under it the answer, large."""
     answered = answer.text.strip() or "(no answer)"
-    lines = _wrapped(answer.question, SOFT, 22, width)
-    lines += _wrapped(answered, INK, 34 if len(answered) <= 120 else 22, width)
-    return _text_image(lines, width)
+    size = 34 if len(answered) <= 120 else 22
+    return [*_wrapped(answer.question, SOFT, 22, width), *_wrapped(answered, INK, size, width)]
 
 
-def _foot(answer: Answer, width: int) -> "Image.Image":
+def _foot(answer: Answer, width: int) -> list[Line]:
     """Model and cost, and any warnings."""
     usage = answer.usage
     parts = [answer.model] if answer.model else []
     if not answer.looks:
         parts.append("answered without a second look")
     if usage.sequence_length:
-        parts.append(f"{usage.lm_positions} LM positions")
-        parts.append(f"{usage.vision_patches} image patches")
+        parts += [f"{usage.lm_positions} LM positions", f"{usage.vision_patches} image patches"]
     if usage.seconds:
         parts.append(f"{sum(usage.seconds.values()):.2f} s")
     lines = _wrapped(" · ".join(parts), SOFT, 15, width)
-    for warning in answer.warnings:
-        lines += _wrapped(warning, WARN, 15, width)
-    return _text_image(lines, width)
+    return lines + [line for warning in answer.warnings for line in _wrapped(warning, WARN, 15, width)]
 
 
-def _wrapped(text: str, color: Color, size: int, width: int) -> list[tuple[str, Color, int]]:
+def _wrapped(text: str, color: Color, size: int, width: int) -> list[Line]:
     """The first MOST_LINES lines of `text`, each at most `width` pixels; "…" where it goes on."""
     lines = list(islice(_lines(text, _font(size), width), MOST_LINES + 1))
     if len(lines) > MOST_LINES:
@@ -334,30 +255,16 @@ def _lines(text: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", widt
             yield line
 
 
-def _line_height(size: int) -> int:
-    return round(size * 1.35)
+def _text_image(lines: Sequence[Line], width: int) -> "Image.Image":
+    from PIL import Image, ImageDraw
 
-
-def _text_height(lines: list[tuple[str, Color, int]]) -> int:
-    return sum(_line_height(size) for _, _, size in lines)
-
-
-def _text_image(lines: list[tuple[str, Color, int]], width: int) -> "Image.Image":
-    from PIL import Image
-
-    image = Image.new("RGB", (width, max(_text_height(lines), 1)), PAPER)
-    _write(image, lines, (0, 0))
-    return image
-
-
-def _write(image: "Image.Image", lines: list[tuple[str, Color, int]], corner: tuple[int, int]) -> None:
-    from PIL import ImageDraw
-
-    draw, (x, y) = ImageDraw.Draw(image), corner
-    for text, color, size in lines:
+    heights = [round(size * 1.35) for _, _, size in lines]
+    image, y = Image.new("RGB", (width, max(sum(heights), 1)), PAPER), 0
+    for (text, color, size), height in zip(lines, heights, strict=True):
         bold = 0 if color is SOFT else 0.5 if size > 20 else 0.3
-        draw.text((x, y), text, font=_font(size), fill=color, stroke_width=bold)
-        y += _line_height(size)
+        ImageDraw.Draw(image).text((0, y), text, font=_font(size), fill=color, stroke_width=bold)
+        y += height
+    return image
 
 
 def _font(size: int) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":
@@ -366,7 +273,7 @@ def _font(size: int) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":
     return ImageFont.load_default(size)
 
 
-# -- small shapes ----------------------------------------------------------------------------------------------------
+# -- sizes -----------------------------------------------------------------------------------------------------------
 
 
 def _scale(size: tuple[int, int], room: tuple[int, int]) -> float:
@@ -387,22 +294,3 @@ def _scaled(box: Box, scale: float, size: tuple[int, int]) -> Box:
     left, top = min(round(box[0] * scale), size[0] - 1), min(round(box[1] * scale), size[1] - 1)
     right, bottom = min(round(box[2] * scale), size[0]) - 1, min(round(box[3] * scale), size[1]) - 1
     return left, top, max(right, left), max(bottom, top)
-
-
-def _dashed(draw, box: Box, color: Color, dash: int = 7) -> None:
-    left, top, right, bottom = box
-    for x in range(left, right, 2 * dash):
-        for y in (top, bottom):
-            draw.line((x, y, min(x + dash, right), y), fill=(*color, 255), width=2)
-    for y in range(top, bottom, 2 * dash):
-        for x in (left, right):
-            draw.line((x, y, x, min(y + dash, bottom)), fill=(*color, 255), width=2)
-
-
-def _badge(layer: "Image.Image", corner: tuple[int, int], text: str, color: Color) -> None:
-    """A number on a filled square at the top left corner of a box."""
-    from PIL import ImageDraw
-
-    draw, (x, y), side = ImageDraw.Draw(layer), corner, 24
-    draw.rectangle((x, y, x + side, y + side), fill=(*color, 255))
-    draw.text((x + side / 2 + 0.5, y + side / 2 + 0.5), text, font=_font(16), fill=(255, 255, 255, 255), anchor="mm")

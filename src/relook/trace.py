@@ -7,7 +7,7 @@ a picture is drawn.
 import base64
 import io
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,23 +71,16 @@ class Usage:
     def __add__(self, other: "Usage") -> "Usage":
         if not isinstance(other, Usage):
             return NotImplemented
-        stages = [*self.seconds, *(stage for stage in other.seconds if stage not in self.seconds)]
-        return Usage(
-            lm_positions=self.lm_positions + other.lm_positions,
-            sequence_length=self.sequence_length + other.sequence_length,
-            vision_patches=self.vision_patches + other.vision_patches,
-            generated_tokens=self.generated_tokens + other.generated_tokens,
-            seconds={stage: self.seconds.get(stage, 0.0) + other.seconds.get(stage, 0.0) for stage in stages},
-        )
+        stages = {**self.seconds, **other.seconds}
+        seconds = {stage: self.seconds.get(stage, 0.0) + other.seconds.get(stage, 0.0) for stage in stages}
+        return Usage(**{name: getattr(self, name) + getattr(other, name) for name in _COUNTS}, seconds=seconds)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "lm_positions": int(self.lm_positions),
-            "sequence_length": int(self.sequence_length),
-            "vision_patches": int(self.vision_patches),
-            "generated_tokens": int(self.generated_tokens),
-            "seconds": {stage: _number(value) for stage, value in self.seconds.items()},
-        }
+        seconds = {stage: _number(value) for stage, value in self.seconds.items()}
+        return {**{name: int(getattr(self, name)) for name in _COUNTS}, "seconds": seconds}
+
+
+_COUNTS = ("lm_positions", "sequence_length", "vision_patches", "generated_tokens")
 
 
 @dataclass
@@ -102,7 +95,7 @@ class Turn:
     sampled: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        return {"role": self.role, "text": self.text, "sampled": self.sampled}
+        return asdict(self)
 
 
 @dataclass

@@ -112,11 +112,6 @@ class View:
         """
         from PIL import Image
 
-        filters = {
-            "nearest": Image.Resampling.NEAREST,
-            "bicubic": Image.Resampling.BICUBIC,
-            "lanczos": Image.Resampling.LANCZOS,
-        }
         if image.mode != "RGB":
             image = image.convert("RGB")
         steps = self.steps(image.size, min_side)
@@ -125,22 +120,20 @@ class View:
             steps = [snap(final) if snap else final]
         for size in steps:
             if size != image.size:
-                image = image.resize(size, filters[self.resample])
+                image = image.resize(size, Image.Resampling[self.resample.upper()])
         return image
-
-
-def _published(longest_side: int) -> dict[str, View | None]:
-    view = View(longest_side, "nearest")
-    return {"first_look": view, "second_look": view, "reencode_look": None}
 
 
 DEFAULT_VIEW = View(512)
 
 # Named settings of the three views; None for re-encoding means "the view of the first look".
 PREPROCESSING: dict[str, dict[str, View | None]] = {
-    "default": {"first_look": DEFAULT_VIEW, "second_look": DEFAULT_VIEW, "reencode_look": None},
-    "published": _published(512),
-    "published-224": _published(224),
+    name: {"first_look": view, "second_look": view, "reencode_look": None}
+    for name, view in (
+        ("default", DEFAULT_VIEW),
+        ("published", View(512, "nearest")),
+        ("published-224", View(224, "nearest")),
+    )
 }
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from support.small_processors import page, processor_of, region_item
 
 from relook.errors import UserError
-from relook.processing import View, load_item_image, open_image
+from relook.processing import View, expand, load_item_image, open_image
 
 
 def encoded_page(kind="PNG", **options) -> bytes:
@@ -98,7 +98,7 @@ def test_numbers_of_images_and_placeholders_must_agree():
     with pytest.raises(UserError, match=r"1 <\|clip_image_pad\|> but 0 clip_images"):
         processor(text="<|clip_image_pad|>")
     with pytest.raises(UserError, match="more <image> than images"):
-        processor.expand("<image><image>", {"image": [3]})
+        expand("<image><image>", {"image": [3]})
 
 
 def test_other_mistakes():

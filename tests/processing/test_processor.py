@@ -25,6 +25,7 @@ from relook.processing import (
     VPTQwen2VLProcessor,
     add_look_tokens,
     chat_template,
+    expand,
     load_item_image,
 )
 
@@ -154,14 +155,14 @@ def test_blocks_of_the_loop_equal_encode_item(published, name):
         tensors = {key: encoded[key] for key in encoded if key not in ("input_ids", "labels", "prompt_ids")}
         counts[kind] = processor.pad_counts(kind, tensors, number)
     left = {kind: iter(numbers) for kind, numbers in counts.items()}
-    contents = [processor.expand(m["content"], left) for m in sample["sample"]["messages"]]
-    ids = processor.opening_ids(contents[0])
+    contents = [expand(m["content"], left) for m in sample["sample"]["messages"]]
+    ids, encode = processor.user_ids(contents[0], opening=True), processor.tokenizer.encode
     for asked, content in enumerate(contents[1:], start=1):
         if asked % 2:
-            ids += processor.turn_ids("assistant", content, close=False)
+            ids += encode(content)
         else:
-            ids += processor.next_turn_ids(content, closed=False)
-    assert ids + processor.tokenizer.encode("<|im_end|>") == encoded["input_ids"]
+            ids += encode("<|im_end|>") + processor.user_ids(content, opening=False)
+    assert ids + encode("<|im_end|>") == encoded["input_ids"]
     ids, _ = processor.conversation_ids(sample["sample"]["messages"][:-1], counts)
     assert ids == sample["prompt_ids"]
 
@@ -293,7 +294,10 @@ def test_labels_cover_only_the_assistant():
     )
     assert "labels" not in processor.encode_item(item, labels=False)
     no_system = processor_of(system="")
-    assert no_system.decode(no_system.opening_ids("Hi")) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        no_system.decode(no_system.user_ids("Hi", opening=True))
+        == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_template_follows_the_system_prompt():

@@ -340,9 +340,7 @@ def _pads(processor: Any, ref: Any, stage: str, kind: str) -> int:
 
     if not is_vit(kind):
         return processor.pad_count(kind)
-    views = {"first": processor.first_look, "crop": processor.second_look}
-    view = views.get(stage) or processor.reencode_look or processor.first_look
-    width, height = vit_size(processor.image_processor, view.target(_size(ref), processor.min_side))
+    width, height = vit_size(processor.image_processor, processor.view_of(stage).target(_size(ref), processor.min_side))
     return width * height // processor.min_side**2
 
 

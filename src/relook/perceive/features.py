@@ -91,7 +91,7 @@ class FeatureCache:
             part = Image.new("RGB", part.size, self._mean())
         encoder = ENCODER_OF[look]
         seen_as = self.processor.view(part, stage, encoder)
-        key = (encoder, number, box, blank, self._view(stage))
+        key = (encoder, number, box, blank, self.processor.view_of(stage))
         if key not in self.entries:
             tensors = self.processor.encode_images([seen_as], encoder)
             grids = tensors.get("image_grid_thw")
@@ -102,11 +102,6 @@ class FeatureCache:
         """The color that is nearest to zero once normalized."""
         red, green, blue = (round(255 * value) for value in self.processor.image_processor.image_mean)
         return red, green, blue
-
-    def _view(self, stage: str) -> Hashable:
-        """The settings of a stage; equal settings give equal views. Default for re-encoding: the first look's."""
-        views = {"first": self.processor.first_look, "crop": self.processor.second_look}
-        return views.get(stage) or self.processor.reencode_look or self.processor.first_look
 
 
 def encode(model: Any, views: Sequence[ViewFeatures]) -> None:

@@ -35,7 +35,7 @@ from relook.looks import (
 )
 from relook.options import AskOptions
 from relook.processing.turns import pad_stages
-from relook.processing.vocabulary import BREAK
+from relook.processing.vocabulary import BREAK, expand
 from relook.regions import cells_to_box, widen
 from relook.trace import Answer, Event, Finished, Look, LookTaken, TextDelta, Turn, Usage
 
@@ -261,11 +261,9 @@ class Row:
         counts: dict[str, list[int]] = {}
         for shown in images:
             counts.setdefault(shown.kind, []).append(processor.pad_count(shown.kind, shown.view.grid))
-        expanded = processor.expand(content, counts)
         if not conversation.turns and processor.system:
             conversation.turns.append(Turn("system", processor.system))
-        opening = not conversation.ids
-        ids = processor.opening_ids(expanded) if opening else processor.next_turn_ids(expanded, closed=True)
+        ids = processor.user_ids(expand(content, counts), opening=not conversation.ids)
         base, start = len(conversation.pending), self.vlm.vocabulary[VISION_START]
         places = [base + i + 1 for i, token in enumerate(ids) if token == start]
         conversation.pending.shown += zip(places, images, strict=True)

@@ -7,14 +7,12 @@ resizes some sizes along y first where 12 went along x first, and so rounds in a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from transformers import BitImageProcessorPil, Qwen2VLImageProcessorPil, SamImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from relook.errors import UserError
 from relook.processing.vocabulary import TENSORS
 from relook.views import Size
 
@@ -57,14 +55,3 @@ def vit_size(image_processor: Any, size: Size) -> Size:
         max_pixels=limits["longest_edge"],
     )
     return width, height
-
-
-def encode_images(image_processor: Any, images: Sequence[Any], look: str) -> dict[str, Any]:
-    """Images as viewed to tensors under forward's names; see `VPTQwen2VLProcessor.encode_images`."""
-    if look not in TENSORS:
-        raise UserError(f"look {look!r} is unknown; expected one of {', '.join(TENSORS)}")
-    if not images:
-        return {}
-    processor = image_processor if is_vit(look) else ENCODERS[look]
-    encoded = processor(list(images), return_tensors="pt")
-    return {name: encoded[source] for name, source in zip(TENSORS[look], TENSORS["image"], strict=False)}

@@ -35,13 +35,12 @@ from relook.looks import (
     parse_calls,
     strip_calls,
 )
-from relook.processing.pixels import encode_images, is_vit, pinned, vit_size
+from relook.processing.pixels import ENCODERS, is_vit, pinned, vit_size
 from relook.processing.turns import (
     Message,
     check_counts,
     check_pads,
     expand_pads,
-    first_turn,
     image_stages,
     pad_stages,
     plain_turn,
@@ -160,19 +159,7 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
     def tokens(self) -> dict[str, int]:
         """Every control token of the looks, the pads among them, with its id."""
         pads, ordinary = control_tokens(tuple(self.looks), grid=self.grid_size)
-        ids = {token: self._id(token) for token in [*pads, *ordinary]}
-        if missing := [token for token, i in ids.items() if i is None]:
-            raise UserError(
-                f"tokenizer lacks {len(missing)} control tokens of the looks {', '.join(self.looks)} "
-                f"({', '.join(missing[:3])}...); call processor.add_look_tokens() and resize the model's embeddings"
-            )
-        return {token: i for token, i in ids.items() if i is not None}
-
-    @property
-    def pad_ids(self) -> dict[str, int]:
-        """The pad's id of each kind of encoding ("image", "clip", ...) that the tokenizer has."""
-        ids = {kind: self._id(spec.pad) for kind, spec in KINDS.items()}
-        return {kind: i for kind, i in ids.items() if i is not None}
+        return self._ids({token: token for token in [*pads, *ordinary]})
 
     @property
     def ignored_ids(self) -> frozenset[int]:
@@ -195,9 +182,15 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
                 names[f"{look}_image_token_id"] = spec.pad
                 names[f"{look}_action_start_id"] = spec.start
                 names[f"{look}_action_id"] = spec.action
-        ids = {name: self._id(token) for name, token in names.items()}
-        if missing := [names[name] for name, i in ids.items() if i is None]:
-            raise UserError(f"tokenizer lacks {', '.join(missing)}; call processor.add_look_tokens() first")
+        return self._ids(names)
+
+    def _ids(self, tokens: Mapping[str, str]) -> dict[str, int]:
+        ids = {name: self._id(token) for name, token in tokens.items()}
+        if missing := [tokens[name] for name, i in ids.items() if i is None]:
+            raise UserError(
+                f"tokenizer lacks {len(missing)} control tokens of the looks {', '.join(self.looks)} "
+                f"({', '.join(missing[:3])}...); call processor.add_look_tokens() and resize the model's embeddings"
+            )
         return {name: i for name, i in ids.items() if i is not None}
 
     def _id(self, token: str) -> int | None:
@@ -221,11 +214,15 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
                 to the multiples of `min_side` that it takes, so that pixels are resampled once; the others resize by
                 themselves.
         """
+        snap = partial(vit_size, self.image_processor)
+        return self.view_of(stage).apply(open_image(image), self.min_side, snap if is_vit(look) else None)
+
+    def view_of(self, stage: str) -> View:
+        """The view of a stage: "first", "crop" or "reencode"."""
         views = {"first": self.first_look, "crop": self.second_look, "reencode": self.reencode_look or self.first_look}
         if stage not in views:
             raise UserError(f"stage {stage!r} is unknown; expected one of {', '.join(views)}")
-        snap = partial(vit_size, self.image_processor)
-        return views[stage].apply(open_image(image), self.min_side, snap if is_vit(look) else None)
+        return views[stage]
 
     def encode_images(self, images: Sequence[Any], look: str = "image") -> dict[str, Any]:
         """Images as viewed (PIL, RGB) to tensors under forward's names; an empty dict for no images.
@@ -233,7 +230,12 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         "image": pixel_values (patches, 3*2*p*p), image_grid_thw (n, 3); "clip" likewise under its names; "detection":
         detection_images (n, 3, 224, 224); "seg": seg_images (n, 3, 1024, 1024). float32; the grids int64.
         """
-        return encode_images(self.image_processor, images, look)
+        if look not in TENSORS:
+            raise UserError(f"look {look!r} is unknown; expected one of {', '.join(TENSORS)}")
+        if not images:
+            return {}
+        encoded = (self.image_processor if is_vit(look) else ENCODERS[look])(list(images), return_tensors="pt")
+        return {name: encoded[source] for name, source in zip(TENSORS[look], TENSORS["image"], strict=False)}
 
     def pad_count(self, look: str, grid_thw: Sequence[int] | Any = None) -> int:
         """How many pads stand for an encoded image: t*h*w / merge^2 of its patch grid, or the look's fixed number.
@@ -259,36 +261,19 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         """Text from outside for a turn, of which nothing is read as structure; see `vocabulary.as_text`."""
         return as_text(text, self.tokenizer, placeholders=True)
 
-    def expand(self, text: str, counts: Mapping[str, Iterable[int]]) -> str:
-        """Placeholders (<image>, <clip_image>, ...) to runs of pads; see `vocabulary.expand`."""
-        return expand(text, counts)
-
-    def turn_ids(self, role: str, content: str, close: bool = True) -> list[int]:
-        """Ids of one turn, contents expanded.
-
-        "system": the turn with its newline; "user": the turn, its newline and the assistant's header, so that the
-        assistant goes on from there; "assistant": what it wrote, and <|im_end|> if `close`.
-        """
-        if role == "assistant":
-            return self._encode(content) + (self._encode(IM_END) if close else [])
-        header = f"{IM_START}assistant\n" if role == "user" else ""
-        return self._encode(f"{IM_START}{role}\n{content}{IM_END}\n{header}")
-
     def first_turn(self, question: str, images: int = 1) -> str:
         """Content of the first user turn: a line `<image>` per image and the question, in the order of training."""
-        return first_turn(question, images, self.question_first)
+        placeholders = [KINDS["image"].placeholder] * images
+        return "\n".join([question, *placeholders] if self.question_first else [*placeholders, question])
 
-    def opening_ids(self, content: str, system: str | None = None) -> list[int]:
-        """The block before the first sampled token: system turn, first user turn, assistant's header."""
-        system = self.system if system is None else system
-        return (self.turn_ids("system", system) if system else []) + self.turn_ids("user", content)
+    def user_ids(self, content: str, opening: bool, system: str | None = None) -> list[int]:
+        """Ids of a user turn, its content expanded, and the assistant's header, so that the assistant goes on there.
 
-    def next_turn_ids(self, content: str, closed: bool) -> list[int]:
-        """The block that follows a sampled assistant turn: its end if it was not `closed`, a user turn, the header.
-
-        `closed` says whether the assistant's <|im_end|> is already among the ids.
+        Before it the system turn, where it is the `opening`; else the newline after the assistant's turn.
         """
-        return (self._encode(IM_END) if not closed else []) + self._encode("\n") + self.turn_ids("user", content)
+        system = self.system if system is None else system
+        before = f"{IM_START}system\n{system}{IM_END}\n" if opening and system else "" if opening else "\n"
+        return encode(f"{before}{IM_START}user\n{content}{IM_END}\n{IM_START}assistant\n", self.tokenizer)
 
     def conversation_ids(
         self, messages: Sequence[Message], counts: Mapping[str, Iterable[int]]
@@ -305,18 +290,11 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         written: list[bool] = []
         for i, turn in enumerate(turns):
             content = expand(turn["content"], counts)
-            if turn["role"] == "assistant":
-                block = self.turn_ids("assistant", content)
-            elif i == 0:
-                block = self.opening_ids(content, system)
-            else:
-                block = self.next_turn_ids(content, closed=True)
+            said = turn["role"] == "assistant"
+            block = encode(content + IM_END, self.tokenizer) if said else self.user_ids(content, i == 0, system)
             ids += block
-            written += [turn["role"] == "assistant"] * len(block)
+            written += [said] * len(block)
         return ids, written
-
-    def _encode(self, text: str) -> list[int]:
-        return encode(text, self.tokenizer)
 
     # ---- data items
 

@@ -16,12 +16,6 @@ from relook.processing.vocabulary import BREAK, KINDS
 Message = Mapping[str, str]
 
 
-def first_turn(question: str, images: int, question_first: bool) -> str:
-    """A user turn that shows images: each on a line of its own, before the question or after, as the model learnt."""
-    placeholders = [KINDS["image"].placeholder] * images
-    return "\n".join([question, *placeholders] if question_first else [*placeholders, question])
-
-
 def plain_turn(message: Message, as_text: Callable[[str], str]) -> dict[str, Any]:
     """A message from outside, its content changed by `as_text`, except for the calls in what the assistant says."""
     content, kept, at = message["content"], list[str](), 0
@@ -33,7 +27,7 @@ def plain_turn(message: Message, as_text: Callable[[str], str]) -> dict[str, Any
 
 
 def template_turn(message: Mapping[str, Any], as_text: Callable[[str], str] | None, question_first: bool) -> Any:
-    """A message for the chat template: the images and the question of a user turn as in `first_turn`.
+    """A message for the chat template: the images and the question of a user turn as in `processor.first_turn`.
 
     Parts with text between images, as a look shows several regions, stay as they are. With `as_text`, for templates
     whose text is encoded, also as in `plain_turn`.
