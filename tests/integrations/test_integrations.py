@@ -58,7 +58,7 @@ def test_prompts_lose_placeholders_and_options_are_read_as_words():
     assert model.options == {"batch_size": 4, "look": "region", "max_looks": 2, "constrain": False}
     assert model.asked == [{"image": [PICTURE], "question": "What?", "max_new_tokens": 3}]
     assert bare("<image 1> a") == "a"
-    with pytest.raises(UserError, match="option 'zoom' is unknown"):
+    with pytest.raises(UserError, match="unknown option 'zoom'"):
         Answering(model, zoom=2)
 
 

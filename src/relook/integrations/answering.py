@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX
+from relook.options import AskOptions
 
 PLACEHOLDERS = ("<image>", "<image 1>")  # written into prompts by harnesses; relook puts images first
-OPTIONS = ("look", "max_looks", "constrain")  # of `VLM.ask`
 
 
 class Answering:
@@ -23,18 +22,17 @@ class Answering:
         model: a name, folder or hub id for `relook.load`, or a loaded `VLM`.
         dtype, device: passed to `relook.load`.
         batch: batch size.
-        options: some of `OPTIONS`.
+        options: of `ask` (`relook.options.AskOptions`).
 
     Raises:
-        UserError: an unknown option, or an error of `relook.load`.
+        UserError: an unknown or wrong option, or an error of `relook.load`.
     """
 
     def __init__(
         self, model: Any, dtype: str | None = None, device: str | None = None, batch: int | str = 8, **options: Any
     ) -> None:
-        if unknown := options.keys() - set(OPTIONS):
-            raise UserError(f"option {min(unknown)!r} is unknown; expected model, dtype, device, {', '.join(OPTIONS)}")
-        self.options = {name: _read(value) for name, value in options.items()}
+        given = {name: _read(value) for name, value in options.items()}
+        self.options = AskOptions.of(given).model_dump(exclude_unset=True)
         self.batch = int(batch)
         if isinstance(model, str):
             import relook

@@ -8,7 +8,7 @@ language model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,10 +51,6 @@ class PendingTokens:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def grids(self) -> list[tuple[int, int, int]]:
-        """Patch grids of the images that have two-dimensional positions: first looks and crops, in order."""
-        return [s.view.grid for _, s in self.shown if s.kind == "image" and s.view.grid is not None]
-
 
 @dataclass(eq=False)
 class Conversation:
@@ -86,18 +82,10 @@ class Conversation:
         return cls(FeatureCache(processor), KVRows.empty(device=device))
 
     def copy(self) -> Conversation:
-        """The same conversation, to continue independently."""
-        return Conversation(
-            self.features.copy(),
-            self.kv.copy(),
-            list(self.ids),
-            list(self.sampled),
-            PendingTokens(list(self.pending.ids), list(self.pending.shown), list(self.pending.states)),
-            self.position,
-            list(self.images),
-            list(self.turns),
-            self.target,
-        )
+        """The same conversation, all of it run, to continue independently."""
+        lists: dict[str, Any] = {n: list(getattr(self, n)) for n in ("ids", "sampled", "images", "turns")}
+        features, kv = self.features.copy(), self.kv.copy()
+        return replace(self, features=features, kv=kv, pending=PendingTokens(), **lists)
 
     def add(self, ids: Sequence[int], sampled: bool = False) -> None:
         """Append tokens."""
@@ -108,17 +96,13 @@ class Conversation:
     def take_pending(self, model: Any) -> tuple[PendingTokens, Tensor]:
         """Take out the pending tokens; returns them and their positions (3, L)."""
         pending, self.pending = self.pending, PendingTokens()
-        device = model.device
-        if len(pending) == 1 and not pending.shown:
-            positions = torch.full((3, 1), self.position, device=device)
-            self.position += 1
-        else:
-            grids = pending.grids()
-            positions, self.position = model.rope_positions(
-                torch.tensor(pending.ids, device=device),
-                torch.tensor(grids, device=device) if grids else None,
-                start=self.position,
-            )
+        ids = torch.tensor(pending.ids, device=model.device)
+        if len(pending) == 1 and not pending.shown:  # one text token
+            start, self.position = self.position, self.position + 1
+            return pending, torch.full((3, 1), start, device=model.device)
+        grids = [shown.view.grid for _, shown in pending.shown if shown.kind == "image"]  # first looks and crops
+        patches = torch.tensor(grids, device=model.device) if grids else None
+        positions, self.position = model.rope_positions(ids, patches, start=self.position)
         return pending, positions
 
 

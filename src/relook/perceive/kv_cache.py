@@ -103,17 +103,11 @@ class KVRows:
         width = max(part.mask.shape[1] for part in singles)
         mask = torch.cat([_pad(part.mask, width, dim=1) for part in singles])
         deep = next((part.layers for part in singles if part.layers), [])
-        layers = []
-        for number, (like, _) in enumerate(deep):
-            nothing = like.new_zeros(1, like.shape[1], 0, like.shape[3])  # of a row without tokens
-            pairs = [part.layers[number] if part.layers else (nothing, nothing) for part in singles]
-            layers.append(
-                (
-                    torch.cat([_pad(k, width, dim=2) for k, _ in pairs]),
-                    torch.cat([_pad(v, width, dim=2) for _, v in pairs]),
-                )
-            )
-        return cls(layers, mask)
+        nothing = [(k[:1, :, :0], v[:1, :, :0]) for k, v in deep]  # of a row without tokens
+        rows = [part.layers or nothing for part in singles]
+        join = lambda tensors: torch.cat([_pad(x, width, dim=2) for x in tensors])  # noqa: E731
+        layers = [tuple(join([row[n][i] for row in rows]) for i in (0, 1)) for n in range(len(deep))]
+        return cls(layers, mask)  # type: ignore[arg-type]  # a pair each
 
 
 def _as_cache(layers: Sequence[Pair]) -> DynamicCache:
@@ -129,9 +123,6 @@ def _as_cache(layers: Sequence[Pair]) -> DynamicCache:
 
 def _pad(x: Tensor, width: int, dim: int) -> Tensor:
     """x with zeros (False) after its end along `dim`, up to `width`."""
-    missing = width - x.shape[dim]
-    if missing == 0:
-        return x
     shape = list(x.shape)
-    shape[dim] = missing
-    return torch.cat([x, x.new_zeros(shape)], dim=dim)
+    shape[dim] = width - shape[dim]
+    return torch.cat([x, x.new_zeros(shape)], dim=dim) if shape[dim] else x

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 from PIL import Image
@@ -183,19 +184,16 @@ class Row:
         self._write_forced()
         return self
 
-    def go_on(self, prompt: Sequence[int], images: Sequence[Image.Image]) -> Row:
+    def go_on(self, prompt: list[int], images: Sequence[Image.Image]) -> Row:
         """Begin with a prompt in token ids, as `generate` takes it, and its images in the order of their pads.
 
         What follows the last header of the assistant is the beginning of its turn.
         """
         vocabulary, processor, conversation = self.vlm.vocabulary, self.vlm.processor, self.conversation
         runs, header = image_runs(self.vlm, prompt), processor.tokenizer.encode(f"{IM_START}assistant\n")
-        width = len(header)
-        cut = next((i for i in range(len(prompt), width - 1, -1) if prompt[i - width : i] == header), len(prompt))
-        tokens = [vocabulary.text_of(token) for token in prompt]
-        stages = pad_stages(
-            ["".join(token for token, last in zip(tokens, ["", *tokens], strict=False) if token != last)]
-        )
+        last = len(prompt) - 1 - prompt[::-1].index(header[0]) if header[0] in prompt else 0
+        cut = last + len(header) if prompt[last : last + len(header)] == header else len(prompt)
+        stages = pad_stages(["".join(vocabulary.text_of(token) for token, _ in groupby(prompt))])
         shown = self._first_views(images, stages)
         counts = [processor.pad_count("image", image.view.grid) for image in shown]
         if counts != [length for _, length in runs]:
