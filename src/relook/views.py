@@ -168,8 +168,7 @@ def open_image(source: Any, fetch: bool = False) -> Image.Image:
                 f"image of {source.width} x {source.height} pixels has nothing to see; give one with pixels"
             )
         try:
-            source.load()
-            return upright(source)
+            return upright(_loaded(source))
         except (OSError, SyntaxError, ValueError) as error:  # PIL reads lazily: a broken file shows only here
             raise UserError(f"image cannot be read ({error}); give a complete image") from error
     if hasattr(source, "__array_interface__"):
@@ -254,8 +253,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
 
     try:
         with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return upright(image)
+            return upright(_loaded(image))
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     except UnidentifiedImageError as error:
@@ -264,6 +262,19 @@ def _decode(data: bytes, name: str) -> Image.Image:
         raise UserError(f"{name}: {error}; give a smaller image") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # what PIL raises on damaged files
         raise UserError(f"{name}: the image is damaged or cut short ({error}); give a complete file") from error
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    """The image, read to its end; a transparent color that a PNG names is in the file's depth, and scaled to 8 bits."""
+    tile: Any = getattr(image, "tile", None)
+    depth = str(tile[0][3]) if tile else ""
+    image.load()
+    named, factor = image.info.get("transparency"), {"L;2": 85, "L;4": 17}.get(depth)
+    if isinstance(named, int) and factor:
+        image.info["transparency"] = named * factor
+    if isinstance(named, tuple) and max(named) > 255:
+        image.info["transparency"] = tuple(value >> 8 for value in named)
+    return image
 
 
 def _from_array(source: Any) -> Image.Image:

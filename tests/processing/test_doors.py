@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
 import threading
+import zlib
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -34,6 +36,33 @@ def ink() -> Image.Image:
 
 def seen_ink() -> np.ndarray:
     return np.where(np.asarray(ink())[:, :, 3:] == 255, 0, 255).repeat(3, 2)
+
+
+def chunked(depth: int, color: int, row: bytes, named: bytes) -> bytes:
+    """A PNG of 4 x 1 pixels in a depth that Pillow does not write, with a transparent color."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, depth, color, 0, 0, 0)) + chunk(b"tRNS", named)
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        chunked(1, 0, bytes([0b01010000]), b"\0\0"),
+        chunked(2, 0, bytes([0b10111011]), b"\0\2"),
+        chunked(4, 0, b"\x7f\x7f", b"\0\7"),
+        chunked(8, 0, b"\7\xff\7\xff", b"\0\7"),
+        chunked(16, 0, b"\x12\x34\xff\xff" * 2, b"\x12\x34"),
+        chunked(16, 2, (b"\x12\x34" * 3 + b"\xff" * 6) * 2, b"\x12\x34" * 3),
+    ],
+    ids=["1 bit", "2 bits", "4 bits", "8 bits", "16 bits", "16 bits of RGB"],
+)
+def test_a_named_transparent_color_is_white_in_every_depth(data):
+    for source in (data, Image.open(io.BytesIO(data))):
+        assert (np.asarray(open_image(source)) == 255).all()
 
 
 def keyed(mode: str) -> Image.Image:
