@@ -39,6 +39,15 @@ def prompt(processor, *chats, **options):
     )
 
 
+def test_the_prefix_of_published_answers_is_left_out(tiny_vlm):
+    vlm = tiny_vlm(("region", "clip"), free_choice=True)
+    inputs, width = (given := prompt(vlm.processor, chat_of(picture()))), given["input_ids"].shape[1]
+    with writing(vlm, "Now answer the question.\nthe code"):
+        looking = relook.LookAgain(vlm.processor, picture())
+        ids = vlm.model.generate(**inputs, max_new_tokens=40, do_sample=False, custom_generate=looking)
+    assert vlm.processor.decode(ids[0, width:]) == "the code<|im_end|>" and looking.answers[0].text == "the code"
+
+
 @pytest.mark.parametrize("look", CALLS)
 def test_generate_looks_and_answers_as_ask_does(tiny_vlm, look):
     vlm = tiny_vlm(("region", "clip"), free_choice=True)

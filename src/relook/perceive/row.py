@@ -23,6 +23,7 @@ from torch import Tensor
 
 from relook.errors import UserError
 from relook.looks import (
+    ANSWER_PREFIX,
     IM_END,
     IM_START,
     IMAGE_PAD,
@@ -217,8 +218,11 @@ class Row:
 
     @property
     def answer_ids(self) -> list[int]:
-        """The ids of the last turn, with its end; without those that a prompt began it with."""
-        return self._turn_ids[self._given :]
+        """The ids of the last turn, with its end; without a prompt's part of it and the prefix of published answers."""
+        ids, decode = self._turn_ids[self._given :], self.vlm.processor.decode
+        if not decode(ids).startswith(ANSWER_PREFIX):
+            return ids
+        return ids[next(n for n in range(len(ids)) if len(decode(ids[:n])) >= len(ANSWER_PREFIX)) :]
 
     def _first_views(self, images: Sequence[Image.Image], stages: Sequence[str] = ()) -> list[ShownImage]:
         first, conversation = len(self.conversation.images), self.conversation
