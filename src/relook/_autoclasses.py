@@ -44,6 +44,30 @@ class _Alias(Loader):
         module.__getattr__ = forward  # type: ignore[method-assign]  # PEP 562, set from outside
 
 
+class _ByModel:
+    """The processor of a folder that names Qwen2-VL's: relook's where the model has looks, as published folders do."""
+
+    @classmethod
+    def from_pretrained(cls, name: Any, **kwargs: Any) -> Any:
+        from transformers import PreTrainedConfig, Qwen2VLProcessor
+
+        hub = {key: value for key, value in kwargs.items() if key in ("cache_dir", "token", "revision", "subfolder")}
+        try:
+            kind = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
+        except OSError:  # no config beside it
+            kind = None
+        found = import_module("relook.processing").VPTQwen2VLProcessor if kind == MODEL_TYPE else Qwen2VLProcessor
+        return found.from_pretrained(name, **kwargs)
+
+
+def _look_at_the_model(processing_auto: ModuleType) -> None:
+    """Let AutoProcessor, which goes by the class that a folder names, tell published folders from plain Qwen2-VL."""
+    by_name = processing_auto.processor_class_from_name
+    processing_auto.processor_class_from_name = (  # type: ignore[attr-defined]
+        lambda class_name: _ByModel if class_name == "Qwen2VLProcessor" else by_name(class_name)
+    )
+
+
 class _Finder(MetaPathFinder):
     """Finds the alias module, and adds our row to each table right after its module has run."""
 
@@ -63,6 +87,8 @@ class _Finder(MetaPathFinder):
                 run(module)
                 table, name = _TABLES[fullname]
                 getattr(module, table)[MODEL_TYPE] = name
+                if name == "VPTQwen2VLProcessor":
+                    _look_at_the_model(module)
 
             spec.loader.exec_module = run_and_add  # type: ignore[method-assign]  # this loader object is ours alone
         return spec
@@ -77,3 +103,5 @@ def announce() -> None:
         from relook.model import register
 
         register()
+        if _AUTO + "processing_auto" in sys.modules:
+            _look_at_the_model(sys.modules[_AUTO + "processing_auto"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.parity import MODELS, folder, tensors
 from support.small_processors import processor_of
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Qwen2VLProcessor
 
 import relook
 from relook.looks import LOOKS
@@ -37,15 +37,17 @@ def test_auto_classes_run_a_published_model_as_relook_does(name, tmp_path):
     assert torch.equal(logits(AutoModelForImageTextToText.from_pretrained(tmp_path), name), expected)
 
 
-def published_folder(place, row):
-    """A published checkpoint as far as its processor goes: tokenizer, preprocessor_config.json, config.json."""
+def published_folder(place, row, named="Qwen2VLProcessor"):
+    """A published checkpoint as far as its processor goes: tokenizer, preprocessor_config.json, config.json.
+
+    transformers 4.45 wrote the name of Qwen2-VL's processor into both.
+    """
     processor_of(looks=("region", row.look)).save_pretrained(place)
     (place / "processor_config.json").unlink()
     processor_of().image_processor.save_pretrained(place)
     for name in ("tokenizer_config.json", "preprocessor_config.json"):
         values = json.loads((place / name).read_text())
-        values.pop("processor_class", None)
-        (place / name).write_text(json.dumps(values))
+        (place / name).write_text(json.dumps(values | {"processor_class": named}))
     values = json.loads((folder("clip") / "config.json").read_text()) | {"vision_encoder_ls": [LOOKS[row.look].encoder]}
     (place / "config.json").write_text(json.dumps(values | {"alignment": row.alignment}))
     return place
@@ -76,3 +78,16 @@ def test_a_converted_model_keeps_what_its_name_said(tmp_path):
     for target, to in (("ours", "relook"), ("back", "published")):
         place = convert(place, tmp_path / target, to=to)
         assert load_processor(place).free_choice and load_processor(place).looks == ["region", "clip"]
+
+
+def test_a_folder_that_names_no_processor(tmp_path):
+    place = published_folder(tmp_path, PUBLISHED["Qwen2-VL-2b-VPT-Seg"], named=None)
+    assert AutoProcessor.from_pretrained(place).looks == ["region", "seg"]
+
+
+def test_plain_qwen2_vl_keeps_its_own_processor(tmp_path, monkeypatch):
+    place = published_folder(tmp_path, PUBLISHED["Qwen2-VL-2b-VPT-Seg"])
+    monkeypatch.setattr(Qwen2VLProcessor, "from_pretrained", lambda name, **kwargs: ("stock", name))
+    for config in ({"model_type": "qwen2_vl"}, None):
+        (place / "config.json").write_text(json.dumps(config)) if config else (place / "config.json").unlink()
+        assert AutoProcessor.from_pretrained(place) == ("stock", place)
