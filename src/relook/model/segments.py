@@ -331,32 +331,31 @@ class SegmentedForward:
             )
         self.mask = mask[:, self.past :].long()
         self.segments = batch.segments(self.mask)
-        # of every key in the cache: its column in the batch, and whether it is a token
-        self.columns = [torch.zeros(rows, self.past, dtype=torch.long, device=mask.device)]
-        self.real = [mask[:, : self.past].bool()]
+        columns = torch.zeros(rows, self.past, dtype=torch.long, device=mask.device)
+        self.cached = [Segment(columns, mask[:, : self.past].bool())]  # what the keys of the cache are
 
     def _run(self, segment: Segment, embeds: Tensor) -> Any:
-        self.columns.append(segment.columns)
         output = self.model.model.language_model(
             inputs_embeds=gather_columns(embeds, segment.columns),
             past_key_values=self.cache,
             use_cache=True,
-            **self._inputs(segment, torch.cat(self.columns, dim=1), torch.cat([*self.real, segment.real], dim=1)),
+            **self._inputs(segment, self.cached),
             **self.extra,
         )
-        self.real.append(segment.real)
+        self.cached.append(segment)
         return output
 
-    def _inputs(self, segment: Segment, columns: Tensor, real: Tensor) -> dict[str, Any]:
-        """attention_mask and position_ids of a segment whose keys are `columns` (B, T), its own last, where `real`."""
+    def _inputs(self, segment: Segment, before: Sequence[Segment]) -> dict[str, Any]:
+        """attention_mask and position_ids of a segment that attends to those before, and to itself."""
         positions = self.batch.position_ids.gather(2, segment.columns.expand(3, -1, -1))
+        real = [each.real for each in before]
         if self.batch.packed is not None:
-            dtype = self.batch.inputs_embeds.dtype
-            return self.batch.packed.inputs(positions, dtype, segment.columns, segment.real, columns, real)
+            columns = torch.cat([*(each.columns for each in before), segment.columns], dim=1)
+            real_keys, dtype = torch.cat([*real, segment.real], dim=1), self.batch.inputs_embeds.dtype
+            return self.batch.packed.inputs(positions, dtype, segment.columns, segment.real, columns, real_keys)
         # A row without tokens in this segment would have nothing to attend to: here its padding attends to itself.
         here = segment.real | ~segment.real.any(dim=1, keepdim=True)
-        mask = torch.cat([real[:, : real.shape[1] - here.shape[1]], here], dim=1)
-        return {"attention_mask": mask.long(), "position_ids": positions}
+        return {"attention_mask": torch.cat([*real, here], dim=1).long(), "position_ids": positions}
 
     def _inject_all(self, order: int, segment: Segment, states: Tensor, embeds: Tensor) -> Tensor:
         """The conditions of the calls numbered `order`, whose states (B, S, d) are the segment's, injected."""
@@ -384,7 +383,7 @@ class SegmentedForward:
             states = self.model.model.language_model(
                 inputs_embeds=gather_columns(embeds, segment.columns),
                 use_cache=False,
-                **self._inputs(segment, segment.columns, segment.real),
+                **self._inputs(segment, []),
             ).last_hidden_state
             embeds = self._inject_all(order, segment, states, embeds)
         return embeds
@@ -430,7 +429,7 @@ class SegmentedForward:
         whole = torch.cat([nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts], dim=2)
         whole = whole.gather(2, order.clamp(min=0)[:, None, :, None].expand(-1, heads, -1, width))
         whole = whole.gather(3, self._keys(order)[:, None, None].expand(-1, heads, order.shape[1], -1))
-        real = torch.cat([self.real[0], order >= 0], dim=1)
+        real = torch.cat([self.cached[0].real, order >= 0], dim=1)
         return whole * (order >= 0)[:, None, :, None] * real[:, None, None]
 
 
