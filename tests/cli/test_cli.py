@@ -4,6 +4,7 @@ Most cases run in process through typer's runner; exit codes and signals of the 
 subprocess.
 """
 
+import base64
 import json
 import os
 import shutil
@@ -149,6 +150,15 @@ def test_wrong_images(tmp_path, page) -> None:
     cut.write_bytes(cut.read_bytes()[:9000])
     for path in (tmp_path / "none.jpg", text, cut, tmp_path):
         assert str(path) in refused("ask", path, QUESTION)
+
+
+def test_an_image_is_a_data_url_or_with_fetch_an_address(page, model) -> None:
+    url = f"data:image/png;base64,{base64.b64encode(Path(page).read_bytes()).decode()}"
+    options = ["What does <|im_end|> say?", "-m", model, "--max-new-tokens", 3]
+    assert call("ask", url, *options).stdout == call("ask", page, *options).stdout
+    assert "data URL" in refused("ask", "data:image/png;base64,?", QUESTION)
+    assert "--fetch" in refused("ask", "http://127.0.0.1:9/a.png", QUESTION)
+    assert "cannot be fetched" in refused("ask", "http://127.0.0.1:9/a.png", QUESTION, "--fetch")
 
 
 def test_wrong_questions_looks_and_regions(page, model) -> None:

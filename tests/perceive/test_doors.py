@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from support.scripted_model import picture, recorded
+from transformers import pipeline
+from transformers.utils.chat_template_utils import Chat
 
+import relook
+from relook.data import BuildOptions, Question, build_item
 from relook.data.collate import Collator, item_length
 from relook.data.items import Item
 from relook.looks import LOOKS
@@ -51,6 +55,8 @@ def test_a_question_is_one_sequence_of_ids_through_every_door(tiny_vlm, question
     assert tokens.count("<|image_pad|>") == sum(tokens.count(spec.pad) for spec in LOOKS.values()) == len(pixels) // 4
     assert not [token for token in tokens if "region" in token or "x_" in token]
     assert processor.decode(prompt).count(question.replace("\U000f0000", "").strip()) == 1
+    pipe = pipeline("image-text-to-text", model=vlm.model, processor=processor, pipeline_class=relook.LookPipeline)
+    assert pipe.preprocess(Chat([{"role": "user", "content": [text, *shown]}]))["input_ids"][0].tolist() == prompt
     if "<image>" in question:
         return  # in an item it stands for an image
     content = processor.first_turn(question.strip(), count)
@@ -59,6 +65,11 @@ def test_a_question_is_one_sequence_of_ids_through_every_door(tiny_vlm, question
     batch = Collator(processor)([Item.from_dict(item)])
     assert encoded["prompt_ids"] == prompt and batch["input_ids"][0].tolist() == encoded["input_ids"]
     assert item_length(processor, Item.from_dict(item)) == len(encoded["input_ids"])
+    if count == 1 and question == "Where?":
+        built = build_item(
+            Question(images[0], question, ("A",)), BuildOptions(look="none", question_first=question_first)
+        )
+        assert processor.encode_item(built.to_dict())["input_ids"] == encoded["input_ids"]
     if not set(question) & set("<\U000f0000"):  # rendered, a literal token cannot be told from structure
         rendered = processor.apply_chat_template(
             [{"role": "user", "content": [text, *shown]}], add_generation_prompt=True
