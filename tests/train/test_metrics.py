@@ -146,7 +146,7 @@ def test_trying_out_leaves_no_trace_in_the_objective() -> None:
     stage = plan().stages[0]
     model, processor = tiny.build(TINY, 0)
     learner = objective_of((model, processor), stage, Pages(1), 1, examples=3)
-    trained = StageModel(model, processor, learner.wrap(model).train())
+    trained = StageModel(model, processor, outer=learner.wrap(model).train())
     tried = Validator(learner, trained, Validation(examples=3, questions=0), Checkpoints(Path("nowhere"), 1))
     first, again = tried(1, lambda batch: batch), tried(2, lambda batch: batch)
     assert first == again and "eval_loss" in first

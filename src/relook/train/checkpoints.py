@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -68,29 +69,28 @@ class StageModel:
     """A model while a stage trains it.
 
     Attributes:
-        outer: the model, or the module with auxiliary heads around it (whose attribute `model` it is then).
         heads: tensors of auxiliary heads that earlier stages left.
-        free_choice: what the processor said before the stage's data had their say (`processor.free_choice`).
+        base: what an adapter keeps of the model under it (`Start.base_record`); None where that has no name.
         origin: where the weights of the run's first stage came from; None for a new model.
+        free_choice: what the processor said before the stage's data had their say (`processor.free_choice`).
+        outer: the module with auxiliary heads around the model (whose attribute `model` it is), where there are any.
+        adapter: its low-rank updates, where there are any.
     """
 
     model: Any
     processor: Any
-    outer: nn.Module
-    adapter: Adapter | None = None
     heads: Mapping[str, Tensor] = field(default_factory=dict)
-    free_choice: bool = False
+    base: dict[str, Any] | None = None
     origin: dict[str, Any] | None = None
+    free_choice: bool = False
+    outer: nn.Module | None = None
+    adapter: Adapter | None = None
 
     @property
-    def wrapped(self) -> bool:
-        """Whether the stage has auxiliary heads."""
-        return self.outer is not self.model
-
-    @property
-    def module(self) -> nn.Module:
+    def module(self) -> Any:
         """What the Trainer trains: the model with its heads, peft's wrapper around it, or the model itself."""
-        return self.adapter.peft if self.adapter is not None and not self.wrapped else self.outer
+        inner = self.adapter.peft if self.adapter is not None else self.model
+        return inner if self.outer is None else self.outer
 
     def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write the model (or its adapter) as a folder that `relook.load` takes, with the heads of all stages so far.
@@ -116,13 +116,14 @@ class StageModel:
             with _no_bars():
                 kept = load_model(folder, dtype=self.model.dtype, device="cpu")
             self.model.load_state_dict(kept.state_dict())
-        if own := self._own_heads():
+        if self.outer is not None:
+            own = self._own_heads()
             found = read_heads(folder)
             state = {f"model.{name}": value for name, value in self.model.state_dict().items()}
             self.outer.load_state_dict(state | {name: found[name] for name in own if name in found})
 
     def _own_heads(self) -> dict[str, Tensor]:
-        state = self.outer.state_dict() if self.wrapped else {}
+        state = self.outer.state_dict() if self.outer is not None else {}
         return {name: value for name, value in state.items() if not name.startswith("model.")}
 
 
@@ -172,9 +173,11 @@ class Checkpoints:
             return f"{self.place.name} is of an older version of relook" if any(p.exists() for p in older) else ""
         return ", ".join(differences(before, self.made)[:3])
 
-    def begin(self) -> None:
-        """Keep what the stage is made of, and remove what a killed run left half-written."""
+    def begin(self, recipe: Recipe) -> None:
+        """Keep what the stage is made of and the recipe as used, and remove what a killed run left half-written."""
         shutil.rmtree(self.aside, ignore_errors=True)
+        with replacing(self.place.parents[1] / "recipe.yaml") as file:
+            yaml.safe_dump(recipe.model_dump(exclude_defaults=True), file, sort_keys=False)
         with replacing(self.place / MADE_OF) as file:
             json.dump(self.made, file, indent=1)
 

@@ -1,11 +1,9 @@
-"""Several processes that train one model: who writes, how all come to one decision, and weights that are sharded.
+"""Several processes that train one model: the main process, decisions that all take alike, and sharded weights.
 
-`torchrun` and `accelerate launch` start a process for each device and say so through its environment. In a single
-process nothing here does anything. Whatever ends a run (a signal, a loss that is no number, a full disk) may be seen by
-one process only; the others wait for it in the next exchange of gradients, so all agree on it before any leaves.
-
-What shards (FSDP2, DeepSpeed's ZeRO) is chosen in accelerate's configuration (`accelerate launch --config_file`, see
-recipes/launch).
+`torchrun` and `accelerate launch` start a process for each device and say so through its environment; in a single
+process nothing here does anything. Whatever ends a run may be seen by one process only; the others wait for it in the
+next exchange of gradients, so all agree on it before any leaves. What shards (FSDP2, DeepSpeed's ZeRO) is chosen in
+accelerate's configuration (recipes/launch).
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import gcd
 from pathlib import Path
 from types import FrameType
@@ -38,12 +36,7 @@ def count() -> int:
 
 def number() -> int:
     """Which of them this is, from 0; also before and after they are joined."""
-    return dist.get_rank() if count() > 1 else int(os.environ.get("RANK", "0")) * (started() > 1)
-
-
-def started() -> int:
-    """How many processes were started to train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_rank() if count() > 1 else int(os.environ.get("RANK", "0"))
 
 
 def main() -> bool:
@@ -60,7 +53,7 @@ def say(text: str) -> None:
 @contextmanager
 def joined() -> Iterator[None]:
     """While it lasts, this process is one of those that were started with it, if any were."""
-    ours = started() > 1 and not dist.is_initialized()
+    ours = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if ours:
         from accelerate import PartialState
 
@@ -113,17 +106,13 @@ def together() -> Iterator[None]:
     """Around what may fail in one process alone: where it does, all of them raise what it raised.
 
     Inside, processes must not exchange anything: the one that failed would not take part.
-
-    Raises:
-        RelookError: the first process's error, in all of them.
     """
-    if count() == 1:
-        yield
-        return
     error = None
     try:
         yield
     except RelookError as caught:
+        if count() == 1:
+            raise
         error = caught
     first = next((one for one in gather(error) if one is not None), None)
     if first is not None:
@@ -133,9 +122,8 @@ def together() -> Iterator[None]:
 def divided(batch: int, accumulate: int, processes: int) -> tuple[int, int]:
     """A step's `accumulate` batches of `batch`, divided: the batch and the batches per step of each process.
 
-    Whole batches are dealt out as far as they go; only then a batch is split.
-
-    Example: 4 x 8 over 8 processes is 4 x 1 each, over 16 it is 2 x 1 each, over 3 it cannot be.
+    Whole batches are dealt out as far as they go, then a batch is split: 4 x 8 over 8 processes is 4 x 1 each, over 16
+    it is 2 x 1 each, over 3 it cannot be.
 
     Raises:
         UserError: it does not come out even.
@@ -175,10 +163,8 @@ class Signals:
         self._process = os.getpid()
 
     def __enter__(self) -> Signals:
-        try:
+        with suppress(ValueError):  # not the main thread
             self._before = {number: signal.signal(number, self._note) for number in STOPPED_BY}
-        except ValueError:  # not the main thread
-            self._before = {}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -189,8 +175,7 @@ class Signals:
     def agree(self) -> int | None:
         """The signal that any process has seen, the same for all of them; None while none has."""
         seen = next((one for one in gather(self.seen) if one is not None), None)
-        if seen is not None:
-            self.seen = seen
+        self.seen = self.seen if seen is None else seen  # one may have come meanwhile
         return seen
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
@@ -216,18 +201,10 @@ def sharded_by() -> str | None:
 
 
 def check_sharding(recipe: Recipe) -> None:
-    """Refuse recipes that cannot be sharded.
-
-    Raises:
-        UserError: names what is in the way.
-    """
-    found = {
-        "lora:": any(stage.lora is not None for stage in recipe.stages),
-        "optimizer: muon": any(stage.optimizer == "muon" for stage in recipe.stages),
-        "remember:": any(stage.remember for stage in recipe.stages),
-    }
-    for what, there in found.items():
-        refuse_sharding(what, there)
+    """Raises UserError where a recipe cannot be sharded as accelerate is configured; names what is in the way."""
+    refuse_sharding("lora:", any(stage.lora is not None for stage in recipe.stages))
+    refuse_sharding("optimizer: muon", any(stage.optimizer == "muon" for stage in recipe.stages))
+    refuse_sharding("remember:", any(stage.remember for stage in recipe.stages))
     if sharded_by() == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("FSDP 1 is not supported; say fsdp_version: 2, as recipes/launch/fsdp2.yaml does")
 
@@ -249,11 +226,7 @@ def optimizer_form(trainer: Any) -> str | None:
 
 
 def check_optimizer_form(wrote: str | None, now: str | None, place: Path) -> None:
-    """Refuse to go on from a checkpoint whose optimizer this launch cannot read.
-
-    Raises:
-        UserError: names both.
-    """
+    """Raises UserError where this launch cannot read the optimizer of a checkpoint; names both forms."""
     if wrote != now:
         names = [name or "no sharding" for name in (wrote, now)]
         raise UserError(

@@ -2,13 +2,9 @@
 
 The recipe is checked as a run checks it, and its model is built on the meta device, so that a recipe for a large
 machine can be tried on a small one. Every item is read: its images must be there, as many as it has placeholders, and
-its control tokens must be the model's. Tokens of a sample are counted, from headers of images. Where the weights are
-here (and there is room), a few batches are really run and thrown away, to tell how long the whole will be.
-
-Memory is estimated from shapes alone: weights, gradients and optimizer states of whatever learns, and what the language
-model keeps of a forward pass for the backward one, by the layers of Qwen2 as torch runs them (fused attention). Not
-counted: what the vision encoders keep where they learn (`encoders_that_learn` names them), buffers of communication,
-fragments. On tiny models the activations come within a third of what torch really saves (tests/train/test_dry_run.py).
+its control tokens must be the model's. Tokens of a sample are counted, from headers of images. Memory of weights,
+gradients and optimizer states follows from shapes. Where the weights are here (and there is room), a few batches are
+really run and thrown away: they tell the time of a step and what a forward pass keeps for the backward one.
 """
 
 from __future__ import annotations
@@ -19,6 +15,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,7 @@ from relook.data.reader import Unreadable
 from relook.errors import UserError
 from relook.looks import LOOKS
 from relook.model.start import StartInfo, open_start
+from relook.train.checkpoints import StageModel
 from relook.train.objective import run_batch
 from relook.train.optim import build_optimizer, by_part
 from relook.train.recipe import Recipe, Stage, load_recipe
@@ -110,7 +108,6 @@ class StageDry:
     items: Items | None
     lengths: Lengths | None
     memory: dict[str, int]
-    towers: list[str]
     seconds_a_step: float | None = None
     peak: int | None = None  # bytes on the GPU, measured
     unmeasured: str = ""
@@ -127,8 +124,6 @@ class StageDry:
         lines.append(f"  tokens   {self.lengths or uncounted}")
         parts = ", ".join(f"{name} {gib(size)}" for name, size in self.memory.items())
         lines.append(f"  memory   about {gib(sum(self.memory.values()))} a device: {parts}")
-        if self.towers:
-            lines.append(f"           and what the towers that learn keep of their images: {', '.join(self.towers)}")
         if self.peak is not None:
             lines.append(f"           measured: {gib(self.peak)} at most")
         spent = self.unmeasured
@@ -190,7 +185,7 @@ def dry_run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), note: No
         dry.unmeasured = reason or (f"not measured: there is room for {gib(room)} here" if needed > room else "")
         if not dry.unmeasured:
             note(f"{stage.name}: measuring {BATCHES} batches")
-            dry.seconds_a_step, dry.peak = _measure(recipe, stage, sampled_items)
+            _measure(recipe, stage, sampled_items, dry)
     return found
 
 
@@ -200,20 +195,17 @@ def _describe(
     """A stage by its shapes, on the meta device."""
     plan = stage.lora and stage.lora.model_copy(update={"bits": None})  # few bits are for real weights only
     exact = stage.model_copy(update={"lora": plan})
-    trained, objective = prepare_stage(recipe, exact, info.meta_model(), info.processor, sampled)
+    trained = StageModel(info.meta_model(), info.processor)
+    objective = prepare_stage(recipe, exact, trained, sampled)
     cutoff, lengths = stage.options.get("max_length"), found.lengths if found is not None else []
     if found is None and objective is not None:
         rows = [objective.train[i] for i in range(PAGES)]
         lengths = [len(row["input_ids"]) for row in rows if isinstance(row, dict) and "input_ids" in row]
     known = Lengths.of(lengths, cutoff) if lengths else None
-    module = trained.module if trained.wrapped else trained.model
-    sizes = standing_memory(module, stage)
-    longest = min([known.p99, cutoff or known.p99]) if known is not None else cutoff
-    if longest is not None:
-        sizes["activations"] = activation_memory(info.config, stage, stage.batch * longest, layers_learn(trained.model))
-    steps, encoders = steps_of(stage, sampled), encoders_that_learn(trained.model)
-    samples = steps * stage.batch * stage.accumulate
-    return StageDry(stage.name, stage.objective, steps, samples, by_part(module), found, known, sizes, encoders)
+    module = trained.model if trained.outer is None else trained.outer
+    steps = steps_of(stage, sampled)
+    samples, sizes = steps * stage.batch * stage.accumulate, standing_memory(module, stage)
+    return StageDry(stage.name, stage.objective, steps, samples, by_part(module), found, known, sizes)
 
 
 # -- items ------------------------------------------------------------------------------------------------------------
@@ -272,36 +264,57 @@ def _problems(item: Item, info: StartInfo, files: dict[str, bool]) -> Iterator[t
 # -- a few batches ----------------------------------------------------------------------------------------------------
 
 
-def _measure(recipe: Recipe, stage: Stage, items: SampledItems | None) -> tuple[float, int | None]:
-    """Seconds of an optimizer step (examples are drawn in this process) and peak bytes on a GPU.
+def _measure(recipe: Recipe, stage: Stage, items: SampledItems | None, dry: StageDry) -> None:
+    """Run a few batches from the recipe's start, and throw them away; examples are drawn in this process.
 
-    A few batches are run from the recipe's start, and thrown away.
+    What is kept for the backward pass is scaled from the largest of them to a batch of the longest examples (99 % are
+    shorter). Inputs of layers that run again (`checkpointing`) are not counted; a GPU's peak is measured.
     """
     from accelerate.utils import send_to_device
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = open_start(recipe.model, seed=recipe.seed, domain=recipe.domain)
-    trained, objective = prepare_stage(recipe, stage, model, processor, items)
+    trained = StageModel(*open_start(recipe.model, seed=recipe.seed, domain=recipe.domain))
+    objective = prepare_stage(recipe, stage, trained, items)
     assert objective is not None
     if stage.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        trained.model.activation_checkpointing_enable({"use_reentrant": False})
     trained.module.to(device).train()
     optimizer = build_optimizer(trained.module, stage)
-    taken: dict[str, list[float]] = {"batch": [], "step": []}
+    taken, kept = list[tuple[float, float]](), 0.0
     for number in range(BATCHES):
         begun = time.perf_counter()
         batch = objective.collate([objective.train[number * stage.batch + i] for i in range(stage.batch)])
-        with torch.autocast(device, torch.bfloat16, enabled=stage.precision == "bfloat16"):
+        reduced = torch.autocast(device, torch.bfloat16, enabled=stage.precision == "bfloat16")
+        with _kept(trained.module) as storages, reduced:
             loss, _ = run_batch(objective, trained.module, send_to_device(batch, device))
+        size, longest = sum(one.nbytes() for one in storages.values()), dry.lengths.p99 if dry.lengths else 0
+        scale = stage.batch * longest / batch["input_ids"].numel() if "input_ids" in batch else 1.0
+        kept = max(kept, size * max(1.0, scale))
         loss.backward()
-        taken["batch"].append(time.perf_counter() - begun)
+        passed = time.perf_counter() - begun
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
-        taken["step"].append(time.perf_counter() - begun)
-    seconds = statistics.median(taken["step"]) + (stage.accumulate - 1) * statistics.median(taken["batch"])
-    return seconds, torch.cuda.max_memory_allocated() if device == "cuda" else None
+        taken.append((time.perf_counter() - begun, passed))
+    step, passed = (statistics.median(of) for of in zip(*taken, strict=True))
+    dry.seconds_a_step, dry.memory["activations"] = step + (stage.accumulate - 1) * passed, int(kept)
+    dry.peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[dict[int, torch.UntypedStorage]]:
+    """What autograd keeps of a forward pass within, weights apart, by address."""
+    weights, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, dict[int, torch.UntypedStorage]()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield found
 
 
 def _room() -> int:
@@ -326,37 +339,6 @@ def standing_memory(model: nn.Module, stage: Stage) -> dict[str, int]:
         learns += parameter.numel() * parameter.requires_grad
     states = 2 if stage.optimizer == "adamw" else 1.5  # muon keeps one for matrices, AdamW two for the rest
     return {"weights": int(weights), "gradients": FLOAT * learns, "optimiser": int(FLOAT * states * learns)}
-
-
-def activation_memory(config: Any, stage: Stage, tokens: int, learns: bool = True) -> int:
-    """Bytes of a forward pass over `tokens` real positions that wait for the backward pass.
-
-    Per layer and position, with width d, inner width i and b bytes a product: the residual stream before both norms
-    (8 d in float32), queries, keys and values repeated for every head and what attention gives (4 b d), the gate, its
-    activation and the other half (3 b i). Where the layers learn (`learns`), also what their weights were multiplied
-    with: normed values in float32 and as a product (8 d + 2 b d), the halves' product (b i). The head keeps its input,
-    the logits and their softmax in float32. Mask modelling runs what is left of the call once more: at most a pass.
-    With checkpointing, a layer keeps its input, and one layer at a time all the rest.
-    """
-    text = config.get_text_config()
-    b = 2 if stage.precision == "bfloat16" else FLOAT
-    d, i = text.hidden_size, text.intermediate_size
-    layer = 8 * d + 4 * b * d + 3 * b * i + (8 * d + 2 * b * d + b * i if learns else 0)
-    head = 2 * FLOAT * d + b * d + (2 * FLOAT + (b if b != FLOAT else 0)) * text.vocab_size
-    count, passes = text.num_hidden_layers, 2 if stage.mask > 0 else 1
-    layers = passes * count * FLOAT * d + layer if stage.checkpointing else passes * count * layer
-    return tokens * (layers + head)
-
-
-def layers_learn(model: nn.Module) -> bool:
-    """Whether any weight in the language model's layers learns (a low-rank update counts)."""
-    return any(p.requires_grad for name, p in model.named_parameters() if "language_model.layers." in name)
-
-
-def encoders_that_learn(model: nn.Module) -> list[str]:
-    """The vision encoders that learn, whose activations `activation_memory` leaves out."""
-    learns = [name for name, p in model.named_parameters() if p.requires_grad]
-    return sorted({name.split(".")[1] for name in learns if ".blocks." in name or name.startswith("encoders.")})
 
 
 # -- text -------------------------------------------------------------------------------------------------------------

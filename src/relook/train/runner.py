@@ -7,20 +7,19 @@ stages that are done and goes on inside the one that was cut; one that differs i
 
 from __future__ import annotations
 
-import difflib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from relook.data.dataset import open_items
 from relook.data.records import records
 from relook.errors import UserError
-from relook.io import locked_folder, replacing, replacing_folder
+from relook.io import locked_folder, nearest, replacing_folder
 from relook.model.start import Start, StartInfo, describe_start, open_start
 from relook.plugins import find
 from relook.train import distributed, lora
@@ -132,8 +131,7 @@ def train_stage(recipe: Recipe, stage: Stage, start: Start, checkpoints: Checkpo
         trained, objective, items = _open_stage(recipe, stage, start)
         steps = steps_of(stage, items)
         if distributed.main():
-            checkpoints.begin()  # not before: a run that is refused leaves no folder
-            _write_recipe(recipe, checkpoints.place.parents[1])
+            checkpoints.begin(recipe)  # not before: a run that is refused leaves no folder
     record = distributed.from_main(checkpoints.last())
     begun = record["step"] if record is not None else 0
     if record is not None:
@@ -162,50 +160,43 @@ def _open_stage(recipe: Recipe, stage: Stage, start: Start) -> tuple[StageModel,
     model, processor = open_start(start, seed=recipe.seed, domain=recipe.domain)
     for parameter in model.parameters():  # out of the mapped file, where the alignment of a weight decides its rounding
         parameter.data = parameter.data.clone()
-    first, data, items = start is recipe.model, recipe.data_of(stage), None
-    free_choice, heads = processor.free_choice, {} if first else read_heads(str(start.start))
-    processor.free_choice = free_choice or data.free_choice
+    data, items, known = recipe.data_of(stage), None, model.config.provenance or {}
+    trained = StageModel(model, processor, free_choice=processor.free_choice)
+    if start is recipe.model:
+        trained.base = start.base_record(recipe.seed)
+        trained.origin = {"from": Path(start.start).name, **known} if start.start is not None else None
+    else:
+        trained.heads, trained.origin = read_heads(str(start.start)), known.get("start")
+    processor.free_choice = processor.free_choice or data.free_choice
     if data.source == "json":
         items = open_items(data, recipe.seed_of(stage), recipe.validation.items, processor)
-    trained, objective = prepare_stage(recipe, stage, model, processor, items, heads, first)
+    objective = prepare_stage(recipe, stage, trained, items)
     assert objective is not None
-    trained.free_choice, before = free_choice, model.config.provenance or {}
-    trained.origin = before.get("start") if not first else None
-    if first and start.start is not None:
-        trained.origin = {"from": Path(start.start).name, **before}
-    distributed.refuse_sharding("auxiliary heads", trained.wrapped)
+    distributed.refuse_sharding("auxiliary heads", trained.outer is not None)
     return trained, objective, items
 
 
-def prepare_stage(
-    recipe: Recipe,
-    stage: Stage,
-    model: Any,
-    processor: Any,
-    items: Any = None,
-    heads: Mapping[str, Tensor] | None = None,
-    first: bool = True,
-) -> tuple[StageModel, Objective | None]:
-    """Set a model as a stage says, choose what learns, and add the heads and low-rank updates that the stage has.
+def prepare_stage(recipe: Recipe, stage: Stage, trained: StageModel, items: Any = None) -> Objective | None:
+    """Set a model, in place, as a stage says: what learns, and the heads and low-rank updates that the stage has.
 
     Args:
-        model, processor: the model is changed in place; without a processor there is no objective.
         items: of a stage whose data are items.
-        heads: tensors of auxiliary heads that earlier stages left.
-        first: whether the model is the recipe's start, which an adapter then names as the model under it.
+
+    Returns:
+        The objective; None where the model has no processor.
     """
-    seed, objective, outer, heads = recipe.seed_of(stage), None, model, heads or {}
+    model, seed, objective = trained.model, recipe.seed_of(stage), None
     set_forward(model.config, stage)
     torch.manual_seed(seed)
-    if processor is not None:
+    if trained.processor is not None:
         source = find_source(recipe.data_of(stage))
-        setup = Setup(stage, model.config, processor, seed, source and source(seed), items, recipe.validation, heads)
-        objective = find_objective(stage)(setup)
+        about = stage, model.config, trained.processor, seed, source and source(seed), items
+        objective = find_objective(stage)(Setup(*about, recipe.validation, trained.heads))
         outer = objective.wrap(model)
+        trained.outer = outer if outer is not model else None
     set_trainable(model, stage.freeze, stage.train)
-    base = recipe.model.base_record(recipe.seed) if first else None
-    adapter = lora.adapt(model, stage.lora, base) if stage.lora is not None else None
-    return StageModel(model, processor, outer, adapter, heads), objective
+    trained.adapter = lora.adapt(model, stage.lora, trained.base) if stage.lora is not None else None
+    return objective
 
 
 def _finish(trainer: StageTrainer) -> Record:
@@ -255,14 +246,6 @@ def steps_of(stage: Stage, items: Any = None) -> int:
     return max(1, samples // (stage.batch * stage.accumulate))
 
 
-def _write_recipe(recipe: Recipe, folder: Path) -> None:
-    import yaml
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "recipe.yaml") as file:
-        yaml.safe_dump(recipe.model_dump(exclude_defaults=True), file, sort_keys=False)
-
-
 # -- before anything is trained ---------------------------------------------------------------------------------------
 
 
@@ -308,11 +291,9 @@ def check_parts(model: nn.Module, stages: Iterable[Stage]) -> None:
         saved = stage.lora.modules_to_save if stage.lora is not None else []
         for part in [*stage.freeze, *(stage.train or ()), *stage.lr_scale, *saved]:
             if not any(in_part(name, part) for name in names):
-                near = difflib.get_close_matches(part, [*known, *PARTS], n=1, cutoff=0.5)
-                hint = f" (did you mean {near[0]!r}?)" if near and near[0] in known else ""
                 raise UserError(
-                    f"Stage {stage.name!r}: the model has no part {part!r}{hint}; parts are {', '.join(known)}, "
-                    "or pieces of parameter names such as layers.0"
+                    f"Stage {stage.name!r}: the model has no part {part!r} ({nearest(part, known, 0.5)}); parts are "
+                    f"{', '.join(known)}, or pieces of parameter names such as layers.0"
                 )
 
 

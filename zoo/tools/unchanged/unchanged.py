@@ -67,7 +67,7 @@ BOOKKEEPING = (
     *("recipe.yaml", "stage.json", "done.json", "record.json", "checkpoint.json", "*config.json", "tokenizer*.json"),
     *("*.jinja", "*.index.json", "trainer_state.json", "*.pt", "*.pth", "*.bin", "README.md", "*.stderr"),
 )
-IGNORED = ("events.out.tfevents.*", "*.pyc")  # files of no interest
+IGNORED = ("events.out.tfevents.*", "*.pyc", ".lock")  # files of no interest
 HERE = Path(__file__).resolve()
 
 # ---------------------------------------------------------------- cases
