@@ -17,7 +17,8 @@ from support.small_processors import page, processor_of, region_item
 from transformers import Qwen2VLImageProcessorPil
 
 from relook.errors import UserError
-from relook.looks import LOOKS
+from relook.looks import LOOKS, write_call
+from relook.model.loading import load_processor, resolve
 from relook.processing import (
     IGNORED,
     PREPROCESSING,
@@ -412,3 +413,13 @@ def test_no_torchvision_is_needed():
     processor = processor_of()
     assert VPTQwen2VLProcessor.get_attributes() == ["image_processor", "tokenizer"]
     assert type(processor.image_processor).__name__.endswith("Pil")
+
+
+def test_calls_of_a_finer_grid_stay_calls():
+    """receipts-tiny has 12 x 12 cells: a call that names cell 10 is structure in training, too."""
+    processor = load_processor(resolve("receipts-tiny"))
+    call = write_call("region", (1, 2, 10, 4), processor.grid_size)
+    turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": call}]
+    ids, written = processor.conversation_ids(turns, {})
+    said = [token for token, mine in zip(ids, written, strict=True) if mine]
+    assert processor.tokenizer.convert_ids_to_tokens(said)[:-1] == [piece + ">" for piece in call.split(">")[:-1]]

@@ -284,7 +284,8 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         assistant are structure; all else is plain text, also where it spells a control token.
         """
         counts = {kind: iter(numbers) for kind, numbers in counts.items()}
-        messages = [plain_turn(message, partial(as_text, tokenizer=self.tokenizer)) for message in messages]
+        plain = partial(as_text, tokenizer=self.tokenizer)
+        messages = [plain_turn(message, plain, self.grid_size) for message in messages]
         system, turns = split_system(messages)
         ids: list[int] = []
         written: list[bool] = []
@@ -310,7 +311,8 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
             with their <|im_end|>, and in them the `*_action` tokens), prompt_ids (everything before the last answer),
             and the tensors of `encode_images` for every kind of image in the item.
         """
-        messages = [plain_turn(message, partial(as_text, tokenizer=self.tokenizer)) for message in item["messages"]]
+        plain = partial(as_text, tokenizer=self.tokenizer)
+        messages = [plain_turn(message, plain, self.grid_size) for message in item["messages"]]
         sources = {kind: list(item.get(spec.item_key) or []) for kind, spec in KINDS.items()}
         check_counts(messages, {kind: len(images) for kind, images in sources.items()})
         stages = {kind: ["reencode"] * len(images) for kind, images in sources.items()}
@@ -380,7 +382,9 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         """
         chats, batched = self._normalize_conversations(conversation)
         plain = self.as_text if kwargs.get("tokenize") else None
-        chats = [[template_turn(message, plain, self.question_first) for message in chat] for chat in chats]
+        chats = [
+            [template_turn(message, plain, self.question_first, self.grid_size) for message in chat] for chat in chats
+        ]
         return super().apply_chat_template(chats if batched else chats[0], *args, **kwargs)
 
     def _multimodal_inputs_from_conversations(self, conversations: list, *args: Any, **kwargs: Any) -> tuple:

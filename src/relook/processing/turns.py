@@ -16,17 +16,19 @@ from relook.processing.vocabulary import BREAK, KINDS
 Message = Mapping[str, str]
 
 
-def plain_turn(message: Message, as_text: Callable[[str], str]) -> dict[str, Any]:
+def plain_turn(message: Message, as_text: Callable[[str], str], grid: int) -> dict[str, Any]:
     """A message from outside, its content changed by `as_text`, except for the calls in what the assistant says."""
     content, kept, at = message["content"], list[str](), 0
-    for call in parse_calls(content) if message["role"] == "assistant" else ():
+    for call in parse_calls(content, grid) if message["role"] == "assistant" else ():
         if call.problem is None:
             kept += [as_text(content[at : call.span[0]]), content[slice(*call.span)]]
             at = call.span[1]
     return {**message, "content": "".join([*kept, as_text(content[at:])])}
 
 
-def template_turn(message: Mapping[str, Any], as_text: Callable[[str], str] | None, question_first: bool) -> Any:
+def template_turn(
+    message: Mapping[str, Any], as_text: Callable[[str], str] | None, question_first: bool, grid: int
+) -> Any:
     """A message for the chat template: the images and the question of a user turn as in `processor.first_turn`.
 
     Parts with text between images, as a look shows several regions, stay as they are. With `as_text`, for templates
@@ -43,7 +45,7 @@ def template_turn(message: Mapping[str, Any], as_text: Callable[[str], str] | No
         apart = [piece for image in images for piece in ([newline, image] if after else [image, newline])]
         parts = [*([] if after else apart), {"type": "text", "text": question}, *(apart if after else [])]
     if as_text is not None:
-        said = [plain_turn({"role": role, "content": part.get("text", "")}, as_text)["content"] for part in parts]
+        said = [plain_turn({"role": role, "content": part.get("text", "")}, as_text, grid)["content"] for part in parts]
         if role == "assistant" and said and said[0][:1].isspace():
             said[0] = BREAK + said[0]  # or it would melt into the newline of its header
         parts = [
