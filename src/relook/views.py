@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, unquote_to_bytes
 
 from relook.errors import UserError
-from relook.regions import eight_bits, split_crop_suffix, upright
+from relook.regions import Box, eight_bits, split_crop_suffix, upright
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -178,21 +178,25 @@ def open_image(source: Any, fetch: bool = False) -> Image.Image:
     )
 
 
+def existing_ref(ref: str) -> tuple[str, Box | None]:
+    """File and crop of an image entry, `"a.jpg_0,0,8,8"` (no crop where there is a file that is really called so)."""
+    file, box = split_crop_suffix(ref)
+    if box is not None and not os.path.exists(file) and os.path.exists(ref):
+        return ref, None
+    return file, box
+
+
 def load_item_image(source: Any, root: str | Path | None = None) -> Image.Image:
     """An image of a data item: whatever `open_image` takes, a path with a crop suffix, or a pair (image, box).
 
     `a.jpg_80,100,320,250` is the crop x1, y1, x2, y2 of a.jpg in pixels of the original (spec.md, section 3). A
     box that leaves the image is clipped to it. Relative paths are taken from `root`.
     """
-    box = None
+    box: Any = None
     name = source
     if isinstance(source, (str, Path)) and not str(source).startswith(("data:", "http://", "https://")):
-        name, box = split_crop_suffix(str(source))
-        path = Path(root or ".") / name
-        whole = Path(root or ".") / source
-        if box is not None and not path.exists() and whole.exists():  # a file that is really called like that
-            path, box = whole, None
-        image = open_image(path)
+        name, box = existing_ref(os.path.join(root or ".", source))
+        image = open_image(name)
     elif isinstance(source, (tuple, list)) and len(source) == 2:
         image, box = open_image(source[0]), tuple(source[1])
         name = "image"

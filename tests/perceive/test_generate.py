@@ -115,6 +115,19 @@ def test_what_generate_cannot_do_over_looks_is_one_sentence(tiny_vlm):
         run([picture(0, (30, 90))])
     with pytest.raises(UserError, match="2 images, more than the prompts"):
         run([picture(), picture()])
+    for options, said in (
+        ({"look": "seg"}, "no 'seg' look"),
+        ({"region": (0, 0, 8, 8)}, "8 x 8"),
+        ({"look_at": 1}, "look_at=1 names no image"),
+        ({"lok": "clip"}, "unknown option 'lok'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            looking = relook.LookAgain(vlm.processor, [picture()], **options)
+            vlm.model.generate(**inputs, custom_generate=looking, max_new_tokens=2)
+    for options in ({"look": "clip"}, {"region": (1, 1, 2, 2)}):
+        looking = relook.LookAgain(vlm.processor, [picture()], **options)
+        vlm.model.generate(**inputs, custom_generate=looking, max_new_tokens=2, do_sample=False)
+        assert [look.kind for look in looking.answers[0].looks] == [options.get("look", "region")]
     with pytest.raises(UserError, match="MaxTimeCriteria is not followed"):
         run([picture()], max_time=1.0)
 

@@ -310,6 +310,9 @@ def test_template_follows_the_system_prompt():
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>\n?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert processor_of(system="").apply_chat_template(chat).startswith("<|im_start|>user")
+    for part in ("what?", {"text": "what?"}, {"type": "text", "text": 7}):
+        with pytest.raises(UserError, match="is not understood; expected"):
+            processor.apply_chat_template([{"role": "user", "content": [part]}])
     with pytest.raises(Exception, match="video"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
 

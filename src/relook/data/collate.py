@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relook.data.dataset import Found, SampledItems
-from relook.data.images import existing_ref, file_size, upright_size
+from relook.data.images import file_size, upright_size
 from relook.data.items import Item
 from relook.data.reader import Record, Unreadable
 from relook.errors import RelookError, UserError
-from relook.views import open_image
+from relook.views import existing_ref, open_image
 
 if TYPE_CHECKING:
     import torch

@@ -72,14 +72,6 @@ def split_ref(ref: str) -> tuple[str, Box | None]:
     return str(file), box
 
 
-def existing_ref(ref: str) -> tuple[str, Box | None]:
-    """As `split_ref`, except where there is a file that is really called like a crop."""
-    file, box = split_ref(ref)
-    if box is not None and not os.path.exists(file) and os.path.exists(ref):
-        return ref, None
-    return file, box
-
-
 def with_file(ref: ImageRef, change: Callable[[str], str]) -> ImageRef:
     """An image entry with its file changed and its crop kept; images in memory stay as they are."""
     if not isinstance(ref, str):

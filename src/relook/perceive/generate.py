@@ -60,7 +60,7 @@ class LookAgain:
             if not isinstance(criterion, (MaxLengthCriteria, EosTokenCriteria)):
                 raise UserError(f"{type(criterion).__name__} is not followed over looks; leave it out of generate")
         vlm = VLM(model, self.processor)
-        vlm.logits_processors, ends = logits_processor, generation_config.eos_token_id
+        vlm.logits_processors, vlm.sampling, ends = logits_processor, {}, generation_config.eos_token_id
         vlm.vocabulary.ends |= {ends} if isinstance(ends, int) else set(ends or ())
         room, drawn = generation_config.max_length - input_ids.shape[1], generation_config.do_sample
         real = prepared.get("attention_mask")
@@ -72,7 +72,7 @@ class LookAgain:
             for _ in range(copies):
                 seed = {"seed": int(torch.randint(2**62, ()))} if drawn else {}
                 options = AskOptions.of({"max_new_tokens": room, "do_sample": drawn, **seed, **self.options})
-                rows.append(Row(vlm, vlm._begin(), options).go_on(prompt, shown))
+                rows.append(Row(vlm, vlm._begin(), vlm._fitted(options)).go_on(prompt, shown))
         if any(True for _ in images):
             raise UserError(
                 f"LookAgain has {len(self.images)} images, more than the prompts; give those of the prompts"

@@ -52,7 +52,10 @@ class Row:
     Args:
         vlm: the `VLM` that is asked; read only.
         conversation: what it goes on from; left as it is.
-        options: checked; `look_at` is the number of the image that looks go to.
+        options: checked.
+
+    Attributes:
+        target: number of the image that looks go to.
     """
 
     def __init__(self, vlm: Any, conversation: Conversation, options: AskOptions):
@@ -60,7 +63,7 @@ class Row:
         self.question = ""
         self.conversation = conversation.copy()
         self.generator = generator(options)
-        self._target = options.look_at or 0
+        self.target = 0
         self.looks: list[Look] = []
         self.events: deque[Event] = deque()  # not yet yielded by the loop
         self.finished = False
@@ -175,14 +178,11 @@ class Row:
 
     def ask(self, question: str, images: Sequence[Image.Image]) -> Row:
         """Begin with the user's turn: images and question, and the forced tokens of a requested look."""
-        self.question, processor, options = question, self.vlm.processor, self.options
+        self.question, processor, before = question, self.vlm.processor, len(self.conversation.images)
         shown = self._first_views(images)
+        self._aim(before if images else self.conversation.target)
         self._user_turn(processor.first_turn(processor.as_text(self._sentence()), len(shown)), shown)
-        if options.region is not None:
-            self._force_text(write_call("region", options.region, self.vlm.vocabulary.grid) + IM_END)
-        elif options.look in LOOKS:
-            self._force_text(LOOKS[options.look].start)
-        self._write_forced()
+        self._force_look()
         return self
 
     def go_on(self, prompt: list[int], images: Sequence[Image.Image]) -> Row:
@@ -205,16 +205,37 @@ class Row:
             )
         turn_of = [prompt[:at].count(vocabulary[IM_START]) for at, _ in runs]
         latest = max((turn for turn, stage in zip(turn_of, stages, strict=True) if stage == "first"), default=None)
-        self._target = 0 if latest is None else turn_of.index(latest)
-        self._looks_left *= latest is not None
+        if latest is None:
+            self._looks_left = 0
+        else:
+            self._aim(turn_of.index(latest))
         conversation.pending.shown += [(at, image) for (at, _), image in zip(runs, shown, strict=True)]
         conversation.add(prompt[:cut])
         conversation.turns.append(Turn("user", processor.decode(prompt[:cut])))
         after_start = {token for spec in LOOKS.values() if spec.action for token in (spec.action, spec.end)}
         self._forced.extend(token for token in prompt[cut:] if vocabulary.text_of(token) not in after_start)
         self._given = len(prompt) - cut
-        self._write_forced()
+        if self._given or not self._looks_left:
+            self._write_forced()
+        else:
+            self._force_look()
         return self
+
+    def _aim(self, default: int) -> None:
+        """Settle which image looks go to."""
+        total, target = len(self.conversation.images), self.options.look_at
+        target = default if target is None else target
+        if not -total <= target < total:
+            raise UserError(f"look_at={target} names no image; the conversation has {total}, counted from 0")
+        self.target = target % total
+
+    def _force_look(self) -> None:
+        """The tokens of a look that the options ask for."""
+        text = LOOKS[self.options.look].start if self.options.look in LOOKS else ""
+        if self.options.region is not None:
+            text = write_call("region", self.options.region, self.vlm.vocabulary.grid) + IM_END
+        self._forced.extend(self.vlm.processor.tokenizer.encode(text, add_special_tokens=False))
+        self._write_forced()
 
     @property
     def answer_ids(self) -> list[int]:
@@ -253,9 +274,6 @@ class Row:
     def _plain(self) -> str:
         """The question without any such sentence."""
         return without_triggers(self.question).strip() or self.question
-
-    def _force_text(self, text: str) -> None:
-        self._forced.extend(self.vlm.processor.tokenizer.encode(text, add_special_tokens=False))
 
     def _user_turn(self, content: str, images: Sequence[ShownImage]) -> None:
         """A user turn with its images in the order of its placeholders, and the assistant's header."""
@@ -314,7 +332,7 @@ class Row:
 
     def _crop(self, call: Call) -> ShownImage:
         """A region, widened by the processor's margin, from the original pixels."""
-        processor, number = self.vlm.processor, self._target
+        processor, number = self.vlm.processor, self.target
         grid, whole = self.vlm.vocabulary.grid, self.conversation.images[number]
         cells = widen(call.cells or (0, 0, grid - 1, grid - 1), processor.region_margin, grid)
         box = cells_to_box(cells, whole.size, grid)
@@ -323,7 +341,7 @@ class Row:
 
     def _reencode(self, call: Call) -> ShownImage:
         """The whole image, re-encoded by the look's encoder."""
-        number = self._target
+        number = self.target
         whole = self.conversation.images[number]
         view, seen = self.conversation.features.lookup(call.look, number, whole, "reencode")
         look = self._record_look(Look(call.look, box=(0, 0, *whole.size), image=seen))
@@ -353,7 +371,7 @@ class Row:
             ),
             transcript=list(conversation.turns),
             question=self.question,
-            image=conversation.images[self._target].copy() if conversation.images else None,
+            image=conversation.images[self.target].copy() if conversation.images else None,
             model=self.vlm.name,
             warnings=self.vlm.warnings,
             grid=self.vlm.vocabulary.grid,

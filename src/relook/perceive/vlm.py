@@ -161,24 +161,20 @@ class VLM:
 
     def _row(self, conversation: Conversation, images: list[Image.Image], question: str, options: AskOptions) -> Row:
         """The row of a question, checked; raises UserError as `ask` says."""
-        total = len(conversation.images) + len(images)
-        if not total:
+        if not conversation.images and not images:
             raise UserError("no image was given; give a path, a PIL image, an array, bytes, or a list of these")
+        return Row(self, conversation, self._fitted(options)).ask(_checked_question(question), images)
+
+    def _fitted(self, options: AskOptions) -> AskOptions:
+        """The options, checked against the model's looks and grid; what they leave open is the model's."""
         offered = [AUTO, NONE, *self.looks]
         if options.first_look not in offered:
             raise UserError(f"this model has no {options.first_look!r} look; expected one of {', '.join(offered)}")
         if options.region is not None:
             check_cells(options.region, self.processor.grid_size)
         options.check_left_out(self.looks)
-        target = options.look_at
-        if target is None:
-            target = len(conversation.images) if images else conversation.target
-        if not -total <= target < total:
-            raise UserError(f"look_at={target} names no image; the conversation has {total}, counted from 0")
-        changes: dict[str, Any] = {"look_at": target % total}
-        if options.do_sample:
-            changes |= {name: value for name, value in self.sampling.items() if getattr(options, name) is None}
-        return Row(self, conversation, options.model_copy(update=changes)).ask(_checked_question(question), images)
+        own = {name: value for name, value in self.sampling.items() if getattr(options, name) is None}
+        return options.model_copy(update=own) if options.do_sample else options
 
 
 class Chat:
@@ -214,7 +210,7 @@ class Chat:
         for _, event in run(self._vlm, [row], record):
             if isinstance(event, Finished):
                 self._conversation, self._new_images = row.conversation, []
-                self._conversation.target = row.options.look_at or 0
+                self._conversation.target = row.target
             yield event
 
 

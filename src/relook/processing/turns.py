@@ -36,10 +36,14 @@ def template_turn(
     """
     content, role = message.get("content") or "", message["role"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    for part in parts:
+        if not isinstance(part, Mapping) or "type" not in part or not isinstance(part.get("text", ""), str):
+            shape = "{'type': 'text', 'text': ...} or {'type': 'image', 'image': ...}"
+            raise UserError(f"content part {str(part)[:80]} is not understood; expected {shape}")
     sides = [is_text for is_text, _ in groupby(parts, lambda part: part["type"] == "text")]
     if role == "user" and True in sides and len(sides) <= 2:
         images = [part for part in parts if part["type"] != "text"]
-        question = "".join(part["text"] for part in parts if part["type"] == "text").strip()
+        question = "".join(part.get("text", "") for part in parts if part["type"] == "text").strip()
         after = question_first and all(part["type"] == "image" for part in images)
         newline = {"type": "text", "text": "\n"}
         apart = [piece for image in images for piece in ([newline, image] if after else [image, newline])]
