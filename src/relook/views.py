@@ -12,7 +12,8 @@ import base64
 import io
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -253,13 +254,25 @@ def _download(url: str) -> bytes:
 
 
 def _decode(data: bytes, name: str) -> Image.Image:
+    with reading(io.BytesIO(data), name) as image:
+        return upright(_loaded(image))
+
+
+@contextmanager
+def reading(file: Any, name: str) -> Iterator[Image.Image]:
+    """An image file as Pillow opens it, not decoded yet. Raises UserError (with `name`) for what Pillow raises inside.
+
+    A missing file is a FileNotFoundError.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return upright(_loaded(image))
+        with Image.open(file) as image:
+            yield image
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
+    except FileNotFoundError:
+        raise
     except UnidentifiedImageError as error:
         raise UserError(f"{name}: not an image that can be read; give a JPEG, PNG, WebP, TIFF or similar") from error
     except Image.DecompressionBombError as error:

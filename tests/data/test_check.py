@@ -31,7 +31,7 @@ from support.item_folder import (
 from relook.data.check import check
 from relook.data.faults import RULES
 from relook.data.images import near, read_facts, turned_cells
-from relook.looks import parse_calls
+from relook.looks import parse_calls, write_call
 from relook.views import load_item_image
 
 RECEIPTS = SHARED / "data/receipts"
@@ -48,12 +48,21 @@ def one_more_turn(good: dict) -> dict:
     return good
 
 
+def another_look(good: dict) -> dict:
+    good["messages"][1]["content"], good["messages"][2]["content"] = write_call("seg"), "<seg_image>"
+    good["images"], good["seg_images"] = good["images"][:1], good["images"][:1]
+    return good
+
+
 # row of the table -> how to spoil a good item, and what --fix makes of it: the images and turns, or None (left out)
 SPOILED = {
     "form": (lambda good: {"messages": [{"role": "bot", "content": ""}]}, None),
     "role-order": (one_more_turn, "as before"),
     "empty-answer": (changed(t3=" \n"), None),
     "off-edge": (x8, ["wide.png", "wide.png_400,100,640,250"]),
+    "half-character": (changed(t0="<image>\nWho is \ud83d?"), None),
+    "unresolved": (lambda good: good | {"videos": ["a.mp4"]}, None),
+    "foreign-look": (another_look, None),
     "malformed-call": (changed(t1="<|region_token_start|><|x_1|>"), None),
     "placeholder-count": (changed(t0="Who?", t2="look"), ["wide.png", "wide.png_80,100,320,250"]),
     "crop-swapped": (with_images("wide.png", "wide.png_320,250,80,100"), "as before"),
@@ -86,7 +95,7 @@ def test_each_fault_is_found_alone_and_mended(folder, rule):
     first, second = item(), spoil(item(answer="ACME corp." if rule == "duplicate" else "ACME Ltd."))
     items = write(folder / "items.jsonl", first, second)
 
-    options = ["--image-root", folder, "--against", evaluated, "--json"]
+    options = ["--image-root", folder, "--against", evaluated, "--looks", "region", "clip", "--json"]
     report = json.loads(call("data", "check", items, *options, "--fix", code=int(mended == "kept")))
     found = {finding["rule"] for finding in report["findings"]}
     assert found - {"crop-outside"} == {rule} - {"crop-outside"} and rule in found

@@ -78,18 +78,18 @@ def test_the_share_over_the_cutoff(made, items) -> None:
         (lambda item: item["images"].__setitem__(0, "gone.png"), ["missing image", "gone.png"]),
         (
             lambda item: item["clip_images"].append(item["images"][0]),
-            ["placeholders and images differ", "<clip_image>"],
+            ["placeholder-count", "1 placeholders for 2 clip_images"],
         ),
         (
             lambda item: item["messages"][1].__setitem__("content", "<|region_token_start|><|x_9|>"),
-            ["a token that the model lacks", "<|x_9|>"],
+            ["malformed-call", "<|x_9|>"],
         ),
         (
             lambda item: (
                 item["messages"][0].__setitem__("content", "<image>\n<seg_image>")
                 or item["seg_images"].append(item["images"][0])
             ),
-            ["a look that the model lacks", "seg; it has region, clip"],
+            ["foreign-look", "a seg look, which the model lacks; it has region, clip"],
         ),
         (lambda item: item.pop("messages"), ["not an item"]),
     ],

@@ -168,8 +168,8 @@ def test_the_entry_of_an_array_on_one_line_is_named(tmp_path) -> None:
 
 def test_a_stream_opens_no_image_and_makes_no_item_it_passes_over(tmp_path, monkeypatch) -> None:
     path = write_items_of(tmp_path / "items.json", ["clip"], 20)
-    made: list[str] = []
-    monkeypatch.setattr(Item, "from_dict", lambda *a: made.append(a[1]) or Item((), {}))
+    made, item = list[str](), Item.from_dict(conversation([], image="a.png"))
+    monkeypatch.setattr(Item, "from_dict", lambda *a: made.append(a[1]) or item)
     monkeypatch.setattr(Image, "open", lambda *a, **k: made.append("image"))
     source = open_items(data(path=relative(path), streaming=True, buffer=4), 1)
     source.record(15)

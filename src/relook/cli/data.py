@@ -186,7 +186,7 @@ Root = Annotated[
 ]
 
 
-@app.command("check")
+@app.command("check", cls=ListOptions)
 def check(
     items: Items,
     grid: Grid = 8,
@@ -197,6 +197,9 @@ def check(
         Option(
             metavar="FILE", help="Evaluation items or questions whose images must not be in ITEMS; may be repeated."
         ),
+    ] = None,
+    looks: Annotated[
+        list[str] | None, Option(metavar="LOOK...", help="Looks of the model that is to learn; others are a fault.")
     ] = None,
     fix: Annotated[bool, Option("--fix", help="Write a corrected copy; ITEMS itself is never changed.")] = False,
     out: Annotated[
@@ -215,8 +218,8 @@ def check(
     if out is not None and not fix:
         raise UserError(f"--out {out} without --fix: nothing would be written there; add --fix")
     target = (out or _fixed(items)) if fix else None
-    found = check_file(items, grid, images=images, image_root=image_root, against=against or (), fix=target,
-                       progress=_count)  # fmt: skip
+    found = check_file(items, grid, images=images, image_root=image_root, against=against or (), looks=looks,
+                       fix=target, progress=_count)  # fmt: skip
     show_status("")
     if report is not None:
         with replacing(report) as file:

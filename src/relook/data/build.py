@@ -23,25 +23,32 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from relook.data.faults import TEXT, Context, refuse
 from relook.data.forms import Found, is_dataset, read
 from relook.data.images import ImageFinder, ImageRef, file_size, place_image, relative, split_ref, with_file
-from relook.data.items import IMAGE_KEYS, Item, Message, Question, image_size, naming, variant, write_items
+from relook.data.items import IMAGE_KEYS, Item, LeftOut, Message, Question, image_size, naming, variant, write_items
 from relook.data.published import EVAL_SPLITS
 from relook.data.reader import folder_of, writing_records
-from relook.data.rules import DIRECT, REENCODINGS, BuildOptions, Note, draw, question_boxes, region_cells
+from relook.data.rules import DIRECT, REENCODINGS, BuildOptions, draw, question_boxes, region_cells
 from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX, LOOKS, look_turn, parse_calls, write_call
-from relook.regions import GRID, Box, Cells, cells_to_box, covered, join_crop_suffix, widen
+from relook.regions import GRID, Cells, cells_to_box, covered, join_crop_suffix, widen
+
+SHOWN = 20  # records left out that a report names
 
 
 @dataclass
 class BuildReport:
-    """What a build did: items written, and every question or box that did not come out as given, with examples."""
+    """What a build did: items written, and every question or box that did not come out as given, with examples.
+
+    `left_out` names each record that could not be used: "file:line: why".
+    """
 
     items: int = 0
     val: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     def note(self, what: str, where: str) -> None:
         self.counts[what] += 1
@@ -51,6 +58,9 @@ class BuildReport:
     def __str__(self) -> str:
         notes = [f"{n} {what} (first: {self.examples[what][0]})" for what, n in sorted(self.counts.items())]
         parts = f" ({self.items - self.val} to train on, {self.val} to validate)" if self.val else ""
+        if left := len(self.left_out):
+            notes.append(f"{left} record{'s' * (left > 1)} left out:")
+            notes += [f"    {line}" for line in self.left_out[:SHOWN]] + ["    ..."] * (left > SHOWN)
         return "\n".join([f"{self.items} items{parts}", *notes])
 
 
@@ -92,7 +102,7 @@ def build(
         raise UserError(f"val is {val}; expected a share of the images, at least 0 and below 1")
     settings, report = BuildOptions(**options), BuildReport()
     of_dataset = format == "hub" or (format is None and is_dataset(src))
-    place = _Placer(Path(dst).parent if of_dataset else folder_of(src), Path(dst), image_root, images, report.note)
+    place = _Placer(Path(dst).parent if of_dataset else folder_of(src), Path(dst), image_root, images, report)
     found = read(src, format, image_folder=dst, split=split, columns=columns)
     made = (
         (thing, item)
@@ -150,16 +160,21 @@ def _drawn_by(thing: Found) -> set[str]:
 def build_items(
     things: Iterable[Found], options: BuildOptions | None = None, report: BuildReport | None = None
 ) -> Iterator[Item]:
-    """The items of questions, lazily; what was skipped, dropped or clamped is counted in `report`.
+    """The items of questions, lazily; what was skipped, dropped, clamped or left out is counted in `report`.
 
     Conversations that a source holds already as items are only changed where the options say so (`items.variant`).
     """
     options, report = options or BuildOptions(), report if report is not None else BuildReport()
     for thing in things:
-        if isinstance(thing, Item):
-            item: Item | None = variant(thing, options.look, free_choice=options.free_choice)
-        else:
-            item = build_item(thing, options, report)
+        try:
+            if isinstance(thing, Item):
+                refuse(thing, Context(), TEXT)  # `data check` mends or finds the others
+                item: Item | None = variant(thing, options.look, free_choice=options.free_choice)
+            else:
+                item = build_item(thing, options, report)
+        except LeftOut as error:
+            report.left_out.append(str(error))
+            continue
         if item is not None:
             report.items += 1
             yield item
@@ -169,42 +184,46 @@ def build_item(
     question: Question, options: BuildOptions | None = None, report: BuildReport | None = None
 ) -> Item | None:
     """The item of one question, or None where it is skipped (no usable box; see `BuildOptions.no_box`)."""
-    options, note = options or BuildOptions(), (report or BuildReport()).note
-    _refuse_marks(question)
+    options, note, where = options or BuildOptions(), (report or BuildReport()).note, question.where
+    refuse(question, Context())
+    for spec in LOOKS.values():  # a placeholder in the text would shift every image after it
+        if any(spec.placeholder in text for text in (question.text, question.answer)):
+            raise LeftOut(where, "unresolved", f"{spec.placeholder} in a text would stand for an image")
     if not question.answer.strip():
-        note("questions with an empty answer", question.where)
-    look = options.look_of(question)
+        note("questions with an empty answer", where)
+    look, image, extra = options.look_of(question), question.image, {}
+    call, views = "", [image]
+    if look == "region":
+        if boxes := question_boxes(question, options, note):
+            size, grid = image_size(question), options.grid
+            cells = region_cells(boxes, question, grid, note)
+            call = "".join(write_call("region", each, grid) for each in cells)
+            views += [crop_ref(image, each, size, grid=grid, margin=options.margin) for each in cells]
+            if options.whole is not None and any(covered(box, (0, 0, *size)) >= options.whole for box in boxes):
+                note("boxes of almost the whole image, answered directly", where)
+                look = DIRECT
+            elif question.slack != (0, 0):
+                note("sizes worked out from boxes, crops may be some pixels off", where)
+                extra = {"estimated_size": list(size), "off_by": list(question.slack)}
+        elif options.no_box == "error":
+            raise UserError(f"{where}: no usable box; give one, or build with no_box='skip' or 'direct'")
+        else:
+            note("questions without a usable box", where)
+            if options.no_box == "skip":
+                return None
+            look = DIRECT if options.no_box == "direct" else options.no_box
+    asked = question.text if look == DIRECT or options.free_choice else f"{question.text} {LOOKS[look].trigger}"
+    lines = [LOOKS["region"].placeholder, asked]
+    first = "\n".join(reversed(lines) if options.question_first else lines)
     if look == DIRECT:
-        return _direct(question, options)
-    if options.align:
-        return _aligned(question, look)
-    if LOOKS[look].reencodes:
-        return _reencoding(question, options, look)
-    boxes = question_boxes(question, options, note)
-    if boxes:
-        return _region(question, options, boxes, note)
-    if options.no_box == "error":
-        raise UserError(f"{question.where}: no usable box; give one, or build with no_box='skip' or 'direct'")
-    note("questions without a usable box", question.where)
-    if options.no_box in REENCODINGS:
-        return _reencoding(question, options, options.no_box)
-    return _direct(question, options) if options.no_box == "direct" else None
-
-
-def _region(question: Question, options: BuildOptions, boxes: Sequence[Box], note: Note) -> Item:
-    """A region look at these boxes; a direct answer where one is almost the whole image."""
-    size, grid = image_size(question), options.grid
-    cells = region_cells(boxes, question, grid, note)
-    if options.whole is not None and any(covered(box, (0, 0, *size)) >= options.whole for box in boxes):
-        note("boxes of almost the whole image, answered directly", question.where)
-        return _direct(question, options)
-    crops = [crop_ref(question.image, each, size, grid=grid, margin=options.margin) for each in cells]
-    call = "".join(write_call("region", each, grid) for each in cells)
-    item = _looking(question, options, "region", call, {"images": [question.image, *crops]})
-    if question.slack == (0, 0):
-        return item
-    note("sizes worked out from boxes, crops may be some pixels off", question.where)
-    return replace(item, extra=item.extra | {"estimated_size": list(size), "off_by": list(question.slack)})
+        return _item([first, question.answer], {"images": [image]})
+    spec = LOOKS[look]
+    if options.align:  # the view that the projector must learn to show, and what is to be said of it
+        return _item([f"{spec.placeholder}\n{question.text}", question.answer], {spec.item_key: [image]})
+    call = call or write_call(look)
+    answer = f"{ANSWER_PREFIX if options.answer_prefix else ''}{question.answer}"
+    turns = [first, call, look_turn(parse_calls(call, options.grid)), answer]
+    return _item(turns, {"images": [image], spec.item_key: views}, extra)
 
 
 def crop_ref(image: ImageRef, cells: Cells, size: tuple[int, int], *, grid: int = GRID, margin: int = 0) -> ImageRef:
@@ -217,54 +236,19 @@ def crop_ref(image: ImageRef, cells: Cells, size: tuple[int, int], *, grid: int 
     return join_crop_suffix(image, box) if isinstance(image, str) else (image, box)
 
 
-def _item(texts: Sequence[str], images: dict[str, list[ImageRef]]) -> Item:
+def _item(texts: Sequence[str], images: dict[str, list[ImageRef]], extra: dict[str, Any] | None = None) -> Item:
     """An item of these turns, user and assistant alternating."""
     turns = (Message(role, text) for role, text in zip(cycle(("user", "assistant")), texts, strict=False))
-    return Item(tuple(turns), {key: tuple(images.get(key, ())) for key in IMAGE_KEYS})
-
-
-def _first_turn(text: str, options: BuildOptions) -> str:
-    lines = [LOOKS["region"].placeholder, text]
-    return "\n".join(reversed(lines) if options.question_first else lines)
-
-
-def _direct(question: Question, options: BuildOptions) -> Item:
-    return _item([_first_turn(question.text, options), question.answer], {"images": [question.image]})
-
-
-def _aligned(question: Question, look: str) -> Item:
-    """An alignment pair: the view that the projector must learn to show, and what is to be said of it."""
-    spec = LOOKS[look]
-    return _item([f"{spec.placeholder}\n{question.text}", question.answer], {spec.item_key: [question.image]})
-
-
-def _reencoding(question: Question, options: BuildOptions, look: str) -> Item:
-    images = {"images": [question.image], LOOKS[look].item_key: [question.image]}
-    return _looking(question, options, look, write_call(look), images)
-
-
-def _looking(
-    question: Question, options: BuildOptions, look: str, call: str, images: dict[str, list[ImageRef]]
-) -> Item:
-    """The four turns of an item with a look: question, call, what the look shows, answer."""
-    trigger = "" if options.free_choice else f" {LOOKS[look].trigger}"
-    prefix = ANSWER_PREFIX if options.answer_prefix else ""
-    shown = look_turn(parse_calls(call, options.grid))
-    return _item([_first_turn(f"{question.text}{trigger}", options), call, shown, f"{prefix}{question.answer}"], images)
-
-
-def _refuse_marks(question: Question) -> None:
-    """A question or answer that holds a placeholder would shift every image after it."""
-    for spec in LOOKS.values():
-        if any(spec.placeholder in text for text in (question.text, question.answer)):
-            raise UserError(f"{question.where}: {spec.placeholder!r} in the text would stand for an image; remove it")
+    return Item(tuple(turns), {key: tuple(images.get(key, ())) for key in IMAGE_KEYS}, extra or {})
 
 
 def _some(pairs: Iterator[tuple[Found, Item]], src: str | Path, report: BuildReport) -> Iterator[tuple[Found, Item]]:
     """The items, or an error where there is none: nobody wants an empty set written without a word."""
     yield from pairs
     if not report.items:
-        why = "; ".join(f"{n} {what}" for what, n in report.counts.items()) or "the file is empty"
+        whys = [f"{n} {what}" for what, n in report.counts.items()]
+        whys += [f"{len(report.left_out)} left out, the first: {report.left_out[0]}"] if report.left_out else []
+        why = "; ".join(whys) or "the file is empty"
         raise UserError(f"{src}: no item came out ({why}); nothing was written")
 
 
@@ -281,11 +265,12 @@ class _Placer:
     """
 
     def __init__(
-        self, home: Path, target: Path, image_root: str | Path | None, images: dict[str, Path] | None, note: Note
+        self, home: Path, target: Path, image_root: str | Path | None, images: dict[str, Path] | None, to: BuildReport
     ) -> None:
-        self.root, self.target, self.strict, self.note = Path(image_root or home), target, image_root is not None, note
+        self.root, self.target, self.strict, self.report = Path(image_root or home), target, image_root is not None, to
         self.finder = ImageFinder(images or {})
         self.sizes: dict[str, tuple[int, int] | None] = {}
+        self.absent: set[str] = set()
 
     def __call__(self, thing: Found) -> Found | None:
         """The same with paths for the target; None for a question whose image is not the one its boxes are of."""
@@ -295,6 +280,12 @@ class _Placer:
             if not isinstance(thing.image, str):
                 return thing
             here, written = self.paths(thing.image)
+        try:
+            if here not in self.sizes:
+                self.sizes[here] = file_size(here)
+        except UserError as error:
+            self.report.left_out.append(f"{thing.where}: {error}")
+            return None
         sized = self.sized(thing, here)
         return None if sized is None else replace(sized, image=written)
 
@@ -311,12 +302,11 @@ class _Placer:
         Raises:
             UserError: the source states another size; there is neither a size nor a file.
         """
-        if here not in self.sizes:
-            self.sizes[here] = file_size(here, question.where)
-            if self.sizes[here] is None:
-                self.note("images not at hand, sizes not held against them", f"{question.where}: {here}")
-        real, stated = self.sizes[here], question.size
+        real, stated, note = self.sizes[here], question.size, self.report.note
         if real is None:
+            if here not in self.absent:
+                note("images not at hand, sizes not held against them", f"{question.where}: {here}")
+                self.absent.add(here)
             if stated is None and question.boxes:
                 raise UserError(
                     f"{question.where}: no image at {here} and no width and height; give the images, or state the size"
@@ -326,7 +316,7 @@ class _Placer:
             what = f"{here} is {real[0]} x {real[1]}, but width and height say {stated[0]} x {stated[1]}"
             if question.slack == (0, 0):
                 raise UserError(f"{question.where}: {what}; boxes of another size would name the wrong cells")
-            self.note("images of another size than their boxes were drawn on, left out", f"{question.where}: {here}")
+            note("images of another size than their boxes were drawn on, left out", f"{question.where}: {here}")
             return None
         return replace(question, size=real, slack=(0, 0))
 

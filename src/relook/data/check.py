@@ -13,14 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from relook.data.faults import RULES, Context
-from relook.data.images import ImageFacts, facts_below, near, split_ref
+from relook.data.faults import RULES, Context, found_faults
+from relook.data.images import FactsBelow, near, split_ref
 from relook.data.items import Item
-from relook.data.reader import Record, Unreadable, folder_of, read_records, scan, write_records
+from relook.data.reader import folder_of, read_records, readable, scan, write_records
 from relook.data.remap import mover
 from relook.errors import UserError
 from relook.regions import GRID
 
+KEPT = 100  # findings of a rule that are kept in full
 _WIDTH = 118  # columns of the summary
 _ROUNDS = 2 * len(RULES)  # a mend may uncover another fault; more rounds than that go in circles
 
@@ -37,9 +38,9 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """All faults of a file by rule: counts of every one, and the first `keep` of each rule in full.
+    """All faults of a file by rule: counts of every one, and the first `KEPT` of each rule in full.
 
-    Where a mended copy was written: its path, the items in it, how often each rule's mend was used, how many items
+    Where a mended copy was written (`target`): the items in it, how often each rule's mend was used, how many items
     each rule cost, and the faults that are still in it.
     """
 
@@ -50,7 +51,6 @@ class CheckReport:
     not_compared: list[str] = field(default_factory=list)  # those that could not be read
     counts: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
-    keep: int = 100
     target: str | None = None
     written: int = 0
     mended: Counter[str] = field(default_factory=Counter)
@@ -64,7 +64,7 @@ class CheckReport:
 
     def add(self, rule: str, where: str, detail: str) -> None:
         self.counts[rule] += 1
-        if self.counts[rule] <= self.keep:
+        if self.counts[rule] <= KEPT:
             self.findings.append(Finding(rule, where, self.items, _printable(detail)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,6 +115,7 @@ def check(
     images: bool = True,
     image_root: str | Path | None = None,
     against: Sequence[str | Path] = (),
+    looks: Sequence[str] | None = None,
     fix: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> CheckReport:
@@ -126,6 +127,7 @@ def check(
         image_root: folder of the image paths, which may not leave it; without it, the file's own folder.
         against: files of evaluation items or questions, whose images must not be among these; they are looked for
             below `image_root`, then below the folder of their file.
+        looks: of the model that is to learn; others in an item are a fault.
         fix: where the mended copy goes (`.json`: an array, else JSON lines), written aside and then renamed. Paths in
             it are rewritten to hold from its folder, unless `image_root` is given.
         progress: called with the number of items now and then.
@@ -133,27 +135,29 @@ def check(
     Raises:
         UserError: a file that is not JSON (file and line), `fix` is the file itself, or nothing would be left in it.
     """
-    path = Path(path)
-    report = CheckReport(str(path))
-    context = _context(path, grid, images or bool(against), image_root, against, report)
-    if fix is None:
-        for _ in _mended(path, report, context, progress):
-            pass
-        return report
-    report.target = str(fix)
-    if Path(fix).resolve() == path.resolve():
-        raise UserError(f"{fix} is the file itself; give another place for the mended copy")
-    move = (lambda item: item) if image_root is not None else mover(folder_of(path), Path(fix).parent)
-    items = map(move, _mended(path, report, context, progress))
-    report.written = write_records(fix, (item.to_dict() for item in _some(items, path, report)))
+    path, report, strict = Path(path), CheckReport(str(path)), image_root is not None
+    root = str(folder_of(path) if image_root is None else image_root)
+    context = Context(grid=grid, root=root, strict=strict, looks=looks)
+    facts = FactsBelow(context.root, strict, look=bool(against))
+    if images or against:
+        context.facts = facts.__getitem__
+    if against:
+        context.other_file, context.other_look = _evaluation_images(against, image_root, report)
+    items = _mended(path, report, context, progress)
+    if fix is not None:
+        report.target = str(fix)
+        if Path(fix).resolve() == path.resolve():
+            raise UserError(f"{fix} is the file itself; give another place for the mended copy")
+        move = (lambda item: item) if strict else mover(folder_of(path), Path(fix).parent)
+        report.written = write_records(fix, (move(item).to_dict() for item in _some(items, path, report)))
+    for _ in items:
+        pass
+    report.images = sum(found is not None for found in facts.values())
     return report
 
 
 def _mended(
-    path: Path,
-    report: CheckReport,
-    context: Context,
-    progress: Callable[[int], None] | None,
+    path: Path, report: CheckReport, context: Context, progress: Callable[[int], None] | None
 ) -> Iterator[Item]:
     """The items without their faults, those left out missing; everything is noted in the report on the way."""
     for record in scan(path):
@@ -161,77 +165,37 @@ def _mended(
         context.number = report.items
         if progress is not None and report.items % 1000 == 0:
             progress(report.items)
-        item = _checked(record, report, context)
-        if item is not None and report.target is not None:
-            item = _mend(item, report, context)
-        if item is not None:
-            yield item
-
-
-def _checked(record: Record | Unreadable, report: CheckReport, context: Context) -> Item | None:
-    """The item of a record, its faults noted; None where it is none."""
-    if isinstance(record, Unreadable):
-        why = record.why
-    else:
         try:
-            item = Item.from_dict(record.value, record.where)
+            item = Item.from_dict(readable(record).value, record.where)
         except UserError as error:
-            why = str(error).removeprefix(f"{record.where}: ")
-        else:
-            for name, rule in RULES.items():
-                for detail in rule.find(item, context) if rule.find else ():
-                    report.add(name, record.where, detail)
-            return item
-    report.add("form", record.where, why)
-    report.left_out["form"] += 1
-    return None
+            report.add("form", record.where, str(error).removeprefix(f"{record.where}: "))
+            report.left_out["form"] += 1
+            continue
+        for name, detail in found_faults(item, context):
+            report.add(name, record.where, detail)
+        mended = item if report.target is None else _mend(item, report, context)
+        if mended is not None:
+            yield mended
 
 
 def _mend(item: Item, report: CheckReport, context: Context) -> Item | None:
     """The item mended row by row until none of them finds a fault it can mend; None where one leaves it out."""
     used: Counter[str] = Counter()
+    name = "form"
     for _ in range(_ROUNDS):
-        faults = [name for name, rule in RULES.items() if rule.find and any(rule.find(item, context))]
-        name = next((name for name in faults if RULES[name].mend is not None), None)
-        if name is None:
+        faults = dict.fromkeys(name for name, _ in found_faults(item, context))
+        mends = [(name, mend) for name in faults if (mend := RULES[name].mend) is not None]
+        if not mends:
             report.mended += used
-            report.remaining.update(faults)
+            report.remaining.update(faults.keys())
             return item
-        mend = RULES[name].mend
-        mended = mend(item, context) if mend else None
+        name, mend = mends[0]
+        mended = mend(item, context)
         if mended is None or mended == item:
-            report.left_out[name] += 1
-            return None
+            break
         item, used[name] = mended, used[name] + 1
-    report.left_out[name or "form"] += 1
+    report.left_out[name] += 1
     return None
-
-
-def _context(
-    path: Path,
-    grid: int,
-    images: bool,
-    image_root: str | Path | None,
-    against: Sequence[str | Path],
-    report: CheckReport,
-) -> Context:
-    root = str(folder_of(path) if image_root is None else image_root)
-    context = Context(grid=grid, root=root, strict=image_root is not None)
-    if images or against:
-        met: set[str] = set()
-        facts_of = facts_below(root, context.strict, look=bool(against))
-
-        def counted(file: str) -> ImageFacts | None:
-            facts = facts_of(file)
-            if facts is not None:
-                met.add(file)
-                report.images = len(met)
-            return facts
-
-        context.facts = counted
-    if against:
-        context.other_file, context.other_look = _evaluation_images(against, image_root, report)
-    return context
 
 
 def _evaluation_images(
@@ -241,24 +205,23 @@ def _evaluation_images(
     import numpy as np
 
     by_digest: dict[bytes, str] = {}
-    looks: dict[str, np.ndarray] = {}
+    looks: dict[str, bytes] = {}
     for path in map(Path, against):
-        roots = [folder_of(path)] if image_root is None else [Path(image_root), folder_of(path)]
-        facts_of = [facts_below(root, strict=root is not roots[-1], look=True) for root in roots]
-        before = report.compared
+        beside, before = FactsBelow(folder_of(path), strict=False, look=True), report.compared
+        places = [beside] if image_root is None else [FactsBelow(image_root, strict=True, look=True), beside]
         for name in _image_files(path):
-            found = (facts(name) for facts in facts_of)
-            facts = next((each for each in found if each is not None and each.problem is None), None)
-            if facts is None:
+            found = (facts[name] for facts in places)
+            known = next((each for each in found if each is not None and each.problem is None), None)
+            if known is None:
                 report.not_compared.append(name)
                 continue
             report.compared += 1
-            if by_digest.setdefault(facts.digest, name) is name and facts.look is not None:
-                looks[name] = np.frombuffer(facts.look, dtype=np.uint8)
+            if by_digest.setdefault(known.digest, name) is name and known.look is not None:
+                looks[name] = known.look
         if report.compared == before:
-            places = " or ".join(map(str, roots))
-            raise UserError(f"{path}: none of its images can be read below {places}; give the folder that holds them")
-    names, all_looks = list(looks), np.stack([*looks.values()]) if looks else np.empty((0, 72), dtype=np.uint8)
+            roots = " or ".join(str(facts.root) for facts in places)
+            raise UserError(f"{path}: none of its images can be read below {roots}; give the folder that holds them")
+    names, all_looks = list(looks), np.frombuffer(b"".join(looks.values()), dtype=np.uint8).reshape(-1, 72)
 
     @cache
     def nearest(look: bytes) -> str | None:

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from relook.data.build import build_item
-from relook.data.forms.table import COLUMNS, row_question, stored_image
+from relook.data.faults import Context, refuse
+from relook.data.forms.table import row_question, stored_image
 from relook.data.images import split_ref
-from relook.data.items import IMAGE_KEYS, Item, variant
+from relook.data.items import COLUMNS, IMAGE_KEYS, Item, variant
 from relook.data.reader import Record, Unreadable, folder_of, readable
 from relook.data.records import Records, SequenceRecords, records
 from relook.data.rules import BuildOptions, Data, ItemSource
@@ -175,6 +176,8 @@ class SampledItems:
     ) -> None:
         self.data, self.seed = data, seed
         self.sources, self.build = data.all_sources(), build_options(data, processor)
+        looks = None if processor is None else processor.looks
+        self.context = Context(grid=self.build.grid, looks=looks)
         weights = [source.weight for source in self.sources]
         self.shares = [weight / sum(weights) for weight in weights]
         self.window = max(1, data.buffer // (1 if data.mix == "concat" else len(weights))) if data.streaming else 0
@@ -300,6 +303,7 @@ class SampledItems:
         """
         given = readable(record).value.get("item")
         item = given if isinstance(given, Item) else record_item(readable(record), self.sources[source], self.build)
+        refuse(item, self.context)
         return variant(item, free_choice=True) if self.data.free_choice else item
 
     def __iter__(self) -> Iterator[Item]:

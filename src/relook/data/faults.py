@@ -8,15 +8,16 @@ over a file. What is needed besides the item (the grid, its images, earlier item
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from relook.data.crops import FactsOf, answer_room, crop_faults, mend_crops, region_calls
 from relook.data.images import ImageFacts, place_image, split_ref
-from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item, Message
+from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item, LeftOut, Message, Question
 from relook.errors import UserError
-from relook.looks import ANSWER_PREFIX, look_turn, parse_calls, x_token, y_token
+from relook.looks import ANSWER_PREFIX, LOOKS, look_turn, parse_calls, x_token, y_token
 from relook.regions import GRID
 
 
@@ -26,6 +27,7 @@ class Context:
 
     Attributes:
         root, strict: folder of the image paths; whether they may not leave it.
+        looks: those that the model has; None where it is not known.
         facts: of an image file.
         other_file: an evaluation image with the same bytes, by their digest.
         other_look: an evaluation image that looks nearly the same, by the perceptual hash.
@@ -36,27 +38,24 @@ class Context:
     grid: int = GRID
     root: str = "."
     strict: bool = False
+    looks: Sequence[str] | None = None
     facts: FactsOf = lambda file: None
     other_file: Callable[[bytes], str | None] = lambda digest: None
     other_look: Callable[[bytes], str | None] = lambda look: None
     first_seen: dict[int, int] = field(default_factory=dict)
     number: int = 0
-    _last: tuple[Item, list[str], list[tuple[str, str]]] | None = None
+    _last: tuple[Item, list[tuple[str, str]]] | None = None
 
     def files(self, item: Item) -> list[str]:
         """The image files that an item names, each once."""
-        return self._of(item)[0]
+        refs = (ref for key in IMAGE_KEYS for ref in item.images[key] if isinstance(ref, str))
+        return list(dict.fromkeys(split_ref(ref)[0] for ref in refs))
 
     def crop_faults(self, item: Item) -> list[tuple[str, str]]:
         """(row, what was seen) of the item's crops, which several rows share."""
-        return self._of(item)[1]
-
-    def _of(self, item: Item) -> tuple[list[str], list[tuple[str, str]]]:
-        if self._last is None or self._last[0] is not item:  # several rows ask about the same item
-            refs = (ref for key in IMAGE_KEYS for ref in item.images[key] if isinstance(ref, str))
-            files = list(dict.fromkeys(split_ref(ref)[0] for ref in refs))
-            self._last = item, files, list(crop_faults(item, self.grid, self.facts))
-        return self._last[1:]
+        if self._last is None or self._last[0] is not item:
+            self._last = item, list(crop_faults(item, self.grid, self.facts))
+        return self._last[1]
 
     def known(self, item: Item) -> Iterator[tuple[str, ImageFacts]]:
         """The images of an item that were looked at and could be read."""
@@ -65,6 +64,9 @@ class Context:
             if facts is not None and facts.problem is None:
                 yield file, facts
 
+
+UNREAD = ("video", "videos", "audio", "audios", "objects")  # of records of LLaVA and ms-swift
+_HALF = re.compile("[\ud800-\udfff]")
 
 Find = Callable[[Item, Context], Iterator[str]]
 Mend = Callable[[Item, Context], Item | None]
@@ -85,11 +87,43 @@ def leave_out(item: Item, context: Context) -> None:
 # -- turns
 
 
+def half_characters(texts: Sequence[str]) -> Iterator[str]:
+    """Half a surrogate pair, which JSON can hold and no tokenizer takes."""
+    for text in texts:
+        if not text.isascii() and (found := _HALF.search(text)):
+            yield f"{found.group()!a} is half a character (a lone surrogate)"
+
+
+def _half_characters(item: Item, context: Context) -> Iterator[str]:
+    return half_characters([turn.content for turn in item.messages])
+
+
+def _unresolved(item: Item, context: Context) -> Iterator[str]:
+    """Placeholders that their form defines and that nothing stands behind."""
+    for turn in item.messages:
+        for mark in PLACEHOLDERS.values() if turn.role != "user" else ():
+            if mark in turn.content:
+                yield f"{mark} in what the {turn.role} says shows nothing"
+    for key in UNREAD:
+        if item.extra.get(key):
+            yield f"its {key!r} cannot be shown"
+
+
+def _foreign_look(item: Item, context: Context) -> Iterator[str]:
+    said = (turn.content for turn in item.messages if turn.role == "assistant" and "<|" in turn.content)
+    used = {call.look for text in said for call in parse_calls(text, context.grid) if call.problem is None}
+    used |= {name for name, spec in LOOKS.items() if spec.reencodes and item.images.get(spec.item_key)}
+    for look in LOOKS if context.looks is not None else ():
+        if look in used and look not in (context.looks or ()):
+            yield f"a {look} look, which the model lacks; it has {', '.join(context.looks or ()) or 'none'}"
+
+
 def _placeholders(item: Item, context: Context) -> Iterator[str]:
     counts = item.placeholder_counts()
     for key in IMAGE_KEYS:
-        if counts[key] != len(item.images[key]):
-            yield f"{counts[key]} placeholders for {len(item.images[key])} {key}"
+        given = len(item.images.get(key, ()))
+        if counts[key] != given:
+            yield f"{counts[key]} placeholders for {given} {key}"
 
 
 def _mend_placeholders(item: Item, context: Context) -> Item | None:
@@ -235,10 +269,13 @@ def _nearly_evaluated(item: Item, context: Context) -> Iterator[str]:
 
 RULES: dict[str, Rule] = {  # in the order in which faults are mended
     "form": Rule(None, leave_out),  # a record that is broken, or is not an item
+    "half-character": Rule(_half_characters, leave_out),
+    "unresolved": Rule(_unresolved, leave_out),  # a placeholder in an answer; a video, audio or object of other forms
     "role-order": Rule(_role_order, _mend_roles),  # or no answer at the end
     "empty-answer": Rule(_empty_answer, leave_out),
     "off-edge": Rule(_off_edge, _mend_off_edge),  # <|x_8|> or <|y_8|>: a cell beyond the last
     "malformed-call": Rule(_malformed, leave_out),
+    "foreign-look": Rule(_foreign_look, leave_out),  # that the model lacks
     "placeholder-count": Rule(_placeholders, _mend_placeholders),  # that disagrees with the image lists
     "crop-swapped": _crop_rule("crop-swapped"),  # min and max
     "exif-rotation": _crop_rule("exif-rotation"),  # a crop and cells of the picture as stored, which EXIF turns
@@ -252,3 +289,29 @@ RULES: dict[str, Rule] = {  # in the order in which faults are mended
     "evaluated": Rule(_evaluated, leave_out),  # an image of the evaluation set, by its bytes
     "nearly-evaluated": Rule(_nearly_evaluated, None),  # an image that looks like one of the evaluation set
 }
+
+
+def found_faults(item: Item, context: Context) -> Iterator[tuple[str, str]]:
+    """(row, what was seen) of every fault of an item, in the order of the table."""
+    return ((name, detail) for name, rule in RULES.items() if rule.find for detail in rule.find(item, context))
+
+
+# what training stumbles over, apart from what shows when images are opened
+TEXT = ("half-character", "unresolved")
+NEEDED = (*TEXT, "role-order", "off-edge", "malformed-call", "foreign-look", "placeholder-count")
+
+
+def refuse(thing: Item | Question, context: Context, rows: Sequence[str] = NEEDED) -> None:
+    """Raise for a thing that cannot be used: the one idea of a valid record, of build, check, dry run and training.
+
+    Raises:
+        LeftOut: it shows a fault of one of the `rows`; a question has text only.
+    """
+    if isinstance(thing, Question):
+        for detail in half_characters((thing.text, *thing.answers)):
+            raise LeftOut(thing.where, "half-character", detail)
+        return
+    for name in rows:
+        rule = RULES[name]
+        for detail in rule.find(thing, context) if rule.find else ():
+            raise LeftOut(thing.where, name, detail)

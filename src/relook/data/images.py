@@ -14,17 +14,18 @@ import hashlib
 import io
 import os
 import re
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
 from relook.data.published import IMAGE_SETS, dataset_of
 from relook.errors import UserError
 from relook.regions import Box, Cells, join_crop_suffix, split_crop_suffix, upright
-from relook.views import data_url
+from relook.views import data_url, reading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,13 +64,22 @@ def place_image(ref: ImageRef, root: str | Path, *, strict: bool = False) -> Ima
         raise UserError(
             f"image path {os.fspath(ref)!r} leaves the image root {root}; give the root that holds it, or mend the path"
         )
-    return placed
+    return placed if placed.isascii() else _as_on_disk(placed)
+
+
+def _as_on_disk(path: str) -> str:
+    """The path in the Unicode form (composed or not) in which its file is there, or as it is."""
+    file, box = existing_ref(path)
+    folder, name = os.path.split(file)
+    forms = [file, *(normalize(form, file) for form in ("NFC", "NFD"))]
+    forms += [os.path.join(folder, normalize(form, name)) for form in ("NFC", "NFD")]
+    found = next(filter(os.path.exists, forms), file)
+    return found if box is None else join_crop_suffix(found, box)
 
 
 def split_ref(ref: str) -> tuple[str, Box | None]:
     """File and crop of an image entry: `"a.jpg_0,0,8,8"` is `("a.jpg", (0, 0, 8, 8))`."""
-    file, box = split_crop_suffix(ref)
-    return str(file), box
+    return split_crop_suffix(ref)
 
 
 def with_file(ref: ImageRef, change: Callable[[str], str]) -> ImageRef:
@@ -114,15 +124,12 @@ def file_size(path: str, where: str = "", *, header_only: bool = False) -> tuple
     Raises:
         UserError: not a readable image; the message opens with `where`.
     """
-    from PIL import Image
-
+    file = io.BytesIO(data_url(path)) if path.startswith("data:") else path
     try:
-        with Image.open(io.BytesIO(data_url(path)) if path.startswith("data:") else path) as image:
+        with reading(file, f"{where}: {path}".removeprefix(": ")) as image:
             return upright_size(image, header_only=header_only)
     except FileNotFoundError:
         return None
-    except OSError as error:  # Pillow's own for what is no image is one, too
-        raise UserError(f"{where}: {path} is not a readable image ({error})".removeprefix(": ")) from None
 
 
 # -- facts
@@ -159,30 +166,20 @@ class ImageFacts:
 
 def read_facts(path: str, *, look: bool = False) -> ImageFacts:
     """The facts of one file, decoded to its end; `look` asks for the perceptual hash. Never raises for a bad file."""
-    from PIL import Image, UnidentifiedImageError
-
     try:
         data = data_url(path) if path.startswith("data:") else Path(path).read_bytes()
-    except UserError as error:
-        return ImageFacts("unreadable", str(error))
     except FileNotFoundError:
         return ImageFacts("missing", "no such file")
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte, a data URL that is none
         return ImageFacts("unreadable", getattr(error, "strerror", None) or str(error))
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            orientation = orientation_of(image)
+        with reading(io.BytesIO(data), "") as image:
+            size, orientation = upright_size(image), orientation_of(image)
             image.draft("L", (2 * _SIDE, 2 * _SIDE))  # JPEGs are read to the end, but not at full size
             image.load()
             found = _look(image) if look else None
-    except UnidentifiedImageError:
-        return ImageFacts("unreadable", "not an image that can be read")
-    except Image.DecompressionBombError as error:
-        return ImageFacts("unreadable", str(error))
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # what PIL raises on damaged files
-        return ImageFacts("unreadable", f"damaged or cut short ({error})")
-    size = (height, width) if orientation in _SIDEWAYS else (width, height)
+    except UserError as error:
+        return ImageFacts("unreadable", str(error).removeprefix(": ").rpartition("; ")[0])
     return ImageFacts(None, "", size, orientation, hashlib.blake2b(data, digest_size=16).digest(), found)
 
 
@@ -212,20 +209,21 @@ def turned_cells(cells: Cells, orientation: int, grid: int) -> Cells:
     return xs[0], ys[0], xs[1], ys[1]
 
 
-def facts_below(root: str | Path, strict: bool, look: bool = False) -> Callable[[str], ImageFacts | None]:
-    """The facts of image files by the paths that items give them, each read once.
+class FactsBelow(dict[str, ImageFacts | None]):
+    """The facts of image files by the paths that items give them, each read once when it is asked for.
 
     A path that leaves a strict root is not followed: None.
     """
 
-    @cache
-    def facts(file: str) -> ImageFacts | None:
-        try:
-            return read_facts(place_image(file, root, strict=strict), look=look)
-        except UserError:
-            return None
+    def __init__(self, root: str | Path, strict: bool, look: bool = False) -> None:
+        self.root, self.strict, self.look = root, strict, look
 
-    return facts
+    def __missing__(self, file: str) -> ImageFacts | None:
+        try:
+            found = read_facts(place_image(file, self.root, strict=self.strict), look=self.look)
+        except UserError:
+            found = None
+        return self.setdefault(file, found)
 
 
 def _look(image: Image.Image) -> bytes | None:
@@ -270,12 +268,11 @@ class ImageFinder:
         name = dataset_of(path, tuple(self.folders)) if self.folders else None
         if name is None or name not in self.folders:
             return None
-        parts = PurePosixPath(path.replace("\\", "/")).parts
-        listed = self._list(name)
-        file = parts[-1]
+        path = normalize("NFC", path.replace("\\", "/"))
+        listed, file = self._list(name), PurePosixPath(path).name
         short = _YEAR.sub("", file)
         found = listed.get(file) or listed.get(short) or listed.get(_stem(file)) or listed.get(_stem(short)) or []
-        ranked = sorted(((_shared_tail(parts, PurePosixPath(each).parts), each) for each in found), reverse=True)
+        ranked = sorted(((_shared_tail(path, each), each) for each in found), reverse=True)
         if not ranked or (len(ranked) > 1 and ranked[0][0] == ranked[1][0]):
             return None
         return os.path.join(self.folders[name], ranked[0][1])
@@ -288,9 +285,8 @@ class ImageFinder:
                 inside = os.path.relpath(folder, self.folders[name])
                 for file in files:
                     if file.lower().endswith(PICTURES):
-                        path = Path(inside, file).as_posix()
-                        listed.setdefault(file, []).append(path)
-                        listed.setdefault(_stem(file), []).append(path)
+                        for key in (normalize("NFC", file), _stem(normalize("NFC", file))):
+                            listed.setdefault(key, []).append(Path(inside, file).as_posix())
             self._listed[name] = listed
         return self._listed[name]
 
@@ -311,14 +307,10 @@ def _stem(file: str) -> str:
     return f"{PurePosixPath(file).stem}/"
 
 
-def _shared_tail(a: tuple[str, ...], b: tuple[str, ...]) -> int:
-    """How many folders agree from the end, the file's own name left out."""
-    count = 0
-    for one, other in zip(reversed(a[:-1]), reversed(b[:-1]), strict=False):
-        if one.lower() != other.lower():
-            break
-        count += 1
-    return count
+def _shared_tail(a: str, b: str) -> int:
+    """How many folders of two paths agree from the end, the file's own name left out."""
+    pairs = zip(*(path.lower().split("/")[-2::-1] for path in (a, b)), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 # -- copies of image sets

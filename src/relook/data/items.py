@@ -38,6 +38,25 @@ from relook.regions import Box, upright
 IMAGE_KEYS: tuple[str, ...] = tuple(LOOKS[name].item_key for name in LOOKS)  # "images", "clip_images", ...
 PLACEHOLDERS: dict[str, str] = {LOOKS[name].item_key: LOOKS[name].placeholder for name in LOOKS}
 ROLES = ("system", "user", "assistant")
+COLUMNS: dict[str, tuple[str, ...]] = {  # of a question: ours, and the names that others give it
+    "image": ("image", "img", "picture"),
+    "question": ("question", "query", "text", "caption", "prompt"),
+    "answer": ("answer", "answers", "label", "response"),
+    "bboxs": ("bboxs", "bboxes", "bbox", "boxes", "box"),
+}
+
+
+class LeftOut(UserError):
+    """A record of the right form that cannot be used: left out and counted where many are read.
+
+    Attributes:
+        rule: the row of `faults.RULES`.
+        detail: what was seen, without the place.
+    """
+
+    def __init__(self, where: str, rule: str, detail: str) -> None:
+        super().__init__(f"{where}: {detail}")
+        self.rule, self.detail = rule, detail
 
 
 @dataclass(frozen=True)
@@ -130,25 +149,32 @@ class Question:
         return self.answers[0]
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "question") -> Question:
-        """The question of one JSON object; `width`, `height`, `bboxs` and `field` (or `dataset`) are optional.
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "question", columns: Mapping[str, str] | None = None
+    ) -> Question:
+        """The question of one JSON object or row; `width`, `height`, boxes and `field` (or `dataset`) are optional.
+
+        Args:
+            columns: our names to its own, where they are not the usual ones (`COLUMNS`): {"question": "prompt_en"}.
 
         Raises:
             UserError: not of this form; the message opens with `where`.
         """
-        image = data.get("image")
-        if not isinstance(image, str) or not image:
+        image, text, answer, boxes = (column(data, ours, columns or {}) for ours in COLUMNS)
+        if not image or not (isinstance(image, str) or hasattr(image, "size")):
             raise UserError(f"{where}: 'image' is {image!r}; expected the path of an image")
-        text = data.get("question")
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: 'question' is {text!r}; expected text")
-        answer = data.get("answer", data.get("answers"))
+        if isinstance(answer, Mapping) and "text" in answer:  # SQuAD's
+            answer = answer["text"]
         answers = [answer] if isinstance(answer, str) else answer
         if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
             raise UserError(f"{where}: 'answer' is {answer!r}; expected text, or a list of accepted texts")
+        size = _size(data, where) if isinstance(image, str) else None  # what is in memory has one
         field = data.get("field", data.get("dataset"))
-        name = None if field is None else str(field)
-        return cls(image, text, tuple(answers), _boxes(data.get("bboxs"), where), _size(data, where), name, where)
+        return cls(
+            image, text, tuple(answers), _boxes(boxes, where), size, None if field is None else str(field), where
+        )
 
     def under(self, root: str | Path, *, strict: bool = False) -> Question:
         """The same question with its image path below `root` (see `place_image`)."""
@@ -298,12 +324,26 @@ def _size(data: Mapping[str, Any], where: str) -> tuple[int, int] | None:
     return width, height
 
 
+def column(data: Mapping[str, Any], ours: str, columns: Mapping[str, str]) -> Any:
+    """What a row holds under the name given for `ours`, or under the first of the usual names; None for nothing."""
+    names = (columns[ours],) if ours in columns else COLUMNS[ours]
+    return next((data[name] for name in names if data.get(name) is not None), None)
+
+
 def _boxes(value: Any, where: str) -> tuple[Box, ...]:
-    if value is None:
+    """Boxes of a question, or its only box; those that are not in pixels, or not corners, are refused with a guess."""
+    if value is None or value == []:
         return ()
     if not isinstance(value, list):
         raise UserError(f"{where}: 'bboxs' is {value!r}; expected a list of [x1, y1, x2, y2] in pixels")
-    return tuple(_box(box, where) for box in value)
+    quads = value if isinstance(value[0], list | tuple) else [value]
+    boxes = tuple(_box(quad, where) for quad in quads)
+    wanted = "expected [x1, y1, x2, y2] in pixels"
+    if all(0 <= v <= 1 for quad in quads for v in quad) and any(v % 1 for quad in quads for v in quad):
+        raise UserError(f"{where}: boxes {value!r} look like fractions of the image's sides; {wanted}: multiply them")
+    if bad := [quad for quad in quads if quad[2] < quad[0] or quad[3] < quad[1]]:
+        raise UserError(f"{where}: box {bad[0]!r} runs backwards; if it is x, y, width, height, add them: {wanted}")
+    return boxes
 
 
 def _box(value: Any, where: str) -> Box:

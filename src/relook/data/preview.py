@@ -10,14 +10,13 @@ import io
 import random
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relook.data.crops import Crop, crops_of
-from relook.data.faults import RULES, Context
-from relook.data.images import facts_below, place_image, split_ref
+from relook.data.faults import Context, found_faults
+from relook.data.images import FactsBelow, place_image, split_ref
 from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item
 from relook.data.reader import Record, folder_of, read_records
 from relook.errors import UserError
@@ -34,18 +33,6 @@ _CONTROL = re.compile(r"(<\|[^<>|\s]*\|>)")
 _MARKS = re.compile("(" + "|".join(re.escape(mark) for mark in PLACEHOLDERS.values()) + ")")
 
 
-@dataclass(frozen=True)
-class Preview:
-    """What was written: the page, how many items are on it, and how many the set holds."""
-
-    page: str
-    shown: int
-    items: int
-
-    def __str__(self) -> str:
-        return f"{self.page}: {self.shown} of {self.items} items"
-
-
 def preview(
     path: str | Path,
     page: str | Path,
@@ -54,7 +41,7 @@ def preview(
     seed: int = 0,
     grid: int = GRID,
     image_root: str | Path | None = None,
-) -> Preview:
+) -> str:
     """Write `page` with `n` items drawn from the whole set (all where there are fewer), in the file's order."""
     path = Path(path)
     if Path(page).resolve() == path.resolve():
@@ -64,7 +51,7 @@ def preview(
         raise UserError(f"{path}: holds no items; build some with `relook data build`")
     root = str(image_root if image_root is not None else folder_of(path))
     context = Context(grid=grid, root=root, strict=image_root is not None)
-    context.facts = facts_below(root, context.strict)
+    context.facts = FactsBelow(root, context.strict).__getitem__
     title = f"{escape(path.name)}: {len(drawn)} of {total} items"
     template = Path(__file__).with_name("preview.html").read_text(encoding="utf-8").replace("$title", title)
     head, _, foot = template.partition("$articles")
@@ -74,7 +61,7 @@ def preview(
             context.number = number
             file.write(_article(record, number, context))
         file.write(foot)
-    return Preview(str(page), len(drawn), total)
+    return f"{page}: {len(drawn)} of {total} items"
 
 
 def _sampled(records: Iterable[Record], n: int, seed: int) -> tuple[list[tuple[int, Record]], int]:
@@ -95,8 +82,7 @@ def _article(record: Record, number: int, context: Context) -> str:
     except UserError as error:
         why = escape(str(error).removeprefix(f"{record.where}: "))
         return f'<article>{head}<ul class="faults"><li><b>form</b> {why}</li></ul></article>\n'
-    faults = [(name, detail) for name, rule in RULES.items() if rule.find for detail in rule.find(item, context)]
-    rows = "".join(f"<li><b>{name}</b> {_text(detail)}</li>" for name, detail in faults)
+    rows = "".join(f"<li><b>{name}</b> {_text(detail)}</li>" for name, detail in found_faults(item, context))
     listed = f'<ul class="faults">{rows}</ul>' if rows else ""
     turns = "".join(_turn(turn.role, turn.content) for turn in item.messages)
     shown = f'{_pictures(item, context)}<div class="turns">{turns}</div>'
@@ -132,7 +118,7 @@ def _pictures(item: Item, context: Context) -> str:
     for index, ref in enumerate(item.images["images"]):
         if index in number:
             i = number[index]
-            figures.append(_figure(str(ref), context, f"region {i}", CROP_SIDE, color=_color(i)))
+            figures.append(_figure(str(ref), context, f"region {i}", CROP_SIDE, color=COLORS[i % len(COLORS)]))
         else:
             shown = [(i, crop) for i, crop in numbered if crop.file == ref]
             figures.append(_figure(str(ref), context, "image", SIDE, shown))
@@ -140,10 +126,6 @@ def _pictures(item: Item, context: Context) -> str:
         what = f"encoded again ({key.removesuffix('_images')})"
         figures += [_figure(str(ref), context, what, CROP_SIDE) for ref in item.images[key]]
     return f'<div class="pictures">{"".join(figures)}</div>'
-
-
-def _color(i: int) -> str:
-    return COLORS[i % len(COLORS)]
 
 
 def _figure(
@@ -182,7 +164,7 @@ def _overlay(size: tuple[int, int], shown: list[tuple[int, Crop]], grid: int) ->
     unit = max(width, height) / 100
     for i, crop in shown:
         x1, y1, x2, y2 = crop.box
-        color, box = _color(i), (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+        color, box = COLORS[i % len(COLORS)], (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
         if crop.region is not None and not crop.too_far:
             shapes.append(_rectangle("cells", cells_to_box(crop.region.cells, size, grid), color))
         shapes.append(_rectangle("crop", box, color))

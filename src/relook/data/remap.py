@@ -21,7 +21,7 @@ from typing import Any
 from relook.data.images import ImageFinder, relative, with_file
 from relook.data.items import IMAGE_KEYS, Item, read_items, write_items
 from relook.data.published import dataset_of
-from relook.data.reader import EXTRA, Record, as_json, import_pyarrow, open_input, read_records
+from relook.data.reader import EXTRA, as_json, import_pyarrow, open_input
 from relook.errors import RelookError, UserError
 from relook.io import replacing, replacing_file
 
@@ -38,7 +38,7 @@ class RemapReport:
 
     items: int = 0
     left_out: int = 0
-    estimated: int = 0  # items kept whose crops were cut for an estimated size (see `viscot`)
+    estimated: int = 0  # items kept whose crops were cut for an estimated size (see `forms.chat`)
     asked: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     missing: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
@@ -96,7 +96,10 @@ def remap(
                 report.estimated += "estimated_size" in moved.extra
                 yield moved
         if missing_list is not None:
-            _write_list(missing_list, report)
+            with replacing(missing_list) as file:
+                file.writelines(
+                    f"{name}\t{path}\n" for name in sorted(report.missing) for path in sorted(report.missing[name])
+                )
         if report.share > max_missing or report.left_out == report.items:
             raise UserError(_refusal(report, max_missing, folders))
 
@@ -106,36 +109,26 @@ def remap(
 
 def _moved(item: Item, finder: ImageFinder, target: Path, report: RemapReport) -> Item | None:
     """The item with its own paths, or None where one is missing; all of its paths are looked for and counted."""
-    whole = True
+    lost: list[str] = []
 
     def own(path: str) -> str:
-        nonlocal whole
-        name = dataset_of(path, tuple(finder.folders)) or UNKNOWN
+        name, found = dataset_of(path, tuple(finder.folders)) or UNKNOWN, finder.find(path)
         report.asked[name].add(path)
-        found = finder.find(path)
         if found is None:
             report.missing[name].add(path)
-            whole = False
-            return path
-        return relative(found, target)
+            lost.append(path)
+        return path if found is None else relative(found, target)
 
     moved = item.map_images(lambda ref: with_file(ref, own))
-    return moved if whole else None
-
-
-def _write_list(path: str | Path, report: RemapReport) -> None:
-    with replacing(path) as file:
-        for name in sorted(report.missing):
-            file.writelines(f"{name}\t{each}\n" for each in sorted(report.missing[name]))
+    return None if lost else moved
 
 
 def _refusal(report: RemapReport, allowed: float, folders: Mapping[str, Path]) -> str:
     if not report.items:
         return "the source holds no items; nothing was written"
-    rows = sorted(report.missing.items(), key=lambda row: -len(row[1]))
     parts = ", ".join(
         f"{name} {len(paths)} of {len(report.asked[name])}{'' if name in folders else ' (no folder given)'}"
-        for name, paths in rows
+        for name, paths in sorted(report.missing.items(), key=lambda row: -len(row[1]))
     )
     return (
         f"{report.left_out} of {report.items} items have an image missing ({report.share:.1%}, allowed {allowed:.1%}): "
@@ -197,40 +190,40 @@ def convert(
     if items is not None:
         return Converted(str(dst), items, before, before)
     move = mover(src.parent, dst) if image_root is None else (lambda item: _inside(item, image_root))
-    source, files, items = islice(read_records(src), before * rows, None), before, before * rows
-    while written := _write(dst / f"part-{files:05d}.parquet", _dicts(islice(source, rows), move), items, progress):
+    source, files, items = (move(item) for item in islice(read_items(src), before * rows, None)), before, before * rows
+    while written := _write(dst / f"part-{files:05d}.parquet", islice(source, rows), items, progress):
         files, items = files + 1, items + written
         if written < rows:
             break
     if not files:
         raise UserError(f"{src}: holds no items; build some with `relook data build`")
-    with replacing(dst / STATE) as file:
-        json.dump(state | {"items": items, "files": files}, file, indent=1)
+    _save_state(dst, state | {"items": items, "files": files})
     return Converted(str(dst), items, files, before)
+
+
+def _save_state(dst: Path, state: dict[str, Any]) -> None:
+    with replacing(dst / STATE) as file:
+        json.dump(state, file, indent=1)
 
 
 def _resume(dst: Path, state: dict[str, Any]) -> tuple[int, int | None]:
     """How many whole files there are, and the number of items where all are there; writes the state at the start."""
-    place, parts = dst / STATE, sorted(dst.glob("*.parquet")) if dst.is_dir() else []
-    if not place.is_file():
+    parts = [path.name for path in sorted(dst.glob("*.parquet"))]
+    if not (dst / STATE).is_file():
         if parts:
             raise UserError(f"{dst}: holds Parquet files of something else; give a new or empty folder")
-        with replacing(place) as file:
-            json.dump(state, file, indent=1)
+        _save_state(dst, state)
         return 0, None
     try:
-        known = json.loads(place.read_text(encoding="utf-8"))
-        same = all(known.get(key) == value for key, value in state.items())
-    except (ValueError, AttributeError):
-        same = False
-    if not same:
+        known = dict(json.loads((dst / STATE).read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        known = {}
+    if any(known.get(key) != value for key, value in state.items()):
         raise UserError(f"{dst}: was made from another source or with other options; give a new or empty folder")
-    wanted = [dst / f"part-{number:05d}.parquet" for number in range(len(parts))]
-    if parts != wanted:
-        missing = next(path.name for path, seen in zip(wanted, parts, strict=True) if path != seen)
-        raise UserError(f"{dst}: {missing} is not there, but later files are; remove the folder and convert again")
-    done = known.get("files") == len(parts)
-    return len(parts), known["items"] if done else None
+    for number, part in enumerate(parts):
+        if part != (wanted := f"part-{number:05d}.parquet"):
+            raise UserError(f"{dst}: {wanted} is not there, but later files are; remove the folder and convert again")
+    return len(parts), known["items"] if known.get("files") == len(parts) else None
 
 
 def _inside(item: Item, root: str | Path) -> Item:
@@ -239,20 +232,20 @@ def _inside(item: Item, root: str | Path) -> Item:
     return item
 
 
-def _dicts(records: Iterator[Record], move: Callable[[Item], Item]) -> Iterator[dict[str, Any]]:
-    for record in records:
-        item = move(Item.from_dict(record.value, record.where))
-        known, extra = item.to_dict(), as_json(item.extra) if item.extra else None
-        yield {key: known[key] for key in ("messages", *IMAGE_KEYS)} | {EXTRA: extra}
+def _row(item: Item) -> dict[str, Any]:
+    known = item.to_dict()
+    extra = as_json(item.extra) if item.extra else None
+    return {key: known[key] for key in ("messages", *IMAGE_KEYS)} | {EXTRA: extra}
 
 
-def _write(path: Path, items: Iterator[dict[str, Any]], start: int, progress: Callable[[int], None] | None) -> int:
+def _write(path: Path, items: Iterator[Item], start: int, progress: Callable[[int], None] | None) -> int:
     """One file of items; returns how many, and writes none for none."""
     arrow, parquet = import_pyarrow()
     turn = arrow.struct([("role", arrow.string()), ("content", arrow.string())])
     lists = [(key, arrow.list_(arrow.string())) for key in IMAGE_KEYS]
     schema = arrow.schema([("messages", arrow.list_(turn)), *lists, (EXTRA, arrow.string())])
-    batch, count = list(islice(items, _BATCH)), 0
+    rows, count = map(_row, items), 0
+    batch = list(islice(rows, _BATCH))
     if not batch:
         return 0
     try:
@@ -262,7 +255,7 @@ def _write(path: Path, items: Iterator[dict[str, Any]], start: int, progress: Ca
                 count += len(batch)
                 if progress is not None:
                     progress(start + count)
-                batch = list(islice(items, _BATCH))
+                batch = list(islice(rows, _BATCH))
     except (OSError, arrow.ArrowException) as error:
         raise RelookError(
             f"{path}: could not be written ({error}); see to the disk and run the command again"

@@ -52,8 +52,7 @@ class Stats:
 
     def __post_init__(self) -> None:
         self.cells = self.cells or [[0] * self.grid for _ in range(self.grid)]
-        for what in ("question", "answer", "turns", "images"):
-            self.lengths.setdefault(what, Counter())
+        self.lengths = self.lengths or {what: Counter() for what in ("question", "answer", "turns", "images")}
 
     def add(self, item: Item) -> None:
         """Count one more item."""
@@ -62,30 +61,21 @@ class Stats:
         calls = [call for text in said if "<|" in text for call in parse_calls(text, self.grid)]
         asked = {call.look for call in calls}
         self.looks[" + ".join(look for look in LOOKS if look in asked) or "none"] += 1
-        placed = 0
-        for region in region_calls(item, self.grid):
-            if max(region.cells) < self.grid:
-                placed += 1
-                self._region(*region.cells)
-        self.regions[placed] += 1
-        self.unread += sum(call.look == "region" for call in calls) - placed
+        regions = [region.cells for region in region_calls(item, self.grid) if max(region.cells) < self.grid]
+        for x0, y0, x1, y1 in regions:
+            self.sizes[x1 - x0 + 1, y1 - y0 + 1] += 1
+            for row in self.cells[y0 : y1 + 1]:
+                row[x0 : x1 + 1] = [count + 1 for count in row[x0 : x1 + 1]]
+        self.regions[len(regions)] += 1
+        self.unread += sum(call.look == "region" for call in calls) - len(regions)
         question = next((turn.content for turn in item.messages if turn.role == "user"), "")
         for mark in PLACEHOLDERS.values():
             question = question.replace(mark, "")
         answer = strip_calls(said[-1], self.grid).removeprefix(ANSWER_PREFIX) if said else ""
-        for what, length in (
-            ("question", len(question.strip())),
-            ("answer", len(answer.strip())),
-            ("turns", len(item.messages)),
-            ("images", sum(len(item.images[key]) for key in IMAGE_KEYS)),
-        ):
-            self.lengths[what][length] += 1
-
-    def _region(self, x0: int, y0: int, x1: int, y1: int) -> None:
-        self.sizes[x1 - x0 + 1, y1 - y0 + 1] += 1
-        for y in range(y0, y1 + 1):
-            for x in range(x0, x1 + 1):
-                self.cells[y][x] += 1
+        images = sum(len(item.images[key]) for key in IMAGE_KEYS)
+        lengths = (len(question.strip()), len(answer.strip()), len(item.messages), images)
+        for counts, length in zip(self.lengths.values(), lengths, strict=True):
+            counts[length] += 1
 
     def areas(self) -> Counter[int]:
         """Regions by their share of the image, in whole percent."""

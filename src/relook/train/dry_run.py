@@ -10,7 +10,6 @@ really run and thrown away: they tell the time of a step and what a forward pass
 from __future__ import annotations
 
 import random
-import re
 import statistics
 import time
 from collections import Counter
@@ -25,11 +24,10 @@ from torch import nn
 
 from relook.data.collate import item_length
 from relook.data.dataset import SampledItems, open_items
-from relook.data.images import split_ref
-from relook.data.items import PLACEHOLDERS, Item
+from relook.data.images import existing_ref
+from relook.data.items import Item, LeftOut
 from relook.data.reader import Unreadable
 from relook.errors import UserError
-from relook.looks import LOOKS
 from relook.model.start import StartInfo, open_start
 from relook.train.checkpoints import StageModel
 from relook.train.objective import run_batch
@@ -42,7 +40,6 @@ PAGES = 32  # of a synthetic dataset
 BATCHES = 3  # measured
 SHOWN = 3  # problems of a kind that are shown in full
 FLOAT = 4  # bytes: weights, gradients and optimizer states are float32
-_TOKEN = re.compile(r"<\|[^|<>\s]+\|>")
 Note = Callable[[str], None]
 
 
@@ -215,6 +212,7 @@ def read_items(sampled: SampledItems, info: StartInfo, note: Note = lambda text:
     """Every item of a stage's sources; lengths of `SAMPLE` of them, chosen at random, where the tokenizer is here."""
     found, files, draw = Items(held=len(sampled.validation)), dict[str, bool](), random.Random(sampled.seed)
     sample: list[tuple[str, Item]] = []
+    sampled.context.looks = info.config.looks  # known without the processor, too
     for source, record in ((source, record) for source, records in enumerate(sampled.records) for record in records):
         found.items += 1
         if found.items % 1000 == 0:
@@ -225,10 +223,10 @@ def read_items(sampled: SampledItems, info: StartInfo, note: Note = lambda text:
         try:
             item = sampled.item(source, record)
         except UserError as error:
-            found.add("not an item", str(error))
+            found.add(error.rule if isinstance(error, LeftOut) else "not an item", str(error))
             continue
-        for kind, what in _problems(item, info, files):
-            found.add(kind, f"{record.where}: {what}")
+        for name in _missing(item, files):
+            found.add("missing image", f"{record.where}: {name}")
         at = len(sample) if len(sample) < SAMPLE else draw.randrange(found.items)
         if at < SAMPLE:
             sample[at : at + 1] = [(record.where, item)]
@@ -241,24 +239,14 @@ def read_items(sampled: SampledItems, info: StartInfo, note: Note = lambda text:
     return found
 
 
-def _problems(item: Item, info: StartInfo, files: dict[str, bool]) -> Iterator[tuple[str, str]]:
-    """(kind, what was seen) of one item. `files` keeps which image files are there."""
-    for key, count in item.placeholder_counts().items():
-        if count != (given := len(item.images.get(key, ()))):
-            yield "placeholders and images differ", f"{count} {PLACEHOLDERS[key]}, {given} in {key!r}"
-    for look, spec in LOOKS.items():
-        if look not in info.config.looks and look != "region" and item.images.get(spec.item_key):
-            yield "a look that the model lacks", f"{look}; it has {', '.join(info.config.looks)}"
-    if info.processor is not None:
-        tokens = {token for turn in item.messages for token in _TOKEN.findall(turn.content)}
-        for token in sorted(tokens - info.processor.tokenizer.get_vocab().keys()):
-            yield "a token that the model lacks", token
+def _missing(item: Item, files: dict[str, bool]) -> Iterator[str]:
+    """The image files of an item that are not there. `files` keeps which are."""
     for ref in (ref for refs in item.images.values() for ref in refs if isinstance(ref, str)):
-        name, box = split_ref(ref)
+        name = existing_ref(ref)[0]
         if name not in files:
-            files[name] = Path(name).is_file() or (box is not None and Path(ref).is_file())
+            files[name] = name.startswith("data:") or Path(name).is_file()
         if not files[name]:
-            yield "missing image", name
+            yield name
 
 
 # -- a few batches ----------------------------------------------------------------------------------------------------

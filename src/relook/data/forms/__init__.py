@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relook.data.forms.chat import llava_conversation, pope_question
+from relook.data.forms.chat import llava_conversation, pope_question, viscot_question
 from relook.data.forms.detection import VG_LISTS, read_coco, read_visual_genome
 from relook.data.forms.table import read_hub
-from relook.data.forms.viscot import viscot_question
 from relook.data.items import Item, Question
 from relook.data.published import fetch
 from relook.data.reader import open_input, parquet_files, read_records

@@ -13,43 +13,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from relook.data.items import Question
-from relook.data.records import is_saved_dataset, saved_dataset
+from relook.data.items import COLUMNS, Question, column
+from relook.data.records import import_datasets, is_saved_dataset, saved_dataset
 from relook.errors import RelookError, UserError
 from relook.io import replacing_file
-
-COLUMNS: dict[str, tuple[str, ...]] = {  # ours: the names that others give it
-    "image": ("image", "img", "picture"),
-    "question": ("question", "query", "text", "caption", "prompt"),
-    "answer": ("answer", "answers", "label", "response"),
-    "bboxs": ("bboxs", "bboxes", "bbox", "boxes", "box"),
-}
+from relook.views import reading
 
 
 def row_question(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Question:
-    """The question of a row (or record) with columns image, question, answer and perhaps boxes, width and height.
-
-    Args:
-        columns: our names to its own, where they are not the usual ones: {"question": "prompt_en"}.
+    """The question of a row (or record); its image may be an undecoded column, which stays in memory.
 
     Raises:
         UserError: no such column, or not a question; the message opens with `where`.
     """
-    found: dict[str, Any] = {}
-    for ours, usual in COLUMNS.items():
-        names = (columns[ours],) if ours in columns else usual
-        name = next((name for name in names if row.get(name) is not None), None)
-        if name is None and ours != "bboxs":
+    for ours in COLUMNS:
+        if ours != "bboxs" and column(row, ours, columns) is None:
             raise UserError(f"{where}: has no {ours!r} among {', '.join(row)}; name it under columns:")
-        found[ours] = None if name is None else row[name]
-    if found["bboxs"] and not isinstance(found["bboxs"][0], list):
-        found["bboxs"] = [found["bboxs"]]
-    found |= {side: row[side] for side in ("width", "height") if row.get(side) is not None}
-    image = stored_image(found["image"], where)
-    if isinstance(image, str):
-        return Question.from_dict(found | {"image": image}, where)
-    question = Question.from_dict(found | {"image": "-"}, where)
-    return replace(question, image=image, size=None)  # what is in memory has a size
+    image = stored_image(column(row, "image", columns), where)
+    return Question.from_dict({**row, "image": image}, where, {k: v for k, v in columns.items() if k != "image"})
 
 
 def stored_image(value: Any, where: str) -> Any:
@@ -62,10 +43,8 @@ def stored_image(value: Any, where: str) -> Any:
 def _pil(data: bytes, where: str) -> Any:
     from PIL import Image
 
-    try:
+    with reading(io.BytesIO(data), f"{where}: its image"):
         return Image.open(io.BytesIO(data))
-    except OSError:  # Pillow's own for what is no image is one, too
-        raise UserError(f"{where}: its image cannot be read") from None
 
 
 # -- datasets of the hub
@@ -85,41 +64,38 @@ def read_hub(
         UserError: no such column, or a row that is no question, with its number.
         RelookError: the dataset could not be had.
     """
-    try:
-        from datasets import ClassLabel, Image
-    except ImportError:
-        raise UserError(
-            f"{source}: needs the package datasets, which is not installed; pip install 'relook[train]'"
-        ) from None
-    rows = _load(source, split)
+    datasets = import_datasets(source)
+    rows = _load(datasets, source, split)
     names = {ours: _column(ours, rows.column_names or [], columns or {}, source) for ours in COLUMNS}
     features = rows.features or {}
-    _refuse_lists(features.get(names["image"]), names["image"], source)
-    labels = features.get(names["answer"])
-    for number, row in enumerate(rows.cast_column(names["image"], Image(decode=False)), start=1):
+    feature, labels = features.get(names["image"]), features.get(names["answer"])
+    if feature is not None and not isinstance(feature, datasets.Image | datasets.Value | dict):
+        raise UserError(
+            f"{source}: column {names['image']!r} is {type(feature).__name__}; expected one image a row; "
+            "say --columns image=NAME, or write the set out as items"
+        )
+    for number, row in enumerate(rows.cast_column(names["image"], datasets.Image(decode=False)), start=1):
         where = f"{source}: row {number}"
         line = {ours: row[name] for ours, name in names.items() if name}
         answer = line["answer"]
-        if isinstance(labels, ClassLabel) and isinstance(answer, int) and 0 <= answer < labels.num_classes:
+        if isinstance(labels, datasets.ClassLabel) and isinstance(answer, int) and 0 <= answer < labels.num_classes:
             line["answer"] = labels.int2str(answer)
-        elif answer is not None and not isinstance(answer, list):
+        elif isinstance(answer, int | float):
             line["answer"] = str(answer)
         data = _bytes(line["image"], Path(source), where)
         image = _pil(data, where)
-        question = row_question(line | {"image": "-"}, {}, where)
-        yield replace(question, image=image if folder is None else _written(data, image, folder))
+        question = Question.from_dict(line | {"image": image}, where)
+        yield question if folder is None else replace(question, image=_written(data, image, folder))
 
 
-def _load(source: str | Path, split: str) -> Any:
-    from datasets import load_dataset
-
+def _load(datasets: Any, source: str | Path, split: str) -> Any:
     _refuse_json(Path(source))
     try:
         if Path(source).is_file():
-            return load_dataset("parquet", data_files=str(source), split="train", streaming=True)
+            return datasets.load_dataset("parquet", data_files=str(source), split="train", streaming=True)
         if is_saved_dataset(Path(source)):
             return saved_dataset(Path(source), split).to_iterable_dataset()
-        return load_dataset(str(source), split=split, streaming=True)
+        return datasets.load_dataset(str(source), split=split, streaming=True)
     except UserError:
         raise
     except (ValueError, OSError, RuntimeError) as error:  # what datasets and the hub raise for what is not there
@@ -145,16 +121,6 @@ def _column(ours: str, there: list[str], given: Mapping[str, str], source: str |
     if ours == "bboxs" and ours not in given:
         return ""
     raise UserError(f"{source}: no column for {ours!r} among {', '.join(there)}; say --columns {ours}=NAME")
-
-
-def _refuse_lists(feature: Any, name: str, source: str | Path) -> None:
-    from datasets import Image, Value
-
-    if feature is not None and not isinstance(feature, Image | Value | dict):
-        raise UserError(
-            f"{source}: column {name!r} is {type(feature).__name__}; expected one image a row; "
-            "say --columns image=NAME, or write the set out as items"
-        )
 
 
 def _bytes(value: Any, source: Path, where: str) -> bytes:
