@@ -25,7 +25,7 @@ from relook.errors import CheckpointError, UserError
 from relook.model import VPTQwen2VLConfig
 from relook.model.loading import count_parameters, inspect, load_model, load_processor, resolve
 from relook.model.published import PUBLISHED, convert, published_config
-from relook.model.start import new_model
+from relook.model.start import Start, open_start
 
 
 def load_published(folder, **settings):
@@ -169,11 +169,10 @@ def test_new_model_from_plain_parts(tmp_path):
     vision = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_dim=32, global_attn_indexes=[])
     sam = SamModel(SamConfig(vision_config=vision)).eval()
     sam.save_pretrained(tmp_path / "sam")
-    looks = ("region", "clip", "detection", "seg")
-    model, processor = new_model(
-        tmp_path / "base", looks=looks, detection=tmp_path / "dino", seg=tmp_path / "sam", seed=3
-    )
-    assert model.config.looks == list(looks)
+    looks = ["region", "clip", "detection", "seg"]
+    places = {"start": str(tmp_path / "base"), "detection": str(tmp_path / "dino"), "seg": str(tmp_path / "sam")}
+    model, processor = open_start(Start(**places, looks=looks), seed=3)
+    assert model.config.looks == looks
     base = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "base")
     ids = torch.tensor([plain])
     with torch.no_grad():
@@ -183,14 +182,14 @@ def test_new_model_from_plain_parts(tmp_path):
         torch.testing.assert_close(
             model.encode("detection", detection_images=pixels)[0], dino(pixels).last_hidden_state[0, 1:]
         )
-    same, _ = new_model(tmp_path / "base", looks=looks, detection=tmp_path / "dino", seg=tmp_path / "sam", seed=3)
+    same, _ = open_start(Start(**places, looks=looks), seed=3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
     model.save_pretrained(tmp_path / "new")
     processor.save_pretrained(tmp_path / "new")
     again = load_model(tmp_path / "new", device="cpu")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     with pytest.raises(UserError, match="needs its encoder"):
-        new_model(tmp_path / "base", looks=("seg",))
+        open_start(Start(start=places["start"], looks=["seg"]))
 
 
 def test_tied_config_with_a_head_of_its_own_is_untied(clip):

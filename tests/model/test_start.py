@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from support.qwen2vl_folder import plain_qwen2_vl
 
 from relook.errors import CheckpointError, UserError
-from relook.model.start import Start, new_model, open_start
+from relook.model.start import Start, open_start
 
 
 @pytest.mark.parametrize(
@@ -34,9 +34,9 @@ def test_a_look_whose_encoder_is_not_there(tmp_path):
     plain = tmp_path / "plain"
     plain_qwen2_vl(plain)
     with pytest.raises(UserError, match="no encoder could be read there"):
-        new_model(plain, looks=["detection"], detection=tmp_path / "nowhere")
+        open_start(Start(start=str(plain), looks=["detection"], detection=str(tmp_path / "nowhere")))
 
 
 def test_looks_of_a_model_that_is_not_plain():
-    with pytest.raises(UserError, match="a plain 'qwen2_vl' was expected"):
-        new_model("cards-tiny", looks=["region"])
+    with pytest.raises(UserError, match="start from a plain Qwen2-VL"):
+        open_start(Start(start="cards-tiny", looks=["seg"]))

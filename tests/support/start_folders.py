@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import Dinov2Config, Dinov2Model, SamConfig, SamModel
 
-from relook.model.start import new_model
+from relook.model.start import Start, open_start
 from support.qwen2vl_folder import plain_qwen2_vl
 from support.tiny_model import DINO, SAM
 
@@ -23,7 +23,7 @@ def parts(folder: Path) -> dict[str, str]:
 
 def start(folder: Path, made: dict[str, str], looks: tuple[str, ...]) -> str:
     """Write a model with `looks` and random weights, as alignment leaves it, from the folders of `parts`."""
-    model, processor = new_model(made["start"], looks, made["detection"], made["seg"])
+    model, processor = open_start(Start(**{key: made[key] for key in ("start", "detection", "seg")}, looks=list(looks)))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from relook.cli.app import app
 from relook.errors import UserError
 from relook.model.loading import load_model, load_processor
-from relook.model.start import load_adapted, new_model, open_model
+from relook.model.start import Start, load_adapted, open_model, open_start
 from relook.train import lora
 from relook.train.recipe import Lora, Recipe
 from relook.train.runner import run
@@ -26,6 +26,10 @@ def plain(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
     plain_qwen2_vl(folder)
     return folder
+
+
+def with_looks(plain: Path, seed: int = 0):
+    return open_start(Start(start=str(plain), looks=["region", "clip"]), seed=seed)
 
 
 def plan(start: Path, items: Path, **changes) -> Recipe:
@@ -67,13 +71,13 @@ def test_merge_gives_the_logits_of_peft_itself(plain, trained, tmp_path) -> None
     from peft import PeftModel
 
     adapter = trained / "stages" / "00-tune" / "adapter"
-    base, _ = new_model(plain, ("region", "clip"), seed=1)
+    base, _ = with_looks(plain, seed=1)
     unmerged = PeftModel.from_pretrained(base, str(adapter)).eval()
     result = CliRunner().invoke(app, ["models", "merge", str(adapter), "--out", str(tmp_path / "whole")])
     assert result.exit_code == 0, result.output
     merged = load_model(tmp_path / "whole", device="cpu")
     batch = batch_of(load_processor(tmp_path / "whole"))
-    plain_logits = new_model(plain, ("region", "clip"), seed=1)[0](**batch).logits
+    plain_logits = with_looks(plain, seed=1)[0](**batch).logits
     with torch.no_grad():
         ours, theirs = merged(**batch).logits, unmerged(**batch).logits
     assert (theirs - plain_logits).abs().max() > 1e-3  # it did learn
@@ -85,7 +89,7 @@ def test_merge_gives_the_logits_of_peft_itself(plain, trained, tmp_path) -> None
 
 
 def test_only_updates_and_named_parts_move(plain, trained) -> None:
-    base, _ = new_model(plain, ("region", "clip"), seed=1)
+    base, _ = with_looks(plain, seed=1)
     after = load_model(trained / "final", device="cpu").state_dict()
     moved = {name for name, value in base.state_dict().items() if not torch.equal(value, after[name])}
     assert not [name for name in moved if ".visual." in name or "norm.weight" in name]
@@ -157,7 +161,7 @@ def test_an_adapter_that_has_no_base_or_another(plain, trained, tmp_path) -> Non
 
 
 def test_a_later_stage_does_not_name_a_base(plain, tmp_path) -> None:
-    model, _ = new_model(plain, ("region", "clip"))
+    model, _ = with_looks(plain)
     lora.adapt(model, Lora.model_validate(SMALL)).save(tmp_path)
     with pytest.raises(UserError, match="--base"):
         load_adapted(tmp_path)
@@ -165,7 +169,7 @@ def test_a_later_stage_does_not_name_a_base(plain, tmp_path) -> None:
 
 def test_untied_weights_stay_apart(plain, tmp_path) -> None:
     """As in the 7B: lm_head and embed_tokens are trained each by itself."""
-    model, _ = new_model(plain, ("region", "clip"))
+    model, _ = with_looks(plain)
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     adapter = lora.adapt(model, Lora.model_validate(SMALL))
@@ -180,7 +184,7 @@ def test_untied_weights_stay_apart(plain, tmp_path) -> None:
 
 
 def test_few_bits_without_the_package(plain, monkeypatch) -> None:
-    model, _ = new_model(plain, ("region", "clip"))
+    model, _ = with_looks(plain)
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
     with pytest.raises(UserError, match="relook\\[qlora\\]"):
@@ -190,7 +194,7 @@ def test_few_bits_without_the_package(plain, monkeypatch) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_few_bits_rest_and_the_exact_weights_come_back(plain, bits: int) -> None:
     pytest.importorskip("bitsandbytes")
-    model, processor = new_model(plain, ("region", "clip"))
+    model, processor = with_looks(plain)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     adapter = lora.adapt(model, Lora.model_validate(SMALL | {"bits": bits}))
     held = {type(m).__name__ for m in model.modules() if "4bit" in type(m).__name__ or "8bit" in type(m).__name__}

@@ -110,8 +110,8 @@ def read_config(folder: str | Path, encoder_config: dict[str, Any] | None = None
     kind = values.get("model_type")
     if kind != VPTQwen2VLConfig.model_type:
         raise CheckpointError(
-            f"{path}: model_type is {kind!r}; expected 'qwen2_vl_vpt'. To start from a plain Qwen2-VL use "
-            "relook.model.start.new_model"
+            f"{path}: model_type is {kind!r}; expected 'qwen2_vl_vpt'. A plain Qwen2-VL is "
+            "trained with looks: in a recipe's model:"
         )
     try:
         return VPTQwen2VLConfig.from_dict(values, encoder_config, name_or_path=str(folder))

@@ -18,6 +18,7 @@ import torch
 from relook import looks
 from relook.looks import LOOKS
 from relook.plugins import find
+from relook.processing.vocabulary import add_look_tokens
 
 from .configuration import VPTQwen2VLConfig
 from .modeling import VPTQwen2VLForConditionalGeneration
@@ -91,9 +92,7 @@ def build_tokenizer(size: Size) -> PreTrainedTokenizerBase:
         vocab=model["vocab"], merges=cast(Any, merges), eos_token="<|im_end|>", padding_side="left"
     )
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
-    pads, ordinary = looks.control_tokens(size.looks, size.grid)
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in pads])
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in ordinary])
+    add_look_tokens(tokenizer, size.looks, size.grid)
     return tokenizer
 
 

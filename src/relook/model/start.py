@@ -146,8 +146,7 @@ def open_start(
         return model, processor
     folder = resolve(str(start.start))
     if _is_plain(folder):
-        encoders = (start.detection, start.seg)
-        return new_model(folder, tuple(start.looks or ()), *encoders, dtype, seed, attn_implementation)
+        return _give_looks(start, folder, seed, torch_dtype(dtype), attn_implementation)
     config = read_config(folder)
     lacking = [look for look in start.looks or () if look not in config.looks]
     if lacking:
@@ -181,30 +180,20 @@ def _is_plain(folder: Path) -> bool:
     return read_json(folder / "config.json").get("model_type") == "qwen2_vl"
 
 
-def new_model(
-    base: str | Path,
-    looks: Sequence[str] = ("region", "clip"),
-    detection: str | Path | None = None,
-    seg: str | Path | None = None,
-    dtype: torch.dtype | str = torch.float32,
-    seed: int = 0,
-    attn_implementation: str | None = None,
+def _give_looks(
+    start: Start, folder: Path, seed: int, dtype: torch.dtype | str, attn_implementation: str | None
 ) -> tuple[VPTQwen2VLForConditionalGeneration, Any]:
-    """A plain Qwen2-VL folder plus DINOv2 and SAM folders as one model with looks, in eval mode, and its processor.
+    """A plain Qwen2-VL folder plus DINOv2 and SAM as one model with looks, in eval mode, and its processor.
 
     Control tokens are added to the tokenizer; their embeddings start at the mean of the old ones; projectors are
     Xavier-uniform from `seed`; everything else is the given weights.
     """
-    folder = resolve(base)
-    encoders = {
-        look: _read_encoder(look, path, dtype)
-        for look, path in (("detection", detection), ("seg", seg))
-        if look in looks
-    }
+    looks, paths = start.looks or (), {"detection": start.detection, "seg": start.seg}
+    encoders = {look: _read_encoder(look, path, dtype) for look, path in paths.items() if look in looks}
     config, processor, known = plain_config(folder, looks, {look: each.config for look, each in encoders.items()})
     config.provenance = {"base": checkpoint_name(folder), "seed": seed}
     torch.manual_seed(seed)
-    model = load_weights(folder, config, torch_dtype(dtype), attn_implementation, ("encoders.", "projectors."))
+    model = load_weights(folder, config, dtype, attn_implementation, ("encoders.", "projectors."))
     for look, encoder in encoders.items():
         model.encoders[look].load_state_dict(encoder.state_dict())
     new_token_rows(model, known, len(processor.tokenizer))
@@ -232,22 +221,19 @@ def plain_config(folder: Path, looks: Sequence[str], encoders: Mapping[str, Any]
         encoders: look -> the config of its encoder.
 
     Raises:
-        UserError: it is not plain, or no looks are given.
+        UserError: no looks are given.
     """
     from transformers import AutoConfig
 
     from relook.processing import VPTQwen2VLProcessor
 
-    base_config = AutoConfig.from_pretrained(folder)
-    if base_config.model_type != "qwen2_vl":
-        raise UserError(f"{folder}: model_type is {base_config.model_type!r}; a plain 'qwen2_vl' was expected")
     if not looks:
         raise UserError(f"{folder} is a plain Qwen2-VL; say which looks it is given, e.g. looks: [region, clip]")
-    processor = VPTQwen2VLProcessor.from_pretrained(folder)
+    base, processor = AutoConfig.from_pretrained(folder).to_dict(), VPTQwen2VLProcessor.from_pretrained(folder)
     known = len(processor.tokenizer)
     processor.add_look_tokens(looks)
     values = {
-        **{name: value for name, value in base_config.to_dict().items() if name not in ("architectures", "model_type")},
+        **{name: value for name, value in base.items() if name not in ("architectures", "model_type")},
         **processor.config_token_ids(),
         "vision_encoder_ls": [LOOKS[look].encoder for look in looks if look != "region"],
         "encoders": {look: config.to_diff_dict() for look, config in encoders.items()},
