@@ -29,6 +29,8 @@ def test_auto_classes_run_a_published_model_as_relook_does(name, tmp_path):
     assert json.loads((folder(name) / "config.json").read_text())["num_inner_forward_run"] == 1
     expected = logits(load_model(folder(name), device="cpu"), name)
     assert AutoConfig.from_pretrained(folder(name)).to_dict().items() >= read_config(folder(name)).to_dict().items()
+    by_file = AutoConfig.from_pretrained(folder(name) / "config.json")
+    assert by_file.encoders == read_config(folder(name)).encoders
     auto = AutoModelForImageTextToText.from_pretrained(folder(name))
     assert auto.config.num_inner_forward_run == 2
     assert torch.equal(logits(auto, name), expected)

@@ -125,16 +125,13 @@ class VPTQwen2VLConfig(Qwen2VLConfig):
             from .encoders import encoder_config as make
 
             name = kwargs.get("name_or_path", "")
-            given = encoder_config or _encoder_configs_beside(name)
             names = config_dict.get("vision_encoder_ls") or []
+            keys = {look: spec.legacy_key for look, spec in ENCODERS.items() if LOOKS[look].encoder in names}
+            given = encoder_config or (_encoder_configs_beside(name) if keys and name else {})
             config_dict = {
                 **config_dict,
                 "num_inner_forward_run": 1 if config_dict.get("alignment") else 2,
-                "encoders": {
-                    look: make(look, given.get(spec.legacy_key)).to_diff_dict()
-                    for look, spec in ENCODERS.items()
-                    if LOOKS[look].encoder in names
-                },
+                "encoders": {look: make(look, given.get(key)).to_diff_dict() for look, key in keys.items()},
                 "provenance": {"layout": "published", "source": checkpoint_name(name)},
             }
         return super().from_dict(config_dict, **kwargs)
@@ -160,7 +157,8 @@ class VPTQwen2VLConfig(Qwen2VLConfig):
 
 def _encoder_configs_beside(name: str) -> dict[str, Any]:
     quiet = {f"_raise_exceptions_for_{kind}": False for kind in ("gated_repo", "missing_entries", "connection_errors")}
-    path = cached_file(name, "encoder_config.json", **quiet) if name else None
+    name = str(Path(name).parent) if Path(name).is_file() else name
+    path = cached_file(name, "encoder_config.json", **quiet)
     try:
         return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
