@@ -25,7 +25,7 @@ from unicodedata import normalize
 from relook.data.published import IMAGE_SETS, dataset_of
 from relook.errors import UserError
 from relook.regions import Box, Cells, join_crop_suffix, split_crop_suffix, upright
-from relook.views import data_url, reading
+from relook.views import data_url, existing_ref, reading
 
 if TYPE_CHECKING:
     import numpy as np

@@ -24,7 +24,6 @@ from torch import nn
 
 from relook.data.collate import item_length
 from relook.data.dataset import SampledItems, open_items
-from relook.data.images import existing_ref
 from relook.data.items import Item, LeftOut
 from relook.data.reader import Unreadable
 from relook.errors import UserError
@@ -34,6 +33,7 @@ from relook.train.objective import run_batch
 from relook.train.optim import build_optimizer, by_part
 from relook.train.recipe import Recipe, Stage, load_recipe
 from relook.train.runner import check, prepare_stage, steps_of
+from relook.views import existing_ref
 
 SAMPLE = 1000  # items whose tokens are counted
 PAGES = 32  # of a synthetic dataset
