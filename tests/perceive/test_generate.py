@@ -156,6 +156,9 @@ def test_the_pipeline_looks_and_shows_no_tokens(tiny_vlm, tmp_path):
     with writing(vlm, CALLS["region"]):
         (out,) = plain(text=chat_of(picture()), return_full_text=False, **options)
     assert "<|" not in out["generated_text"]
+    call = vlm.processor.tokenizer(CALLS["region"], return_tensors="pt")["input_ids"]
+    shown = [vlm.processor.post_process_image_text_to_text(call, skip_special_tokens=skip)[0] for skip in (True, False)]
+    assert shown == ["", CALLS["region"]]
 
 
 @pytest.mark.parametrize("name", shipped_models())

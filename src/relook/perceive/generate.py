@@ -19,7 +19,7 @@ from transformers.utils.chat_template_utils import Chat
 
 from relook.errors import UserError
 from relook.options import AskOptions
-from relook.processing.processor import opened
+from relook.processing.processor import SOURCES, opened
 from relook.trace import Answer, Finished
 
 from .loop import run
@@ -120,7 +120,7 @@ class LookPipeline(ImageTextToTextPipeline):
 
 def _opened_part(part: dict[str, Any], images: list[Any]) -> dict[str, Any]:
     """A part with its image opened and kept in `images`."""
-    sources = [part[key] for key in ("image", "url", "path", "base64") if key in part]
+    sources = [part[key] for key in SOURCES if key in part]
     if part["type"] != "image" or not sources:
         return part
     images += opened(sources[0])

@@ -52,6 +52,7 @@ from relook.processing.vocabulary import chat_template as own_template  # `chat_
 from relook.views import DEFAULT_VIEW, PREPROCESSING, View, load_item_image, open_image
 
 logger = logging.get_logger(__name__)
+SOURCES = ("image", "url", "path", "base64")  # keys under which a part of a chat may have its image
 
 
 class VPTQwen2VLProcessor(Qwen2VLProcessor):
@@ -393,14 +394,18 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         parts = [p for c in conversations for m in c if not isinstance(m["content"], str) for p in m["content"]]
         for kind in ("clip", "detection", "seg"):
             name = KINDS[kind].placeholder.strip("<>")
-            found = [p[key] for p in parts if p["type"] == name for key in (name, "image", "url", "path") if key in p]
+            found = [p[key] for p in parts if p["type"] == name for key in (name, *SOURCES) if key in p]
             if found:
                 more = {**more, KINDS[kind].item_key: found}
         return images, videos, audios, more
 
-    def post_process_image_text_to_text(self, generated_outputs: Any, *args: Any, **kwargs: Any) -> list[str]:
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
         """The texts of generated ids, as a pipeline shows them: without calls of looks."""
-        texts = super().post_process_image_text_to_text(generated_outputs, *args, **kwargs)
+        texts = super().post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
+        if not skip_special_tokens:
+            return texts
         stripped = [strip_calls(text, self.grid_size) if parse_calls(text, self.grid_size) else text for text in texts]
         if stripped != texts:
             logger.warning_once("a look was asked for, which needs pipeline_class=relook.LookPipeline")
