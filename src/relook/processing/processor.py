@@ -399,11 +399,9 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
                 more = {**more, KINDS[kind].item_key: found}
         return images, videos, audios, more
 
-    def post_process_image_text_to_text(
-        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
-    ) -> list[str]:
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, *args, **kwargs):
         """The texts of generated ids, as a pipeline shows them: without calls of looks."""
-        texts = super().post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
+        texts = super().post_process_image_text_to_text(generated_outputs, skip_special_tokens, *args, **kwargs)
         if not skip_special_tokens:
             return texts
         stripped = [strip_calls(text, self.grid_size) if parse_calls(text, self.grid_size) else text for text in texts]
