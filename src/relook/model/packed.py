@@ -7,10 +7,12 @@ Legend for shapes: B rows, L columns of the batch, n conversations, S columns of
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from relook.errors import UserError
 
@@ -41,17 +43,17 @@ class Packed:
                 f"packed conversations under {attention} must lie in one row without padding, got {len(numbers)} rows; "
                 "set pack to more than all tokens of a batch"
             )
-        self._row, self._column = (numbers >= 0).nonzero(as_tuple=True)  # of every token, row-major
-        key = self._row * (int(numbers.max()) + 1) + numbers[self._row, self._column]
-        keys, self._of, lengths = torch.unique_consecutive(key, return_inverse=True, return_counts=True)
-        starts = lengths.cumsum(0) - lengths
-        self._place = torch.arange(len(key), device=key.device) - starts[self._of]  # of every token in its conversation
-        first, last = self._column[starts], self._column[starts + lengths - 1]
-        if len(keys.unique()) < len(keys) or bool((last - first + 1 != lengths).any()):
-            raise UserError("conversation_ids do not lie in one piece each; expected e.g. [0, 0, 0, 1, 1, -1]")
-        self.count, self.longest = len(keys), int(lengths.max())
-        rows = self._row[starts]
-        self._index = {pair: i for i, pair in enumerate(zip(rows.tolist(), numbers[rows, first].tolist(), strict=True))}
+        self._index: dict[tuple[int, int], int] = {}
+        self._pieces: list[tuple[int, slice]] = []  # row and columns of every conversation, row-major
+        for row, line in enumerate(numbers.tolist()):
+            end = 0
+            for number, group in groupby(line):
+                begin, end = end, end + len(list(group))
+                if (row, number) in self._index:
+                    raise UserError("conversation_ids do not lie in one piece each; expected e.g. [0, 0, 0, 1, 1, -1]")
+                if number >= 0:
+                    self._index[row, number] = len(self._pieces)
+                    self._pieces.append((row, slice(begin, end)))
 
     def index(self, row: int, number: int) -> int:
         """Place in the batch, row-major, of conversation `number` of `row`."""
@@ -59,14 +61,13 @@ class Packed:
 
     def unpack(self, x: Tensor, filler: int = 0) -> Tensor:
         """(B, L) -> (n, longest): a row for each conversation, row-major, padded on the right."""
-        out = torch.full((self.count, self.longest), filler, dtype=x.dtype, device=x.device)
-        out[self._of, self._place] = x[self._row, self._column]
-        return out
+        return pad_sequence([x[row, columns] for row, columns in self._pieces], batch_first=True, padding_value=filler)
 
     def repack(self, x: Tensor) -> Tensor:
         """(..., n, longest) -> (..., B, L), zero (False) in padding: the inverse of `unpack`."""
         out = x.new_zeros(*x.shape[:-2], *self.numbers.shape)
-        out[..., self._row, self._column] = x[..., self._of, self._place]
+        for number, (row, columns) in enumerate(self._pieces):
+            out[..., row, columns] = x[..., number, : columns.stop - columns.start]
         return out
 
     def inputs(
@@ -84,7 +85,7 @@ class Packed:
             attention_mask and position_ids.
         """
         if self.varlen:  # the text positions, in front of the three, are what the kernels read
-            places = torch.arange(self.longest, device=self.numbers.device).expand(self.count, -1)
+            places = self.unpack(torch.ones_like(self.numbers)).cumsum(1) - 1
             text = self.repack(places).gather(1, columns)
             return {"attention_mask": None, "position_ids": torch.cat([text[None], position_ids])}
         ours, theirs = self.numbers.gather(1, columns), self.numbers.gather(1, keys)
