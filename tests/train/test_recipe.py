@@ -8,7 +8,7 @@ from support import ROOT
 
 from relook.errors import UserError
 from relook.train.objective import OBJECTIVES, find_objective
-from relook.train.recipe import load_recipe
+from relook.train.recipe import _notice, load_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 MINIMAL = {
@@ -113,6 +113,7 @@ def test_a_synthetic_dataset_beside_items_is_refused(tmp_path: Path) -> None:
 
 
 def test_keys_of_earlier_versions_are_accepted_with_a_notice(tmp_path: Path, capsys) -> None:
+    _notice.cache_clear()
     old = {**MINIMAL["stages"][0], "optimiser": "muon"}
     recipe = load_recipe(written(tmp_path, max_grad=3.0, stages=[old]))
     assert (recipe.max_grad_norm, recipe.stages[0].optimizer) == (3.0, "muon")

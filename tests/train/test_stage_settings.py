@@ -17,6 +17,7 @@ from relook.train.dry_run import dry_run
 from relook.train.recipe import FORWARD, Recipe, Stage
 from relook.train.runner import run
 from relook.train.trainer import StageTrainer
+from relook.train.validation import Validator
 
 # a value of each setting that is not its default
 SET = {
@@ -119,3 +120,35 @@ def test_a_mistake_in_a_later_stage_is_told_before_any_trains(carry_out, two, wo
         carry_out(two_stages(model, items, two=two))
     assert all(word in str(caught.value) for word in words), caught.value
     assert not Path("runs").exists()
+
+
+def test_what_is_held_out_is_the_same_for_all_stages_and_never_taught(model: str, items: str, monkeypatch) -> None:
+    """By image, and as many items as asked for, whatever the seeds of the stages and however they read."""
+    held = json.loads(Path(items).read_text())
+    Path(items).write_text(json.dumps([*held, *held]))  # each image has two questions
+    taught, validated = {}, {}
+    step, figures = StageTrainer.training_step, Validator.__call__
+
+    def learning(self, model, inputs, *args):
+        taught.setdefault(self.stage.name, set()).update(_images(inputs))
+        return step(self, model, inputs, *args)
+
+    def validating(self, *args):
+        validated[self.objective.stage.name] = {one for _, batch in self.batches for one in _images(batch)}
+        return figures(self, *args)
+
+    monkeypatch.setattr(StageTrainer, "training_step", learning)
+    monkeypatch.setattr(Validator, "__call__", validating)
+    streamed = {"data": {"path": items, "streaming": True, "buffer": 2}}
+    whole = two_stages(model, items, one={"steps": 6}, two={"steps": 6, "seed": 9, **streamed})
+    changes = {"evaluate_every": 6, "validation": {"items": 2, "questions": 0}}
+    run(Recipe.model_validate({**whole.model_dump(exclude_defaults=True), **changes}), out="run")
+    assert len(validated["one"]) == 1 and validated["one"] == validated["two"]
+    assert all(len(seen) == 3 and not seen & validated["one"] for seen in taught.values())
+
+
+def _images(batch: dict[str, Any]) -> set[float]:
+    """What tells the (alike large) images of a batch apart: their sums."""
+    return {
+        round(float(part.sum()), 3) for part in batch["pixel_values"].split(batch["image_grid_thw"].prod(-1).tolist())
+    }

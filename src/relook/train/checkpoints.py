@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from relook.errors import RelookError
 from relook.io import content_digest, differences, replacing
 from relook.model.adapters import Adapter
+from relook.model.loading import load_model, quiet
 from relook.train.recipe import Recipe, Stage
 
 RECORD, DONE, MADE_OF = "checkpoint.json", "done.json", "stage.json"
@@ -97,7 +98,7 @@ class StageModel:
 
         `state` is the model's, where its own weights are not whole (sharded).
         """
-        with _no_bars():
+        with quiet():
             if self.adapter is not None:
                 self.adapter.save(folder)
             else:
@@ -108,12 +109,10 @@ class StageModel:
 
     def load(self, folder: str | Path) -> None:
         """Load what `save` wrote into the model and heads of the same shape, strictly and bit by bit."""
-        from relook.model.loading import load_model
-
         if self.adapter is not None:
             self.adapter.restore(folder)
         else:
-            with _no_bars():
+            with quiet():
                 kept = load_model(folder, dtype=self.model.dtype, device="cpu")
             self.model.load_state_dict(kept.state_dict())
         if self.outer is not None:
@@ -280,20 +279,6 @@ def _read(path: Path) -> Record:
     return found
 
 
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' bars, of which there would be one for every checkpoint."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def _remove(folder: Path) -> None:
     """The record first, so that what is half gone does not exist."""
     (folder / RECORD).unlink(missing_ok=True)
@@ -307,8 +292,6 @@ def _sync_all(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    if path.is_dir() and os.name != "posix":
-        return  # only POSIX lets a folder be synced
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

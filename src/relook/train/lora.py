@@ -1,9 +1,8 @@
 """Low-rank updates of the language model in place of its whole weights (LoRA, QLoRA), through peft.
 
-A stage with `lora:` trains small matrices beside the linear layers of the language model, and some parts whole
-(projectors, lm_head, embed_tokens); all else is frozen. The layers are replaced inside the model, which stays the class
-it is. At the end of the stage the updates are merged into the weights (`relook.model.adapters.Adapter`). With `bits:`
-bitsandbytes holds the frozen layers in 4 or 8 bits; updates are merged into the exact weights all the same.
+The layers are replaced inside the model, which stays the class it is. At the end of the stage the updates are merged
+into the weights (`relook.model.adapters.Adapter`); with `bits:` (frozen layers held in 4 or 8 bits by bitsandbytes)
+into the exact ones all the same.
 """
 
 from __future__ import annotations
@@ -21,10 +20,6 @@ from relook.train.optim import PARTS, in_part, unused_parameters
 from relook.train.recipe import Lora
 
 LAYERS = "model.language_model.layers"
-NO_PEFT = "lora: needs the package peft, which is not installed; pip install 'relook[train]'"
-NO_BITS = (
-    "lora.bits needs the package bitsandbytes, which is not installed; pip install 'relook[qlora]', or leave it out"
-)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -70,10 +65,12 @@ def check_lora(model: nn.Module, plan: Lora) -> list[str]:
     Raises:
         UserError: a package is missing, or the model has no such layers.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise UserError(NO_PEFT)
-    if plan.bits is not None and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(NO_BITS)
+    needed = [("lora:", "peft", "train"), ("lora.bits", "bitsandbytes", "qlora")]
+    for key, package, extra in needed if plan.bits is not None else needed[:1]:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{key} needs {package}, which is not installed; pip install 'relook[{extra}]' or leave it out"
+            )
     known = sorted({name.rsplit(".", 1)[1] for name in linear_layers(model)})
     if plan.targets == "all":
         return known

@@ -8,6 +8,7 @@ no region was named). Some of the answers are drawn. All of it leaves weights an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,6 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 
 from relook.data.collate import SkippedSample
@@ -39,15 +39,12 @@ class Validator:
     """Figures of a model while it learns.
 
     Args:
-        objective: the stage's; its batches and questions are drawn once.
-        trained: the stage's model.
+        objective, trained, checkpoints: of the stage; batches and questions are drawn once.
         plan: how many of what.
-        checkpoints: of the stage, in whose folder the drawn answers go.
     """
 
     def __init__(self, objective: Objective, trained: StageModel, plan: Validation, checkpoints: Checkpoints) -> None:
         self.objective, self.trained, self.plan, self.checkpoints = objective, trained, plan, checkpoints
-        self._questions: list[Question] | None = None
 
     def __call__(self, step: int, prepare: Callable[[Any], Any]) -> dict[str, float]:
         """`eval_loss`, the objective's own figures, and those of the questions; `prepare` moves a batch to the model.
@@ -102,36 +99,33 @@ class Validator:
 
     # -- questions
 
+    @cached_property
+    def asked(self) -> list[Question]:
+        """The questions of a file, or of the objective."""
+        path = self.plan.path
+        return list(islice(self.objective.questions() if path is None else read_questions(path), self.plan.questions))
+
     def _answers(self, step: int) -> dict[str, float]:
         from relook.perceive import VLM
 
-        if self._questions is None:
-            path = self.plan.path
-            found = self.objective.questions() if path is None else read_questions(path)
-            self._questions = list(islice(found, self.plan.questions))
-        grid = self.trained.processor.grid_size
-        vlm = VLM(self.trained.model, self.trained.processor, f"{self.objective.stage.name} at step {step}")
-        with _without_autocast(self.trained.model):
-            answers = ask(vlm, self._questions)
-        pairs = [(a, q) for a, q in zip(answers, self._questions, strict=True) if a is not None]
-        looked = [float(any(look.problem is None for look in answer.looks)) for answer, _ in pairs]
-        overlaps = [region_iou(answer, question.boxes, grid) for answer, question in pairs]
-        known = [value for value in overlaps if value is not None]
-        figures = {"failed": float(sum(a is None for a in answers))}
-        if looked:
-            figures["look_rate"] = float(np.mean(looked))
-        if known:
-            figures["region_iou"] = float(np.mean(known))
-        if distributed.main():
-            self._draw(step, pairs[: self.plan.pictures])
-        return figures
-
-    def _draw(self, step: int, pairs: list[tuple[Answer, Question]]) -> None:
-        drawn, folder = [picture(answer, question) for answer, question in pairs], self.checkpoints.place / "pictures"
+        model, processor = self.trained.model, self.trained.processor
+        with _without_autocast(model):
+            answers = ask(VLM(model, processor, f"{self.objective.stage.name} at step {step}"), self.asked)
+        pairs = [(answer, question) for answer, question in zip(answers, self.asked, strict=True) if answer is not None]
+        figures = [
+            {
+                "look_rate": float(any(look.problem is None for look in answer.looks)),
+                "region_iou": region_iou(answer, question.boxes, processor.grid_size),
+            }
+            for answer, question in pairs
+        ]
+        folder = self.checkpoints.place / "pictures"
+        drawn = [picture(*pair) for pair in pairs[: self.plan.pictures]] if distributed.main() else []
         with self.checkpoints.writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
             for number, image in enumerate(drawn, 1):
+                folder.mkdir(parents=True, exist_ok=True)
                 image.save(folder / f"step-{step}-{number}.png")
+        return {"failed": float(sum(answer is None for answer in answers)), **means(figures)}
 
 
 @contextmanager
@@ -176,16 +170,13 @@ def from_item(item: Any, grid: int) -> Question | None:
     return Question(image, asked, (said[-1],), boxes)
 
 
-def _regions(answer: Answer) -> list[Any]:
-    return [look.cells for look in answer.looks if look.problem is None and look.cells is not None]
-
-
-def region_iou(answer: Answer, boxes: tuple[Box, ...], grid: int) -> float | None:
-    """IoU of the box around all regions named with the box around all annotated ones; None without either."""
-    if not boxes or answer.image is None or not _regions(answer):
-        return None
+def region_iou(answer: Answer, boxes: tuple[Box, ...], grid: int) -> float:
+    """IoU of the box around all regions named with the box around all annotated ones; nan without either."""
+    cells = [look.cells for look in answer.looks if look.problem is None and look.cells is not None]
+    if not boxes or answer.image is None or not cells:
+        return math.nan
     size = upright(answer.image).size
-    return iou(union([cells_to_box(cells, size, grid) for cells in _regions(answer)]), union(boxes))
+    return iou(union([cells_to_box(each, size, grid) for each in cells]), union(boxes))
 
 
 def picture(answer: Answer, question: Question) -> Any:
