@@ -9,10 +9,11 @@ relative positions only; without it, locating is learnt slowly).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -116,6 +117,15 @@ KINDS: dict[str, Callable[[Teller, Page, QA, np.random.Generator], Conversation]
 }
 
 
+def _known_shares(mix: dict[str, float]) -> dict[str, float]:
+    if not mix.keys() <= KINDS.keys() or min(mix.values(), default=0.0) < 0 or sum(mix.values()) <= 0:
+        raise ValueError(f"expected shares, none below 0 and one above, of {', '.join(KINDS)}")
+    return mix
+
+
+Mix = Annotated[dict[str, float], AfterValidator(_known_shares)]
+
+
 def _padded_sights(pairs: Sequence[tuple[int, list[int]]]) -> Tensor:
     rows = [[at, *seen[:SIGHTS], *[-1] * (SIGHTS - len(seen))] for at, seen in pairs if seen]
     return torch.tensor(rows, dtype=torch.long).view(-1, 1 + SIGHTS)
@@ -159,9 +169,11 @@ class PageConversations(PageObjective, Conversations):
     """Next-token loss on conversations about pages, of one kind per batch (rows of a kind are alike in length)."""
 
     class Options(Conversations.Options):
-        mix: dict[str, float] = {"region": 1.0}  # kind -> share of the batches
-        jitter: float = 0.1  # chance that an edge of a shown crop is a cell off
-        place: float = 0.0  # weight of the auxiliary heads: asked or not, row and column of every image token
+        mix: Mix = {"region": 1.0}  # kind -> share of the batches
+        jitter: float = Field(0.1, ge=0, le=1)  # chance that an edge of a shown crop is a cell off
+        place: float = Field(
+            0.0, ge=0
+        )  # weight of the auxiliary heads: asked or not, row and column of every image token
         place_layer: int = 2  # it reads the hidden states after this many layers
         spell: int = 16  # how many of the answer's glyphs the head also numbers, patch by patch; 0: none
         places: int = 32  # most rows or columns of merged tokens an image may have under the head
@@ -352,12 +364,12 @@ class Read(PageConversations):
     """Answering from a legible crop."""
 
     class Options(PageConversations.Options):
-        mix: dict[str, float] = {"read": 1.0}
+        mix: Mix = {"read": 1.0}
 
 
 class Locate(PageConversations):
     """Naming the cells of what is asked, with the auxiliary heads; reading is kept up beside it."""
 
     class Options(PageConversations.Options):
-        mix: dict[str, float] = {"locate": 0.5, "read": 0.5}
+        mix: Mix = {"locate": 0.5, "read": 0.5}
         place: float = 1.0

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from support.objectives import objective_of
 
+from relook.errors import UserError
 from relook.model import new as tiny
-from relook.train.objective import run_batch
+from relook.train.objective import find_objective, run_batch
 from relook.train.optim import CombinedOptimizer, build_optimizer
 from relook.train.recipe import Recipe, Stage
 from relook.train.runner import run
@@ -180,6 +181,15 @@ def test_a_tower_moves_into_another_model_or_says_why_not(tmp_path):
     assert visual and all(torch.equal(old[name], new[name]) for name in visual)
     with pytest.raises(UserError, match="does not fit"):
         run(Recipe.model_validate({**base, "model": {**model, "size": "cards-tiny"}}), out=tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "options", [{"mix": {"foo": 1}}, {"mix": {"region": -1}}, {"mix": {}}, {"jitter": 3}, {"place": -1}]
+)
+def test_options_out_of_bounds_are_one_sentence(options):
+    stage = Stage(name="talk", objective="pages", samples=4, options=options)
+    with pytest.raises(UserError, match=rf"stage talk: options: {next(iter(options))}"):
+        find_objective(stage).check(stage, from_items=False)
 
 
 # -- the optimiser
