@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.scripted_model import picture, recorded
+from support.scripted_model import picture, recorded, writing
 from transformers import pipeline
 from transformers.utils.chat_template_utils import Chat
 
@@ -100,6 +100,31 @@ def test_a_conversation_is_one_sequence_of_ids(tiny_vlm, answer):
     assert tokens.count("<|im_start|>") == tokens.count("<|im_end|>") == 7 and tokens.count("<|x_1|>") == 1
     learnt = [token for token, label in zip(tokens, encoded["labels"], strict=True) if label != -100]
     assert learnt.count("<|im_end|>") == 3
+
+
+@pytest.mark.parametrize("question_first", [False, True])
+def test_a_chat_that_went_on_is_the_template_of_its_turns(tiny_vlm, question_first):
+    """A second image in a later question, and a look in between."""
+    vlm = tiny_vlm(("region", "clip"), question_first=question_first)
+    processor, chat, image, other = vlm.processor, vlm.chat(picture()), picture(), picture(1, (70, 100))
+    call = "<|region_token_start|><|x_1|><|y_1|><|x_2|><|y_2|><|region_token_end|>"
+    with writing(vlm, "red", "<|im_end|>", "blue"):
+        first = chat.ask("What?", region=(1, 1, 2, 2), max_new_tokens=5)
+    with writing(vlm, "green"):
+        chat.ask("And <|x_1|> here?", image=other, look="none", max_new_tokens=5)
+    parts = lambda image, text: [{"type": "image", "image": image}, {"type": "text", "text": text}]  # noqa: E731
+    trigger = f"What? {LOOKS['region'].trigger}"
+    turns = [
+        {"role": "user", "content": parts(image, trigger)},
+        {"role": "assistant", "content": call},
+        {"role": "user", "content": [{"type": "image", "image": image.crop(first.looks[0].box)}]},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": parts(other, "And <|x_1|> here?")},
+        {"role": "assistant", "content": "green"},
+    ]
+    out = processor.apply_chat_template(turns, tokenize=True, return_dict=True)
+    newline = processor.tokenizer.encode("\n")  # the template closes the last turn with its newline
+    assert out["input_ids"][0] == chat._conversation.ids + newline
 
 
 def test_a_padded_batch_of_chats_holds_the_same_ids(tiny_vlm):

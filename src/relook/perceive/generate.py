@@ -19,7 +19,7 @@ from transformers.utils.chat_template_utils import Chat
 
 from relook.errors import UserError
 from relook.options import AskOptions
-from relook.processing.processor import SOURCES, opened
+from relook.processing.processor import opened
 from relook.trace import Answer, Finished
 
 from .loop import run
@@ -98,30 +98,18 @@ class LookPipeline(ImageTextToTextPipeline):
     processor: Any
 
     def preprocess(self, inputs=None, timeout=None, continue_final_message=None, **kwargs):  # type: ignore[override]
-        given, images = inputs, list[Any]()
+        images: list[Any] = []
         if isinstance(inputs, Chat):
-            (messages,), _ = self.processor._normalize_conversations(inputs.messages)
-            for message in messages:
-                if not isinstance(message["content"], str):
-                    message["content"] = [_opened_part(part, images) for part in message["content"]]
-            inputs = Chat(messages)
+            chats, _ = self.processor._normalize_conversations(inputs.messages)
+            images = opened(self.processor._multimodal_inputs_from_conversations(chats, {})[0])
+            kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "images": images}
         elif isinstance(inputs, dict):
             images = opened(inputs["images"])
             inputs = {**inputs, "images": images}
         out: Any = super().preprocess(inputs, timeout, continue_final_message, **kwargs)
-        out["text"] = given if isinstance(given, Chat) else out["text"]
         out["shown"] = images
         return out
 
     def _forward(self, model_inputs, generate_kwargs=None):  # type: ignore[override]
         looking = LookAgain(self.processor, model_inputs.pop("shown"))
         return super()._forward(model_inputs, {**(generate_kwargs or {}), "custom_generate": looking})
-
-
-def _opened_part(part: dict[str, Any], images: list[Any]) -> dict[str, Any]:
-    """A part with its image opened and kept in `images`."""
-    sources = [part[key] for key in SOURCES if key in part]
-    if part["type"] != "image" or not sources:
-        return part
-    images += opened(sources[0])
-    return {"type": "image", "image": images[-1]}

@@ -52,7 +52,6 @@ from relook.processing.vocabulary import chat_template as own_template  # `chat_
 from relook.views import DEFAULT_VIEW, PREPROCESSING, View, load_item_image, open_image
 
 logger = logging.get_logger(__name__)
-SOURCES = ("image", "url", "path", "base64")  # keys under which a part of a chat may have its image
 
 
 class VPTQwen2VLProcessor(Qwen2VLProcessor):
@@ -394,7 +393,13 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         parts = [p for c in conversations for m in c if not isinstance(m["content"], str) for p in m["content"]]
         for kind in ("clip", "detection", "seg"):
             name = KINDS[kind].placeholder.strip("<>")
-            found = [p[key] for p in parts if p["type"] == name for key in (name, *SOURCES) if key in p]
+            found = [
+                p[key]
+                for p in parts
+                if p["type"] == name
+                for key in (name, "image", "url", "path", "base64")
+                if key in p
+            ]
             if found:
                 more = {**more, KINDS[kind].item_key: found}
         return images, videos, audios, more
