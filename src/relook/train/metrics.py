@@ -1,8 +1,8 @@
 """Metrics of a run and where they go: log.jsonl, TensorBoard and other reporters, a progress bar, curves; and samples
 that are left out: counted, named in a file, and a reason to stop.
 
-Every figure passes through the Trainer's `log` once and reaches all of them. A run that goes on from a checkpoint takes
-back what was logged past it, so that the log reads as that of one straight run.
+Every figure passes through the Trainer's `log` once and reaches all of them. What was logged past the checkpoint from
+which a run goes on is taken back, so that the log reads as that of one straight run.
 """
 
 from __future__ import annotations
@@ -204,11 +204,7 @@ def _say_skipped(one: SkippedSample) -> None:
 
 
 class LogWriter(TrainerCallback):
-    """Writes what is logged to log.jsonl, one line a time, and to stderr.
-
-    Args:
-        samples: of the whole stage.
-    """
+    """Writes what is logged to log.jsonl, one line a time, and to stderr; `samples` are those of the whole stage."""
 
     def __init__(self, path: Path, stage: str, samples: int, metrics: Metrics) -> None:
         self.path, self.stage, self.samples, self.metrics = path, stage, samples, metrics
@@ -245,13 +241,7 @@ class Bar(ProgressCallback):
 
 @contextmanager
 def logging_to(folder: Path, place: Path, writer: LogWriter, step: int) -> Iterator[list[Any]]:
-    """The callbacks that log a stage of a run (none but in the main process); closed however the stage ends.
-
-    Args:
-        folder: of the run.
-        place: of the stage.
-        step: from which the stage goes on.
-    """
+    """The callbacks that log a stage (of the folder `place`) of a run, from a step on; none but in the main process."""
     if not distributed.main():
         yield []
         return
@@ -279,11 +269,7 @@ def logging_to(folder: Path, place: Path, writer: LogWriter, step: int) -> Itera
 
 
 def check_reporters(names: list[str]) -> None:
-    """Refuse a `report_to` that transformers does not know, or whose package is missing.
-
-    Raises:
-        UserError: names it.
-    """
+    """Raises UserError for a `report_to` that transformers does not know, or whose package is missing."""
     for name in names:
         try:
             get_reporting_integration_callbacks([name])
@@ -302,10 +288,7 @@ def cut_log(path: Path, stage: str, step: int) -> None:
 
 
 def draw_curves(folder: Path) -> None:
-    """curves.png: the loss of every stage over its samples, in training and on validation.
-
-    None where matplotlib is missing (a line says so), or nothing was logged.
-    """
+    """Draw curves.png: the loss of every stage over its samples, in training and on validation, if any was logged."""
     entries = read_lines(folder / LOG)
     stages = list(dict.fromkeys(entry["stage"] for entry in entries))
     if not stages:
@@ -324,11 +307,8 @@ def draw_curves(folder: Path) -> None:
             points = [(e["samples"], e[key]) for e in entries if e["stage"] == stage and e.get(key) is not None]
             if points:
                 panel.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
-        panel.set_title(stage, fontsize=10)
-        panel.set_xlabel("samples", fontsize=8)
-        panel.set_ylabel("loss", fontsize=8)
-        panel.tick_params(labelsize=7)
+        panel.set(title=stage, xlabel="samples", ylabel="loss")
         if panel.lines:
-            panel.legend(fontsize=7, frameon=False)
+            panel.legend(frameon=False)
     with replacing_file(folder / CURVES) as aside:
         figure.savefig(aside, format="png", dpi=120)

@@ -93,7 +93,7 @@ class Objective(ABC):
             from_items: whether the stage's data are items, else pages of a synthetic dataset.
 
         Raises:
-            UserError: an option that there is none of, a value of another kind, data that the objective cannot use.
+            UserError: an option or data that the objective cannot use.
         """
         return validate(cls.Options, stage.options, f"stage {stage.name}: options")
 

@@ -220,10 +220,9 @@ def set_forward(config: Any, stage: Stage) -> None:
 
 
 def reset_forward(config: Any, stages: Sequence[Stage]) -> None:
-    """Write into a model's config how it is run once these stages have trained it.
+    """Write into a model's config how it is run once these stages have trained it: with the defaults.
 
-    All settings are back at their defaults; but a model that was only ever aligned (`passes: 1` in every stage) is run
-    without a condition, as the published alignment checkpoints are.
+    A model that was only ever aligned (`passes: 1` in every stage) is run without a condition, as published.
     """
     aligned = all(stage.passes == 1 for stage in stages)
     fields = {key: field.default for key, field in Stage.model_fields.items() if key in FORWARD}
@@ -231,10 +230,9 @@ def reset_forward(config: Any, stages: Sequence[Stage]) -> None:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe.
+    """Read and check a recipe, a YAML file.
 
     Args:
-        path: a YAML file.
         overrides: `key=value` with dots into the recipe; stages by name: `stages.dense.samples=100`. Values are YAML.
 
     Raises:

@@ -1,9 +1,7 @@
 """transformers' Trainer for one stage: what it counts, checks, saves and evaluates more than the library's own.
 
-The Trainer writes its checkpoints (model, optimizer, schedule, random states) into a folder aside; `StageCallback`
-gives them their record and name, decides when to save, evaluate and stop, and keeps track of the best one. A run that
-goes on from a checkpoint starts at the very example that came next. Where several processes train, each takes its share
-of every step, the main one writes, and what one of them meets ends the run for all.
+The Trainer writes its checkpoints into a folder aside; `StageCallback` gives them their record and name, and decides
+when to save, evaluate and stop. Where several processes train, each takes its share of every step; the main one writes.
 """
 
 from __future__ import annotations
@@ -38,9 +36,7 @@ class StageTrainer(Trainer):
     """A Trainer of a stage's module on its objective's examples; the order of examples is the objective's.
 
     Args:
-        trained, objective: of the stage.
         steps: optimizer steps.
-        skipped: counts samples that are left out.
         record: of the checkpoint that the stage goes on from; None from the beginning.
     """
 
@@ -83,7 +79,7 @@ class StageTrainer(Trainer):
         """Train to the last step, or to the end of the step in which a signal comes."""
         with distributed.together(), torch.random.fork_rng():
             if self.recipe.evaluate_every:
-                assert self.validator.batches  # refused before hours of training
+                _ = self.validator.batches  # nothing to validate on is refused before hours of training
         self.add_callback(StageCallback(self, signals))
         if not distributed.main():  # else all processes would draw the same masks
             torch.manual_seed(self.args.seed + distributed.number())
@@ -274,9 +270,8 @@ class StageCallback(TrainerCallback):
 
     def __init__(self, trainer: StageTrainer, signals: distributed.Signals) -> None:
         self.trainer, self.signals, self.checkpoints = trainer, signals, trainer.checkpoints
-        best = trainer.checkpoints.best()
-        self.best = math.inf if best is None else float(best["eval_loss"])
-        self.evaluated: tuple[int, float | None] = (0, None)  # step, validation loss
+        self.best = (trainer.checkpoints.best() or {"eval_loss": math.inf})["eval_loss"]
+        self.evaluated = (0, math.inf)  # step, validation loss
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         step, more = state.global_step, state.global_step < state.max_steps
@@ -313,7 +308,6 @@ class StageCallback(TrainerCallback):
 class FeatureCache:
     """In place of `get_image_features`: features of the last `images` images, as long as the vision encoder is frozen.
 
-    Most of a step of a small model is its frozen encoder, and examples show it the same first look again and again.
     Images are identified by a hash of their pixels, and each is encoded by itself, so that its features do not depend
     on the others in the batch, nor on what is in the cache.
     """
