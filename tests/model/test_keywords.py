@@ -203,7 +203,8 @@ def test_generate_without_a_cache_keeps_the_images(model, looks):
     [
         ({"cache_implementation": "static", "disable_compile": True}, UserError, "a cache that grows"),
         ({"prefill_chunk_size": 20}, UserError, "prefill_chunk_size"),
-        ({"num_beams": 2}, UserError, "beam search"),
+        ({"num_beams": 2}, UserError, "beam search cannot follow looks"),
+        ({"prompt_lookup_num_tokens": 2}, UserError, "assisted generation cannot follow looks"),
     ],
     ids=lambda value: "" if not isinstance(value, dict) else next(iter(value)),
 )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation import GenerationMode
 
 from relook.errors import UserError
 from relook.processing.vocabulary import TENSORS
@@ -94,10 +95,16 @@ class LookGenerationMixin:
     _positions: Any
     _call_ids: Any
 
+    def _validate_generation_mode(self, generation_mode, *args, **kwargs):
+        if self.config.reencodings and generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise UserError(
+                f"{generation_mode.replace('_', ' ')} cannot follow looks (the condition of a call belongs to one "
+                "continuation); decode greedily or by sampling, with num_beams=1"
+            )
+        super()._validate_generation_mode(generation_mode, *args, **kwargs)  # type: ignore[misc]
+
     def _get_logits_processor(self, generation_config, *args, logits_processor=None, **kwargs):
         tokens = [i for n in self.config.reencodings if (i := self.config.reencode_ids(n)) is not None]
-        if tokens and generation_config.num_beams and generation_config.num_beams > 1:
-            raise UserError("beam search cannot follow looks (the condition belongs to one beam); use num_beams=1")
         own = LogitsProcessorList([ForceAction(tokens)] if tokens else [])
         return super()._get_logits_processor(  # type: ignore[misc]
             generation_config, *args, logits_processor=LogitsProcessorList([*own, *(logits_processor or [])]), **kwargs
