@@ -82,6 +82,7 @@ def test_options_are_the_same_in_numpys_numbers_and_as_text(tiny_vlm):
     same = vlm.ask(picture(), "What?", region=region, max_new_tokens=tokens, do_sample=True, top_k=two, seed=seed)
     text = vlm.ask(picture(), "What?", region="1,2,3,4", max_new_tokens=3, do_sample=True, top_k=2, seed=5)
     assert plain.transcript == same.transcript == text.transcript and same.looks[0].cells == (1, 2, 3, 4)
+    assert len(vlm.ask_many([(picture(), "What?")] * 3, batch_size=np.int64(2), max_new_tokens=1)) == 3
 
 
 def test_what_was_given_is_what_is_looked_at(tiny_vlm):

@@ -133,7 +133,7 @@ class VLM:
             batch_size: how many at once.
             options: for all of them, as in `ask`; a pair's own options win.
         """
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or batch_size < 1:
             raise UserError(f"batch_size={batch_size!r} is not a whole number of at least 1")
         answers: list[Answer] = []
         rest = enumerate(pairs)
