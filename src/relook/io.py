@@ -30,8 +30,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what writing to a full disk
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[IO[str]]:
-    """A text file written aside (`NAME.part` in the same folder) and renamed when the block ends without an error."""
-    with replacing_file(path) as aside, aside.open("w", encoding="utf-8", newline="\n") as file:
+    """A text file written aside (`NAME.part` in the same folder) and renamed when the block ends without an error.
+
+    Half a surrogate pair, which UTF-8 has no bytes for, is written as JSON escapes it: `\\ud83d`.
+    """
+    with (
+        replacing_file(path) as aside,
+        aside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
+    ):
         yield file
         file.flush()
         os.fsync(file.fileno())

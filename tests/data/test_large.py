@@ -227,6 +227,8 @@ def test_half_a_surrogate_pair_is_written_as_it_was_read(tmp_path):
     path.write_text('{"messages": [{"role": "user", "content": "\\ud83d é"}]}\n')
     write_items(tmp_path / "out.jsonl", read_items(path))
     assert list(read_items(tmp_path / "out.jsonl")) == list(read_items(path))
+    with pytest.raises(UserError, match=r"items.jsonl:1: .*half a character"):
+        convert(path, tmp_path / "parquet")
 
 
 def test_broken_entries_of_an_array_are_reported_and_skipped(tmp_path):

@@ -186,3 +186,17 @@ def test_the_published_table_is_the_specifications():
 def test_a_table_row_for_every_protocol_and_task():
     assert all(name == row.name for name, row in PROTOCOLS.items())
     assert all(find_task(name) is TASKS[name] for name in BENCHMARKS)
+
+
+def test_a_question_that_cannot_be_asked_is_counted_with_its_place_and_stops_nothing(tmp_path, monkeypatch):
+    """A lone surrogate, a picture over Pillow's limit, no picture: failed, the rest is asked (issue 24)."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)
+    for name, size in (("a", (100, 50)), ("bomb", (200, 100))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    texts = (("a", "Half \ud83d?"), ("bomb", "What?"), ("no", "What?"), ("a", "What?"))
+    lines = [json.dumps({"image": f"{name}.png", "question": text, "answer": "answer 1"}) for name, text in texts]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    result = evaluate(Listener(), [tmp_path / "own.jsonl"], ["none"], out=tmp_path / "run").result("own", "none")
+    assert (result.answered, result.failed) == (1, 3) and result.measures["exact"].mean == 1
+    assert "own.jsonl:1: " in result.errors[0] and "half a character" in result.errors[0]

@@ -297,11 +297,7 @@ class _Placer:
         return here, file if self.strict or os.path.isabs(file) else relative(here, self.target.parent)
 
     def sized(self, question: Question, here: str) -> Question | None:
-        """The question with the size of its image file, where that is at hand.
-
-        Raises:
-            UserError: the source states another size; there is neither a size nor a file.
-        """
+        """The question with the size of its image file, where that is at hand."""
         real, stated, note = self.sizes[here], question.size, self.report.note
         if real is None:
             if here not in self.absent:

@@ -140,11 +140,7 @@ class EncodedValidation(Sequence[Any]):
 
 
 def opened(item: Item) -> Item:
-    """The item with its image files opened, each once: an image, its crop and its second look are one file.
-
-    Raises:
-        UserError: an image is missing or broken; names it.
-    """
+    """The item with its image files opened, each once: an image, its crop and its second look are one file."""
     files: dict[str, Any] = {}
 
     def shown(ref: Any) -> Any:
@@ -190,14 +186,14 @@ class Collator:
         encoded = [self.encode(sample) for sample in samples]
         rows = [row for row in encoded if not isinstance(row, SkippedSample)]
         pad = self.processor.tokenizer.pad_token_id
-        if not rows and any(isinstance(sample, SkippedSample) for sample in samples):
-            rows = [{"input_ids": [pad] * 2, "labels": [IGNORED] * 2}]  # nothing to learn: steps stay in step
         if not rows:
-            first = next(row for row in encoded if isinstance(row, SkippedSample))
-            raise RelookError(
-                f"all {len(samples)} items of a batch are too long (the first, {first.where}: {first.what}); "
-                "raise the cutoff or let images be smaller"
-            )
+            first = encoded[0]
+            if not any(isinstance(sample, SkippedSample) for sample in samples) and isinstance(first, SkippedSample):
+                raise RelookError(
+                    f"all {len(samples)} items of a batch are too long (the first, {first.where}: {first.what}); "
+                    "raise the cutoff or let images be smaller"
+                )
+            rows = [{"input_ids": [pad] * 2, "labels": [IGNORED] * 2}]  # nothing to learn: steps stay in step
         return join_packed(rows, pad, self.pack) if self.pack else join_rows(rows, pad, self.pad_to_multiple_of)
 
     def encode(self, sample: Item | Row | SkippedSample) -> Row | SkippedSample:
@@ -234,14 +230,12 @@ def _vision(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     """The vision tensors of rows, each joined along its first axis; what is no sequence (a name) is left out."""
     import torch
 
-    joined = {}
-    plain = (str, int, float)
-    keys = (key for row in rows for key in row if key not in TEXT_KEYS and not isinstance(row[key], plain))
-    for key in dict.fromkeys(keys):
-        parts = [torch.as_tensor(row[key]) for row in rows if row.get(key) is not None and len(row[key])]
-        if parts:
-            joined[key] = torch.cat(parts)
-    return joined
+    parts: dict[str, list[torch.Tensor]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key not in TEXT_KEYS and value is not None and not isinstance(value, str | int | float) and len(value):
+                parts.setdefault(key, []).append(torch.as_tensor(value))
+    return {key: torch.cat(tensors) for key, tensors in parts.items()}
 
 
 def _padded(values: Any, length: int, filler: int) -> list[int]:
@@ -267,14 +261,14 @@ def fill(lengths: Sequence[int], limit: int) -> list[list[int]]:
     >>> fill([3, 6, 2, 5], limit=8)
     [[1, 2], [0, 3]]
     """
-    rows: list[tuple[int, list[int]]] = []
+    rows: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = next((i for i, (used, _) in enumerate(rows) if used + lengths[number] <= limit), None)
-        if at is None:
-            rows.append((lengths[number], [number]))
-        else:
-            rows[at] = (rows[at][0] + lengths[number], [*rows[at][1], number])
-    return [sorted(members) for _, members in rows]
+        fits = (row for row in rows if sum(lengths[i] for i in row) + lengths[number] <= limit)
+        row = next(fits, None)
+        if row is None:
+            rows.append(row := [])
+        row.append(number)
+    return [sorted(row) for row in rows]
 
 
 def join_packed(rows: Sequence[Row], pad_id: int, limit: int) -> dict[str, torch.Tensor]:
@@ -318,9 +312,6 @@ def item_length(processor: Any, item: Item) -> int:
     """Tokens of an item as `processor.encode_item` will make it; of images on disk only the headers are read.
 
     (A PNG whose EXIF block, behind its pixels, says that it lies on its side is taken for upright.)
-
-    Raises:
-        UserError: an image is missing or unreadable.
     """
     from relook.processing.turns import image_stages
     from relook.processing.vocabulary import KINDS

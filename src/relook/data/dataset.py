@@ -66,11 +66,10 @@ class ItemsDataset(Sequence[Item]):
         return _placed(self.records[index % len(self)], self.image_root)
 
 
-class ItemStream:
+class ItemStream(ItemsDataset):
     """The items of a file nearly from front to back, shuffled within windows (see `windowed`).
 
     Args:
-        path, image_root: as of `ItemsDataset`.
         seed: of the order; `epoch` (an attribute, to be set between passes) gives each pass another.
         buffer: records of a window; 1 gives the file's own order.
         part: (i, n) for every n-th record from the i-th on, one part for each of n workers.
@@ -89,13 +88,12 @@ class ItemStream:
             raise UserError(
                 f"buffer {buffer}, part {part}; expected a buffer of 1 or more and a part (i, n) with i < n"
             )
-        self.path, self.image_root = Path(path), image_root
+        super().__init__(path, image_root, buffer)
         self.seed, self.buffer, self.part, self.epoch = seed, buffer, part, 0
 
     def __iter__(self) -> Iterator[Item]:
-        items = ItemsDataset(self.path, self.image_root, self.buffer)
-        order = windowed(len(items), self.buffer, rng(self.seed, self.epoch))
-        return (items[number] for number in order[self.part[0] :: self.part[1]].tolist())
+        order = windowed(len(self), self.buffer, rng(self.seed, self.epoch))
+        return (self[number] for number in order[self.part[0] :: self.part[1]].tolist())
 
 
 def windowed(count: int, window: int, draw: np.random.Generator) -> np.ndarray:
@@ -296,11 +294,7 @@ class SampledItems:
         return source, self.records[source][int(numbers[position])]
 
     def item(self, source: int, record: Record | Unreadable) -> Item:
-        """The item of a record, its images placed but not opened.
-
-        Raises:
-            UserError: it is none; with file and line.
-        """
+        """The item of a record, its images placed but not opened."""
         given = readable(record).value.get("item")
         item = given if isinstance(given, Item) else record_item(readable(record), self.sources[source], self.build)
         refuse(item, self.context)
@@ -380,11 +374,7 @@ def build_options(data: Data, processor: Any = None) -> BuildOptions:
 
 
 def check_share(broken: int, seen: int, what: str, most: float, first: str) -> None:
-    """Stop where more than a share `most` of what was seen is broken, or all of it.
-
-    Raises:
-        RelookError: it is; names the first.
-    """
+    """Stop where more than a share `most` of what was seen is broken, or all of it."""
     if broken > most * max(seen, EARLY) or broken == seen:
         raise RelookError(
             f"{broken} of {seen} {what} could not be read, more than data.max_broken allows ({most:g}); "

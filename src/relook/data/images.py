@@ -47,14 +47,8 @@ _YEAR = re.compile(r"^COCO_(train|val)2014_")  # what COCO's images were called 
 def place_image(ref: ImageRef, root: str | Path, *, strict: bool = False) -> ImageRef:
     """A path of an item as a path from here: relative ones are below `root`; images in memory stay as they are.
 
-    `strict` (for a root that the user gave) refuses every path that leaves the root, absolute ones included.
-    The check is on the written path, so that a folder linked into the root counts as inside.
-
-    >>> place_image("img/a.jpg_0,0,8,8", "/data")
-    '/data/img/a.jpg_0,0,8,8'
-
-    Raises:
-        UserError: the path leaves a strict root.
+    `strict` (for a root that the user gave) refuses every path that leaves the root, absolute ones included, as it is
+    written: a folder linked into the root counts as inside.
     """
     if not isinstance(ref, str | os.PathLike) or os.fspath(ref).startswith("data:"):
         return ref
@@ -119,11 +113,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def file_size(path: str, where: str = "", *, header_only: bool = False) -> tuple[int, int] | None:
-    """The size of an image file once upright, from its header; None where there is no such file.
-
-    Raises:
-        UserError: not a readable image; the message opens with `where`.
-    """
+    """The size of an image file once upright, from its header; None where there is no such file."""
     file = io.BytesIO(data_url(path)) if path.startswith("data:") else path
     try:
         with reading(file, f"{where}: {path}".removeprefix(": ")) as image:
@@ -195,11 +185,7 @@ def near(look: bytes, others: np.ndarray) -> int | None:
 
 
 def turned_cells(cells: Cells, orientation: int, grid: int) -> Cells:
-    """Cells of the stored picture as cells of the upright one, for the EXIF orientations that swap the sides.
-
-    >>> turned_cells((0, 0, 1, 0), 6, 8)  # the stored top left is the upright top right
-    (7, 0, 7, 1)
-    """
+    """Cells of the stored picture as cells of the upright one, for the EXIF orientations that swap the sides."""
     x0, y0, x1, y1 = cells
     xs, ys = (y0, y1), (x0, x1)  # 5: mirrored along the diagonal; the others mirror that once more
     if orientation in (6, 7):
@@ -244,8 +230,7 @@ def _look(image: Image.Image) -> bytes | None:
 def _cosines() -> np.ndarray:
     import numpy as np
 
-    at = np.arange(_SIDE)
-    return np.cos(np.pi * (2 * at[None] + 1) * np.arange(_FREQUENCIES)[:, None] / (2 * _SIDE))
+    return np.cos(np.pi * (2 * np.arange(_SIDE) + 1) * np.arange(_FREQUENCIES)[:, None] / (2 * _SIDE))
 
 
 # -- finding published paths
@@ -280,14 +265,16 @@ class ImageFinder:
     def _list(self, name: str) -> dict[str, list[str]]:
         """Relative paths by file name, and by stem (with a "/" at its end, which no file name has)."""
         if name not in self._listed:
-            listed: dict[str, list[str]] = {}
+            listed = self._listed[name] = {}
             for folder, files in _walk(self.folders[name]):
-                inside = os.path.relpath(folder, self.folders[name])
                 for file in files:
                     if file.lower().endswith(PICTURES):
-                        for key in (normalize("NFC", file), _stem(normalize("NFC", file))):
-                            listed.setdefault(key, []).append(Path(inside, file).as_posix())
-            self._listed[name] = listed
+                        path, known = (
+                            os.path.join(os.path.relpath(folder, self.folders[name]), file),
+                            normalize("NFC", file),
+                        )
+                        for key in (known, _stem(known)):
+                            listed.setdefault(key, []).append(Path(path).as_posix())
         return self._listed[name]
 
 
@@ -341,20 +328,19 @@ def check_copy(name: str, folder: str | Path) -> SetCheck:
     if name not in IMAGE_SETS:
         raise UserError(f"{name!r} is none of the image sets; expected one of {', '.join(IMAGE_SETS)}")
     row, faults, unknown = IMAGE_SETS[name], list[str](), list[str]()
-    images, files, wanted = 0, dict[str, Path](), {archive.name for archive in row.archives}
-    for place, inside in _walk(Path(folder)):
-        images += sum(file.lower().endswith(PICTURES) for file in inside)
-        files |= {file: Path(place, file) for file in inside if file in wanted}
+    found = {file: Path(place, file) for place, inside in _walk(Path(folder)) for file in inside}
+    files = {archive.name: found[archive.name] for archive in row.archives if archive.name in found}
+    images = sum(file.lower().endswith(PICTURES) for _, inside in _walk(Path(folder)) for file in inside)
     for archive in row.archives:
-        path = files.get(archive.name)
+        path, kind = files.get(archive.name), (archive.checksum or "").partition(":")[0]
         if path is None:
             faults += [] if images else [f"no image, and no {archive.name}"]
         elif archive.bytes is not None and path.stat().st_size != archive.bytes:
             faults.append(f"{path} has {path.stat().st_size} bytes, {archive.bytes} are published ({archive.by})")
-        elif archive.checksum is None:
+        elif not kind:
             unknown.append(f"{archive.name}: no checksum is published")
-        elif (found := _checksum(path, archive.checksum.partition(":")[0])) != archive.checksum:
-            faults.append(f"{path} sums to {found}, published is {archive.checksum} ({archive.by})")
+        elif (summed := _checksum(path, kind)) != archive.checksum:
+            faults.append(f"{path} sums to {summed}, published is {archive.checksum} ({archive.by})")
     if not row.archives and not images:
         faults.append("no image")
     if images and row.images is None:

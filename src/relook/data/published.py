@@ -54,7 +54,7 @@ class Source:
 
 @dataclass(frozen=True)
 class EvalSplit:
-    """A split. `kind`: region | action; `count`: questions in its source; `stated`: what the published README says."""
+    """A split: region or action (`kind`), questions in its source (`count`), what the README says (`stated`)."""
 
     name: str
     file: str
@@ -125,21 +125,18 @@ def listing(formats: Mapping[str, str]) -> dict[str, Any]:
 
 def table(formats: Mapping[str, str]) -> str:
     """The same for people: the sources under where they are published and their licence."""
-    head = ("", "samples", "stage", "use", "looks", "images")
-    groups: dict[str, list[tuple[str, ...]]] = {}
+    groups: dict[str, list[tuple[str, ...]]] = {"": [("", "samples", "stage", "use", "looks", "images")]}
     for row in SOURCES.values():
         images = "not published" if row.images is None else " ".join(row.images)
         line = (f"  {row.name}", row.samples, row.stage, row.use, "/".join(row.looks) or "-", images)
         groups.setdefault(f"{row.hub} (licence: {row.licence or 'not published'})", []).append(line)
-    all_lines = [head, *(line for lines in groups.values() for line in lines)]
-    widths = [max(len(line[i]) for line in all_lines) for i in range(len(head) - 1)]
-
-    def columns(cells: tuple[str, ...]) -> str:
-        return "  ".join([*(f"{cell:{w}}" for cell, w in zip(cells, widths, strict=False)), cells[-1]])
-
-    out = [columns(head)]
+    widths = [
+        max(map(len, column)) for column in zip(*(line for group in groups.values() for line in group), strict=True)
+    ]
+    out: list[str] = []
     for title, group in groups.items():
-        out += [title, *map(columns, group)]
+        out += [title] if title else []
+        out += ["  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in group]
     out += ["", "images from", *(f"  {row.name:10} {row.page}" for row in IMAGE_SETS.values())]
     out += ["", "forms of file", *(f"  {name:10} {what}" for name, what in formats.items())]
     return "\n".join(out)
@@ -154,10 +151,9 @@ def image_table() -> str:
     """The image sets for people: page, number of images, licence, archives."""
     lines = []
     for row in IMAGE_SETS.values():
-        count = "not published" if row.images is None else str(row.images)
         note = f"; {row.note}" if row.note else ""
         lines.append(f"{row.name}  {row.title}  {row.page}")
-        lines.append(f"    images: {count}; licence: {row.licence or 'see the page'}{note}")
+        lines.append(f"    images: {row.images or 'not published'}; licence: {row.licence or 'see the page'}{note}")
         for archive in row.archives:
             size = f"{archive.size} ({archive.by})" if archive.size else "size not published"
             lines.append(f"    {archive.name}  {size}  {archive.checksum or 'checksum not published'}")

@@ -8,6 +8,7 @@ of one chunk of the file, whatever its length. Random access is in `relook.data.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ NO_PYARROW = "Parquet needs pyarrow, which is not installed; pip install 'relook
 EXTRA = "extra"  # the Parquet column of the keys of a record that have no column, as JSON
 _TAIL = 16  # characters: an error this near the end of what was read may only mean that more must be read
 _SPACE = " \t\r\n"
+_BLANK = re.compile(f"[{_SPACE}]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +72,6 @@ def scan(path: str | Path) -> Iterator[Record | Unreadable]:
 
     A record is `Unreadable` where the next one can still be found: any line of JSON lines, an entry of an array that is
     not UTF-8. What cannot be passed over is an error.
-
-    Raises:
-        UserError: no such file, not JSON, or an entry that is not an object; with file and line.
     """
     path = Path(path)
     shards = parquet_files(path)
@@ -105,11 +104,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
 
 
 def read_members(path: str | Path, key: str) -> Iterator[Record]:
-    """The objects of the array `key` of the one JSON object in a file, in order: {"images": [...], "annotations": ...}.
-
-    Raises:
-        UserError: not one JSON object, broken, no such member, or an entry that is not an object; with file and line.
-    """
+    """The objects of the array `key` of the one JSON object in a file, in order: "annotations" of COCO."""
     with open_input(Path(path)) as file:
         yield from map(readable, JsonScanner(Path(path), file).member(key))
 
@@ -195,7 +190,6 @@ class JsonScanner:
 
     def array(self) -> Iterator[Record | Unreadable]:
         """The objects of the file's one array."""
-        self.peek()
         yield from self.entries()
         if extra := self.peek():
             raise UserError(
@@ -205,11 +199,9 @@ class JsonScanner:
     def member(self, key: str) -> Iterator[Record | Unreadable]:
         """The objects of the array `key` of the file's one object."""
         found = False
-        self.peek()
         self.take("{")
         while self.peek() == '"':
             name = self.value(0)[0]
-            self.peek()
             self.take(":")
             if self.peek() == "[":
                 yield from self.entries(objects=name == key)
@@ -225,33 +217,29 @@ class JsonScanner:
 
     def entries(self, objects: bool = True) -> Iterator[Record | Unreadable]:
         """The objects of the array that starts here; `objects=False` passes over it, whatever it holds."""
-        number, last = 0, self.line  # the line on which the entry before ended
         self.take("[")
-        if self.peek() != "]":
-            while True:
-                number, line = number + 1, self.line
-                entry = number if last == line else 0
-                first = self.peek()
-                if objects and first != "{":
-                    seen = f"an entry that starts with {first!r}" if first else "the end of the file"
-                    where = place_of_record(self.path, line, entry)
-                    raise UserError(f"{where}: {seen} where an object {{...}} was expected")
-                value, data = self.value(entry)
-                if objects:
-                    end = self.offset + self.at
-                    if data.isascii():
-                        yield Record(value, str(self.path), line, entry, end - len(data), end)
-                    else:
-                        yield parse_record(self.path, data, line, end - len(data), end, entry)
-                last = self.line
-                if self.peek() == "]":
-                    break
-                self.take(",", f" after entry {number}" if last == self.line else "")
-                self.peek()
+        number, last = 0, self.line  # the line on which the entry before ended
+        while self.peek() != "]" or number:
+            number, first = number + 1, self.peek()
+            line, entry = self.line, number if last == self.line else 0
+            if objects and first != "{":
+                seen = f"an entry that starts with {first!r}" if first else "the end of the file"
+                where = place_of_record(self.path, line, entry)
+                raise UserError(f"{where}: {seen} where an object {{...}} was expected")
+            value, data = self.value(entry)
+            if objects:
+                end = self.offset + self.at
+                plain = Record(value, str(self.path), line, entry, end - len(data), end) if data.isascii() else None
+                yield plain or parse_record(self.path, data, line, end - len(data), end, entry)
+            last = self.line
+            if self.peek() == "]":
+                break
+            self.take(",", f" after entry {number}" if last == self.line else "")
         self.take("]")
 
     def value(self, entry: int) -> tuple[Any, bytes]:
         """The value here (text as latin-1) and its bytes; passes over it, and reads on while the text ends in it."""
+        self.peek()
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.at)
@@ -283,19 +271,14 @@ class JsonScanner:
     def peek(self) -> str:
         """The next character that is not white space, not taken; "" at the end of the file."""
         while True:
-            while self.at < len(self.text):
-                character = self.text[self.at]
-                if character not in _SPACE:
-                    return character
-                self.line += character == "\n"
-                self.at += 1
-            if not self.more():
-                return ""
+            start, self.at = self.at, _BLANK.match(self.text, self.at).end()  # type: ignore[union-attr]
+            self.line += self.text.count("\n", start, self.at)
+            if self.at < len(self.text) or not self.more():
+                return self.text[self.at : self.at + 1]
 
     def take(self, character: str, after: str = "") -> None:
         """Pass over the next character, which must be this one."""
-        found = self.text[self.at : self.at + 1]
-        if found != character:
+        if (found := self.peek()) != character:
             seen = repr(found) if found else "the end of the file"
             raise UserError(
                 f"{self.path}:{self.line}: {seen}{after} where {character!r} was expected; "
@@ -358,19 +341,10 @@ def writing_records(path: str | Path) -> Iterator[Callable[[dict[str, Any]], Non
 
         def put(value: dict[str, Any]) -> None:
             nonlocal before
-            file.write(f"{before}{as_json(value)}" if is_array else f"{as_json(value)}\n")
+            text = json.dumps(value, ensure_ascii=False)
+            file.write(f"{before}{text}" if is_array else f"{text}\n")
             before = ",\n"
 
         file.write("[\n" if is_array else "")
         yield put
         file.write("\n]\n" if is_array else "")
-
-
-def as_json(value: dict[str, Any]) -> str:
-    """One line of JSON, readable; escaped where it holds half a surrogate pair, which UTF-8 cannot write."""
-    text = json.dumps(value, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(value)
-    return text

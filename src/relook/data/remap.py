@@ -18,10 +18,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from relook.data.faults import Context, refuse
 from relook.data.images import ImageFinder, relative, with_file
 from relook.data.items import IMAGE_KEYS, Item, read_items, write_items
 from relook.data.published import dataset_of
-from relook.data.reader import EXTRA, as_json, import_pyarrow, open_input
+from relook.data.reader import EXTRA, import_pyarrow, open_input
 from relook.errors import RelookError, UserError
 from relook.io import replacing, replacing_file
 
@@ -233,8 +234,9 @@ def _inside(item: Item, root: str | Path) -> Item:
 
 
 def _row(item: Item) -> dict[str, Any]:
+    refuse(item, Context(), ("half-character",))  # which Parquet cannot hold
     known = item.to_dict()
-    extra = as_json(item.extra) if item.extra else None
+    extra = json.dumps(item.extra) if item.extra else None
     return {key: known[key] for key in ("messages", *IMAGE_KEYS)} | {EXTRA: extra}
 
 

@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,11 +98,9 @@ class BuildOptions:
         shares = self.shares
         name = os.path.basename(question.image) if isinstance(question.image, str) else question.where
         point = draw(f"{self.seed}|{name}|{question.text}") if len(shares) > 1 else 0.0
-        for name, share in shares.items():
-            point -= share
-            if point < 0:
-                return name
-        return name
+        return next(
+            (look for look, end in zip(shares, accumulate(shares.values()), strict=True) if point < end), [*shares][-1]
+        )
 
 
 def draw(key: str) -> float:

@@ -103,23 +103,21 @@ class Stats:
         for look, count in self.looks.most_common():
             lines.append(f"  {look:<22}{count:>9} {100 * count / self.items:5.1f} %  {'█' * (_BAR * count // top)}")
         lines += ["", f"{'':<22}{'least':>9}{'median':>9}{'95 %':>9}{'most':>9}"]
-        rows = {
-            f"{what} (characters)" if what in ("question", "answer") else what: c for what, c in self.lengths.items()
-        }
-        rows |= {"regions of an item": self.regions, "region, % of the image": self.areas()}
-        for what, counts in rows.items():
+        units = {"question": "question (characters)", "answer": "answer (characters)"}
+        rows = {units.get(what, what): counts for what, counts in self.lengths.items()}
+        for what, counts in (
+            rows | {"regions of an item": self.regions, "region, % of the image": self.areas()}
+        ).items():
             if counts:
                 least, median, high, most = _spread(counts).values()
                 lines.append(f"  {what:<22}{least:>7}{median:>9}{high:>9}{most:>9}")
-        regions = sum(self.sizes.values())
-        if regions:
+        if regions := sum(self.sizes.values()):
             off_grid = f" ({self.unread} calls are not on the grid)" if self.unread else ""
             lines += ["", f"cells used by {regions} regions, % of them{off_grid}"]
-            most = max(max(row) for row in self.cells)
-            lines += [
-                "  " + "".join(f"{_shade(cell / most)}{100 * cell / regions:3.0f} " for cell in row).rstrip()
-                for row in self.cells
-            ]
+            top = max(map(max, self.cells))
+            for row in self.cells:
+                shades = (_SHADES[min(cell * len(_SHADES) // top, len(_SHADES) - 1)] for cell in row)
+                lines.append("  " + "".join(f"{s}{100 * c / regions:3.0f} " for s, c in zip(shades, row)).rstrip())  # noqa: B905
         return "\n".join(lines)
 
 
@@ -186,7 +184,3 @@ def _spread(counts: Counter[int]) -> dict[str, int]:
     passed = list(accumulate(counts[value] for value in values))  # how many are no larger
     median, high = (values[bisect_left(passed, passed[-1] * share)] for share in (0.5, 0.95))
     return {"least": values[0], "median": median, "p95": high, "most": values[-1]}
-
-
-def _shade(share: float) -> str:
-    return _SHADES[min(int(share * len(_SHADES)), len(_SHADES) - 1)]

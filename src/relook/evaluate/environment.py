@@ -99,5 +99,5 @@ def questions_hashes(records: Sequence[Record]) -> dict[str, str]:
         if record["look"] == records[0]["look"]:
             asked = [record[name] for name in ("index", "image", "where", "question", "accepted", "boxes")]
             digest = digests.setdefault(record["task"], hashlib.blake2b(digest_size=16))
-            digest.update(json.dumps(asked, ensure_ascii=False).encode())
+            digest.update(json.dumps(asked, ensure_ascii=False).encode("utf-8", "backslashreplace"))
     return {task: digest.hexdigest() for task, digest in digests.items()}

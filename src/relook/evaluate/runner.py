@@ -15,6 +15,7 @@ from math import isfinite
 from typing import Any
 
 from relook import plugins
+from relook.data.faults import Context, refuse
 from relook.data.items import Question, image_size
 from relook.errors import RelookError, UserError
 from relook.evaluate.metrics import SCORERS, region_overlap
@@ -154,6 +155,7 @@ class Runner:
             record = _unanswered(batch.task.name, setting.name, number, question)
             records.append(record)
             try:
+                refuse(question, Context())
                 size = image_size(question)
             except UserError as error:
                 record["failed"] = str(error)

@@ -83,11 +83,7 @@ def _turn(turn: Any, index: int, where: str) -> Message:
 
 
 def viscot_question(data: Mapping[str, Any], where: str) -> Question:
-    """The question of one record, its size worked out from the box and its fractions (`Question.slack` says how well).
-
-    Raises:
-        UserError: not a record of this form; with `where`.
-    """
+    """The question of one record, its size worked out from both boxes (`slack` says how well)."""
     images, turns = data.get("image"), data.get("conversations")
     if not isinstance(images, list) or len(images) != 2 or not all(isinstance(ref, str) for ref in images):
         raise UserError(f"{where}: 'image' is {images!r}; expected [path, path###[x1, y1, x2, y2]]")

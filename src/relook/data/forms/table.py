@@ -21,11 +21,7 @@ from relook.views import reading
 
 
 def row_question(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Question:
-    """The question of a row (or record); its image may be an undecoded column, which stays in memory.
-
-    Raises:
-        UserError: no such column, or not a question; the message opens with `where`.
-    """
+    """The question of a row (or record); its image may be an undecoded column, which stays in memory."""
     for ours in COLUMNS:
         if ours != "bboxs" and column(row, ours, columns) is None:
             raise UserError(f"{where}: has no {ours!r} among {', '.join(row)}; name it under columns:")
