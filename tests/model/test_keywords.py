@@ -295,3 +295,38 @@ def test_a_cache_of_ones_own_is_kept(model):
     row, cache = row_of(("clip",)), DynamicCache()
     assert model(**row, past_key_values=cache).past_key_values is cache
     assert cache.get_seq_length() == row["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("look", ["clip", "detection"])
+@pytest.mark.parametrize("form", ["alone", "right", "left", "padded chunk"])
+@torch.no_grad()
+def test_a_cache_that_ends_in_the_midst_of_a_call(model, stock, look, form):
+    """The start is the cache's last token, the action the first that follows, wherever padding lies; without the
+    start's hidden state it is refused."""
+    row, other = row_of((look,)), row_of((), seed=2)
+    full, ids = stock.logits(row), row["input_ids"]
+    cut = 1 + int((ids[0] == model.config.reencode_ids(look).start).nonzero()[0])
+    images = {name: row[name] for name in ("pixel_values", "image_grid_thw")}
+    first = {"input_ids": ids[:, :cut], **images}
+    positions = model._positions(ids, None, images["image_grid_thw"], None)[..., cut : cut + 2]  # (3, 1, 2)
+    after = ids[:, cut : cut + 2]
+    if form == "alone":
+        out = model(**first, use_cache=True)
+        goes_on = dict(input_ids=after, position_ids=positions)
+    else:
+        rows = [each | {"labels": each["input_ids"]} for each in (first, other)]
+        batch = stack(rows, "right" if form == "right" else "left")
+        del batch["labels"]
+        out, mask = model(**batch, use_cache=True), batch["attention_mask"]
+        after, real = torch.cat([after, torch.tensor([[5, 6]])]), torch.ones(2, 2, dtype=torch.long)
+        positions = positions.expand(3, 2, 2).clone()
+        if form == "padded chunk":
+            after = torch.cat([torch.tensor([[0], [7]]), after], dim=1)
+            real = torch.tensor([[0, 1, 1], [1, 1, 1]])
+            positions = torch.cat([positions[..., :1], positions], dim=2)
+        goes_on = dict(input_ids=after, position_ids=positions, attention_mask=torch.cat([mask, real], dim=1))
+    cache = out.past_key_values
+    with pytest.raises(UserError, match="pass look_states"):
+        model(**goes_on, past_key_values=cache)
+    logits = model(**goes_on, past_key_values=cache, look_states=out.look_states).logits[0, -2:]
+    torch.testing.assert_close(logits, full[cut : cut + 2], **CLOSE)

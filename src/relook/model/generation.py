@@ -47,32 +47,55 @@ class ForceAction(LogitsProcessor):
 
 
 def states_after(
-    hidden: Tensor, calls: Sequence[CallSite], before: Tensor | None, input_ids: Tensor, ids: Mapping[str, ReencodeIds]
+    hidden: Tensor, calls: Sequence[CallSite], before: Tensor | None, shown: Tensor, ids: Mapping[str, ReencodeIds]
 ) -> Tensor:
-    """`look_states` at the end of an input, from its hidden states (B, L, d) and the conditions (B, k, d) before it."""
+    """`look_states` at the end of an input, from its hidden states (B, L, d) and the states before it.
+
+    `shown` (B, L) are its ids, negative where they are masked: a row ends at its last token that is not.
+    """
     none = torch.full_like(hidden[:, 0], torch.nan)
-    found = [none] * len(ids) if before is None else list(before.unbind(1))
+    found = [none] * 2 * len(ids) if before is None else list(before.unbind(1))
     for call in calls:
         number, row = list(ids).index(call.look), torch.tensor([call.row], device=hidden.device)
         found[number] = found[number].index_copy(0, row, hidden[call.row, call.start][None])
-    started = [torch.where(input_ids[:, -1:] == token.start, hidden[:, -1], none) for token in ids.values()]
-    return torch.stack([*found, *started], dim=1)
+    last = shown.shape[1] - 1 - (shown >= 0).flip(1).int().argmax(1, keepdim=True)  # (B, 1)
+    state = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[2]))[:, 0]
+    for number, token in enumerate(ids.values(), start=len(ids)):
+        found[number] = torch.where(shown.gather(1, last) == token.start, state, found[number])
+    return torch.stack(found, dim=1)
 
 
 def continue_call(
-    embeds: Tensor, first: Tensor, states: Tensor, ids: Mapping[str, ReencodeIds]
-) -> tuple[Tensor, Tensor]:
-    """A call whose `*_action_start` is the cache's last token and whose `*_action` is the `first` (B, 1) of the input.
+    embeds: Tensor, shown: Tensor, states: Tensor | None, ids: Mapping[str, ReencodeIds]
+) -> tuple[Tensor, Tensor | None]:
+    """A call whose `*_action_start` is the cache's last token and whose `*_action` is the first of the input.
+
+    Args:
+        embeds (B, L, d), shown (B, L): of the input; ids are negative where they are masked.
 
     Returns:
-        embeds (B, L, d) with the control token's replaced, and the conditions (B, k, d) of the latest calls.
+        embeds with the control token's replaced, and `look_states` with the condition of the call.
+
+    Raises:
+        UserError: no `states` for such a call.
     """
+    real = shown >= 0
+    place = real.int().argmax(1, keepdim=True)  # (B, 1), of each row's first token
+    actions = torch.tensor([token.action for token in ids.values()], device=shown.device)
+    acts = shown.gather(1, place) == actions  # (B, k)
+    if states is None:
+        if acts.any():
+            raise UserError(
+                "a look's action continues a cache, which does not hold the hidden state of its start: pass "
+                "look_states of the output that the cache came with, or the whole conversation without a cache"
+            )
+        return embeds, None
     latest, started = states.to(embeds.dtype).chunk(2, dim=1)
-    actions = torch.tensor([token.action for token in ids.values()], device=first.device)
-    called = ((first == actions) & ~started.isnan().any(-1))[..., None]  # (B, k, 1), one look of a row at most
-    state = torch.where(called, started, 0).sum(1, keepdim=True)
-    start = torch.where(called.any(1, keepdim=True), state, embeds[:, :1])
-    return torch.cat([start, embeds[:, 1:]], dim=1), torch.where(called, started, latest)
+    called = (acts & ~started.isnan().any(-1))[..., None]  # (B, k, 1), one look of a row at most
+    state = torch.where(called, started, 0).sum(1, keepdim=True)  # (B, 1, d)
+    here = torch.zeros_like(real).scatter(1, place, called.any(1))[..., None]
+    open_still = torch.where(real.any(1)[:, None, None], torch.nan, started)  # of a row that is all padding
+    return torch.where(here, state, embeds), torch.cat([torch.where(called, started, latest), open_still], dim=1)
 
 
 def state_in_cache(look: str, row: int, states: Tensor | None, ids: Mapping[str, ReencodeIds]) -> Tensor | None:

@@ -269,12 +269,10 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         calls, spans = [], []
         ids = self._call_ids()
         if ids and input_ids is not None:
-            shown = input_ids
-            if (mask := two_dimensional(attention_mask)) is not None:  # what is masked is no call
-                shown = input_ids.where(mask[:, -input_ids.shape[1] :].bool(), -1)
+            shown = _shown(input_ids, attention_mask)
             calls = find_calls(shown, ids, numbers)
-            if states is not None:
-                embeds, states = continue_call(embeds, shown[:, :1], states, ids)
+            if past:
+                embeds, states = continue_call(embeds, shown, states, ids)
         step = past and embeds.shape[1] == 1  # a token that was sampled is no image
         for look in self.config.reencodings if input_ids is not None and not step else ():
             images, token = features.get(look, []), self.config.reencode_ids(look)
@@ -341,7 +339,8 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
             )
         ids, states = self._call_ids(), None
         if ids and input_ids is not None and not self.training:
-            states = states_after(hidden, batch.calls, batch.states, input_ids, ids)
+            shown = _shown(input_ids, batch.attention_mask)
+            states = states_after(hidden, batch.calls, batch.states, shown, ids)
         return LookAgainOutput(
             loss=loss,
             logits=logits,
@@ -355,6 +354,12 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
 def two_dimensional(mask: Any) -> Tensor | None:
     """An attention mask (B, columns), None where it is another kind (4-D, or one per kind of layer)."""
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _shown(input_ids: Tensor, attention_mask: Any) -> Tensor:
+    """The ids of an input, -1 where a 2-D mask hides them: what is masked is no call."""
+    mask = two_dimensional(attention_mask)
+    return input_ids if mask is None else input_ids.where(mask[:, -input_ids.shape[1] :].bool(), -1)
 
 
 def _tokens(features: Tensor) -> int:

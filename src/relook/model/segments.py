@@ -231,7 +231,7 @@ class SegmentedBatch:
         attention_mask: (B, past + L) or None; position_ids: (3, B, L).
         calls, spans: the calls in the batch, and the image spans of its looks.
         features: look -> the encoder's output for each of its images.
-        states: (B, k, d) conditions of the latest calls before the batch; None where there are none.
+        states: (B, 2k, d) `look_states` before the batch; None where nothing is continued.
         packed: where rows hold several conversations, which columns belong together.
         depth: number of segments before the last: the most calls in one conversation, on any rank.
     """
