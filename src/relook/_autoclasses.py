@@ -51,7 +51,8 @@ class _ByModel:
     def from_pretrained(cls, name: Any, **kwargs: Any) -> Any:
         from transformers import PreTrainedConfig, Qwen2VLProcessor
 
-        hub = {key: value for key, value in kwargs.items() if key in ("cache_dir", "token", "revision", "subfolder")}
+        where = ("cache_dir", "token", "revision", "subfolder", "local_files_only")
+        hub = {key: kwargs[key] for key in where if key in kwargs}
         try:
             kind = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
         except OSError:  # no config beside it

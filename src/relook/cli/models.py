@@ -8,7 +8,6 @@ import typer
 from typer import Argument, Option
 
 from relook.cli.common import AsJson, ModelArgument
-from relook.errors import UserError
 from relook.plugins import find
 
 app = typer.Typer(help="Models: what ships, what is inside, conversion.")
@@ -52,6 +51,7 @@ def convert_model(
     ] = None,
 ) -> None:
     """Write a checkpoint in the other layout: relook's own (safetensors, complete) or the published one."""
+    from relook.model.loading import read_json
     from relook.model.published import convert
 
     encoders = read_json(encoder_config) if encoder_config is not None else None
@@ -111,10 +111,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {each}" for key, each in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error})") from None

@@ -120,7 +120,7 @@ def read_config(folder: str | Path, encoder_config: dict[str, Any] | None = None
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file of a checkpoint. Raises CheckpointError."""
+    """The content of a JSON file. Raises CheckpointError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
