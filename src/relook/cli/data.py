@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer import Argument, Option
@@ -69,111 +69,78 @@ def remap(
 
 # -- building
 
-Source = Annotated[
-    str, Argument(metavar="SOURCE", help="A file, a dataset or a published set (`relook data sources`).")
-]
-Target = Annotated[Path, Argument(metavar="TARGET", help="Where the items go: .json (an array) or .jsonl.")]
-LookOption = Annotated[
-    str, Option(metavar="LOOK", help="region, clip, detection, seg, none (direct), or shares: region=0.6,clip=0.4.")
-]
-Cells = Annotated[int, Option(metavar="N", help="Cells per side.")]
-Margin = Annotated[int, Option(metavar="N", help="Cells by which each crop is widened.")]
-FreeChoice = Annotated[bool, Option(help="Leave out the sentence that asks for the look.")]
-AnswerPrefix = Annotated[bool, Option(help="Open answers with 'Now answer the question.'.")]
-QuestionFirst = Annotated[bool, Option(help="Question before image, as the tiny models were trained.")]
-Align = Annotated[bool, Option(help="Alignment pairs: the re-encoded view alone, then the answer.")]
-Boxes = Annotated[str, Option(metavar="RULE", help="each box a region, their union one, or merge those that overlap.")]
-Outside = Annotated[
-    str, Option(metavar="RULE", help="A box that is empty or outside the image: drop, or clamp to its edge.")
-]
-NoBox = Annotated[
-    str, Option(metavar="RULE", help="A question without a box: skip, direct, error, clip, detection or seg.")
-]
-Whole = Annotated[
-    float | None, Option(metavar="SHARE", help="Answer directly where a box covers this share of the image.")
-]
-Seed = Annotated[int, Option(metavar="N", help="Seed of shares and of the split.")]
-Val = Annotated[float, Option(metavar="SHARE", help="Share of the images whose items go to TARGET's .val file.")]
-Folders = Annotated[
-    list[str] | None, Option(metavar="NAME=FOLDER...", help="Your folders of images, to find published paths in.")
-]
-ImageRoot = Annotated[Path | None, Option(metavar="FOLDER", help="Folder of the images; default: that of SOURCE.")]
-Form = Annotated[str | None, Option(metavar="FORM", help="Format of SOURCE; detected by default.")]
-Split = Annotated[str | None, Option(metavar="NAME", help="Split of a hub dataset; default: train.")]
-Columns = Annotated[
-    list[str] | None, Option(metavar="OURS=THEIRS", help="Columns of a dataset, such as question=prompt.")
-]
-Limit = Annotated[int | None, Option(min=1, metavar="N", help="Stop after this many items.")]
-Paper = Annotated[
-    str | None,
-    Option(
-        metavar="LOOK",
-        help="SOURCE and TARGET are folders: build the paper's evaluation splits, with LOOK "
-        "(clip, detection, seg) for those that re-encode.",
-    ),
-]
-
 
 @app.command("build", cls=ListOptions)
 def build(
-    source: Source,
-    target: Target,
-    look: LookOption = "region",
-    grid: Cells = 8,
-    margin: Margin = 0,
-    free_choice: FreeChoice = False,
-    answer_prefix: AnswerPrefix = False,
-    question_first: QuestionFirst = False,
-    align: Align = False,
-    boxes: Boxes = "each",
-    outside: Outside = "drop",
-    no_box: NoBox = "skip",
-    whole: Whole = None,
-    seed: Seed = 0,
-    val: Val = 0.0,
-    images: Folders = None,
-    image_root: ImageRoot = None,
-    format: Form = None,
-    split: Split = None,
-    columns: Columns = None,
-    limit: Limit = None,
-    paper: Paper = None,
+    ctx: typer.Context,
+    source: Annotated[
+        str, Argument(metavar="SOURCE", help="A file, a dataset or a published set (`relook data sources`).")
+    ],
+    target: Annotated[Path, Argument(metavar="TARGET", help="Where the items go: .json (an array) or .jsonl.")],
+    look: Annotated[
+        str, Option(metavar="LOOK", help="region, clip, detection, seg, none (direct), or shares: region=0.6,clip=0.4.")
+    ] = "region",
+    grid: Annotated[int, Option(metavar="N", help="Cells per side.")] = 8,
+    margin: Annotated[int, Option(metavar="N", help="Cells by which each crop is widened.")] = 0,
+    free_choice: Annotated[bool, Option(help="Leave out the sentence that asks for the look.")] = False,
+    answer_prefix: Annotated[bool, Option(help="Open answers with 'Now answer the question.'.")] = False,
+    question_first: Annotated[bool, Option(help="Question before image, as the tiny models were trained.")] = False,
+    align: Annotated[bool, Option(help="Alignment pairs: the re-encoded view alone, then the answer.")] = False,
+    boxes: Annotated[
+        str, Option(metavar="RULE", help="each box a region, their union one, or merge those that overlap.")
+    ] = "each",
+    outside: Annotated[
+        str, Option(metavar="RULE", help="A box that is empty or outside the image: drop, or clamp to its edge.")
+    ] = "drop",
+    no_box: Annotated[
+        str, Option(metavar="RULE", help="A question without a box: skip, direct, error, clip, detection or seg.")
+    ] = "skip",
+    whole: Annotated[
+        float | None, Option(metavar="SHARE", help="Answer directly where a box covers this share of the image.")
+    ] = None,
+    seed: Annotated[int, Option(metavar="N", help="Seed of shares and of the split.")] = 0,
+    val: Annotated[
+        float, Option(metavar="SHARE", help="Share of the images whose items go to TARGET's .val file.")
+    ] = 0.0,
+    images: Annotated[
+        list[str] | None, Option(metavar="NAME=FOLDER...", help="Your folders of images, to find published paths in.")
+    ] = None,
+    image_root: Annotated[
+        Path | None, Option(metavar="FOLDER", help="Folder of the images; default: that of SOURCE.")
+    ] = None,
+    format: Annotated[str | None, Option(metavar="FORM", help="Format of SOURCE; detected by default.")] = None,
+    split: Annotated[str | None, Option(metavar="NAME", help="Split of a hub dataset; default: train.")] = None,
+    columns: Annotated[
+        list[str] | None, Option(metavar="OURS=THEIRS", help="Columns of a dataset, such as question=prompt.")
+    ] = None,
+    limit: Annotated[int | None, Option(min=1, metavar="N", help="Stop after this many items.")] = None,
+    paper: Annotated[
+        str | None,
+        Option(
+            metavar="LOOK",
+            help="SOURCE and TARGET are folders: build the paper's evaluation splits, with LOOK "
+            "(clip, detection, seg) for those that re-encode.",
+        ),
+    ] = None,
 ) -> None:
     """Build items in the published format from any source: boxes become region turns, shares or rules other looks."""
+    from relook.data import build as build_file
+    from relook.data import build_splits
     from relook.data.published import parse_folders
 
-    options: dict[str, Any] = {
-        "grid": grid, "margin": margin, "free_choice": free_choice, "answer_prefix": answer_prefix,
-        "question_first": question_first, "boxes": boxes, "no_box": no_box, "whole": whole, "seed": seed,
-        "images": parse_folders(images or []), "image_root": image_root, "limit": limit,
-    }  # fmt: skip
+    options = {name: value for name, value in ctx.params.items() if name not in ("source", "target", "paper")}
+    if bad := [text for text in columns or () if "=" not in text]:
+        raise UserError(f"--columns {bad[0]!r}: expected OURS=THEIRS, such as question=prompt")
+    options |= {"images": parse_folders(images or []), "columns": dict(text.split("=", 1) for text in columns or ())}
     if paper is not None:
-        from relook.data.build import build_splits
-
-        fixed = {"--look": look != "region", "--align": align, "--outside": outside != "drop", "--val": val,
-                "--format": format, "--split": split, "--columns": columns}  # fmt: skip
-        refuse([name for name, given in fixed.items() if given], "--paper, which says itself how each split is made")
+        usual = {parameter.name: parameter.default for parameter in ctx.command.params} | {"columns": {}}
+        fixed = ("look", "align", "outside", "val", "format", "split", "columns")
+        if given := [f"--{name}" for name in fixed if options.pop(name) != usual[name]]:
+            raise UserError(f"{', '.join(given)} beside --paper, which says itself how splits are made; leave one out")
         print(build_splits(source, target, action=paper, **options))
     else:
-        from relook.data.build import build as build_file
-
-        options |= {"look": look, "align": align, "outside": outside, "val": val, "format": format, "split": split}
-        print(build_file(source, target, columns=pairs(columns or []), **options))
+        print(build_file(source, target, **options))
     print(f"written: {target}")
-
-
-def refuse(options: list[str], beside: str) -> None:
-    """Raise UserError for options that would have no effect."""
-    if options:
-        raise UserError(f"{', '.join(options)} beside {beside}; leave one of the two out")
-
-
-def pairs(texts: list[str]) -> dict[str, str]:
-    """Parse `["question=prompt"]` into `{"question": "prompt"}`."""
-    for text in texts:
-        if "=" not in text:
-            raise UserError(f"--columns {text!r}: expected OURS=THEIRS, such as question=prompt")
-    return {ours: theirs for ours, _, theirs in (text.partition("=") for text in texts)}
 
 
 # -- items
@@ -217,7 +184,8 @@ def check(
 
     if out is not None and not fix:
         raise UserError(f"--out {out} without --fix: nothing would be written there; add --fix")
-    target = (out or _fixed(items)) if fix else None
+    suffix = items.suffix if items.suffix in (".json", ".jsonl") else ".jsonl"
+    target = (out or items.with_name(f"{items.stem}.fixed{suffix}")) if fix else None
     found = check_file(items, grid, images=images, image_root=image_root, against=against or (), looks=looks,
                        fix=target, progress=_count)  # fmt: skip
     show_status("")
@@ -275,11 +243,6 @@ def convert(
     done = write(items, target, image_root=image_root, rows=rows, progress=_count)
     show_status("")
     print(f"written: {done}")
-
-
-def _fixed(items: Path) -> Path:
-    suffix = items.suffix if items.suffix in (".json", ".jsonl") else ".jsonl"
-    return items.with_name(f"{items.stem}.fixed{suffix}")
 
 
 def _count(items: int) -> None:
