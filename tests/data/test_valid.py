@@ -221,6 +221,19 @@ def test_an_answer_of_squad_is_its_text(tmp_path) -> None:
     assert question.answers == ("a",)
 
 
+def test_questions_of_a_table_in_csv_are_read(tmp_path) -> None:
+    path = case(tmp_path, "boxes.csv")
+    (question,) = read(path)
+    assert (question.text, question.answer, question.boxes) == ("What is this?", "a", ((1, 1, 20, 20),))
+    (item,), _ = built(path)
+    assert item.images["images"][0] == "i0.png" and len(item.images["images"]) == 2
+    source = open_items(data(path=relative(path)), 1)
+    assert source.item(*source.record(0)).messages == item.messages
+    path.write_text(path.read_text() + "i0.png,What?,b,1,1,x,20\n")
+    with pytest.raises(UserError, match=r"boxes.csv:3: could not convert"):
+        list(read(path))
+
+
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_file_names_of_another_unicode_form_are_found(tmp_path, processor, form) -> None:
     other = "NFD" if form == "NFC" else "NFC"

@@ -7,6 +7,8 @@ of one chunk of the file, whatever its length. Random access is in `relook.data.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -81,7 +83,9 @@ def scan(path: str | Path) -> Iterator[Record | Unreadable]:
         return
     with open_input(path) as file:
         first = _first_character(file)
-        if first == "[":
+        if path.suffix == ".csv":
+            yield from _scan_csv(path, file)
+        elif first == "[":
             yield from JsonScanner(path, file).array()
         elif first == "{":
             yield from _scan_lines(path, file)
@@ -157,6 +161,24 @@ def _scan_lines(path: Path, file: IO[bytes]) -> Iterator[Record | Unreadable]:
         if data.strip():
             yield parse_record(path, data, line, start, end)
         start = end
+
+
+def _scan_csv(path: Path, file: IO[bytes]) -> Iterator[Record | Unreadable]:
+    """Rows as questions: columns x1, y1, x2, y2 are their box; `width`, `height` numbers, all else text."""
+    try:
+        rows = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8", newline=""))
+        for row in rows:
+            value: dict[str, Any] = {key: text for key, text in row.items() if key and text}
+            try:
+                value |= {key: int(value[key]) for key in ("width", "height") if key in value}
+                if box := [float(value.pop(key)) for key in ("x1", "y1", "x2", "y2") if key in value]:
+                    value["bboxs"] = [box]
+            except ValueError as error:
+                yield Unreadable(place_of_record(path, rows.line_num), f"{error}; expected numbers")
+            else:
+                yield Record(value, str(path), rows.line_num)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not CSV that can be read ({error}); save it as UTF-8 with a line of names") from None
 
 
 def parse_record(path: Path, data: bytes, line: int, start: int, end: int, entry: int = 0) -> Record | Unreadable:

@@ -139,7 +139,11 @@ class SequenceRecords:
 
     def __getitem__(self, number: int) -> Record:
         item = self.items[number]
-        return Record(item if isinstance(item, dict) else {"item": item}, self.name, number + 1)
+        return (
+            item
+            if isinstance(item, Record)
+            else Record(item if isinstance(item, dict) else {"item": item}, self.name, number + 1)
+        )
 
     def __iter__(self) -> Iterator[Record | Unreadable]:
         return (self[number] for number in range(len(self)))
@@ -205,7 +209,7 @@ def records(path: str | Path, split: str = "train", held: int = 0) -> Records:
         return ParquetRecords(path, held)
     if path.is_dir():
         raise UserError(f"{path}: a folder without Parquet files or a saved dataset; give one of its files")
-    return JsonRecords(path)
+    return SequenceRecords(list(map(readable, scan(path)))) if path.suffix == ".csv" else JsonRecords(path)
 
 
 def holds_items(path: Path) -> bool:
