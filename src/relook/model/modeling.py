@@ -221,13 +221,8 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         Returns:
             LookAgainOutput: loss, logits (B, L, vocab), past_key_values, look_states (B, 2k, d).
         """
-        base = dict(
-            pixel_values=pixel_values,
-            image_grid_thw=image_grid_thw,
-            pixel_values_videos=pixel_values_videos,
-            video_grid_thw=video_grid_thw,
-            mm_encoder_outputs=mm_encoder_outputs,
-        )
+        base = dict(pixel_values=pixel_values, image_grid_thw=image_grid_thw, mm_encoder_outputs=mm_encoder_outputs)
+        base |= dict(pixel_values_videos=pixel_values_videos, video_grid_thw=video_grid_thw)
         clip = dict(pixel_values=clip_pixel_values, image_grid_thw=clip_images_grid_thw)
         looks = {"clip": clip, "detection": {"detection_images": detection_images}, "seg": {"seg_images": seg_images}}
         looks = {look: tensors for look, tensors in looks.items() if next(iter(tensors.values())) is not None}
@@ -245,8 +240,8 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
                 )
             mask = two_dimensional(attention_mask)
             position_ids = self._positions(input_ids, mask, image_grid_thw, video_grid_thw, packed)
-        states = look_states if past else None
-        batch = self._batch(input_ids, inputs_embeds, attention_mask, position_ids, states, base, looks, packed, past)
+        before = look_states if past else None
+        batch = self._batch(input_ids, inputs_embeds, attention_mask, position_ids, before, base, looks, packed, past)
         outputs = self._run(batch, input_ids, para_mask_modes, run)
         return self._head(outputs, batch, input_ids, labels, logits_to_keep, kwargs)
 
