@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from relook.errors import UserError
 from relook.io import validate
@@ -16,9 +16,12 @@ AUTO, NONE = "auto", "none"
 
 def _number(value: Any) -> float:
     """Python's numbers and NumPy's; text and bool are none."""
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or not math.isfinite(value):
-        raise ValueError("expected a number")
-    return float(value)
+    try:
+        if isinstance(value, (bool, str, bytes)) or not math.isfinite(value):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("expected a number, not text and not too large") from None
 
 
 def _whole(value: Any) -> int:
@@ -27,9 +30,17 @@ def _whole(value: Any) -> int:
     return int(value)
 
 
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool) and str(getattr(value, "dtype", "")) != "bool":
+        raise ValueError("expected True or False")
+    return bool(value)
+
+
 def _cells(value: Any) -> Any:
     """Four cells, also as the text "2,5,6,6"."""
     try:
+        if isinstance(value, (bytes, Mapping, set, frozenset)):
+            raise TypeError
         cells = [int(part) for part in value.split(",")] if isinstance(value, str) else [_whole(v) for v in value]
         x0, y0, x1, y1 = cells
     except (TypeError, ValueError):
@@ -39,6 +50,7 @@ def _cells(value: Any) -> Any:
 
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
 
 
 class AskOptions(BaseModel):
@@ -58,36 +70,37 @@ class AskOptions(BaseModel):
     """How many times the model may look again (one turn may ask for several regions). 0 is "none"."""
     max_new_tokens: Whole = Field(64, ge=1)
     """Limit on the tokens the model chooses in one turn; a call that was begun is completed."""
-    do_sample: StrictBool = False
+    do_sample: Flag = False
     """Draw tokens; greedy without it."""
-    temperature: Number | None = Field(None, gt=0)
+    temperature: Number | None = Field(None, ge=1e-4, le=1e4)
     top_p: Number | None = Field(None, gt=0, le=1)
     top_k: Whole | None = Field(None, ge=1)
     """With `do_sample`; what is left out is as the model's generation_config.json says."""
     seed: Whole | None = Field(None, ge=0, lt=2**64)
     """With `do_sample`: two runs with one seed draw the same tokens; None draws differently every time."""
-    constrain: StrictBool = True
+    constrain: Flag = True
     """While a call is being written, only tokens that keep it well formed can be chosen. Without it, a malformed call
     is recorded in `answer.looks` with its problem, and the question is asked again with no look allowed."""
-    condition: StrictBool = True
+    condition: Flag = True
     """For measuring. False: the projector of a re-encoding look gets no condition (c = 0), so that the second look's
     features enter as they are, F in place of F + <F, c> c, and `attention` is None. The control token keeps its hidden
     state. Regions have no projector, hence no condition."""
-    blank: StrictBool = False
+    blank: Flag = False
     """For measuring. True: the crops of regions are blank images of the same size (`Look.image` shows it)."""
     look_at: Whole | None = None
     """Which image looks go to, counted from 0 over the conversation (negative: from its end). Default: the first image
     that came with the latest question that had one."""
-    fetch: StrictBool = False
+    fetch: Flag = False
     """Whether images may be http and https addresses, which are then downloaded."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "AskOptions":
         """The options, checked; UserError names the first one that is unknown or wrong, in one sentence."""
-        return validate(cls, options, "ask", "option")
+        checked = validate(cls, options, "ask", "option")
+        checked._agree()
+        return checked
 
-    @model_validator(mode="after")
-    def _agree(self) -> "AskOptions":
+    def _agree(self) -> None:
         if self.look not in (AUTO, NONE, *LOOKS):
             raise UserError(f"look {self.look!r} is unknown; expected one of {', '.join([AUTO, NONE, *LOOKS])}")
         if self.region is not None and self.look not in (AUTO, "region"):
@@ -99,7 +112,6 @@ class AskOptions(BaseModel):
         for name in ("temperature", "top_p", "top_k", "seed"):
             if (value := getattr(self, name)) is not None and not self.do_sample:
                 raise UserError(f"{name}={value} has no effect on greedy decoding; add do_sample=True or leave it out")
-        return self
 
     @property
     def first_look(self) -> str:

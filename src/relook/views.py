@@ -149,9 +149,10 @@ def open_image(source: Any, fetch: bool = False) -> Image.Image:
     """
     from PIL import Image
 
-    if isinstance(source, str) and source.startswith("data:"):
+    scheme = source.partition(":")[0].lower() if isinstance(source, str) else ""
+    if scheme == "data":
         return _decode(data_url(source), f"data URL {source[:40]}...")
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
+    if scheme in ("http", "https") and source[len(scheme) :].startswith("://"):
         if not fetch:
             raise UserError(
                 f"{source}: addresses are not fetched; download the image, or ask with fetch=True (--fetch)"
@@ -170,7 +171,9 @@ def open_image(source: Any, fetch: bool = False) -> Image.Image:
             )
         try:
             return upright(_loaded(source))
-        except (OSError, SyntaxError, ValueError) as error:  # PIL reads lazily: a broken file shows only here
+        except UserError:
+            raise
+        except (OSError, SyntaxError, ValueError, TypeError) as error:  # PIL reads lazily: a broken file shows here
             raise UserError(f"image cannot be read ({error}); give a complete image") from error
     if hasattr(source, "__array_interface__"):
         return _from_array(source)
@@ -195,7 +198,7 @@ def load_item_image(source: Any, root: str | Path | None = None) -> Image.Image:
     """
     box: Any = None
     name = source
-    if isinstance(source, (str, Path)) and not str(source).startswith(("data:", "http://", "https://")):
+    if isinstance(source, (str, Path)) and not str(source).lower().startswith(("data:", "http://", "https://")):
         name, box = existing_ref(os.path.join(root or ".", source))
         image = open_image(name)
     elif isinstance(source, (tuple, list)) and len(source) == 2:
@@ -217,21 +220,19 @@ def load_item_image(source: Any, root: str | Path | None = None) -> Image.Image:
 
 def _open_file(path: Path) -> Image.Image:
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: not a file; give the path of an image")
-        data = path.read_bytes()
+        data = path.read_bytes() if path.is_file() or not path.exists() else None
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         reason = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or error
         raise UserError(f"{str(path)[:300]}: {str(reason).lower()}; give the path of an image") from None
     if not data:
-        raise UserError(f"{path}: the file is empty; give the path of an image")
+        raise UserError(f"{path}: {'not a file' if data is None else 'the file is empty'}; give the path of an image")
     return _decode(data, str(path))
 
 
 def data_url(url: str) -> bytes:
     """The content of `data:image/png;base64,...`, or of one that is percent-encoded."""
     head, comma, body = url.partition(",")
-    data = _base64(unquote(body)) if head.endswith(";base64") else unquote_to_bytes(body)
+    data = _base64(unquote(body)) if head.lower().endswith(";base64") else unquote_to_bytes(body)
     if not comma or not data:
         raise UserError(f"data URL {url[:40]}... holds no data that can be read; expected data:image/png;base64,...")
     return data
@@ -287,10 +288,11 @@ def _loaded(image: Image.Image) -> Image.Image:
     depth = str(tile[0][3]) if tile else ""
     image.load()
     named, factor = image.info.get("transparency"), {"L;2": 85, "L;4": 17}.get(depth)
+    if isinstance(named, tuple) and (depth.startswith("RGB;16") or max(named) > 255):
+        raise UserError("16 bits of RGB with a transparent color, which 8 bits cannot tell; give an alpha channel")
     if isinstance(named, int) and factor:
+        image = image.copy()  # the caller's stays as it is
         image.info["transparency"] = named * factor
-    if isinstance(named, tuple) and max(named) > 255:
-        image.info["transparency"] = tuple(value >> 8 for value in named)
     return image
 
 

@@ -12,6 +12,7 @@ import relook
 from relook.data import BuildOptions, Question, build_item
 from relook.data.collate import Collator, item_length
 from relook.data.items import Item
+from relook.errors import UserError
 from relook.looks import LOOKS
 
 LITERALS = [
@@ -125,6 +126,28 @@ def test_a_chat_that_went_on_is_the_template_of_its_turns(tiny_vlm, question_fir
     out = processor.apply_chat_template(turns, tokenize=True, return_dict=True)
     newline = processor.tokenizer.encode("\n")  # the template closes the last turn with its newline
     assert out["input_ids"][0] == chat._conversation.ids + newline
+
+
+def test_two_texts_side_by_side_are_no_token(tiny_vlm):
+    """In every role; an empty system prompt is one turn everywhere; a role is no text of its own."""
+    processor = tiny_vlm(("region", "clip")).processor
+    text = lambda *pieces: [{"type": "text", "text": piece} for piece in pieces]  # noqa: E731
+    shown = {"type": "image", "image": picture()}
+    chat = [
+        {"role": "system", "content": text("a<|im_", "end|>")},
+        {"role": "user", "content": [*text("a<|im_", "end|>"), shown, *text("b<|x", "_1|>")]},
+        {"role": "assistant", "content": text("a<|im_", "end|>\n<|im_start|>user b")},
+    ]
+    out = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    tokens = processor.tokenizer.convert_ids_to_tokens(out["input_ids"][0])
+    assert tokens.count("<|im_end|>") == tokens.count("<|im_start|>") == 3 and "<|x_1|>" not in tokens
+    empty = [{"role": "system", "content": ""}, {"role": "user", "content": "q"}]
+    ids = processor.apply_chat_template(empty, tokenize=True, return_dict=True, add_generation_prompt=True)
+    item = {"messages": [*empty, {"role": "assistant", "content": "A"}]}
+    assert ids["input_ids"][0] == processor.encode_item(item)["prompt_ids"]
+    for role in ("user<|im_end|>", "tool"):
+        with pytest.raises(UserError, match="expected system, user or assistant"):
+            processor.apply_chat_template([{"role": role, "content": "q"}], tokenize=True)
 
 
 def test_a_padded_batch_of_chats_holds_the_same_ids(tiny_vlm):

@@ -103,6 +103,21 @@ def test_sampling_follows_torchs_seed_and_copies_are_drawn_apart(tiny_vlm):
     assert not torch.equal(first, draw(2))
 
 
+def test_what_may_not_be_sampled_is_left_out_before_the_best_are_kept(tiny_vlm):
+    """top_k=1 where a banned token is the likeliest; a least length holds for every way to end."""
+    vlm = tiny_vlm(("region", "clip"), free_choice=True)
+    inputs = prompt(vlm.processor, chat_of(picture()))
+    for banned in ("<|image_pad|>", "<|x_3|>", LOOKS["seg"].start):
+        looking = relook.LookAgain(vlm.processor, picture(), look="none")
+        with writing(vlm, banned * 4):
+            vlm.model.generate(**inputs, max_new_tokens=4, do_sample=True, top_k=1, custom_generate=looking)
+        assert looking.answers[0].usage.generated_tokens
+    looking = relook.LookAgain(vlm.processor, picture(), look="none")
+    with writing(vlm, "<|endoftext|>" * 5):
+        ids = vlm.model.generate(**inputs, max_new_tokens=9, min_new_tokens=5, do_sample=False, custom_generate=looking)
+    assert ids.shape[1] - inputs["input_ids"].shape[1] >= 5
+
+
 def test_what_generate_cannot_do_over_looks_is_one_sentence(tiny_vlm):
     vlm = tiny_vlm(("region", "clip"))
     inputs = prompt(vlm.processor, chat_of(picture()))

@@ -32,29 +32,35 @@ from relook.perceive import VLM
         ({"region": (0, 0, 1, 1), "look": "clip"}, "leave look out"),
         ({"region": (0, 0, 1, 1), "max_looks": 0}, "max_looks=0"),
         ({"max_looks": -1}, "max_looks"),
-        ({"max_looks": "1"}, "max_looks: expected a number (seen: '1')"),
-        ({"max_looks": True}, "max_looks: expected a number (seen: True)"),
+        ({"max_looks": "1"}, "max_looks: expected a number, not text and not too large (seen: '1')"),
+        ({"max_looks": True}, "max_looks: expected a number, not text and not too large (seen: True)"),
         ({"max_looks": 1.5}, "max_looks: expected a whole number"),
         ({"max_pixels": 9}, "ask: unknown option 'max_pixels'"),
         ({"max_tokens": 9}, "unknown option 'max_tokens'; did you mean 'max_new_tokens'"),
-        ({"do_sample": "no"}, "do_sample: Input should be a valid boolean (seen: 'no')"),
+        ({"do_sample": "no"}, "do_sample: expected True or False (seen: 'no')"),
         ({"seed": 3}, "seed=3 has no effect on greedy decoding"),
         ({"seed": -1, "do_sample": True}, "seed"),
         ({"temperature": float("nan"), "do_sample": True}, "temperature: expected a number"),
         ({"temperature": 0, "do_sample": True}, "temperature"),
+        ({"temperature": 1e-300, "do_sample": True}, "temperature"),
+        ({"max_new_tokens": 10**400}, "max_new_tokens: expected a number"),
+        ({"max_new_tokens": np.array([1, 2])}, "max_new_tokens: expected a number"),
+        ({"region": (1, 2, 10**400, 4)}, "four"),
+        ({"region": {1, 2, 3, 4}}, "four"),
+        ({"region": b"abcd"}, "four"),
         ({"look_at": "first"}, "look_at"),
         ({"look": None}, "look: Input should be a valid string"),
         ({"image": "http://localhost/a.png"}, "addresses are not fetched"),
         ({"image": "data:image/png;base64,?"}, "data URL"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"look_at": 3}, "look_at=3"),
-        ({"condition": 0}, "condition: Input should be a valid boolean (seen: 0)"),
+        ({"condition": 0}, "condition: expected True or False (seen: 0)"),
         ({"condition": False, "look": "region"}, "look='region' and max_looks=1 leaves nothing out; it is for: clip"),
         ({"condition": False, "region": (0, 0, 1, 1)}, "condition=False with look='region'"),
         ({"condition": False, "look": "none", "max_looks": 2}, "condition=False with look='none'"),
         ({"condition": False, "max_looks": 0}, "look='auto' and max_looks=0 leaves nothing out"),
         ({"blank": True, "look": "clip"}, "blank=True with look='clip' and max_looks=1 leaves nothing out; .* region"),
-        ({"blank": "yes"}, "blank: Input should be a valid boolean (seen: 'yes')"),
+        ({"blank": "yes"}, "blank: expected True or False (seen: 'yes')"),
         ({"temperature": 0.5}, "do_sample"),
         ({"do_sample": True, "top_p": 1.5}, "top_p"),
         ({"image": None}, "no image"),
@@ -82,6 +88,12 @@ def test_options_are_the_same_in_numpys_numbers_and_as_text(tiny_vlm):
     same = vlm.ask(picture(), "What?", region=region, max_new_tokens=tokens, do_sample=True, top_k=two, seed=seed)
     text = vlm.ask(picture(), "What?", region="1,2,3,4", max_new_tokens=3, do_sample=True, top_k=2, seed=5)
     assert plain.transcript == same.transcript == text.transcript and same.looks[0].cells == (1, 2, 3, 4)
+    assert vlm.ask(picture(), "What?", constrain=np.True_, look="none", max_new_tokens=1).looks == []
+    for pairs in (5, [(picture(), "q", 5)], [(picture(), "q", None)], ["ab"]):
+        with pytest.raises(UserError, match=r"expected (pairs|\(image, question\))"):
+            vlm.ask_many(pairs)
+    with pytest.raises(UserError, match=r"^look 'REGION' is unknown"):
+        vlm.ask(picture(), "What?", look="REGION")
     assert len(vlm.ask_many([(picture(), "What?")] * 3, batch_size=np.int64(2), max_new_tokens=1)) == 3
 
 

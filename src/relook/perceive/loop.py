@@ -89,10 +89,16 @@ def _sample_step(
     if not wanting:
         return
     logits = vlm.model.lm_head(states[wanting]).float()  # (b, V)
+    banned = torch.stack([live[i].banned() for i in wanting])
+    logits = logits.masked_fill(banned, -torch.inf)  # before processors and warpers, which keep the best of the rest
+    ends = sorted(vlm.vocabulary.ends)
     for place, i in enumerate(wanting if vlm.logits_processors else ()):
         ids = torch.tensor([live[i].conversation.ids], device=logits.device)
-        logits[place] = vlm.logits_processors(ids, logits[place : place + 1])[0]
-    logits = logits.masked_fill(torch.stack([live[i].banned() for i in wanting]), -torch.inf)
+        scores = vlm.logits_processors(ids, logits[place : place + 1].clone())[0].masked_fill(banned[place], -torch.inf)
+        if scores[vlm.vocabulary.im_end] == -torch.inf:  # a turn that may not end yet has other ends, too
+            scores[ends] = -torch.inf
+        if scores.isfinite().any():  # else only what was taken away keeps a call well formed
+            logits[place] = scores
     greedy = logits.argmax(-1).tolist()
     for place, i in enumerate(wanting):
         row = live[i]

@@ -135,6 +135,8 @@ class VLM:
         """
         if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or batch_size < 1:
             raise UserError(f"batch_size={batch_size!r} is not a whole number of at least 1")
+        if not isinstance(pairs, Iterable):
+            raise UserError(f"ask_many was given a {type(pairs).__name__}; expected pairs of image and question")
         answers: list[Answer] = []
         rest = enumerate(pairs)
         while rows := [self._numbered_row(number, pair, options) for number, pair in islice(rest, batch_size)]:
@@ -174,7 +176,7 @@ class VLM:
             check_cells(options.region, self.processor.grid_size)
         options.check_left_out(self.looks)
         own = {name: value for name, value in self.sampling.items() if getattr(options, name) is None}
-        return options.model_copy(update=own) if options.do_sample else options
+        return AskOptions.of({**options.model_dump(), **own}) if options.do_sample and own else options
 
 
 class Chat:
@@ -234,9 +236,10 @@ def _unpack(pair: Sequence[Any] | Mapping[str, Any]) -> tuple[Any, str, dict[str
         if "image" not in options or "question" not in options:
             raise UserError(f"a question needs 'image' and 'question', got {', '.join(map(str, options)) or 'nothing'}")
         return options.pop("image"), options.pop("question"), options
-    if not isinstance(pair, (list, tuple)) or len(pair) not in (2, 3):
-        raise UserError(f"expected (image, question) or (image, question, options), got {type(pair).__name__}")
-    return pair[0], pair[1], dict(pair[2]) if len(pair) == 3 else {}
+    own = pair[2] if isinstance(pair, (list, tuple)) and len(pair) == 3 else {}
+    if not isinstance(pair, (list, tuple)) or len(pair) not in (2, 3) or not isinstance(own, Mapping):
+        raise UserError(f"expected (image, question) or (image, question, options), got {str(pair)[:80]}")
+    return pair[0], pair[1], dict(own)
 
 
 def _checked_question(question: str) -> str:

@@ -269,10 +269,11 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
     def user_ids(self, content: str, opening: bool, system: str | None = None) -> list[int]:
         """Ids of a user turn, its content expanded, and the assistant's header, so that the assistant goes on there.
 
-        Before it the system turn, where it is the `opening`; else the newline after the assistant's turn.
+        Before it the system turn, where it is the `opening` (None: the processor's, if it has one); else the newline
+        after the assistant's turn.
         """
-        system = self.system if system is None else system
-        before = f"{IM_START}system\n{system}{IM_END}\n" if opening and system else "" if opening else "\n"
+        system = (self.system or None) if system is None else system
+        before = "\n" if not opening else "" if system is None else f"{IM_START}system\n{system}{IM_END}\n"
         return encode(f"{before}{IM_START}user\n{content}{IM_END}\n{IM_START}assistant\n", self.tokenizer)
 
     def conversation_ids(

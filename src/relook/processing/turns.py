@@ -35,6 +35,8 @@ def template_turn(
     whose text is encoded, also as in `plain_turn`.
     """
     content, role = message.get("content") or "", message["role"]
+    if role not in ("system", "user", "assistant"):
+        raise UserError(f"role {str(role)[:40]!r} is not understood; expected system, user or assistant")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
     for part in parts:
         if not isinstance(part, Mapping) or "type" not in part or not isinstance(part.get("text", ""), str):
@@ -49,6 +51,11 @@ def template_turn(
         apart = [piece for image in images for piece in ([newline, image] if after else [image, newline])]
         parts = [*([] if after else apart), {"type": "text", "text": question}, *(apart if after else [])]
     if as_text is not None:
+        groups = [list(group) for _, group in groupby(parts, lambda part: part["type"] == "text")]
+        parts = []
+        for group in groups:  # what stands together is one text, or two halves of a token would meet
+            together = {"type": "text", "text": "".join(part.get("text", "") for part in group)}
+            parts += [together] if group[0]["type"] == "text" else group
         said = [plain_turn({"role": role, "content": part.get("text", "")}, as_text, grid)["content"] for part in parts]
         if role == "assistant" and said and said[0][:1].isspace():
             said[0] = BREAK + said[0]  # or it would melt into the newline of its header
