@@ -95,7 +95,7 @@ def _begin_run(recipe: Recipe, folder: Path, places: list[Checkpoints], overwrit
 def _refuse(folder: Path, differs: str) -> None:
     if differs:
         raise UserError(
-            f"{folder} holds a run that differs: {differs}; take that back, give another folder with out=, or start "
+            f"{folder} holds a run that differs: {differs}; undo the change, give another folder with out=, or start "
             "over with --overwrite"
         )
 
