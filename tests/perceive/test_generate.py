@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from support.scripted_model import QUESTION, picture, writing
-from transformers import pipeline
+from transformers import DynamicCache, GenerationConfig, TextStreamer, pipeline
 
 import relook
 from relook.errors import UserError
@@ -143,6 +143,18 @@ def test_what_generate_cannot_do_over_looks_is_one_sentence(tiny_vlm):
         looking = relook.LookAgain(vlm.processor, [picture()], **options)
         vlm.model.generate(**inputs, custom_generate=looking, max_new_tokens=2, do_sample=False)
         assert [look.kind for look in looking.answers[0].looks] == [options.get("look", "region")]
+    tokenizer = vlm.processor.tokenizer
+    for options in (
+        {"streamer": TextStreamer(tokenizer)},
+        {"past_key_values": DynamicCache()},
+        {"stop_strings": ["a"], "tokenizer": tokenizer},
+        {"output_scores": True, "return_dict_in_generate": True},
+        {"prefill_chunk_size": 4},
+        {"generation_config": GenerationConfig(output_logits=True, max_new_tokens=2)},
+    ):
+        name = next(iter(options)).replace("generation_config", "output_logits")
+        with pytest.raises(UserError, match=f"{name} is not followed over looks"):
+            run([picture()], **{"max_new_tokens": None, **options} if "generation_config" in options else options)
     with pytest.raises(UserError, match="MaxTimeCriteria is not followed"):
         run([picture()], max_time=1.0)
 

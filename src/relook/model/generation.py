@@ -118,6 +118,14 @@ class LookGenerationMixin:
     _positions: Any
     _call_ids: Any
 
+    def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
+        """A loop of one's own may check what transformers would drop without a word, such as the streamer."""
+        if check := getattr(custom_generate, "check_arguments", None):
+            check({**kwargs, "assistant_model": assistant_model, "streamer": streamer})
+        return super()._extract_generation_mode_kwargs(  # type: ignore[misc]
+            custom_generate, kwargs, synced_gpus, assistant_model, streamer
+        )
+
     def _validate_generation_mode(self, generation_mode, *args, **kwargs):
         if self.config.reencodings and generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise UserError(

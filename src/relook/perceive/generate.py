@@ -8,6 +8,7 @@ pipe = pipeline("image-text-to-text", model=..., pipeline_class=LookPipeline)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -25,6 +26,11 @@ from relook.trace import Answer, Finished
 from .loop import run
 from .row import Row, image_runs
 from .vlm import VLM
+
+NOT_FOLLOWED = (
+    *("streamer", "past_key_values", "inputs_embeds", "assistant_model", "prompt_lookup_num_tokens", "stop_strings"),
+    *("prefill_chunk_size", "output_scores", "output_logits", "output_hidden_states", "output_attentions"),
+)
 
 
 class LookAgain:
@@ -56,6 +62,7 @@ class LookAgain:
         **prepared: Any,
     ) -> Any:
         """Called by `generate` with (B, L) ids, padded on the left; returns (B, L + the longest answer)."""
+        self.check_arguments(vars(generation_config))
         for criterion in stopping_criteria:
             if not isinstance(criterion, (MaxLengthCriteria, EosTokenCriteria)):
                 raise UserError(f"{type(criterion).__name__} is not followed over looks; leave it out of generate")
@@ -87,6 +94,14 @@ class LookAgain:
         sequences: Any = torch.cat([input_ids, answered.to(input_ids)], dim=1)
         as_dict = generation_config.return_dict_in_generate
         return GenerateDecoderOnlyOutput(sequences=sequences) if as_dict else sequences
+
+    def check_arguments(self, given: Mapping[str, Any]) -> None:
+        """Refuse arguments of `generate` that the loop does not follow."""
+        for name in NOT_FOLLOWED:
+            if given.get(name) is not None and given[name] is not False:
+                raise UserError(
+                    f"{name} is not followed over looks; leave it out of generate (or use relook.VLM.stream)"
+                )
 
 
 class LookPipeline(ImageTextToTextPipeline):
