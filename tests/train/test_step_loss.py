@@ -74,8 +74,8 @@ def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> flo
 def test_a_step_is_the_same_however_it_is_cut(items, gradients) -> None:
     whole = gradients(batch=4, accumulate=1)
     for batch, accumulate in ((1, 4), (2, 2)):
-        assert apart(gradients(batch=batch, accumulate=accumulate), whole) < 1e-5
-    assert apart(gradients(batch=2, accumulate=2, options={"pack": 400}), whole) < 1e-5
+        assert apart(gradients(batch=batch, accumulate=accumulate), whole) < 2e-6  # measured: 4e-7
+    assert apart(gradients(batch=2, accumulate=2, options={"pack": 400}), whole) < 2e-6  # measured: 4e-7
     assert apart(gradients(batch=1, accumulate=4, average="batches"), whole) > 0.05  # as published
 
 
@@ -85,7 +85,7 @@ def test_batches_that_are_left_out_count_nothing(items, gradients) -> None:
         item["messages"][-1]["content"] = LONG
     items.write_text(json.dumps(found))
     whole = gradients(batch=4, accumulate=1)
-    assert apart(gradients(batch=1, accumulate=4), whole) < 1e-5
+    assert apart(gradients(batch=1, accumulate=4), whole) < 2e-6  # measured: 4e-7
 
 
 def test_the_weights_of_a_step() -> None:

@@ -36,7 +36,8 @@ def count() -> int:
 
 def number() -> int:
     """Which of them this is, from 0; also before and after they are joined."""
-    return dist.get_rank() if count() > 1 else int(os.environ.get("RANK", "0"))
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return dist.get_rank() if count() > 1 else 0 if alone else int(os.environ.get("RANK", "0"))
 
 
 def main() -> bool:
