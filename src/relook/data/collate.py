@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relook.data.dataset import Found, SampledItems
+from relook.data.dataset import Found, SampledItems, ValidationSplit
 from relook.data.images import file_size, upright_size
 from relook.data.items import Item
 from relook.data.reader import Record, Unreadable
@@ -69,7 +69,7 @@ class EncodedDataset(Sequence[Any]):
     """A map-style dataset of encoded rows, as `Trainer` takes it: `dataset[i]` depends on the seed and `i` alone.
 
     Args:
-        items: where the samples come from.
+        items: where the samples come from; `validation` holds the rows of those that are held out.
         processor: has `encode_item`.
         max_length: cutoff in tokens; a longer sample is skipped, never cut (a cut through an image's pads would leave
             pixels without a place).
@@ -80,7 +80,7 @@ class EncodedDataset(Sequence[Any]):
 
     def __init__(
         self,
-        items: SampledItems,
+        items: SampledItems | ValidationSplit,
         processor: Any,
         max_length: int | None = None,
         group: int = 0,
@@ -90,7 +90,8 @@ class EncodedDataset(Sequence[Any]):
         self.items, self.processor, self.max_length = items, processor, max_length
         self.group, self.batch, self.samples = group, batch, samples
         self._window: tuple[int, list[Found]] = (-1, [])
-        self.validation = EncodedValidation(self)
+        if isinstance(items, SampledItems):
+            self.validation = EncodedDataset(items.validation, processor, max_length)
 
     def __len__(self) -> int:
         return len(self.items) if self.samples is None else self.samples
@@ -124,19 +125,6 @@ class EncodedDataset(Sequence[Any]):
         except UserError as error:
             return SkippedSample(index, "broken", where, str(error).removeprefix(f"{where}: "))
         return SkippedSample.too_long(index, where, row, self.max_length) or row
-
-
-class EncodedValidation(Sequence[Any]):
-    """The encoded rows of the validation split."""
-
-    def __init__(self, dataset: EncodedDataset) -> None:
-        self.dataset, self.items = dataset, dataset.items.validation
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.dataset.encode(*self.items.record(index), index)
 
 
 def opened(item: Item) -> Item:

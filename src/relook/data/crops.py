@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from relook.data.images import ImageFacts, split_ref, turned_cells
 from relook.data.items import Item
-from relook.looks import ANSWER_PREFIX, Call, parse_calls, write_call, x_token, y_token
+from relook.looks import ANSWER_PREFIX, parse_calls, write_call, x_token, y_token
 from relook.regions import Box, Cells, cells_to_box, join_crop_suffix, widen
 
 GLYPH = 4 * 6  # pixels of the smallest legible character, 3 x 5 and a gap
@@ -147,22 +147,15 @@ class Crop:
 
 def region_calls(item: Item, grid: int) -> list[Region]:
     """The region calls of an item whose cells can be read, `<|x_8|>` on 8 cells included."""
-    found = []
-    for number, turn in enumerate(item.messages):
-        if turn.role == "assistant" and "<|" in turn.content:
-            found += [Region(number, span, cells) for cells, span in _regions(turn.content, grid)]
-    return found
+    said = ((n, t.content) for n, t in enumerate(item.messages) if t.role == "assistant" and "<|" in t.content)
+    return [Region(number, span, cells) for number, text in said for cells, span in _regions(text, grid)]
 
 
 @lru_cache(maxsize=1 << 14)  # a set of any size has few distinct calls: 1296 regions on 8 x 8 cells
 def _regions(content: str, grid: int) -> tuple[tuple[Cells, tuple[int, int]], ...]:
     too_far = x_token(grid) in content or y_token(grid) in content
     calls = parse_calls(content, grid + 1 if too_far else grid)
-    return tuple((call.cells, call.span) for call in calls if _is_region(call))  # type: ignore[misc]
-
-
-def _is_region(call: Call) -> bool:
-    return call.look == "region" and call.cells is not None and call.problem is None
+    return tuple((c.cells, c.span) for c in calls if c.look == "region" and c.cells is not None and c.problem is None)
 
 
 def crops_of(item: Item, grid: int, facts_of: FactsOf) -> tuple[list[Crop], int]:
@@ -186,10 +179,7 @@ def crop_faults(item: Item, grid: int, facts_of: FactsOf) -> Iterator[tuple[str,
         said = (call for turn in item.messages if turn.role == "assistant" for call in parse_calls(turn.content, grid))
         if len(found) != sum(call.look == "region" for call in said):
             yield "crop-region", f"{calls} region calls that can be read for {len(found)} crops"
-    for crop in found:
-        fault = crop.fault()
-        if fault is not None:
-            yield fault
+    yield from filter(None, (crop.fault() for crop in found))
 
 
 def mend_crops(item: Item, grid: int, facts_of: FactsOf, rule: str) -> Item | None:

@@ -25,7 +25,7 @@ from relook.data.forms.table import row_question, stored_image
 from relook.data.images import split_ref
 from relook.data.items import COLUMNS, IMAGE_KEYS, Item, variant
 from relook.data.reader import Record, Unreadable, folder_of, readable
-from relook.data.records import Records, SequenceRecords, records
+from relook.data.records import Records, records
 from relook.data.rules import BuildOptions, Data, ItemSource
 from relook.errors import RelookError, UserError
 from relook.io import rng
@@ -188,7 +188,7 @@ class SampledItems:
     @classmethod
     def of(cls, items: Sequence[Any], seed: int) -> SampledItems:
         """Items that are in memory, or another dataset's, shuffled every epoch."""
-        return cls(Data.model_validate({"path": "items"}), seed, sources=[SequenceRecords(items)])
+        return cls(Data.model_validate({"path": "items"}), seed, sources=[Records(items)])
 
     @property
     def unreadable(self) -> list[Unreadable]:
@@ -321,13 +321,13 @@ class ValidationSplit(Sequence[Item]):
     """The items that are held out."""
 
     def __init__(self, items: SampledItems, keys: list[tuple[int, int]]) -> None:
-        self.items, self.keys = items, keys
+        self.items, self.keys, self.item, self.seed = items, keys, items.item, items.seed
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.items.item(*self.record(index))
+        return self.item(*self.record(index))
 
     def record(self, index: int) -> Found:
         """The source and the record of a held-out item."""

@@ -76,12 +76,7 @@ class Rule(NamedTuple):
     """A row: `find` is None where the fault shows before there is an item; `mend` where the item stays as it is."""
 
     find: Find | None
-    mend: Mend | None
-
-
-def leave_out(item: Item, context: Context) -> None:
-    """The mend of what cannot be mended."""
-    return None
+    mend: Mend | None = lambda item, context: None  # leaves it out
 
 
 # -- turns
@@ -268,25 +263,25 @@ def _nearly_evaluated(item: Item, context: Context) -> Iterator[str]:
 
 
 RULES: dict[str, Rule] = {  # in the order in which faults are mended
-    "form": Rule(None, leave_out),  # a record that is broken, or is not an item
-    "half-character": Rule(_half_characters, leave_out),
-    "unresolved": Rule(_unresolved, leave_out),  # a placeholder in an answer; a video, audio or object of other forms
+    "form": Rule(None),  # a record that is broken, or is not an item
+    "half-character": Rule(_half_characters),
+    "unresolved": Rule(_unresolved),  # a placeholder in an answer; a video, audio or object of other forms
     "role-order": Rule(_role_order, _mend_roles),  # or no answer at the end
-    "empty-answer": Rule(_empty_answer, leave_out),
+    "empty-answer": Rule(_empty_answer),
     "off-edge": Rule(_off_edge, _mend_off_edge),  # <|x_8|> or <|y_8|>: a cell beyond the last
-    "malformed-call": Rule(_malformed, leave_out),
-    "foreign-look": Rule(_foreign_look, leave_out),  # that the model lacks
+    "malformed-call": Rule(_malformed),
+    "foreign-look": Rule(_foreign_look),  # that the model lacks
     "placeholder-count": Rule(_placeholders, _mend_placeholders),  # that disagrees with the image lists
     "crop-swapped": _crop_rule("crop-swapped"),  # min and max
     "exif-rotation": _crop_rule("exif-rotation"),  # a crop and cells of the picture as stored, which EXIF turns
     "crop-outside": _crop_rule("crop-outside"),  # empty, or leaves the image
     "crop-region": _crop_rule("crop-region"),  # not the region of its call
     "answer-room": Rule(_crowded, None),  # an answer longer than its crops could show
-    "path-outside": Rule(_leaving, leave_out),  # an image path that leaves the given root
-    "missing-image": Rule(_image_problem("missing"), leave_out),
-    "unreadable-image": Rule(_image_problem("unreadable"), leave_out),
-    "duplicate": Rule(_duplicate, leave_out),
-    "evaluated": Rule(_evaluated, leave_out),  # an image of the evaluation set, by its bytes
+    "path-outside": Rule(_leaving),  # an image path that leaves the given root
+    "missing-image": Rule(_image_problem("missing")),
+    "unreadable-image": Rule(_image_problem("unreadable")),
+    "duplicate": Rule(_duplicate),
+    "evaluated": Rule(_evaluated),  # an image of the evaluation set, by its bytes
     "nearly-evaluated": Rule(_nearly_evaluated, None),  # an image that looks like one of the evaluation set
 }
 

@@ -12,7 +12,7 @@ import bisect
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from relook.data.reader import (
     Record,
@@ -30,25 +30,35 @@ from relook.errors import UserError
 GROUPS = 8  # row groups of Parquet that are kept in memory, at least
 
 
-class Records(Protocol):
-    """Records by number and from front to back. `unreadable` are those without a number, known after `len`."""
+class Records:
+    """Records by number and from front to back. `unreadable` are those without a number, known after `len`.
 
-    @property
-    def unreadable(self) -> Sequence[Unreadable]: ...
+    This class: items that are in memory already, or rows of somebody else's dataset, as they are.
+    """
 
-    def __len__(self) -> int: ...
+    unreadable: Sequence[Unreadable] = ()
 
-    def __getitem__(self, number: int, /) -> Record: ...
+    def __init__(self, items: Sequence[Any], name: str = "items") -> None:
+        self.items, self.name = items, name
 
-    def __iter__(self) -> Iterator[Record | Unreadable]: ...
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> Record:
+        item = self.items[number]
+        if isinstance(item, Record):
+            return item
+        return Record(item if isinstance(item, dict) else {"item": item}, self.name, number + 1)
+
+    def __iter__(self) -> Iterator[Record | Unreadable]:
+        return (self[number] for number in range(len(self)))
 
 
-class JsonRecords:
+class JsonRecords(Records):
     """A JSON array or JSON lines. The file is gone through once, when its length or a record is first asked for."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.unreadable: list[Unreadable] = []
         self._places: tuple[array[int], ...] = ()  # starts and ends (bytes), lines, entries of an array on one line
 
     def _index(self) -> tuple[array[int], ...]:
@@ -78,14 +88,12 @@ class JsonRecords:
         self._places, self.unreadable = places, unreadable
 
 
-class ParquetRecords:
+class ParquetRecords(Records):
     """A Parquet file, or a folder of them. A record by number costs its row group, of which the last ones are kept.
 
     Args:
         held: records that are wanted near one another: their groups are kept (`GROUPS` at least).
     """
-
-    unreadable: tuple[Unreadable, ...] = ()
 
     def __init__(self, path: Path, held: int = 0) -> None:
         self.path, self.held = path, held
@@ -126,30 +134,7 @@ class ParquetRecords:
         return self.__dict__ | {"_read": {}}
 
 
-class SequenceRecords:
-    """Items that are in memory already, or rows of somebody else's dataset, as they are."""
-
-    unreadable: tuple[Unreadable, ...] = ()
-
-    def __init__(self, items: Sequence[Any], name: str = "items") -> None:
-        self.items, self.name = items, name
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, number: int) -> Record:
-        item = self.items[number]
-        return (
-            item
-            if isinstance(item, Record)
-            else Record(item if isinstance(item, dict) else {"item": item}, self.name, number + 1)
-        )
-
-    def __iter__(self) -> Iterator[Record | Unreadable]:
-        return (self[number] for number in range(len(self)))
-
-
-class SavedRecords(SequenceRecords):
+class SavedRecords(Records):
     """A dataset that `datasets.save_to_disk` wrote, memory-mapped; its images stay undecoded bytes."""
 
     def __init__(self, path: Path, split: str) -> None:
@@ -209,7 +194,7 @@ def records(path: str | Path, split: str = "train", held: int = 0) -> Records:
         return ParquetRecords(path, held)
     if path.is_dir():
         raise UserError(f"{path}: a folder without Parquet files or a saved dataset; give one of its files")
-    return SequenceRecords(list(map(readable, scan(path)))) if path.suffix == ".csv" else JsonRecords(path)
+    return Records(list(map(readable, scan(path)))) if path.suffix == ".csv" else JsonRecords(path)
 
 
 def holds_items(path: Path) -> bool:

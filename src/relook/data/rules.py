@@ -157,21 +157,19 @@ def merged(boxes: Sequence[Box]) -> list[Box]:
 
 def _usable(box: Box, size: tuple[int, int], where: str, outside: str, note: Note) -> Box | None:
     """The part of the box inside the image, min and max in order; None where nothing is left. Changes are counted."""
-    width, height = size
-    x1, x2 = sorted((box[0], box[2]))
-    y1, y2 = sorted((box[1], box[3]))
+    x1, y1, x2, y2 = min(box[0], box[2]), min(box[1], box[3]), max(box[0], box[2]), max(box[1], box[3])
     if (x1, y1, x2, y2) != box:
         note("boxes with min and max swapped, put in order", where)
-    inside = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
-    if inside[0] >= inside[2] or inside[1] >= inside[3]:
-        if outside == "clamp":
-            note("boxes empty or outside the image, moved to its nearest pixel", where)
-            return clamp_box((x1, y1, x2, y2), size)
-        note("boxes empty or outside the image, left out", where)
-        return None
-    if inside != (x1, y1, x2, y2):
-        note("boxes cut at the image's border", where)
-    return inside
+    inside = max(x1, 0), max(y1, 0), min(x2, size[0]), min(y2, size[1])
+    if inside[0] < inside[2] and inside[1] < inside[3]:
+        if inside != (x1, y1, x2, y2):
+            note("boxes cut at the image's border", where)
+        return inside
+    if outside == "clamp":
+        note("boxes empty or outside the image, moved to its nearest pixel", where)
+        return clamp_box((x1, y1, x2, y2), size)
+    note("boxes empty or outside the image, left out", where)
+    return None
 
 
 # -- data of a recipe

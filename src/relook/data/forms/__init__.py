@@ -54,29 +54,23 @@ def _is_viscot(data: dict[str, Any]) -> bool:
     return isinstance(images, list) and len(images) == 2 and "###" in str(images[1])
 
 
-FORMATS: dict[str, Format] = {
-    row.name: row
-    for row in (
-        Format("items", '{"messages", "images", ...}', _each(Item.from_dict), lambda data: "messages" in data),
-        Format("viscot", '{"image": [path, path###[box]], "conversations"}', _each(viscot_question), _is_viscot),
-        Format("llava", '{"image", "conversations"}', _each(llava_conversation), lambda data: "conversations" in data),
-        Format("coco", '{"images", "annotations", "categories"}', read_coco, lambda data: "annotations" in data),
-        Format(
-            "vg",
-            '{"regions"}, {"objects"} or {"qas"}',
-            read_visual_genome,
-            lambda data: any(key in data for key in VG_LISTS),
-        ),
-        Format("pope", '{"image", "text", "label"}', _each(pope_question), lambda data: {"text", "label"} <= {*data}),
-        Format(
-            "questions",
-            '{"image", "question", "answer", "bboxs"}',
-            _each(Question.from_dict),
-            lambda data: "question" in data,
-        ),
-        Format("hub", "a dataset with an image column: hub id, folder, parquet", read_hub, lambda data: False),
-    )
-}
+def _has(*keys: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda data: any(key in data for key in keys)
+
+
+# fmt: off
+_ROWS = (
+    Format("items", '{"messages", "images", ...}', _each(Item.from_dict), _has("messages")),
+    Format("viscot", '{"image": [path, path###[box]], "conversations"}', _each(viscot_question), _is_viscot),
+    Format("llava", '{"image", "conversations"}', _each(llava_conversation), _has("conversations")),
+    Format("coco", '{"images", "annotations", "categories"}', read_coco, _has("annotations")),
+    Format("vg", '{"regions"}, {"objects"} or {"qas"}', read_visual_genome, _has(*VG_LISTS)),
+    Format("pope", '{"image", "text", "label"}', _each(pope_question), lambda data: {"text", "label"} <= {*data}),
+    Format("questions", '{"image", "question", "answer", "bboxs"}', _each(Question.from_dict), _has("question")),
+    Format("hub", "a dataset with an image column: hub id, folder, parquet", read_hub, lambda data: False),
+)
+# fmt: on
+FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
 
 
 def read(

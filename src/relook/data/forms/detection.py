@@ -140,14 +140,13 @@ def _sides(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _wide(value: Any, where: str) -> list[float]:
     """[x, y, width, height] checked: four finite numbers."""
-    if not isinstance(value, list) or len(value) != 4:
+    numbers: list[Any] = value if isinstance(value, list) and len(value) == 4 else [None]
+    if not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers):
         raise UserError(f"{where}: box {value!r}; expected [x, y, width, height] in pixels")
-    if not all(isinstance(v, int | float) and math.isfinite(v) for v in value):
-        raise UserError(f"{where}: box {value!r}; expected [x, y, width, height] in pixels")
-    return [float(v) for v in value]
+    return [float(v) for v in numbers]
 
 
-def _boxes(values: array[float] | list[float]) -> list[list[float]]:
+def _boxes(values: Sequence[float]) -> list[list[float]]:
     """Boxes x1, y1, x2, y2 of numbers that are x, y, width, height one after another."""
     quads = (values[i : i + 4] for i in range(0, len(values), 4))
     return [[x, y, x + width, y + height] for x, y, width, height in quads]
