@@ -17,7 +17,7 @@ from PIL import Image
 from support import SHARED
 from support.item_sets import data, relative
 from support.own_items import picture
-from support.synthetic import TINY
+from support.synthetic import SIZE, TINY
 
 from relook.data import build, read, read_items
 from relook.data.build import BuildReport
@@ -27,6 +27,8 @@ from relook.data.dataset import open_items
 from relook.errors import UserError
 from relook.model import new as tiny
 from relook.train.dry_run import read_items as dry_read
+from relook.train.recipe import Recipe
+from relook.train.runner import run
 
 CASES = SHARED / "cases/data"
 
@@ -240,3 +242,20 @@ def test_file_names_of_another_unicode_form_are_found(tmp_path, processor, form)
     path = spoiled(tmp_path, shown(normalize(form, "Caf\u00e9.png")))
     picture(9).save(tmp_path / normalize(other, "Caf\u00e9.png"))
     assert check(path).ok and not any(isinstance(row, SkippedSample) for row in encoded(path, processor))
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["by number", "streamed"])
+def test_a_run_goes_past_every_kind_of_broken_record(tmp_path, monkeypatch, streaming) -> None:
+    """All of the above in one file of 30 items, in a run that allows them: each is named, the others are taught."""
+    monkeypatch.chdir(tmp_path)
+    items = []
+    for number, spoil in enumerate([*LEFT_OUT.values(), *[lambda item: None] * 8]):
+        path = spoiled(tmp_path, spoil)
+        items.append(json.loads(path.read_text())[2] | {"number": number})
+    path.write_text(json.dumps(items))
+    stage = {"name": "tune", "objective": "instruct", "samples": len(items), "batch": 1}
+    plan = {"path": "items.json", "streaming": streaming, "buffer": 4, "max_broken": 0.99}
+    run(Recipe.model_validate({"name": "own", "model": {"size": SIZE}, "data": plan, "stages": [stage]}), out="run")
+    named = [json.loads(line) for line in Path("run/stages/00-tune/left_out.jsonl").read_text().splitlines()]
+    assert {one["where"] for one in named} == {f"items.json:1, entry {n + 1}" for n in range(len(LEFT_OUT))}
+    assert {one["reason"] for one in named} == {"broken"} and (tmp_path / "run/final").is_dir()
