@@ -212,3 +212,17 @@ def test_what_is_saved_does_not_tell_how_it_was_loaded(tmp_path):
     load_processor(shipped).save_pretrained(tmp_path)
     ours, theirs = (json.loads((place / "tokenizer_config.json").read_text()) for place in (tmp_path, shipped))
     assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": 5}, "dtype 5 is not one torch knows"),
+        ({"attn_implementation": "bogus"}, "attn_implementation='bogus' cannot be used"),
+        ({"attn_implementation": "flash_attention_2"}, "attn_implementation='flash_attention_2' cannot be used"),
+    ],
+    ids=str,
+)
+def test_a_way_of_loading_that_there_is_not(options, words):
+    with pytest.raises(UserError, match=words):
+        load_model(resolve("cards-tiny"), device="cpu", **options)

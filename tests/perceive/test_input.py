@@ -164,6 +164,10 @@ def test_the_folders_generation_config_is_followed(tiny_vlm):
         assert ended.ask(picture(), QUESTION, look="none", max_new_tokens=2, do_sample=True).text == (
             ended.ask(picture(), QUESTION, look="none", max_new_tokens=2).text
         ), "top_k=1 of the folder"
+        vlm.model.generation_config = GenerationConfig(
+            **{"num_beams": 1, "typical_p": 1.0, "length_penalty": 1.0, "renormalize_logits": True, "top_k": 0}
+        )  # nothing of this changes a greedy choice, and a top_k of 0 is none
+        assert VLM(vlm.model, processor).ask(picture(), QUESTION, look="none", do_sample=True, max_new_tokens=2)
         vlm.model.generation_config = GenerationConfig(num_beams=4)
         with pytest.raises(UserError, match=r"generation_config.json sets num_beams=4, which `ask` does not follow"):
             VLM(vlm.model, processor)

@@ -151,7 +151,7 @@ def torch_dtype(dtype: torch.dtype | str | None, device: torch.device | None = N
         return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
-    found = getattr(torch, dtype, None)
+    found = getattr(torch, str(dtype), None)
     if not isinstance(found, torch.dtype):
         raise UserError(f"dtype {dtype!r} is not one torch knows; use float32, bfloat16 or float16")
     return found
@@ -180,8 +180,11 @@ def load_weights(
     try:
         with quiet():
             model, info = cls.from_pretrained(folder, config=config, output_loading_info=True, **extra)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{folder}: the weights cannot be read: {str(error).strip().splitlines()[0]}") from error
+    except (ImportError, OSError, ValueError, RuntimeError, KeyError) as error:
+        said = str(error).strip().splitlines()[0]
+        if (attn_implementation is not None and "attn_implementation" in str(error)) or isinstance(error, ImportError):
+            raise UserError(f"attn_implementation={attn_implementation!r} cannot be used: {said}") from error
+        raise CheckpointError(f"{folder}: the weights cannot be read: {said}") from error
     wrong = {
         "missing": [name for name in info["missing_keys"] if not name.startswith(drawn)],
         "unexpected": info["unexpected_keys"],

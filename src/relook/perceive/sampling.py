@@ -33,7 +33,13 @@ PROCESSED = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sup
 NEUTRAL = {  # what says nothing about a greedy or sampled choice of tokens, or is the question's to say
     *("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample", "max_length"),
     *("max_new_tokens", "use_cache", "cache_implementation", "cache_config", "transformers_version"),
-    *("return_dict_in_generate", "_from_model_config", "_commit_hash"),
+    *("return_dict_in_generate", "_from_model_config", "_commit_hash", "renormalize_logits"),
+    *("length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty"),  # of beams
+}
+OFF: dict[str, float] = {  # values that change nothing
+    **{"num_beams": 1, "num_return_sequences": 1, "typical_p": 1, "repetition_penalty": 1},
+    **{"encoder_repetition_penalty": 1, "top_k": 0, "min_length": 0, "no_repeat_ngram_size": 0},
+    **{"encoder_no_repeat_ngram_size": 0, "epsilon_cutoff": 0, "eta_cutoff": 0, "remove_invalid_values": 0},
 }
 
 
@@ -44,7 +50,8 @@ def generation_defaults(model: Any) -> tuple[dict[str, float], LogitsProcessorLi
         UserError: it asks for something that the loop does not do, such as beams.
     """
     config = model.generation_config
-    changed = {name: value for name, value in config.to_diff_dict().items() if value is not None}
+    stated = config.to_diff_dict().items()
+    changed = {name: value for name, value in stated if value is not None and value != OFF.get(name, ())}
     left = [n for n in changed if n not in {*NEUTRAL, *SAMPLED, *PROCESSED} and not n.startswith("output_")]
     if left:
         raise UserError(

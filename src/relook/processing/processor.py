@@ -410,7 +410,11 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         texts = super().post_process_image_text_to_text(generated_outputs, skip_special_tokens, *args, **kwargs)
         if not skip_special_tokens:
             return texts
-        stripped = [strip_calls(text, self.grid_size) if parse_calls(text, self.grid_size) else text for text in texts]
+        stripped = []
+        for text in texts:  # a pipeline looks for the prompt at its beginning, which stays as it is
+            call = next(iter(parse_calls(text, self.grid_size)), None)
+            at = len(text) if call is None else call.span[0]
+            stripped.append(text[:at] + strip_calls(text[at:], self.grid_size))
         if stripped != texts:
             logger.warning_once("a look was asked for, which needs pipeline_class=relook.LookPipeline")
         return stripped
