@@ -194,7 +194,10 @@ class Row:
         runs, header = image_runs(self.vlm, prompt), processor.tokenizer.encode(f"{IM_START}assistant\n")
         last = len(prompt) - 1 - prompt[::-1].index(header[0]) if header[0] in prompt else 0
         cut = last + len(header) if prompt[last : last + len(header)] == header else len(prompt)
-        stages = pad_stages(["".join(vocabulary.text_of(token) for token, _ in groupby(prompt))])
+        texts = [(token, vocabulary.text_of(token)) for token, _ in groupby(prompt)]
+        # plain text may spell a control token, which it is not
+        plain = [text if token in vocabulary.hidden_ids else text.replace("<", "") for token, text in texts]
+        stages = pad_stages(["".join(plain)])
         shown = self._first_views(images, stages)
         counts = [processor.pad_count("image", image.view.grid) for image in shown]
         if counts != [length for _, length in runs]:
