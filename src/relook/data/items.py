@@ -228,16 +228,11 @@ def variant(item: Item, look: str = "region", *, free_choice: bool = False) -> I
     `free_choice` strips the sentences that ask for a look.
     """
     if free_choice or look == "none":
-        item = _without_triggers(item)
+        asked = (replace(t, content=without_triggers(t.content)) if t.role == "user" else t for t in item.messages)
+        item = replace(item, messages=tuple(asked))
     if look == "none":
         return _without_looks(item)
     return _with_encoder(item, look) if look in LOOKS and LOOKS[look].reencodes else item
-
-
-def _without_triggers(item: Item) -> Item:
-    """The item without the sentences that ask for a look, so that a model learns to decide."""
-    turns = (replace(t, content=without_triggers(t.content)) if t.role == "user" else t for t in item.messages)
-    return replace(item, messages=tuple(turns))
 
 
 def _with_encoder(item: Item, look: str) -> Item:
