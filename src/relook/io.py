@@ -189,8 +189,10 @@ def checkpoint_name(name: str | Path) -> str:
     >>> checkpoint_name("/cache/models--rp-yu--Qwen2-VL-2b-VPT-Det/snapshots/0a1b")
     'Qwen2-VL-2b-VPT-Det'
     """
-    parts = Path(name).parts
-    return parts[-3].rpartition("--")[2] if parts[-2:-1] == ("snapshots",) and len(parts) > 2 else Path(name).name
+    path = Path(name)
+    path = path.resolve() if path.exists() else path  # "." and links have the name of what they are
+    snapshot = path.parent.name == "snapshots"
+    return path.parent.parent.name.rpartition("--")[2] if snapshot else path.name
 
 
 def read_yaml(path: str | Path) -> Any:

@@ -330,3 +330,18 @@ def test_a_cache_that_ends_in_the_midst_of_a_call(model, stock, look, form):
         model(**goes_on, past_key_values=cache)
     logits = model(**goes_on, past_key_values=cache, look_states=out.look_states).logits[0, -2:]
     torch.testing.assert_close(logits, full[cut : cut + 2], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"clip_images_grid_thw": None}, "clip_pixel_values came without clip_images_grid_thw"),
+        ({"image_grid_thw": None}, "pixel_values came without image_grid_thw"),
+        ({"attention_mask": torch.ones(1, 3, dtype=torch.long)}, r"attention_mask has shape \(1, 3\)"),
+        ({"attention_mask": {"full_attention": None}}, "attention_mask is a dict; where the input holds a look"),
+    ],
+    ids=["clip grid", "image grid", "narrow mask", "dict of masks"],
+)
+def test_arguments_that_do_not_go_together_are_one_sentence(model, changes, words):
+    with pytest.raises(UserError, match=words):
+        model(**row_of(("clip",)) | changes)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 import relook
 from relook.looks import LOOKS
+from relook.model import VPTQwen2VLConfig, VPTQwen2VLProcessor
 from relook.model.loading import load_model, load_processor, read_config
 from relook.model.published import PUBLISHED, convert
 
@@ -93,3 +94,25 @@ def test_plain_qwen2_vl_keeps_its_own_processor(tmp_path, monkeypatch):
     for config in ({"model_type": "qwen2_vl"}, None):
         (place / "config.json").write_text(json.dumps(config)) if config else (place / "config.json").unlink()
         assert AutoProcessor.from_pretrained(place) == ("stock", place)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_way_to_the_config_is_run_with_the_condition(name, tmp_path):
+    path = folder(name) / "config.json"
+    ways = [VPTQwen2VLConfig.from_json_file(path), VPTQwen2VLConfig(**json.loads(path.read_text()))]
+    for config in [*ways, VPTQwen2VLConfig.from_dict(json.loads(path.read_text()))]:
+        assert config.num_inner_forward_run == 2
+        assert set(config.encoders) == {look for look in config.reencodings if look != "clip"}
+        config.num_inner_forward_run = 1  # said afterwards, it stays said
+        config.save_pretrained(tmp_path)
+        assert AutoConfig.from_pretrained(tmp_path).num_inner_forward_run == 1
+
+
+def test_no_prompt_is_told_by_the_folder_however_it_is_reached(tmp_path, monkeypatch):
+    place = tmp_path / "Qwen2-VL-2b-VPT-Det-NoPrompt"
+    place.mkdir()
+    published_folder(place, PUBLISHED["Qwen2-VL-2b-VPT-Det-NoPrompt"])
+    (tmp_path / "link").symlink_to(place)
+    monkeypatch.chdir(place)
+    for name, options in ((".", {}), (tmp_path / "link", {}), (tmp_path, {"subfolder": place.name})):
+        assert VPTQwen2VLProcessor.from_pretrained(name, **options).free_choice, name

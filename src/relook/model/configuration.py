@@ -21,6 +21,7 @@ from relook.looks import LOOKS
 
 POSITION_MODES = ("mrope", "sequential")
 INPUT_GRADS = ("full", "published")
+PUBLISHED_CLASS = "VPT_Qwen2VLForConditionalGeneration"  # what a published config.json calls its model
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,12 @@ class VPTQwen2VLConfig(Qwen2VLConfig):
     domain: str | None = None
     provenance: dict | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, encoder_config: dict | None = None, **kwargs):
         super().__post_init__(**kwargs)
         self.vision_encoder_ls = list(self.vision_encoder_ls or [])
         self.encoders = dict(self.encoders or {})
+        if self.architectures == [PUBLISHED_CLASS]:
+            self._read_published(encoder_config)
         known = [spec.encoder for spec in LOOKS.values() if spec.reencodes]
         _one_of("vision_encoder_ls", self.vision_encoder_ls, known)
         if getattr(self.text_config, "use_sliding_window", False):
@@ -115,26 +118,28 @@ class VPTQwen2VLConfig(Qwen2VLConfig):
     def from_dict(cls, config_dict: dict[str, Any], encoder_config: dict | None = None, **kwargs: Any) -> Any:
         """A config from the values of a config.json in either layout.
 
-        A published config does not say how its model was run (that came from the command line): models past the
-        alignment stage are run with the condition (`num_inner_forward_run` 2), whatever number was saved. Nor does it
-        hold the configs of its encoders: they are `encoder_config` (`{"dino": {...}, "sam_vision": {...}}`), or the
-        encoder_config.json beside it (what `convert --to published` writes), or the published ones.
+        Args:
+            encoder_config: of a published one: configs of its encoders, `{"dino": {...}, "sam_vision": {...}}`.
         """
         if "position_mode" not in config_dict:  # which relook always writes
-            from .encoders import ENCODERS
-            from .encoders import encoder_config as make
-
-            name = kwargs.get("name_or_path", "")
-            names = config_dict.get("vision_encoder_ls") or []
-            keys = {look: spec.legacy_key for look, spec in ENCODERS.items() if LOOKS[look].encoder in names}
-            given = encoder_config or (_encoder_configs_beside(name) if keys and name else {})
-            config_dict = {
-                **config_dict,
-                "num_inner_forward_run": 1 if config_dict.get("alignment") else 2,
-                "encoders": {look: make(look, given.get(key)).to_diff_dict() for look, key in keys.items()},
-                "provenance": {"layout": "published", "source": checkpoint_name(name)},
-            }
+            config_dict = {**config_dict, "architectures": [PUBLISHED_CLASS], "encoder_config": encoder_config}
         return super().from_dict(config_dict, **kwargs)
+
+    def _read_published(self, given: dict[str, Any] | None) -> None:
+        """What a published config leaves to others.
+
+        How its model was run came from the command line: models past the alignment stage are run with the condition
+        (`num_inner_forward_run` 2), whatever number was saved. The configs of its encoders are `given`, in the
+        encoder_config.json beside it (what `convert --to published` writes), or the published ones.
+        """
+        from .encoders import ENCODERS, encoder_config
+
+        keys = {look: spec.legacy_key for look, spec in ENCODERS.items() if look in self.reencodings}
+        given = given or (_encoder_configs_beside(self._name_or_path) if keys and self._name_or_path else {})
+        self.num_inner_forward_run = 1 if self.alignment else 2
+        self.encoders = {look: encoder_config(look, given.get(key)).to_diff_dict() for look, key in keys.items()}
+        self.provenance = {"layout": "published", "source": checkpoint_name(self._name_or_path)}
+        self.architectures = ["VPTQwen2VLForConditionalGeneration"]
 
     @property
     def reencodings(self) -> list[str]:

@@ -227,10 +227,8 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         looks = {"clip": clip, "detection": {"detection_images": detection_images}, "seg": {"seg_images": seg_images}}
         looks = {look: tensors for look, tensors in looks.items() if next(iter(tensors.values())) is not None}
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if past and conversation_ids is not None:
-            raise UserError("packed conversations cannot continue a cache; pass them without past_key_values")
-        attention = self.model.language_model.config._attn_implementation
-        packed = None if conversation_ids is None else Packed(conversation_ids, attention)
+        given = inputs_embeds if input_ids is None else input_ids
+        packed = self._checked(given, attention_mask, base, looks, conversation_ids, past)
         run = dict(past_key_values=past_key_values, use_cache=use_cache if packed is None else False, **kwargs)
         if position_ids is None and input_ids is not None:
             if past:
@@ -244,6 +242,28 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         batch = self._batch(input_ids, inputs_embeds, attention_mask, position_ids, before, base, looks, packed, past)
         outputs = self._run(batch, input_ids, para_mask_modes, run)
         return self._head(outputs, batch, input_ids, labels, logits_to_keep, kwargs)
+
+    def _checked(self, given, attention_mask, base, looks, conversation_ids, past: int) -> Packed | None:
+        """The conversations of packed rows. Raises UserError for inputs that do not go together."""
+        if given is None:
+            raise UserError("neither input_ids nor inputs_embeds came; give one of them")
+        pairs = (
+            ("pixel_values", "image_grid_thw", base),
+            ("clip_pixel_values", "clip_images_grid_thw", looks.get("clip")),
+        )
+        for pixels, grid, images in pairs:
+            if images and images["pixel_values"] is not None and images["image_grid_thw"] is None:
+                raise UserError(f"{pixels} came without {grid}, the patch grid (t, h, w) of every image")
+        if conversation_ids is not None:
+            if past:
+                raise UserError("packed conversations cannot continue a cache; pass them without past_key_values")
+            return Packed(conversation_ids, self.model.language_model.config._attn_implementation)
+        mask, shape = two_dimensional(attention_mask), (given.shape[0], past + given.shape[1])
+        if mask is not None and mask.shape != shape:
+            raise UserError(
+                f"attention_mask has shape {tuple(mask.shape)}; expected {shape}: columns of cache and input"
+            )
+        return None
 
     def _batch(
         self, input_ids, embeds, attention_mask, position_ids, states, base, looks, packed, past

@@ -22,7 +22,7 @@ from relook.errors import UserError
 from relook.io import replacing_folder
 from relook.looks import LOOKS, control_tokens
 
-from .configuration import VPTQwen2VLConfig
+from .configuration import PUBLISHED_CLASS, VPTQwen2VLConfig
 from .encoders import ENCODERS
 from .loading import check_free, load_model, load_processor, read_config, resolve, stored_tensors, weight_files
 
@@ -123,7 +123,7 @@ def published_config_values(config: VPTQwen2VLConfig, dtype: torch.dtype) -> dic
         **plain(values["text_config"]),
         **plain(values),
         "vision_config": {**plain(values["vision_config"]), "model_type": "qwen2_vl"},
-        "architectures": ["VPT_Qwen2VLForConditionalGeneration"],
+        "architectures": [PUBLISHED_CLASS],
         "rope_theta": rope["rope_theta"],
         "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
         "torch_dtype": str(dtype).removeprefix("torch."),

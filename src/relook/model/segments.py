@@ -324,10 +324,11 @@ class SegmentedForward:
         mask = batch.attention_mask
         if mask is None:
             mask = torch.ones(rows, self.past + length, dtype=torch.long, device=batch.inputs_embeds.device)
-        if mask.shape != (rows, self.past + length):
+        if not isinstance(mask, Tensor) or mask.shape != (rows, self.past + length):
+            seen = f"has shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
             raise UserError(
-                f"attention_mask has shape {tuple(mask.shape)}; where the input holds a look, (rows, columns of cache "
-                f"and input) is expected: ({rows}, {self.past + length})"
+                f"attention_mask {seen}; where the input holds a look, a tensor of shape ({rows}, "
+                f"{self.past + length}) is expected: rows, columns of cache and input"
             )
         self.mask = mask[:, self.past :].long()
         self.segments = batch.segments(self.mask)

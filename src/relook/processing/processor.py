@@ -130,7 +130,8 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         found = [look for look, spec in LOOKS.items() if spec.start in tokenizer.get_added_vocab()]
         if processor_dict is not None and found:  # a published folder says neither
             processor_dict.setdefault("looks", found)
-            free_choice = checkpoint_name(pretrained_model_name_or_path).endswith("NoPrompt")
+            place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            free_choice = checkpoint_name(place).endswith("NoPrompt")
             processor_dict.setdefault("free_choice", free_choice)
         return [Qwen2VLImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **kwargs), tokenizer]
 
