@@ -45,6 +45,8 @@ LETTERS = [  # answer, ours, lmms-eval's, VLMEvalKit's
     ("(A) or (B)", None, "B", None),
     ("B or C", None, "C", None),
     ("B) no, (C)", None, "C", None),
+    ("B) rubber or C) wood", None, None, None),
+    ("B is wrong", None, "B", "B"),
     ("A. The answer is B.", None, "B", None),  # says two
     ("A red one", None, "A", "A"),  # an article
     ("The answer is a dog", None, None, None),
@@ -134,6 +136,7 @@ def test_yes_and_no(answer, accepted, score):
     ("answer", "accepted", "scores"),
     [
         ("Caf\u00e9", "cafe\u0301", ("exact", "anls", "vqa_exact")),  # NFC and NFD
+        ("it\u2019s", "it's", ("exact", "anls", "vqa_exact")),
         ("x\u00a0b", "x b", ("exact", "anls", "vqa_exact")),
         ("a\u200bb", "ab", ("exact", "anls")),  # a zero-width space
         ("\u0130stanbul", "istanbul", ("exact", "anls")),
@@ -150,6 +153,7 @@ def test_an_empty_answer_is_never_right(name, answer):
     """The VQA challenge's normalization leaves nothing of "A" or "the", and nothing equals nothing."""
     assert SCORERS[name](answer, ["A"] * 10) == 0
     assert SCORERS[name](answer, ["A"]) == 0
+    assert SCORERS[name]("", [""]) == 0
 
 
 def test_what_normalizes_to_nothing_still_equals_itself():

@@ -25,7 +25,8 @@ _STRAIGHT = str.maketrans("\u2019\u2018\u02bc\u2212\u2010\u2011", "'''---")  # a
 
 
 def normalize(text: str) -> str:
-    """Lower case, white space runs as one space, none at the ends; composed characters (NFC), invisible ones left out.
+    """Lower case, white space runs as one space, none at the ends; characters composed (NFC), invisible ones left out,
+    apostrophes, hyphens and minus signs as ASCII has them.
 
     These are the only differences that exact match forgives.
 
@@ -33,7 +34,8 @@ def normalize(text: str) -> str:
     'sin thye & co'
     """
     text = "".join(c for c in unicodedata.normalize("NFC", text) if unicodedata.category(c) != "Cf")
-    return " ".join(text.casefold().replace("i\u0307", "i").split())  # casefold leaves the dot of a Turkish I beside it
+    text = text.translate(_STRAIGHT).casefold()
+    return " ".join(text.replace("i\u0307", "i").split())  # casefold leaves the dot of a Turkish I beside it
 
 
 def _same(answer: str, accepted: Sequence[str], normal: Callable[[str], str]) -> list[bool]:
@@ -57,9 +59,9 @@ def anls(answer: str, accepted: Sequence[str], threshold: float = 0.5) -> float:
     >>> anls("9,30", ["9.30"])    # one edit in four characters
     0.75
     """
-    distance = _rapidfuzz("ANLS").Levenshtein.normalized_distance
-    best = min(distance(normalize(answer), normalize(each)) for each in accepted)
-    return 1.0 - best if best < threshold else 0.0
+    distance, said = _rapidfuzz("ANLS").Levenshtein.normalized_distance, normalize(answer)
+    best = min(distance(said, normalize(each)) for each in accepted)
+    return 1.0 - best if said and best < threshold else 0.0
 
 
 def rouge_l(answer: str, accepted: Sequence[str]) -> float:
@@ -258,7 +260,7 @@ def read_yes_no(answer: str) -> str | None:
     >>> read_yes_no("Yes, there is."), read_yes_no("There is not."), read_yes_no("A dog.")
     ('yes', 'no', None)
     """
-    first, *others = re.split(r"[.!?]", normalize(answer).translate(_STRAIGHT), maxsplit=1)
+    first, *others = re.split(r"[.!?]", normalize(answer), maxsplit=1)
     for word in re.findall(r"[a-z']+", first):
         if word == "yes" or word in _NO or word.endswith("n't"):
             return "yes" if word == "yes" else "no"
@@ -273,14 +275,14 @@ def yes_no(answer: str, accepted: Sequence[str]) -> float:
 
 _REASON = r" (?:because|is|as|since|which)\b"  # words behind a letter that may be a word itself (A, I)
 _BARE = re.compile(r"\W*([A-Za-z])\W*")  # "B", "(b)", "B."
-_NOT = re.compile(r"\bnot (?:option )?(?:\([A-Z]\)|[A-Z]\b)")
+_DENIED = re.compile(r"\bnot (?:option )?(?:\([A-Z]\)|[A-Z]\b)|\(?\b[A-Z]\b\)? is (?:not|wrong|incorrect|false)\b")
 _SAYS = r"\b(?:answer|option|choice)(?: is)?:? *|答案[是为]?:? *"
 _LETTERS = (
     re.compile(r"^\(?([A-Za-z])(?:[)、]|[.:](?= |$))"),  # "B) rubber", "b. rubber"
     re.compile(rf"(?i:{_SAYS})\(?([B-HJ-Z]\b|[AI]\b(?! [a-z])|[AI](?={_REASON}))"),  # "The answer is B."
     re.compile(rf"(?i:{_SAYS})\(?([a-z])\)?\W*$"),  # "the answer is b"
     re.compile(r"\b(?:is|be|choose|pick|select) ([A-Z])\W*$"),  # "I think it is C"
-    re.compile(r"\(([A-Z])\)"),  # "... (B)"
+    re.compile(r"(?:^| )\(?([A-Z])\)"),  # "... (B)", "... or C) wood"
 )
 _OPENING = re.compile(rf"([B-HJ-Z])(?= (?!or\b|and\b)[a-z])|([AI])(?={_REASON})")  # "B because it is red."
 _LEAD = re.compile(r"^(?:the )?(?:correct |right )?(?:answer|option|choice)(?: is)?:? *", re.IGNORECASE)
@@ -294,7 +296,7 @@ def read_letter(answer: str) -> str | None:
     >>> read_letter("(B) rubber"), read_letter("The answer is C."), read_letter("A red one"), read_letter("(A) or (B)")
     ('B', 'C', None, None)
     """
-    text = _NOT.sub(" ", unicodedata.normalize("NFKC", answer).replace("*", "")).strip(" \n\t\"'`")
+    text = _DENIED.sub(" ", unicodedata.normalize("NFKC", answer).replace("*", "")).strip(" \n\t\"'`")
     if bare := _BARE.fullmatch(text):
         return bare[1].upper()
     named = {letter.upper() for pattern in _LETTERS for letter in pattern.findall(text)}
