@@ -120,6 +120,21 @@ def test_overwrite_starts_over(place) -> None:
     assert [entry["step"] for entry in read_lines("run/log.jsonl")] == [1, 2]
 
 
+def test_overwrite_removes_no_model_that_is_needed_and_nothing_but_a_run(place) -> None:
+    run(recipe({"steps": 2}), out="run")
+    before = files()
+    for changes in ({"model": {"start": "run/final"}}, {"model": {"start": str(Path("run/stages/00-a").resolve())}}):
+        with pytest.raises(UserError, match="this recipe needs .*run"):
+            run(recipe({"steps": 2}, **changes), out="run", overwrite=True)
+    assert files() == before
+    mine = Path("thesis/final/thesis.txt")
+    mine.parent.mkdir(parents=True)
+    mine.write_text("all of it")
+    with pytest.raises(UserError, match="no run that could be overwritten"):
+        run(recipe({"steps": 2}), out="thesis", overwrite=True)
+    assert mine.read_text() == "all of it"
+
+
 def test_a_second_run_in_a_folder_that_is_written_is_refused(place) -> None:
     """The first of two processes trains on; the second ends with one sentence and exit code 2."""
     Path("recipe.yaml").write_text(json.dumps(recipe({"steps": 400}).model_dump(exclude_defaults=True)))

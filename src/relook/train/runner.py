@@ -23,7 +23,7 @@ from relook.io import locked_folder, nearest, replacing_folder
 from relook.model.start import Start, StartInfo, describe_start, open_start
 from relook.plugins import find
 from relook.train import distributed, lora
-from relook.train.checkpoints import GO_ON, Checkpoints, Record, StageModel, made_of, read_heads
+from relook.train.checkpoints import GO_ON, MADE_OF, Checkpoints, Record, StageModel, made_of, read_heads
 from relook.train.distributed import Signals, Stopped
 from relook.train.metrics import BOARD, CURVES, LOG, SKIPPED, SkippedReport, check_reporters, draw_curves
 from relook.train.objective import Objective, Setup, find_objective
@@ -81,8 +81,8 @@ def _begin_run(recipe: Recipe, folder: Path, places: list[Checkpoints], overwrit
     Raises:
         UserError: the folder holds a run that was begun with something else; names what differs.
     """
-    for path in [folder / name for name in (*PARTS_OF_A_RUN, "stages")] if overwrite else ():
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if overwrite:
+        _remove_run(recipe, folder)
     before = None
     for stage, place in zip(recipe.stages, places, strict=True):
         place.made = made_of(recipe, stage, before)
@@ -90,6 +90,32 @@ def _begin_run(recipe: Recipe, folder: Path, places: list[Checkpoints], overwrit
         before = place.begun() or place.made
     for path in set(folder.glob("stages/*")) - {place.place for place in places}:
         _refuse(folder, Checkpoints(path, 1).difference() and f"the stage {path.name}, which the recipe lacks")
+
+
+def _remove_run(recipe: Recipe, folder: Path) -> None:
+    """Remove the run that a folder holds.
+
+    Raises:
+        UserError: what is there is no run, or the recipe starts or learns from it.
+    """
+    parts = [path for name in (*PARTS_OF_A_RUN, "stages") if (path := folder / name).exists()]
+    if parts and not any(folder.glob(f"stages/*/{MADE_OF}")):
+        raise UserError(
+            f"{parts[0]} is there, but no run that could be overwritten (stages/*/{MADE_OF}); give another folder with "
+            "out="
+        )
+    model = recipe.model
+    sources = [each for stage in recipe.stages for each in recipe.data_of(stage).all_sources()]
+    needed = [model.start, model.visual, model.detection, model.seg]
+    needed += [path for source in sources for path in (source.path, source.image_root)]
+    for name in filter(None, needed):
+        if any(Path(name).resolve().is_relative_to(part.resolve()) for part in parts):
+            raise UserError(
+                f"{folder} would be overwritten, but this recipe needs {name}; move that elsewhere, or give another "
+                "folder with out="
+            )
+    for path in parts:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _refuse(folder: Path, differs: str) -> None:
