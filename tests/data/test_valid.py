@@ -66,6 +66,8 @@ LEFT_OUT = {
     "numbers": shown(3),
     "null": shown(None),
     "dict": shown({"foo": 1}),
+    "bytes that are text": shown({"bytes": "x"}),
+    "a number of bytes": shown({"bytes": 99999999999}),
     "empty path": shown(""),
     "folder": shown("."),
     "zero byte": shown("a\0.png"),
@@ -121,6 +123,7 @@ def test_what_training_leaves_out_check_and_dry_run_find(tmp_path, processor, na
     dry = dry_read(open_items(plan, 1, processor=processor), info)  # type: ignore[arg-type]
     assert sum(dry.problems.values()) == 1 or name in ("backwards", "outside", "folder")  # seen when they are opened
     for streaming in (False, True):
+        open_items(data(path=relative(path), streaming=streaming, buffer=2, max_broken=0.9), 1, validation=1)
         (left,) = [row for row in encoded(path, processor, streaming) if isinstance(row, SkippedSample)]
         assert left.reason == "broken" and left.where == report.findings[0].where and "items.json:" in left.where
 

@@ -124,7 +124,7 @@ def test_overwrite_removes_no_model_that_is_needed_and_nothing_but_a_run(place) 
     run(recipe({"steps": 2}), out="run")
     before = files()
     for changes in ({"model": {"start": "run/final"}}, {"model": {"start": str(Path("run/stages/00-a").resolve())}}):
-        with pytest.raises(UserError, match="this recipe needs .*run"):
+        with pytest.raises(UserError, match=r"this recipe needs .*run"):
             run(recipe({"steps": 2}, **changes), out="run", overwrite=True)
     assert files() == before
     mine = Path("thesis/final/thesis.txt")

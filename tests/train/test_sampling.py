@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -147,6 +148,25 @@ def test_validation_is_held_out_by_image_as_asked_and_the_same_for_every_seed_an
     alike = seen_by(tmp_path, "c", ["1.png"] * 10)
     with pytest.raises(UserError, match=r"validation.items is 3 and leaves nothing to learn from"):
         open_items(data(path=relative(alike)), 1, validation=3)
+
+
+@pytest.mark.parametrize("spelling", ["absolute", "folder link", "file link", "unicode"])
+def test_one_image_under_two_names_is_held_out_or_taught(tmp_path, spelling) -> None:
+    names = [f"\u00e9{n}.png" for n in range(8)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+        (tmp_path / f"link-{name}").symlink_to(tmp_path / name)
+    (tmp_path / "same").symlink_to(tmp_path)
+    other = {
+        "absolute": lambda name: str(tmp_path / name),
+        "folder link": lambda name: f"same/{name}",
+        "file link": lambda name: f"link-{name}",
+        "unicode": lambda name: unicodedata.normalize("NFD", name),
+    }[spelling]
+    path = seen_by(tmp_path, "a", [*names, *map(other, names)])
+    source = open_items(data(path=relative(path)), 1, validation=6)
+    held, taught = ({said(item)[1:] for item in part} for part in (source.validation, source))  # 3 and 11 are one image
+    assert len(held) == 6 and {int(n) % 8 for n in held}.isdisjoint({int(n) % 8 for n in taught})
 
 
 @pytest.mark.parametrize("mix", ["concat", "interleave_under", "interleave_over"])

@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -305,15 +307,21 @@ class SampledItems:
         return (self.item(*self.record(position)) for position in range(len(self)))
 
 
+_real_folder = lru_cache(os.path.realpath)
+
+
 def _image_name(ref: Any, root: str | Path) -> bytes:
-    """What tells an image from others: the path of its file, or its bytes."""
+    """What tells an image from others: the path of its file from here, links followed, or its bytes."""
     if isinstance(ref, dict) and ref.get("bytes") is not None:
-        return bytes(ref["bytes"])
+        return ref["bytes"] if isinstance(ref["bytes"], bytes) else str(ref["bytes"]).encode("utf-8", "surrogatepass")
     ref = ref.get("path") if isinstance(ref, dict) else ref
     if isinstance(ref, tuple):  # (image, box)
         ref = ref[0]
     if isinstance(ref, str):
-        return os.path.normpath(os.path.join(root, split_ref(ref)[0])).encode("utf-8", "surrogatepass")
+        folder, name = os.path.split(os.path.abspath(os.path.join(root, split_ref(ref)[0])))
+        path = os.path.join(_real_folder(folder), name)
+        path = os.path.relpath(os.path.realpath(path) if os.path.islink(path) else path)
+        return unicodedata.normalize("NFC", path).encode("utf-8", "surrogatepass")
     return ref.tobytes() if hasattr(ref, "tobytes") else str(ref).encode()
 
 

@@ -36,9 +36,11 @@ def stored_image(value: Any, where: str) -> Any:
     return value.get("path") if value.get("bytes") is None else _pil(value["bytes"], where)
 
 
-def _pil(data: bytes, where: str) -> Any:
+def _pil(data: Any, where: str) -> Any:
     from PIL import Image
 
+    if not isinstance(data, bytes):
+        raise UserError(f"{where}: 'bytes' of its image is a {type(data).__name__}; expected those of an image file")
     with reading(io.BytesIO(data), f"{where}: its image"):
         return Image.open(io.BytesIO(data))
 
