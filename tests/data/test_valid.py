@@ -7,6 +7,7 @@ out must encode, and must show as many pads as its pictures make.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +137,13 @@ def test_text_that_looks_like_structure_is_taught_as_text(tmp_path, processor, n
     for row in encoded(path, processor):
         assert row["input_ids"].count(pad) == int(row["image_grid_thw"].prod(-1).sum()) // 4
         assert pad not in row["labels"]
+
+
+def test_a_pipe_is_no_image_and_nobody_waits_for_it(tmp_path, processor) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    path = spoiled(tmp_path, shown("pipe.png"))
+    assert [finding.item for finding in check(relative(path), looks=processor.looks).findings] == [3]
+    assert [row.reason for row in encoded(path, processor) if isinstance(row, SkippedSample)] == ["broken"]
 
 
 def test_a_bomb_and_a_broken_image_are_left_out_and_named_through_every_door(tmp_path, processor, monkeypatch) -> None:

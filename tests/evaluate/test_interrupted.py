@@ -81,6 +81,15 @@ def test_a_run_is_not_resumed_with_other_settings(cut):
     assert model.asked == 3
 
 
+@pytest.mark.parametrize("key", ["image", "field"])
+def test_a_run_is_not_resumed_with_other_questions(cut, key):
+    (cut.parent / "b.png").write_bytes((cut.parent / "a.png").read_bytes())
+    rows = [json.loads(line) | {key: "b.png"} for line in cut.read_text().splitlines()]
+    cut.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="was another one when this run was cut"):
+        evaluate(Echo(), [str(cut)], ["none", "oracle"], out=cut.parent / "run", batch=4)
+
+
 def test_a_run_is_not_resumed_with_other_weights(tmp_path):
     from support import tiny_model as tiny
 

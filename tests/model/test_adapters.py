@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.synthetic import TINY
+from transformers import AutoModelForImageTextToText
 
 from relook.model.loading import load_model
 from relook.model.new import build
@@ -58,7 +59,13 @@ def test_a_merged_adapter_says_what_peft_says(base, parts, tmp_path):
         expected = PeftModel.from_pretrained(load_model(base, device="cpu"), place).eval()(input_ids=ids).logits
         plain = load_model(base, device="cpu")(input_ids=ids).logits
         assert (expected - plain).abs().max() > 1e-2
-        found = open_model(place, device="cpu")[0](input_ids=ids).logits
+        opened = open_model(place, device="cpu")[0]
+        opened.tie_weights()  # as transformers' own functions do: the configs say which weights are one
+        opened.save_pretrained(tmp_path / "again")
+        auto = AutoModelForImageTextToText.from_pretrained(tmp_path / "again")
+        auto.tie_weights()
+        torch.testing.assert_close(auto(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
+        found = opened(input_ids=ids).logits
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         saved = load_model(merge(place, tmp_path / "whole"), device="cpu")
         torch.testing.assert_close(saved(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)

@@ -79,6 +79,7 @@ def files() -> dict[str, bytes]:
         (lambda: recipe({}, validation={"items": 2}), r"validation\.items \(0, now 2\)"),
         (lambda: write_items_of(Path("items.json"), ["clip"], 5) and recipe({}), r"data\.digests\.items\.json"),
         (lambda: rewritten(Path("start/model.safetensors")) and recipe({}), r"model\.digests\.start"),
+        (lambda: rewritten(Path("start/processor_config.json"), b" ") and recipe({}), r"model\.digests\.start"),
     ],
 )
 @pytest.mark.parametrize("finished", [False, True], ids=["cut", "finished"])
@@ -93,9 +94,9 @@ def test_another_run_in_the_folder_is_refused_and_nothing_is_lost(place, monkeyp
     assert files() == before
 
 
-def rewritten(path: Path) -> Path:
+def rewritten(path: Path, more: bytes = b"") -> Path:
     data = path.read_bytes()
-    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    path.write_bytes(data + more if more else data[:-1] + bytes([data[-1] ^ 1]))
     return path
 
 
@@ -127,6 +128,9 @@ def test_overwrite_removes_no_model_that_is_needed_and_nothing_but_a_run(place) 
         with pytest.raises(UserError, match=r"this recipe needs .*run"):
             run(recipe({"steps": 2}, **changes), out="run", overwrite=True)
     assert files() == before
+    with pytest.raises(UserError, match=r"validation\.items"):  # refused when its data are opened
+        run(recipe({"steps": 2}, validation={"items": 7}), out="run", overwrite=True)
+    assert files() == before and not Path("run/.overwritten").exists()
     mine = Path("thesis/final/thesis.txt")
     mine.parent.mkdir(parents=True)
     mine.write_text("all of it")

@@ -308,13 +308,27 @@ class _Placer:
                     f"{question.where}: no image at {here} and no width and height; give the images, or state the size"
                 )
             return question
-        if stated is not None and any(abs(r - s) > off for r, s, off in zip(real, stated, question.slack, strict=True)):
-            what = f"{here} is {real[0]} x {real[1]}, but width and height say {stated[0]} x {stated[1]}"
-            if question.slack == (0, 0):
-                raise UserError(f"{question.where}: {what}; boxes of another size would name the wrong cells")
+        if not same_size(question, here, real):
             note("images of another size than their boxes were drawn on, left out", f"{question.where}: {here}")
             return None
         return replace(question, size=real, slack=(0, 0))
+
+
+def same_size(question: Question, here: str, real: tuple[int, int]) -> bool:
+    """Whether the image at `here` has the size that a question states.
+
+    Raises:
+        UserError: it has another one, and the question does not say that it may.
+    """
+    stated = question.size or real
+    if all(abs(r - s) <= off for r, s, off in zip(real, stated, question.slack, strict=True)):
+        return True
+    if question.slack == (0, 0):
+        raise UserError(
+            f"{question.where}: {here} is {real[0]} x {real[1]}, but width and height say {stated[0]} x {stated[1]}; "
+            "boxes of another size would name the wrong cells"
+        )
+    return False
 
 
 # -- evaluation splits

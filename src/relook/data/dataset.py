@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from relook.data.build import build_item
+from relook.data.build import build_item, same_size
 from relook.data.faults import Context, refuse
 from relook.data.forms.table import row_question, stored_image
-from relook.data.images import split_ref
+from relook.data.images import file_size, split_ref
 from relook.data.items import COLUMNS, IMAGE_KEYS, Item, variant
 from relook.data.reader import Record, Unreadable, folder_of, readable
 from relook.data.records import Records, records
@@ -360,6 +360,8 @@ def record_item(record: Record, source: ItemSource, options: BuildOptions) -> It
     question = row_question(record.value, source.columns, record.where).under(
         root, strict=source.image_root is not None
     )
+    if question.size and isinstance(question.image, str) and (real := file_size(question.image, record.where)):
+        same_size(question, question.image, real)
     item = build_item(question, replace(options, look=source.look))
     assert item is not None  # no_box="direct" skips nothing
     return item

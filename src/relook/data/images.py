@@ -115,6 +115,8 @@ def orientation_of(image: Image.Image) -> int:
 def file_size(path: str, where: str = "", *, header_only: bool = False) -> tuple[int, int] | None:
     """The size of an image file once upright, from its header; None where there is no such file."""
     file = io.BytesIO(data_url(path)) if path.startswith("data:") else path
+    if file is path and os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{where}: {path}: not a file; give the path of an image".removeprefix(": "))
     try:
         with reading(file, f"{where}: {path}".removeprefix(": ")) as image:
             return upright_size(image, header_only=header_only)
@@ -157,6 +159,8 @@ class ImageFacts:
 def read_facts(path: str, *, look: bool = False) -> ImageFacts:
     """The facts of one file, decoded to its end; `look` asks for the perceptual hash. Never raises for a bad file."""
     try:
+        if not path.startswith("data:") and os.path.exists(path) and not os.path.isfile(path):
+            return ImageFacts("unreadable", "not a file")  # a pipe would be waited for
         data = data_url(path) if path.startswith("data:") else Path(path).read_bytes()
     except FileNotFoundError:
         return ImageFacts("missing", "no such file")

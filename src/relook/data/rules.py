@@ -196,7 +196,9 @@ class ItemSource(Strict):
 
     path: str
     image_root: str | None = Field(None, description="folder that image paths are relative to and may not leave")
-    weight: float = Field(1.0, gt=0, description="share of the draws, over that of all sources; not with mix: concat")
+    weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="share of the draws, over that of all sources; not with mix: concat"
+    )
     split: str = Field("train", description="of a saved dataset")
     look: str = Field("region", description="of questions: region, clip, detection, seg, none, or shares of them")
     columns: dict[str, str] = Field({}, description="image, question, answer, bboxs -> the columns' own names")

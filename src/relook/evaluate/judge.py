@@ -232,6 +232,11 @@ def judge_folder(
     path = Path(path)
     if not (path / RECORDS).is_file():
         raise UserError(f"{path}: no {RECORDS} in it; give a folder that `relook evaluate --out` wrote")
+    with locked_folder(path):
+        return _judged(path, judge, progress, prices)
+
+
+def _judged(path: Path, judge: Judge, progress: Progress | None, prices: tuple[float, float] | None) -> Evaluation:
     folder = read_folder(path)
     answers = [record for record in folder.records if answered(record)]
     requests = [JudgeRequest(r["question"], tuple(r["accepted"]), r.get("answer") or "") for r in answers]
@@ -249,8 +254,7 @@ def judge_folder(
     run = {**folder.run, SCORE: _account(judge, judgements, prices)}
     evaluation = Evaluation.of(run, folder.records, scores, int(run.get("seed", 0)))
     results = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False)
-    with locked_folder(path):
-        write_files({path / RECORDS: to_lines(folder.records).encode(), path / RESULTS: results.encode()})
+    write_files({path / RECORDS: to_lines(folder.records).encode(), path / RESULTS: results.encode()})
     return evaluation
 
 

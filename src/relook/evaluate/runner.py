@@ -121,8 +121,9 @@ def same_questions(batch: Batch, records: Sequence[Record]) -> None:
         UserError: names the first that differs.
     """
     for record, question in zip(records, batch.questions, strict=True):
-        asked = question.text, list(question.answers), [list(box) for box in question.boxes]
-        if (record["question"], record["accepted"], record["boxes"]) != asked:
+        now = _unanswered(batch.task.name, record["look"], record["index"], question)
+        asked = ("question", "accepted", "boxes", "field", "image", "pixels")
+        if any(record.get(name) != now.get(name) for name in asked):
             raise UserError(
                 f"question {record['index']} of {batch.task.name} was another one when this run was cut; "
                 "give its questions again to go on with it, or choose another folder"

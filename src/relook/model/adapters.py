@@ -107,9 +107,11 @@ def merge_and_unload(adapter: Any, model: Any) -> None:
     head, embedding = model.lm_head, model.get_input_embeddings()
     if isinstance(head, nn.Linear):  # peft rebuilds the tied head with its sides exchanged
         head.out_features, head.in_features = head.weight.shape
-    if model.config.tie_word_embeddings and head.weight is not embedding.weight:
+    configs = [model.config, model.config.get_text_config()]  # peft may have untied the first alone
+    if any(config.tie_word_embeddings for config in configs) and head.weight is not embedding.weight:
         tied = torch.equal(head.weight, embedding.weight)
-        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = tied
+        for config in configs:
+            config.tie_word_embeddings = tied
         model.tie_weights()
     if hasattr(model, "peft_config"):
         del model.peft_config

@@ -80,11 +80,11 @@ class Start(BaseModel):
         return None if self.start is None else {**self.model_dump(include=set(BASE_KEYS)), "seed": seed}
 
     def digests(self) -> dict[str, str | None]:
-        """Digests of the weights that are named, by name; None where they are not at hand."""
+        """Digests of what is named (weights, configs, tokenizers), by name; None where it is not at hand."""
         found: dict[str, str | None] = {}
         for name in filter(None, (self.start, self.visual, self.detection, self.seg)):
             try:
-                found[name] = content_digest(resolve(name), "*.safetensors", "*.bin")
+                found[name] = content_digest(resolve(name), "*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt")
             except UserError:
                 found[name] = None
         return found

@@ -29,8 +29,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _folder_name(name: str) -> str:
-    if not name or name.startswith(".") or set(name) & set("/\\"):
-        raise ValueError("it names a folder: without / and \\, and with no dot in front")
+    if not name or len(name) > 100 or name.startswith(".") or set(name) & set("/\\") or not name.isprintable():
+        raise ValueError("it names a folder: at most 100 characters, without / and \\, and with no dot in front")
     return name
 
 
@@ -71,7 +71,9 @@ class Stage(Strict):
     objective: str
     samples: int = Field(gt=0, le=MOST, description="from 2**23 on, pages are held out for validation")
     steps: int | None = Field(None, gt=0, description="in place of samples: optimizer steps of batch x accumulate")
-    epochs: float | None = Field(None, gt=0, description="of a JSON source: at most so many passes over its items")
+    epochs: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="of a JSON source: at most so many passes over its items"
+    )
     batch: int = Field(16, gt=0)
     accumulate: int = Field(1, gt=0, description="batches per optimizer step")
     average: Literal["tokens", "batches"] = Field(
@@ -155,8 +157,8 @@ class Recipe(Strict):
 
     name: Name
     seed: Seed = 1
-    threads: int = Field(1, gt=0, description="CPU threads for torch")
-    workers: int = Field(0, ge=0, description="processes that draw examples; does not change what is drawn")
+    threads: int = Field(1, gt=0, le=1024, description="CPU threads for torch")
+    workers: int = Field(0, ge=0, le=1024, description="processes that draw examples; does not change what is drawn")
     model: Start
     data: Data
     stages: list[Stage] = Field(min_length=1)

@@ -31,6 +31,7 @@ from relook.train.optim import PARTS, in_part, set_trainable
 from relook.train.recipe import Data, Recipe, Stage, load_recipe, set_forward
 from relook.train.trainer import StageTrainer
 
+OVERWRITTEN = ".overwritten"
 PARTS_OF_A_RUN = ("recipe.yaml", LOG, CURVES, BOARD, "final")  # beside stages/
 
 
@@ -72,6 +73,9 @@ def run(
                 if distributed.main():
                     draw_curves(folder)
                 raise
+            finally:
+                if distributed.main():
+                    _put_back(folder)
     return folder / "final"
 
 
@@ -82,7 +86,7 @@ def _begin_run(recipe: Recipe, folder: Path, places: list[Checkpoints], overwrit
         UserError: the folder holds a run that was begun with something else; names what differs.
     """
     if overwrite:
-        _remove_run(recipe, folder)
+        _set_aside(recipe, folder)
     before = None
     for stage, place in zip(recipe.stages, places, strict=True):
         place.made = made_of(recipe, stage, before)
@@ -92,8 +96,8 @@ def _begin_run(recipe: Recipe, folder: Path, places: list[Checkpoints], overwrit
         _refuse(folder, Checkpoints(path, 1).difference() and f"the stage {path.name}, which the recipe lacks")
 
 
-def _remove_run(recipe: Recipe, folder: Path) -> None:
-    """Remove the run that a folder holds.
+def _set_aside(recipe: Recipe, folder: Path) -> None:
+    """Move the run that a folder holds into `OVERWRITTEN` in it, where it stays until the new one has begun.
 
     Raises:
         UserError: what is there is no run, or the recipe starts or learns from it.
@@ -114,8 +118,20 @@ def _remove_run(recipe: Recipe, folder: Path) -> None:
                 f"{folder} would be overwritten, but this recipe needs {name}; move that elsewhere, or give another "
                 "folder with out="
             )
+    if parts:
+        shutil.rmtree(folder / OVERWRITTEN, ignore_errors=True)
+        (folder / OVERWRITTEN).mkdir()
     for path in parts:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        path.rename(folder / OVERWRITTEN / path.name)
+
+
+def _put_back(folder: Path) -> None:
+    """Undo `_set_aside`, where a run ended before it began."""
+    for path in (folder / OVERWRITTEN).glob("*"):
+        if (folder / path.name).exists():
+            shutil.rmtree(folder / path.name) if path.is_dir() else (folder / path.name).unlink()
+        path.rename(folder / path.name)
+    shutil.rmtree(folder / OVERWRITTEN, ignore_errors=True)
 
 
 def _refuse(folder: Path, differs: str) -> None:
@@ -158,6 +174,7 @@ def train_stage(recipe: Recipe, stage: Stage, start: Start, checkpoints: Checkpo
         steps = steps_of(stage, items)
         if distributed.main():
             checkpoints.begin(recipe)  # not before: a run that is refused leaves no folder
+            shutil.rmtree(checkpoints.place.parents[1] / OVERWRITTEN, ignore_errors=True)
     record = distributed.from_main(checkpoints.last())
     begun = record["step"] if record is not None else 0
     if record is not None:
