@@ -79,6 +79,18 @@ def test_a_step_is_the_same_however_it_is_cut(items, gradients) -> None:
     assert apart(gradients(batch=1, accumulate=4, average="batches"), whole) > 0.05  # as published
 
 
+def test_logged_shares_are_over_all_cases_however_a_step_is_cut(items) -> None:
+    logged = []
+    for batch in (4, 1):
+        stage = {"batch": batch, "accumulate": 4 // batch, "lr": 0.02, "steps": 3}
+        plan = dict(evaluate_every=3, validation={"items": 4, "questions": 0}, log_every=3)
+        run(recipe(items, stage, **plan), out=f"runs/{batch}")
+        lines = {name: value for line in read_lines(f"runs/{batch}/log.jsonl") for name, value in line.items()}
+        logged.append({name: value for name, value in lines.items() if "items" in name or "token_" in name})
+    assert {"items", "items_tokens", "eval_items_tokens", "token_text"} <= logged[0].keys()
+    assert logged[0] == pytest.approx(logged[1], abs=1e-3) and max(logged[0].values()) > 0.1
+
+
 def test_batches_that_are_left_out_count_nothing(items, gradients) -> None:
     found = json.loads(items.read_text())
     for item in found[::2]:

@@ -69,6 +69,22 @@ def remap(
 
 # -- building
 
+Images = Annotated[
+    list[str] | None, Option(metavar="NAME=FOLDER...", help="Your folders of images, to find published paths in.")
+]
+ImageRoot = Annotated[Path | None, Option(metavar="FOLDER", help="Folder of the images; default: that of SOURCE.")]
+Columns = Annotated[
+    list[str] | None, Option(metavar="OURS=THEIRS", help="Columns of a dataset, such as question=prompt.")
+]
+Paper = Annotated[
+    str | None,
+    Option(
+        metavar="LOOK",
+        help="SOURCE and TARGET are folders: build the paper's evaluation splits, with LOOK "
+        "(clip, detection, seg) for those that re-encode.",
+    ),
+]
+
 
 @app.command("build", cls=ListOptions)
 def build(
@@ -102,26 +118,13 @@ def build(
     val: Annotated[
         float, Option(metavar="SHARE", help="Share of the images whose items go to TARGET's .val file.")
     ] = 0.0,
-    images: Annotated[
-        list[str] | None, Option(metavar="NAME=FOLDER...", help="Your folders of images, to find published paths in.")
-    ] = None,
-    image_root: Annotated[
-        Path | None, Option(metavar="FOLDER", help="Folder of the images; default: that of SOURCE.")
-    ] = None,
+    images: Images = None,
+    image_root: ImageRoot = None,
     format: Annotated[str | None, Option(metavar="FORM", help="Format of SOURCE; detected by default.")] = None,
     split: Annotated[str | None, Option(metavar="NAME", help="Split of a hub dataset; default: train.")] = None,
-    columns: Annotated[
-        list[str] | None, Option(metavar="OURS=THEIRS", help="Columns of a dataset, such as question=prompt.")
-    ] = None,
+    columns: Columns = None,
     limit: Annotated[int | None, Option(min=1, metavar="N", help="Stop after this many items.")] = None,
-    paper: Annotated[
-        str | None,
-        Option(
-            metavar="LOOK",
-            help="SOURCE and TARGET are folders: build the paper's evaluation splits, with LOOK "
-            "(clip, detection, seg) for those that re-encode.",
-        ),
-    ] = None,
+    paper: Paper = None,
 ) -> None:
     """Build items in the published format from any source: boxes become region turns, shares or rules other looks."""
     from relook.data import build as build_file

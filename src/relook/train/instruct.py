@@ -18,7 +18,7 @@ from relook.data.dataset import SampledItems
 from relook.data.items import Question
 from relook.errors import UserError
 from relook.looks import LOOKS, x_token, y_token
-from relook.train.objective import Examples, Objective, Setup
+from relook.train.objective import Examples, Objective, Setup, Share
 from relook.train.recipe import Stage
 
 CLASSES = ("x0", "y0", "x1", "y1", "start", "end", "action", "text")
@@ -55,15 +55,15 @@ class Conversations(Objective):
         """
         labels, kind = batch["labels"][:, 1:], info["kind"]
         right = (outputs["logits"][:, :-1].argmax(-1) == labels) | (labels < 0)
-        figures = self.classes.shares(right, labels)
+        figures: dict[str, float] = {**self.classes.shares(right, labels)}
         columns = torch.arange(1, labels.shape[1] + 1, device=labels.device)
         last = columns >= info["answer_from"].to(labels.device)[:, None]
         said = last & (labels >= 0)
         if not self.packed:  # else a row is several conversations
-            figures[kind] = (right | ~last).all(1).float().mean().item()
-        figures[f"{kind}_tokens"] = right[said].float().mean().item()
+            figures[kind] = Share.of((right | ~last).all(1))
+        figures[f"{kind}_tokens"] = Share.of(right[said])
         if kind in ("region", "clip"):
-            figures[f"{kind}_call"] = (right | last).all(1).float().mean().item()
+            figures[f"{kind}_call"] = Share.of((right | last).all(1))
         return {**figures, **super().metrics(outputs, batch, info)}
 
 
@@ -144,7 +144,7 @@ class TokenClasses:
             found[again] = CLASSES.index(second)
         return found
 
-    def shares(self, right: Tensor, labels: Tensor) -> dict[str, float]:
+    def shares(self, right: Tensor, labels: Tensor) -> dict[str, Share]:
         """`token_<class>` -> share of its tokens that are right; nan for a class without tokens. Both (B, L)."""
         found = self.of(labels)
-        return {f"token_{name}": right[found == i].float().mean().item() for i, name in enumerate(CLASSES)}
+        return {f"token_{name}": Share.of(right[found == i]) for i, name in enumerate(CLASSES)}

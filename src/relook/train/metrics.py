@@ -37,12 +37,17 @@ SHOWN = 5  # skipped samples that are named on stderr; the file names all
 
 
 def means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means of the figures of several batches, without entries that are always nan (no example of a kind)."""
-    values: dict[str, list[float]] = {}
+    """Means of the figures of several batches, shares over all their cases; entries that are always nan are left out
+    (no example of a kind)."""
+    values: dict[str, list[tuple[float, int]]] = {}
     for each in figures:
         for name, value in each.items():
-            values.setdefault(name, []).append(float(value))
-    return {name: float(np.nanmean(of)) for name, of in values.items() if not np.all(np.isnan(of))}
+            if not np.isnan(value):
+                values.setdefault(name, []).append((float(value), getattr(value, "count", 1)))
+    return {
+        name: float(np.average([value for value, _ in of], weights=[count for _, count in of]))
+        for name, of in values.items()
+    }
 
 
 class Metrics:

@@ -106,7 +106,7 @@ class Objective(ABC):
         return model
 
     def metrics(self, outputs: Any, batch: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, float]:
-        """Figures of a batch to log; their means are logged, entries that are nan left out."""
+        """Figures of a batch to log (floats, or a `Share`); their means are logged, entries that are nan left out."""
         return outputs.get("metrics", {})
 
     def questions(self) -> Iterator[Question]:
@@ -116,6 +116,22 @@ class Objective(ABC):
     def random(self, index: int) -> np.random.Generator:
         """The generator of example `index`."""
         return rng(self.seed, self.stage.name, index)
+
+
+class Share(float):
+    """A share of `count` cases, by which means over batches weigh it; a plain float weighs 1."""
+
+    count: int
+
+    def __new__(cls, value: float, count: int = 1) -> Share:
+        self = super().__new__(cls, value)
+        self.count = count
+        return self
+
+    @classmethod
+    def of(cls, right: Tensor) -> Share:
+        """The share of a bool tensor that is true; nan where it has no entries."""
+        return cls(right.float().mean().item(), right.numel())
 
 
 class Examples(torch.utils.data.Dataset):
