@@ -124,7 +124,7 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
     ) -> list:
         # transformers' own way asks AutoImageProcessor, which prefers torchvision, and hands every keyword (such as
         # `looks=`) to the tokenizer, which would write it into its config.
-        settings = set(cls.__init__.__code__.co_varnames)
+        settings = {*cls.__init__.__code__.co_varnames, "backend"}  # images are opened by Pillow, whatever is asked for
         kwargs = {key: value for key, value in kwargs.items() if key not in settings}
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         found = [look for look, spec in LOOKS.items() if spec.start in tokenizer.get_added_vocab()]
