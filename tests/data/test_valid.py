@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unicodedata import normalize
 
+import numpy as np
 import pytest
 from PIL import Image
 from support import SHARED
@@ -137,6 +138,35 @@ def test_text_that_looks_like_structure_is_taught_as_text(tmp_path, processor, n
     for row in encoded(path, processor):
         assert row["input_ids"].count(pad) == int(row["image_grid_thw"].prod(-1).sum()) // 4
         assert pad not in row["labels"]
+
+
+def test_questions_are_checked_as_training_takes_them(tmp_path, processor) -> None:
+    spoiled(tmp_path, lambda item: None)
+    lines = [
+        {"image": f"items-{n}.png", "question": "What?", "answer": "x", "bboxs": [[4, 4, 20, 20]]} for n in range(6)
+    ]
+    lines[1] |= {"width": 999, "height": 999}
+    lines[2]["image"] = "gone.png"
+    lines[4]["answer"] = "half \ud83d"
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    report = check(relative(path), looks=processor.looks)
+    assert {finding.item for finding in report.findings} == {2, 3, 5}
+    plan = data(path=relative(path), max_broken=0.9)
+    items = open_items(plan, 1, processor=processor)
+    rows = EncodedDataset(items, processor)
+    left = [row.where for i in range(6) if isinstance(row := rows[i], SkippedSample)]
+    assert sorted(left) == sorted({finding.where for finding in report.findings})
+    with pytest.raises(UserError, match="a question, of which `relook data build` makes an item"):
+        check(path, fix=tmp_path / "mended.jsonl")
+
+
+@pytest.mark.parametrize("value", [1e9, float("nan")])
+def test_floats_that_are_no_pixels_are_no_image(tmp_path, processor, value) -> None:
+    path = spoiled(tmp_path, shown("float.tif"))
+    Image.fromarray(np.full((40, 40), value, np.float32)).save(tmp_path / "float.tif")
+    assert [finding.item for finding in check(relative(path), looks=processor.looks).findings] == [3]
+    assert [row.reason for row in encoded(path, processor) if isinstance(row, SkippedSample)] == ["broken"]
 
 
 def test_a_pipe_is_no_image_and_nobody_waits_for_it(tmp_path, processor) -> None:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from relook.data.build import build_item, same_size
 from relook.data.faults import RULES, Context, found_faults
+from relook.data.forms.table import row_question
 from relook.data.images import FactsBelow, near, split_ref
-from relook.data.items import Item
-from relook.data.reader import folder_of, read_records, readable, scan, write_records
+from relook.data.items import Item, LeftOut, column
+from relook.data.reader import Record, Unreadable, folder_of, read_records, readable, scan, write_records
 from relook.data.remap import mover
+from relook.data.rules import BuildOptions
 from relook.errors import UserError
 from relook.regions import GRID
 
@@ -165,17 +168,41 @@ def _mended(
         context.number = report.items
         if progress is not None and report.items % 1000 == 0:
             progress(report.items)
+        if report.target is not None and _is_question(record):
+            raise UserError(f"{record.where}: a question, of which `relook data build` makes an item; mend items")
         try:
-            item = Item.from_dict(readable(record).value, record.where)
+            item = _item(readable(record), context)
         except UserError as error:
-            report.add("form", record.where, str(error).removeprefix(f"{record.where}: "))
-            report.left_out["form"] += 1
+            rule = error.rule if isinstance(error, LeftOut) else "form"
+            report.add(rule, record.where, str(error).removeprefix(f"{record.where}: "))
+            report.left_out[rule] += 1
             continue
         for name, detail in found_faults(item, context):
             report.add(name, record.where, detail)
         mended = item if report.target is None else _mend(item, report, context)
         if mended is not None:
             yield mended
+
+
+def _is_question(record: Record | Unreadable) -> bool:
+    value = record.value if isinstance(record, Record) else {}
+    return "messages" not in value and column(value, "question", {}) is not None
+
+
+def _item(record: Record, context: Context) -> Item:
+    """The item of a record; of a question, the one that training makes of it."""
+    if not _is_question(record):
+        return Item.from_dict(record.value, record.where)
+    question = row_question(record.value, {}, record.where)
+    known = context.facts(question.image) if isinstance(question.image, str) else None
+    if known is not None and known.problem is None:
+        same_size(question, str(question.image), known.size)
+        question = replace(question, size=known.size, slack=(0, 0))
+    elif question.size is None:
+        question = replace(question, boxes=())  # which name no cells where the image is not there; that is a fault
+    item = build_item(question, BuildOptions(grid=context.grid, no_box="direct"))
+    assert item is not None  # no_box="direct" skips nothing
+    return item
 
 
 def _mend(item: Item, report: CheckReport, context: Context) -> Item | None:

@@ -171,6 +171,8 @@ def read_facts(path: str, *, look: bool = False) -> ImageFacts:
             size, orientation = upright_size(image), orientation_of(image)
             image.draft("L", (2 * _SIDE, 2 * _SIDE))  # JPEGs are read to the end, but not at full size
             image.load()
+            if image.mode == "F":
+                upright(image)  # floats that are no pixels are refused
             found = _look(image) if look else None
     except UserError as error:
         return ImageFacts("unreadable", str(error).removeprefix(": ").rpartition("; ")[0])
