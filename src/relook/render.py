@@ -51,7 +51,8 @@ def render(answer: Answer) -> "Image.Image":
         untaken = 90 * (len(looks) - seen)  # about the text of a look that was not taken
         height = (sum(each.height - AXIS for each in panel) - untaken - GAP * (seen - 1)) // seen
         cards = _cards(answer, image, looks, (width, max(height, 150)))
-        body = _stack([*panel, _stack(cards, down=True)], down=False)
+        column = ImageOps.expand(_stack(cards, down=True), (0, AXIS if panel else 0, 0, 0), PAPER)
+        body = _stack([*panel, column], down=False)
     else:
         across = min(len(looks), 3) or 1
         width = (panel[0].width - GAP * (across - 1)) // across
