@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from relook.cli import app
 from relook.errors import UserError
 from relook.evaluate import evaluate
-from relook.evaluate.judge import Judge, JudgeRequest, parse_score
+from relook.evaluate.judge import Judge, JudgeRequest, judge_folder, parse_score
 from relook.trace import Answer, Usage
 
 
@@ -210,3 +210,8 @@ def test_where_nothing_can_be_judged_the_files_stay(stub_judge, folder, tmp_path
 def test_a_folder_without_records_raises(stub_judge, tmp_path):
     done = command("judge", tmp_path, "-m", "judge", "--url", stub_judge.url, "--cache", tmp_path / "c")
     assert done.exit_code == 2 and "relook evaluate --out" in done.stderr
+
+
+def test_prices_below_nothing_are_refused(stub_judge, tmp_path):
+    with pytest.raises(UserError, match="prices -1 and 2; expected"):
+        judge_folder(tmp_path, Judge("judge", stub_judge.url), prices=(-1.0, 2.0))

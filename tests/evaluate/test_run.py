@@ -227,6 +227,7 @@ def test_own_questions_from_a_file(tmp_path):
     run = evaluate(Parrot({}), [str(path)], ["none", "oracle"])
     none, oracle = run.results
     assert (none.task, none.answered, none.failed, none.skipped) == ("own", 3, 1, 0)
+    assert none.errors[0].count("own.jsonl:") == 1  # the place once
     assert (oracle.answered, oracle.failed, oracle.skipped) == (2, 1, 1)
     assert none.measures["exact"].mean == pytest.approx(2 / 3)
     assert none.fields["f1"]["exact"].mean == 1 and none.fields["f2"]["exact"].mean == 0

@@ -230,6 +230,8 @@ def judge_folder(
         RelookError: not one answer could be judged; the files stay as they were.
     """
     path = Path(path)
+    if prices is not None and min(prices) < 0:
+        raise UserError(f"prices {prices[0]:g} and {prices[1]:g}; expected what a million tokens cost, 0 or more")
     if not (path / RECORDS).is_file():
         raise UserError(f"{path}: no {RECORDS} in it; give a folder that `relook evaluate --out` wrote")
     with locked_folder(path):

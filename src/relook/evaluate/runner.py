@@ -159,7 +159,7 @@ class Runner:
                 refuse(question, Context())
                 size = image_size(question)
             except UserError as error:
-                record["failed"] = str(error)
+                record["failed"] = str(error).removeprefix(f"{question.where}: ")
                 continue
             grid = self.vlm.processor.grid_size
             record["size"], record["grid"] = list(size), grid
