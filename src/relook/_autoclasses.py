@@ -21,11 +21,13 @@ MODEL_TYPE = "qwen2_vl_vpt"
 _AUTO = "transformers.models.auto."
 _ALIAS = f"transformers.models.{MODEL_TYPE}"  # the module transformers derives from the model type
 
-# module of transformers -> (its table of names, our class in it)
+_MODELS = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
+
+# module of transformers -> (our class, its tables of names)
 _TABLES = {
-    _AUTO + "configuration_auto": ("CONFIG_MAPPING_NAMES", "VPTQwen2VLConfig"),
-    _AUTO + "modeling_auto": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "VPTQwen2VLForConditionalGeneration"),
-    _AUTO + "processing_auto": ("PROCESSOR_MAPPING_NAMES", "VPTQwen2VLProcessor"),
+    _AUTO + "configuration_auto": ("VPTQwen2VLConfig", ("CONFIG_MAPPING_NAMES",)),
+    _AUTO + "modeling_auto": ("VPTQwen2VLForConditionalGeneration", _MODELS),
+    _AUTO + "processing_auto": ("VPTQwen2VLProcessor", ("PROCESSOR_MAPPING_NAMES",)),
 }
 
 
@@ -86,8 +88,9 @@ class _Finder(MetaPathFinder):
 
             def run_and_add(module: ModuleType) -> None:
                 run(module)
-                table, name = _TABLES[fullname]
-                getattr(module, table)[MODEL_TYPE] = name
+                name, tables = _TABLES[fullname]
+                for table in tables:
+                    getattr(module, table)[MODEL_TYPE] = name
                 if name == "VPTQwen2VLProcessor":
                     _look_at_the_model(module)
 

@@ -14,6 +14,7 @@ from support.tiny_model import conversation, stack, tiny_model
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     Dinov2Config,
     Dinov2Model,
     Qwen2VLForConditionalGeneration,
@@ -147,7 +148,7 @@ def test_save_and_auto_classes_round_trip(tmp_path):
     batch = stack([conversation(("clip", "seg"), 1), conversation(("detection",), 2)])
     model.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert type(again) is type(model)
+    assert type(again) is type(AutoModelForMultimodalLM.from_pretrained(tmp_path)) is type(model)
     assert type(AutoConfig.from_pretrained(tmp_path)) is VPTQwen2VLConfig
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model(**batch).logits)

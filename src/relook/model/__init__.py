@@ -24,8 +24,8 @@ def __getattr__(name: str) -> Any:
 
 
 def register() -> None:
-    """Register `qwen2_vl_vpt` with AutoConfig, AutoModelForImageTextToText and AutoProcessor (imports torch)."""
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    """Register `qwen2_vl_vpt` with transformers' Auto classes for its kind (imports torch)."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
     from relook.processing import VPTQwen2VLProcessor
 
@@ -33,5 +33,6 @@ def register() -> None:
     from .modeling import VPTQwen2VLForConditionalGeneration
 
     AutoConfig.register(VPTQwen2VLConfig.model_type, VPTQwen2VLConfig, exist_ok=True)
-    AutoModelForImageTextToText.register(VPTQwen2VLConfig, VPTQwen2VLForConditionalGeneration, exist_ok=True)
+    for kind in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        kind.register(VPTQwen2VLConfig, VPTQwen2VLForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(VPTQwen2VLConfig, VPTQwen2VLProcessor, exist_ok=True)
