@@ -331,3 +331,21 @@ def test_ctrl_c_is_exit_code_130(page) -> None:
     _, stderr = running.communicate(timeout=60)
     assert running.returncode == 130
     assert "Traceback" not in stderr
+
+
+def test_text_that_no_encoding_has_is_printed_all_the_same(tmp_path):
+    """Half a character in the path of an image that is not there: the results are printed, exit code 0."""
+    for name in ("a.png", "b\ud83d.png"):
+        question = {"image": name, "question": "What is the code on the red box?", "answer": "1"}
+        with (tmp_path / "q.jsonl").open("a") as file:
+            file.write(json.dumps(question) + "\n")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    run, report = tmp_path / "run", tmp_path / "report"
+    for command in (
+        ["evaluate", "-m", "cards-tiny", "--tasks", tmp_path / "q.jsonl", "--looks", "none", "--out", run],
+        ["report", run, "--out", report, "--keep", tmp_path / "kept"],
+    ):
+        words = [sys.executable, "-m", "relook", *map(str, command)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert "\\ud83d.png" in (report / "table.md").read_text()

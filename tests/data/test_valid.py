@@ -16,7 +16,7 @@ from unicodedata import normalize
 import numpy as np
 import pytest
 from PIL import Image
-from support import SHARED
+from support import ROOT
 from support.item_sets import data, relative
 from support.own_items import picture
 from support.synthetic import SIZE, TINY
@@ -32,7 +32,7 @@ from relook.train.dry_run import read_items as dry_read
 from relook.train.recipe import Recipe
 from relook.train.runner import run
 
-CASES = SHARED / "cases/data"
+CASES, RECEIPT = ROOT / "tests/fixtures/cases", ROOT / "examples/receipt-1.jpg"
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,7 @@ def answer_with_image(item) -> None:
 
 LEFT_OUT = {
     "surrogate": said("<image>\nbad \ud83d", 0),
+    "empty answer": said(" "),
     "user last": lambda item: item["messages"].append({"role": "user", "content": "more?"}),
     "image in an answer": answer_with_image,
     "clip in an answer": lambda item: (said("<clip_image>")(item), item["clip_images"].append("items-2.png")),
@@ -197,9 +198,9 @@ def test_a_bomb_and_a_broken_image_are_left_out_and_named_through_every_door(tmp
 
 
 def case(folder: Path, name: str) -> Path:
-    if not CASES.is_dir():
-        pytest.skip("../shared/cases is not there")
     shutil.copytree(CASES, folder, dirs_exist_ok=True)
+    for image in ("a.jpg", "receipt-1.jpg"):
+        shutil.copy(RECEIPT, folder / image)
     return folder / name
 
 

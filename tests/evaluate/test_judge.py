@@ -215,3 +215,13 @@ def test_a_folder_without_records_raises(stub_judge, tmp_path):
 def test_prices_below_nothing_are_refused(stub_judge, tmp_path):
     with pytest.raises(UserError, match="prices -1 and 2; expected"):
         judge_folder(tmp_path, Judge("judge", stub_judge.url), prices=(-1.0, 2.0))
+
+
+def test_a_folder_is_held_while_it_is_judged(stub_judge, folder):
+    class Slow(Judge):
+        def judge(self, requests, progress=None):
+            with pytest.raises(UserError, match="another run is writing here"):
+                evaluate(Parrot(), [str(folder.parent / "own.jsonl")], ["none"], out=folder, overwrite=True)
+            return super().judge(requests, progress)
+
+    judge_folder(folder, Slow("judge", stub_judge.url))

@@ -83,6 +83,7 @@ def test_overrides_reach_stages_by_name(tmp_path: Path) -> None:
         *("seed=-1", "seed=1.5", "stages.first.seed=-3", "stages.first.warmup=1", "stages.first.mask_ratio=1.5"),
         *("stages.first.epochs=-1", "stages.first.average=mean", "name=../../x", "stages.first.name=a/b"),
         *("stages.first.weight_decay=.inf", "stages.first.batch=0", "threads=0", "workers=-1", "max_grad_norm=0"),
+        *("stages.first.epochs=.inf", "threads=100000", "workers=100000", f"name={'x' * 300}", 'name="x\\ny"'),
     ],
 )
 def test_numbers_out_of_bounds_are_one_sentence(tmp_path: Path, override: str) -> None:

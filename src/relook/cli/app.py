@@ -30,6 +30,8 @@ class _Group(TyperGroup):
         return code
 
     def _run(self, args: Any, prog_name: Any, complete_var: Any, expand: bool, extra: dict[str, Any]) -> int:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # texts from outside may hold what no encoding has
         try:
             # An Exit comes back as its code (130 for Ctrl-C); a command's own return value is None.
             return super().main(args, prog_name, complete_var, False, expand, **extra) or 0

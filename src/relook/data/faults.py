@@ -293,7 +293,7 @@ def found_faults(item: Item, context: Context) -> Iterator[tuple[str, str]]:
 
 # what training stumbles over, apart from what shows when images are opened
 TEXT = ("half-character", "unresolved")
-NEEDED = (*TEXT, "role-order", "off-edge", "malformed-call", "foreign-look", "placeholder-count")
+NEEDED = (*TEXT, "role-order", "empty-answer", "off-edge", "malformed-call", "foreign-look", "placeholder-count")
 
 
 def refuse(thing: Item | Question, context: Context, rows: Sequence[str] = NEEDED) -> None:

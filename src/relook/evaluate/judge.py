@@ -256,7 +256,8 @@ def _judged(path: Path, judge: Judge, progress: Progress | None, prices: tuple[f
     run = {**folder.run, SCORE: _account(judge, judgements, prices)}
     evaluation = Evaluation.of(run, folder.records, scores, int(run.get("seed", 0)))
     results = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False)
-    write_files({path / RECORDS: to_lines(folder.records).encode(), path / RESULTS: results.encode()})
+    texts = {path / RECORDS: to_lines(folder.records), path / RESULTS: results}
+    write_files({file: text.encode("utf-8", "backslashreplace") for file, text in texts.items()})
     return evaluation
 
 

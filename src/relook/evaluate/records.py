@@ -130,7 +130,7 @@ def keep(folder: Folder, target: str | Path) -> Path:
     text = "".join(json.dumps(_slim(each), ensure_ascii=False, separators=(",", ":")) + "\n" for each in ordered)
     packed = io.BytesIO()
     with gzip.GzipFile("", "wb", 9, packed, mtime=0) as file:
-        file.write(text.encode())
+        file.write(text.encode("utf-8", "backslashreplace"))
     with replacing_file(target / PACKED) as aside, replacing(target / RESULTS) as results:
         aside.write_bytes(packed.getvalue())
         results.write(json.dumps({"run": folder.run}, indent=1, ensure_ascii=False) + "\n")

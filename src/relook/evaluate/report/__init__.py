@@ -16,8 +16,8 @@ from relook.evaluate.report.rows import Report, collect
 from relook.evaluate.report.tables import table_csv, table_md
 
 WRITERS: dict[str, Callable[[Report], bytes]] = {
-    "table.md": lambda report: table_md(report).encode(),
-    "table.csv": lambda report: table_csv(report).encode(),
+    "table.md": lambda report: table_md(report).encode("utf-8", "backslashreplace"),
+    "table.csv": lambda report: table_csv(report).encode("utf-8", "backslashreplace"),
     "cost.png": cost_png,
     "fields.png": fields_png,
 }
