@@ -60,6 +60,7 @@ class Usage:
     vision_patches    patches run through vision encoders (each distinct view once)
     generated_tokens  tokens the model chose or was made to write
     seconds           wall time per stage
+    cached_tokens     tokens whose keys and values a server had kept from an earlier request: not in lm_positions
     """
 
     lm_positions: int = 0
@@ -67,6 +68,7 @@ class Usage:
     vision_patches: int = 0
     generated_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    cached_tokens: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
         if not isinstance(other, Usage):
@@ -80,7 +82,19 @@ class Usage:
         return {**{name: int(getattr(self, name)) for name in _COUNTS}, "seconds": seconds}
 
 
-_COUNTS = ("lm_positions", "sequence_length", "vision_patches", "generated_tokens")
+_COUNTS = ("lm_positions", "sequence_length", "vision_patches", "generated_tokens", "cached_tokens")
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that the model chose: its text, and its natural log probability among all tokens (temperature 1).
+
+    top   (text, log probability) of the most probable tokens in its place, the best first
+    """
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass
@@ -105,6 +119,9 @@ class Answer:
     image      the upright original, the frame of every look's `box`; None when the answer had no image
     warnings   plain sentences to read before believing the text, such as what a small model was trained on
     grid       cells a side that the looks' `cells` count in
+    finish     why it ends: "stop" (the model ended it, or a stop text came), "length" (max_new_tokens), "look" (whoever
+               asked takes the regions in `looks` and asks on)
+    tokens     of the text, where their probabilities were asked for
     """
 
     text: str
@@ -116,9 +133,11 @@ class Answer:
     model: str = ""
     warnings: list[str] = field(default_factory=list)
     grid: int = GRID
+    finish: str = "stop"
+    tokens: list[Token] = field(default_factory=list, repr=False, compare=False)
 
     def to_dict(self, images: bool = False) -> dict[str, Any]:
-        """JSON-able, key for key as the fields; images as their sizes, and as base64 PNGs too with `images`."""
+        """JSON-able, key for key as the fields, but `tokens`; images as sizes, and as base64 PNGs too with `images`."""
         return {
             "question": self.question,
             "text": self.text,
@@ -129,6 +148,7 @@ class Answer:
             "usage": self.usage.to_dict(),
             "transcript": [turn.to_dict() for turn in self.transcript],
             "warnings": list(self.warnings),
+            "finish": self.finish,
         }
 
     def picture(self) -> "Image.Image":
@@ -155,9 +175,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """A piece of the answer's text, as it is written."""
+    """A piece of the answer's text, as it is written, with its tokens where their probabilities were asked for."""
 
     text: str
+    tokens: tuple[Token, ...] = ()
 
     def to_dict(self, images: bool = False) -> dict[str, Any]:
         return {"event": "text", "text": self.text}
