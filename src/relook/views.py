@@ -260,15 +260,15 @@ def _decode(data: bytes, name: str) -> Image.Image:
 
 
 @contextmanager
-def reading(file: Any, name: str) -> Iterator[Image.Image]:
+def reading(file: Any, name: str, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
     """An image file as Pillow opens it, not decoded yet. Raises UserError (with `name`) for what Pillow raises inside.
 
-    A missing file is a FileNotFoundError.
+    `formats`: the only ones to try, by Pillow's names. A missing file is a FileNotFoundError.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=formats) as image:
             yield image
     except UserError as error:
         raise UserError(f"{name}: {error}") from None

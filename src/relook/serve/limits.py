@@ -1,0 +1,167 @@
+"""How much a request may ask for, and how its images are opened.
+
+`Limits` are a server's settings. An image is measured before it is decoded: size and format are in the first bytes of
+its file, so that a few kilobytes which unpack to gigabytes are never unpacked. What a request holds in memory is
+counted in `Memory`, over all requests at once.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from relook.errors import UserError
+from relook.perceive.engine import EngineBusy
+from relook.views import open_image, reading
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Raster formats that people send. Pillow opens forty more, some of them by other programs (EPS by Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")
+SNIFFED = 1024  # leading bytes in which browsers and PDF readers look for what a file is
+OTHER_FILES = {b"%pdf-": "a PDF", b"<html": "a web page", b"<script": "a script"}
+
+
+class Limits(BaseModel):
+    """Limits of a request; one over them is refused with a sentence that has both numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    body_bytes: int = Field(32 * 2**20, ge=1024)
+    """Bytes of a request's body, images in base64 included."""
+    body_seconds: float = Field(30, gt=0)
+    """Time in which the body has to arrive."""
+    images: int = Field(16, ge=1)
+    """Images of a request, those of earlier turns included."""
+    pixels: int = Field(64_000_000, ge=1)
+    """Pixels of these images together (a page at 600 dpi has 35 million, a phone's picture 12 to 50)."""
+    turns: int = Field(64, ge=1)
+    """Messages of a conversation."""
+    question_characters: int = Field(16_000, ge=1)
+    """Characters of one message, of whichever role."""
+    context_tokens: int | None = Field(None, ge=1)
+    """Tokens of a conversation with its images and answer; None: as many as the model's window has."""
+    seconds: float = Field(120, gt=0)
+    """Time for a request from its admission to the end of its answer."""
+    memory_bytes: int = Field(4 * 2**30, ge=2**20)
+    """Bodies and decoded images of all requests in work together; what goes over it is answered with 429."""
+
+    def check(self, turns: Iterable[str], images: int) -> None:
+        """Refuse a conversation of too many turns or images, or with a turn that is too long.
+
+        Args:
+            turns: the text of each message.
+            images: number of images in all of them.
+        """
+        texts = list(turns)
+        longest = max(map(len, texts), default=0)
+        for seen, limit, what, cure in (
+            (len(texts), self.turns, "messages", "leave out the oldest"),
+            (images, self.images, "images", "send fewer"),
+            (longest, self.question_characters, "characters in one message", "shorten it"),
+        ):
+            if seen > limit:
+                raise UserError(f"the request has {seen:,} {what}, this server takes at most {limit:,}; {cure}")
+
+    def open_images(self, files: Iterable[bytes]) -> list[Image.Image]:
+        """The images of a request, upright RGB.
+
+        Raises:
+            UserError: a file that is no image or also something else, is cut short, or has too many pixels.
+            EngineBusy: the memory for requests is used up.
+        """
+        from PIL import features
+
+        formats = tuple(name for name in FORMATS if name != "AVIF" or features.check("avif"))
+        opened: list[Image.Image] = []
+        seen = 0
+        for number, data in enumerate(files, 1):
+            name = f"image {number}"
+            if other := _other_file(data):
+                raise UserError(f"{name} {other}, which is not taken; send a JPEG, PNG or WebP file of its own")
+            with reading(io.BytesIO(data), name, formats) as image:
+                seen += image.width * image.height
+                if seen > self.pixels:
+                    size = f"{image.width:,} x {image.height:,} pixels"
+                    total = f", {seen:,} with the images before it" if opened else f", {seen:,}"
+                    raise UserError(f"{size}{total}; this server takes at most {self.pixels:,}; send a smaller one")
+                hold(3 * image.width * image.height)
+                opened.append(open_image(image))
+        return opened
+
+
+def _other_file(data: bytes) -> str | None:
+    """What else a file passes for, in programs that are handed it as an image; None: nothing.
+
+    Bytes after the image are common (phones append a film to a photo) and are not looked at, but archives are read from
+    their end.
+    """
+    head = data[:SNIFFED].lower()
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        return "is an SVG drawing, a web page or other text"
+    for mark, what in OTHER_FILES.items():
+        if mark in head:
+            return f"is (also) {what}"
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)):
+            return "is (also) a ZIP archive"
+    except (zipfile.BadZipFile, ValueError, OSError, OverflowError, NotImplementedError, struct.error):
+        return None
+
+
+class Memory:
+    """Bytes held by the requests in work, all together at most `limit`."""
+
+    def __init__(self, limit: int):
+        self.limit, self.held, self._lock = limit, 0, Lock()
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """A request: what is held (`hold`) inside the block is given back at its end."""
+        request = _Request(self)
+        token = _current.set(request)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+            self.take(-request.held)
+
+    def take(self, count: int) -> None:
+        with self._lock:
+            if count > 0 and self.held + count > self.limit:
+                raise EngineBusy(
+                    f"the requests in work hold {self.held:,} bytes, and with this one more than {self.limit:,}; "
+                    "try again in a moment",
+                    retry_after=1,
+                )
+            self.held += count
+
+
+@dataclass
+class _Request:
+    memory: Memory
+    held: int = 0
+
+
+_current: ContextVar[_Request | None] = ContextVar("_current", default=None)
+
+
+def hold(count: int) -> None:
+    """Count `count` bytes to the request that is being worked on (to none outside of a server).
+
+    Raises:
+        EngineBusy: the memory for requests is used up.
+    """
+    if (request := _current.get()) is not None:
+        request.memory.take(count)
+        request.held += count
