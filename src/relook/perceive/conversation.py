@@ -1,4 +1,4 @@
-"""One conversation: its tokens with their keys and values, its images, its turns.
+"""One conversation: its tokens with their keys and values, its images, its turns; and forwards over its tokens.
 
 A `Conversation` only grows. A question works on a copy (which shares all tensors), so a question that is abandoned
 leaves the conversation as it was. `PendingTokens` are its last tokens: part of the text, not yet run through the
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -33,6 +34,11 @@ class ShownImage:
     look: Look | None = None
     condition: Tensor | None = None
 
+    @property
+    def identity(self) -> tuple:
+        """What is seen, and how: tokens before it being equal, the same identity gives the same embeddings."""
+        return self.kind, self.view.key, self.condition is None
+
 
 @dataclass(eq=False)
 class PendingTokens:
@@ -42,11 +48,18 @@ class PendingTokens:
         ids: token ids, in order.
         shown: (offset of the first pad in `ids`, image) of every image among them.
         states: (offset, (d,)) input embeddings in place of the token's own: control tokens' hidden states.
+        cached: how many of `ids` need not run, their keys and values being known.
     """
 
     ids: list[int] = field(default_factory=list)
     shown: list[tuple[int, ShownImage]] = field(default_factory=list)
     states: list[tuple[int, Tensor]] = field(default_factory=list)
+    cached: int = 0
+
+    @property
+    def to_see(self) -> list[ShownImage]:
+        """The images among the tokens that will run."""
+        return [shown for offset, shown in self.shown if offset >= self.cached]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -64,6 +77,7 @@ class Conversation:
         images: the user's images, upright, original pixels.
         turns: the transcript.
         target: number of the image that looks go to.
+        views: (index in `ids` of the first pad, what is seen there) of every image.
     """
 
     features: FeatureCache
@@ -75,26 +89,37 @@ class Conversation:
     images: list[Image.Image] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     target: int = 0
+    views: list[tuple[int, int]] = field(default_factory=list)
 
     @classmethod
-    def begin(cls, processor: Any, device: torch.device | str) -> Conversation:
-        """An empty conversation."""
-        return cls(FeatureCache(processor), KVRows.empty(device=device))
+    def begin(cls, processor: Any, device: torch.device | str, shared: Any = None) -> Conversation:
+        """An empty conversation; `shared` holds features of other conversations."""
+        return cls(FeatureCache(processor, shared), KVRows.empty(device=device))
 
     def copy(self) -> Conversation:
         """The same conversation, all of it run, to continue independently."""
-        lists: dict[str, Any] = {n: list(getattr(self, n)) for n in ("ids", "sampled", "images", "turns")}
+        lists: dict[str, Any] = {n: list(getattr(self, n)) for n in ("ids", "sampled", "images", "turns", "views")}
         features, kv = self.features.copy(), self.kv.copy()
         return replace(self, features=features, kv=kv, pending=PendingTokens(), **lists)
 
-    def add(self, ids: Sequence[int], sampled: bool = False) -> None:
-        """Append tokens."""
+    def add(self, ids: Sequence[int], sampled: bool = False, shown: Sequence[tuple[int, ShownImage]] = ()) -> None:
+        """Append tokens, among them images: (offset in `ids` of the first pad, image)."""
+        self.views += [(len(self.ids) + offset, hash(image.identity)) for offset, image in shown]
+        self.pending.shown += [(len(self.pending) + offset, image) for offset, image in shown]
         self.ids += ids
         self.sampled += [sampled] * len(ids)
         self.pending.ids += ids
 
+    @property
+    def signature(self) -> np.ndarray:
+        """(L,) int64: the ids, with what is seen in place of every first pad. Equal up to a place: so are its keys."""
+        signature = np.array(self.ids, dtype=np.int64)
+        for index, seen in self.views:
+            signature[index] = seen
+        return signature
+
     def take_pending(self, model: Any) -> tuple[PendingTokens, Tensor]:
-        """Take out the pending tokens; returns them and their positions (3, L)."""
+        """Take out the pending tokens; returns those that will run, and their positions (3, L)."""
         pending, self.pending = self.pending, PendingTokens()
         ids = torch.tensor(pending.ids, device=model.device)
         if len(pending) == 1 and not pending.shown:  # one text token
@@ -103,34 +128,49 @@ class Conversation:
         grids = [shown.view.grid for _, shown in pending.shown if shown.kind == "image"]  # first looks and crops
         patches = torch.tensor(grids, device=model.device) if grids else None
         positions, self.position = model.rope_positions(ids, patches, start=self.position)
-        return pending, positions
+        at = pending.cached
+        rest = PendingTokens(
+            pending.ids[at:],
+            [(offset - at, shown) for offset, shown in pending.shown if offset >= at],
+            [(offset - at, state) for offset, state in pending.states if offset >= at],
+        )
+        return rest, positions[:, at:]
 
 
-def forward_pending(model: Any, kv: KVRows, conversations: Sequence[Conversation]) -> Tensor:
-    """One forward over the pending tokens of several conversations, whose caches are the rows of `kv`.
+Inputs = tuple[Tensor, Tensor]  # (L, d) input embeddings and (3, L) positions of tokens that one row runs next
+
+
+def embed_pending(model: Any, conversations: Sequence[Conversation]) -> list[Inputs]:
+    """The pending tokens of several conversations as inputs of a forward.
 
     Image features must have been encoded. Attention maps are written to the looks that asked for the images.
-
-    Returns:
-        (B, d): the final hidden state of each conversation's last token.
     """
     taken = [conversation.take_pending(model) for conversation in conversations]
-    width = max(len(pending) for pending, _ in taken)
-    ids = torch.tensor([pending.ids + [0] * (width - len(pending)) for pending, _ in taken], device=model.device)
-    lengths = torch.tensor([len(pending) for pending, _ in taken], device=model.device)
-    embeds = model.get_input_embeddings()(ids)  # (B, L, d), a fresh tensor
-    positions = embeds.new_zeros(3, *ids.shape, dtype=torch.long)
-    for row, (pending, places) in enumerate(taken):
-        positions[:, row, : len(pending)] = places
+    ids = torch.tensor([[token for pending, _ in taken for token in pending.ids]], device=model.device)
+    parts = model.get_input_embeddings()(ids)[0].split([len(pending) for pending, _ in taken])  # of a fresh tensor
+    for embeds, (pending, _), conversation in zip(parts, taken, conversations, strict=True):
         for offset, state in pending.states:
-            embeds[row, offset] = state.to(embeds.dtype)
+            embeds[offset] = state.to(embeds.dtype)
         for offset, shown in pending.shown:
             tokens, attention = model.project(shown.kind, shown.view.features, shown.condition)
-            embeds[row, offset : offset + len(tokens)] = tokens.to(embeds.dtype)
+            embeds[offset : offset + len(tokens)] = tokens.to(embeds.dtype)
             if shown.look is not None and attention is not None:
-                merge = conversations[row].features.processor.image_processor.merge_size
+                merge = conversation.features.processor.image_processor.merge_size
                 grid = shown.view.token_grid(len(attention), merge)
                 shown.look.attention = attention.float().reshape(grid).cpu().numpy()
+    return [(embeds, positions) for embeds, (_, positions) in zip(parts, taken, strict=True)]
+
+
+def forward_inputs(model: Any, kv: KVRows, inputs: Sequence[Inputs]) -> Tensor:
+    """One forward over tokens of several conversations, whose caches are the rows of `kv`.
+
+    Returns:
+        (B, d): the final hidden state of each row's last token.
+    """
+    lengths = torch.tensor([len(embeds) for embeds, _ in inputs], device=model.device)
+    width = int(lengths.max())
+    embeds = torch.nn.utils.rnn.pad_sequence([embeds for embeds, _ in inputs], batch_first=True)
+    positions = torch.stack([torch.nn.functional.pad(p, (0, width - p.shape[1])) for _, p in inputs], dim=1)
     real = torch.arange(width, device=model.device) < lengths[:, None]
     hidden = kv.forward(model, embeds, positions, real)
-    return hidden[torch.arange(len(taken), device=model.device), lengths - 1]
+    return hidden[torch.arange(len(inputs), device=model.device), lengths - 1]

@@ -110,7 +110,7 @@ class Running:
     """
 
     def __init__(self, on_cancel: Callable[[], None] = lambda: None):
-        self._on_cancel = on_cancel
+        self.on_cancel = on_cancel
         self._items: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         self._wake: Callable[[], None] = lambda: None
         self._lock = Lock()
@@ -129,7 +129,7 @@ class Running:
         """Stop the work; who still reads gets `Cancelled`. Without effect after the end."""
         if not self.ended:
             self.put(Cancelled("the request was cancelled"))
-            self._on_cancel()
+            self.on_cancel()
 
     def __iter__(self) -> Iterator[Event]:
         try:

@@ -3,14 +3,15 @@
 A view is an image, or a box of it, under the settings of a stage. `ENCODER_OF` says which looks share an encoder: first
 looks, region crops and `clip` looks all use the model's own ViT, so a `clip` look at the view of the first look needs
 no further encoder run. Encoding is deferred until the loop has collected the views of all its rows: one call serves
-them.
+them. An image is known by a digest of its pixels, so several conversations can share features (`SharedFeatures`).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -28,12 +29,14 @@ class ViewFeatures:
     """One view through one encoder.
 
     Attributes:
+        key: which view it is; equal for equal pixels under equal settings.
         encoder: "image" (the model's own ViT), "detection" or "seg".
-        tensors: what `model.encode` takes, for this one image.
+        tensors: what `model.encode` takes, for this one image; empty where it is kept for later.
         grid: (t, h, w) patches of the ViT, None for the other encoders.
         features: raw features, None until encoded: (n, d) merged tokens of the ViT, (256, c) DINOv2, (c, 64, 64) SAM.
     """
 
+    key: Hashable
     encoder: str
     tensors: dict[str, Tensor]
     grid: tuple[int, int, int] | None
@@ -60,25 +63,31 @@ class ViewFeatures:
         return (side, side) if side * side == tokens else (1, tokens)
 
 
+class SharedFeatures(Protocol):
+    """Encoded views that outlive a conversation (`prefix.Memory`)."""
+
+    def view(self, key: Hashable) -> ViewFeatures | None: ...
+
+
 @dataclass
 class FeatureCache:
-    """The view features of one conversation, by view."""
+    """The view features of one conversation, by view, on top of those that it shares with others."""
 
     processor: Any
+    shared: SharedFeatures | None = None
     entries: dict[Hashable, ViewFeatures] = field(default_factory=dict)
 
     def copy(self) -> FeatureCache:
         """The same entries, to grow independently."""
-        return FeatureCache(self.processor, dict(self.entries))
+        return FeatureCache(self.processor, self.shared, dict(self.entries))
 
     def lookup(
-        self, look: str, number: int, whole: Image.Image, stage: str, box: Box | None = None, blank: bool = False
+        self, look: str, whole: Image.Image, stage: str, box: Box | None = None, blank: bool = False
     ) -> tuple[ViewFeatures, Image.Image]:
         """The features of a view (encoded later, or already), and the view itself as an image.
 
         Args:
             look: "image" for a first look or a look of the table.
-            number: which image of the conversation `whole` is.
             whole: the image, upright, original pixels.
             stage: "first", "crop" or "reencode": which of the processor's views to use.
             box: (x1, y1, x2, y2) pixels of `whole`, exclusive; None, or a box of all of it: the whole image.
@@ -91,17 +100,28 @@ class FeatureCache:
             part = Image.new("RGB", part.size, self._mean())
         encoder = ENCODER_OF[look]
         seen_as = self.processor.view(part, stage, encoder)
-        key = (encoder, number, box, blank, self.processor.view_of(stage))
+        key = (encoder, digest(whole), box, blank, self.processor.view_of(stage))
         if key not in self.entries:
-            tensors = self.processor.encode_images([seen_as], encoder)
-            grids = tensors.get("image_grid_thw")
-            self.entries[key] = ViewFeatures(encoder, tensors, None if grids is None else tuple(grids[0].tolist()))
+            self.entries[key] = (self.shared and self.shared.view(key)) or self._view(key, seen_as)
         return self.entries[key], seen_as.copy() if seen_as is whole else seen_as
+
+    def _view(self, key: Hashable, image: Image.Image) -> ViewFeatures:
+        """A view that is not encoded yet; its key begins with the encoder."""
+        encoder = key[0]  # type: ignore[index]
+        tensors = self.processor.encode_images([image], encoder)
+        grids = tensors.get("image_grid_thw")
+        return ViewFeatures(key, encoder, tensors, None if grids is None else tuple(grids[0].tolist()))
 
     def _mean(self) -> tuple[int, int, int]:
         """The color that is nearest to zero once normalized."""
         red, green, blue = (round(255 * value) for value in self.processor.image_processor.image_mean)
         return red, green, blue
+
+
+def digest(image: Image.Image) -> bytes:
+    """16 bytes that tell an image's size and pixels from any other's."""
+    data = f"{image.mode} {image.size} ".encode() + image.tobytes()
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def encode(model: Any, views: Sequence[ViewFeatures]) -> None:

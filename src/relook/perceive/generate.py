@@ -8,23 +8,27 @@ pipe = pipeline("image-text-to-text", model=..., pipeline_class=LookPipeline)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from itertools import groupby, islice
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import ImageTextToTextPipeline
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 from transformers.utils.chat_template_utils import Chat
 
 from relook.errors import UserError
+from relook.looks import ANSWER_PREFIX, IM_START, IMAGE_PAD, LOOKS, VISION_START
 from relook.options import AskOptions
 from relook.processing.processor import opened
-from relook.trace import Answer, Finished
+from relook.processing.turns import pad_stages
+from relook.trace import Answer, Finished, Turn
 
+from .engine import Request
 from .loop import run
-from .row import Row, image_runs
+from .row import Row
 from .vlm import VLM
 
 NOT_FOLLOWED = (
@@ -72,14 +76,16 @@ class LookAgain:
         room, drawn = generation_config.max_length - input_ids.shape[1], generation_config.do_sample
         real = prepared.get("attention_mask")
         real = torch.ones_like(input_ids) if real is None else real
-        rows, images, copies = list[Row](), iter(self.images), generation_config.num_return_sequences or 1
+        rows, images, copies = list[PromptRow](), iter(self.images), generation_config.num_return_sequences or 1
         for ids, mask in zip(input_ids[::copies], real[::copies], strict=True):
             prompt = ids[mask.bool()].tolist()
             shown = list(islice(images, len(image_runs(vlm, prompt))))
             for _ in range(copies):
                 seed = {"seed": int(torch.randint(2**62, ()))} if drawn else {}
                 options = AskOptions.of({"max_new_tokens": room, "do_sample": drawn, **seed, **self.options})
-                rows.append(Row(vlm, vlm._begin(), vlm._fitted(options)).go_on(prompt, shown))
+                rows.append(
+                    PromptRow(vlm, vlm._begin(), Request("", options=vlm._fitted(options))).go_on(prompt, shown)
+                )
         if any(True for _ in images):
             raise UserError(
                 f"LookAgain has {len(self.images)} images, more than the prompts; give those of the prompts"
@@ -128,3 +134,62 @@ class LookPipeline(ImageTextToTextPipeline):
     def _forward(self, model_inputs, generate_kwargs=None):  # type: ignore[override]
         looking = LookAgain(self.processor, model_inputs.pop("shown"))
         return super()._forward(model_inputs, {**(generate_kwargs or {}), "custom_generate": looking})
+
+
+class PromptRow(Row):
+    """A row that begins with a prompt in token ids."""
+
+    def go_on(self, prompt: list[int], images: Sequence[Image.Image]) -> PromptRow:
+        """Begin with a prompt in token ids, as `generate` takes it, and its images in the order of their pads.
+
+        What follows the last header of the assistant is the beginning of its turn.
+        """
+        vocabulary, processor, conversation = self.vlm.vocabulary, self.vlm.processor, self.conversation
+        runs, header = image_runs(self.vlm, prompt), processor.tokenizer.encode(f"{IM_START}assistant\n")
+        last = len(prompt) - 1 - prompt[::-1].index(header[0]) if header[0] in prompt else 0
+        cut = last + len(header) if prompt[last : last + len(header)] == header else len(prompt)
+        texts = [(token, vocabulary.text_of(token)) for token, _ in groupby(prompt)]
+        # plain text may spell a control token, which it is not
+        plain = [text if token in vocabulary.hidden_ids else text.replace("<", "") for token, text in texts]
+        stages = pad_stages(["".join(plain)])
+        shown = self._first_views(images, stages)
+        counts = [processor.pad_count("image", image.view.grid) for image in shown]
+        if counts != [length for _, length in runs]:
+            found = ", ".join(str(length) for _, length in runs) or "no"
+            raise UserError(
+                f"the prompt has {found} pads for its images, which make {', '.join(map(str, counts)) or 'none'}; "
+                "give the images that the processor was given, in that order"
+            )
+        turn_of = [prompt[:at].count(vocabulary[IM_START]) for at, _ in runs]
+        latest = max((turn for turn, stage in zip(turn_of, stages, strict=True) if stage == "first"), default=None)
+        if latest is None:
+            self._looks_left = 0
+        else:
+            self._aim(turn_of.index(latest), self.options.look_at)
+        conversation.add(prompt[:cut], shown=[(at, image) for (at, _), image in zip(runs, shown, strict=True)])
+        conversation.turns.append(Turn("user", processor.decode(prompt[:cut])))
+        after_start = {token for spec in LOOKS.values() if spec.action for token in (spec.action, spec.end)}
+        self._forced.extend(token for token in prompt[cut:] if vocabulary.text_of(token) not in after_start)
+        self._prompted = len(prompt) - cut
+        if not self._prompted and self._looks_left:
+            self._force_look()
+        self._write_forced()
+        return self
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """The ids of the last turn, with its end; without a prompt's part of it and the prefix of published answers."""
+        ids, decode = self._turn_ids[self._prompted :], self.vlm.processor.decode
+        if not decode(ids).startswith(ANSWER_PREFIX):
+            return ids
+        return ids[next(n for n in range(len(ids)) if len(decode(ids[:n])) >= len(ANSWER_PREFIX)) :]
+
+
+def image_runs(vlm: Any, ids: Sequence[int]) -> list[tuple[int, int]]:
+    """(first pad, number of pads) of every image in a prompt. Raises UserError for re-encoded ones."""
+    pads = {vlm.vocabulary.get(spec.pad): spec.pad for spec in LOOKS.values() if spec.reencodes}
+    if other := next((pads[token] for token in ids if token in pads), None):
+        raise UserError(f"the prompt holds {other}, a look taken before; go on with it by `VLM.chat`")
+    starts = [i + 1 for i, token in enumerate(ids) if token == vlm.vocabulary[VISION_START]]
+    image = vlm.vocabulary[IMAGE_PAD]
+    return [(at, next((n for n, t in enumerate(ids[at:]) if t != image), len(ids) - at)) for at in starts]

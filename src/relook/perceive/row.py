@@ -1,12 +1,13 @@
-"""The state machine of one question; `loop` runs a group of them. A `Row` is always in one of four states:
+"""The state machine of one request; `loop` runs many of them. A `Row` is always in one of four states:
 
     needs a token     everything written so far went through the language model; its logits decide the next token
     has one token     sampled or forced: it runs together with the other rows' tokens in the next step
-    waiting           has more than one pending token (an opening, an injected turn): leaves the group until no row is
-                      decoding, then runs with the other waiting rows in one forward
+    waiting           has more than one pending token (an opening, an injected turn): leaves the decoding rows and comes
+                      back once they have run
     finished          its closing token went through the language model
 
-Forced tokens are not decoded one by one but appended, so a call whose tokens are all known costs no step.
+Forced tokens are not decoded one by one but appended, so a call whose tokens are all known costs no step. Earlier turns
+of a request are forced turns, too: they go through the same code as when they were written.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any
 
 from PIL import Image
@@ -23,10 +23,7 @@ from torch import Tensor
 
 from relook.errors import UserError
 from relook.looks import (
-    ANSWER_PREFIX,
     IM_END,
-    IM_START,
-    IMAGE_PAD,
     LOOKS,
     VISION_START,
     Call,
@@ -35,43 +32,51 @@ from relook.looks import (
     without_triggers,
     write_call,
 )
-from relook.options import AskOptions
-from relook.processing.turns import pad_stages
-from relook.processing.vocabulary import BREAK, expand
-from relook.regions import cells_to_box, widen
-from relook.trace import Answer, Event, Finished, Look, LookTaken, TextDelta, Turn, Usage
+from relook.processing.vocabulary import BREAK, encode, expand
+from relook.regions import Box, cells_to_box, widen
+from relook.trace import Answer, Event, Finished, Look, LookTaken, TextDelta, Token, Turn, Usage
 
 from .conversation import Conversation, ShownImage
+from .engine import GivenLook, Past, Request
 from .sampling import generator
 from .text import TextStreamer
 
+TURN = 16  # tokens that a look's turn needs besides its pads, about
+
 
 class Row:
-    """One question: its conversation, looks, events and timing.
+    """One request: its conversation, looks, events and timing.
 
     Args:
         vlm: the `VLM` that is asked; read only.
         conversation: what it goes on from; left as it is.
-        options: checked.
+        request: checked.
 
     Attributes:
         target: number of the image that looks go to.
+        patches: encoded for this row.
+        cached: tokens that needed not run.
     """
 
-    def __init__(self, vlm: Any, conversation: Conversation, options: AskOptions):
-        self.vlm, self.options = vlm, options
-        self.question = ""
+    def __init__(self, vlm: Any, conversation: Conversation, request: Request):
+        self.vlm, self.request, self.options = vlm, request, request.options
+        self.question = request.question
         self.conversation = conversation.copy()
-        self.generator = generator(options)
-        self.target = 0
+        self.generator = generator(self.options)
+        self.target = conversation.target
         self.looks: list[Look] = []
         self.events: deque[Event] = deque()  # not yet yielded by the loop
-        self.finished = False
-        self.started = False
+        self.finished = self.failed = False
+        self.started = self.admitted = False  # by the scheduler
+        self.decoded = 0  # tokens since it was admitted
+        self.patches = self.cached = 0
+        self.finish = "stop"
         self.seconds = dict.fromkeys(("vision", "prefill", "decode", "look"), 0.0)
         self._tokens_before = len(conversation.ids)
-        self._patches_before = sum(s.patches for s in conversation.features.entries.values())
-        self._looks_left = 0 if options.look == "none" else options.max_looks
+        self._looks_left = 0 if self.options.look == "none" else self.options.max_looks
+        self._questions: deque[Past] = deque()  # to come, the request's own at last
+        self._given_turns: deque[tuple[GivenLook, ...] | str] = deque()  # the question's, known already
+        self._given: tuple[GivenLook, ...] | str | None = None  # of them, the one that is being written
         self._forced: deque[int] = deque()
         self._open: str | None = None  # re-encoding look whose start was written and whose condition is awaited
         self._written = 0
@@ -110,11 +115,19 @@ class Row:
             self._condition_look(state)
         self._write_forced()
 
-    def accept(self, token: int) -> None:
-        """Append the sampled token."""
+    def accept(self, token: int, logits: Tensor) -> None:
+        """Append the sampled token; `logits` (V,) are the model's own in its place."""
         vocabulary = self.vlm.vocabulary
+        if self.request.logprobs is not None and token not in vocabulary.hidden_ids:
+            self.tokens.append(self._token(token, logits))
         self._write(vocabulary.im_end if token in vocabulary.ends else token, sampled=True)
         self._write_forced()
+
+    def _token(self, token: int, logits: Tensor) -> Token:
+        logprobs, text = logits.log_softmax(-1), self.vlm.processor.decode
+        best = logprobs.topk(self.request.logprobs or 0)
+        top = tuple((text([i]), value) for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return Token(text([token]), float(logprobs[token]), top)
 
     # -- writing assistant turns -------------------------------------------------------------------------------------
 
@@ -122,10 +135,14 @@ class Row:
         self._turn: list[str] = []
         self._turn_ids: list[int] = []
         self._turn_sampled = False
-        self._chosen = self._given = 0
+        self._chosen = self._prompted = 0
         self._closing = False
+        self._given = None
         self._conditions: dict[str, Tensor | None] = {}
-        self._streamer = TextStreamer(self.vlm.processor.tokenizer, self.vlm.vocabulary.hidden_ids)
+        self.tokens: list[Token] = []
+        self._told = 0  # of them, in events
+        hidden, stop = self.vlm.vocabulary.hidden_ids, () if self._questions else self.request.stop
+        self._streamer = TextStreamer(self.vlm.processor.tokenizer, hidden, stop)
 
     def _write_forced(self) -> None:
         while self._forced and self._open is None and not self._closing:
@@ -141,17 +158,34 @@ class Row:
         self._turn_ids.append(token)
         self._turn_sampled |= sampled
         self._chosen += sampled
-        self._written += 1
+        self._written += self._given is None
         if text == IM_END:
             self._end_turn()
             return
-        if piece := self._streamer.add(token):
-            self.events.append(TextDelta(piece))
+        self._say(self._streamer.add(token))
+        if self._streamer.stopped and not self._forced:
+            self._looks_left = 0
+            self._forced.append(self.vlm.vocabulary.im_end)
+            return
         starts = [n for n in self.vlm.model.config.reencodings if LOOKS[n].start == text]
         if starts and self._looks_left > 0:
             self._open = starts[0]
-        elif self._chosen >= self.options.max_new_tokens and not self._forced and self._may_end():
+        elif self._chosen >= self._room and self._given is None and not self._forced and self._may_end():
+            self.finish = "length"
             self._forced.append(self.vlm.vocabulary.im_end)
+
+    @property
+    def _room(self) -> int:
+        """How many tokens the model may choose in this turn."""
+        context = self.vlm.context - len(self.conversation.ids) + self._chosen - 1  # <|im_end|>
+        return min(self.options.max_new_tokens, context)
+
+    def _say(self, piece: str) -> None:
+        if self._streamer.before_answer:
+            self.tokens.clear()
+        if piece and self._given is None:
+            self.events.append(TextDelta(piece, tuple(self.tokens[self._told :])))
+            self._told = len(self.tokens)
 
     def _may_end(self) -> bool:
         """Whether the turn may be cut here: not inside a call, unless calls may be malformed."""
@@ -171,62 +205,64 @@ class Row:
         self._open = None
         self._conditions[spec.name] = state if conditioned and self.options.condition else None
         self._write(vocabulary[spec.action or ""], sampled=False, state=state if conditioned else None)
-        if self.options.constrain:  # nothing else can follow; written here, the rest of the call costs no step
+        if self.options.constrain and not self._forced:  # nothing else can follow, and written here it costs no step
             self._forced.extend([vocabulary[spec.end], vocabulary.im_end])
 
     # -- turns -------------------------------------------------------------------------------------------------------
 
-    def ask(self, question: str, images: Sequence[Image.Image]) -> Row:
-        """Begin with the user's turn: images and question, and the forced tokens of a requested look."""
-        self.question, processor, before = question, self.vlm.processor, len(self.conversation.images)
-        shown = self._first_views(images)
-        self._aim(before if images else self.conversation.target)
-        self._user_turn(processor.first_turn(processor.as_text(self._sentence()), len(shown)), shown)
-        self._force_look()
-        return self
-
-    def go_on(self, prompt: list[int], images: Sequence[Image.Image]) -> Row:
-        """Begin with a prompt in token ids, as `generate` takes it, and its images in the order of their pads.
-
-        What follows the last header of the assistant is the beginning of its turn.
-        """
-        vocabulary, processor, conversation = self.vlm.vocabulary, self.vlm.processor, self.conversation
-        runs, header = image_runs(self.vlm, prompt), processor.tokenizer.encode(f"{IM_START}assistant\n")
-        last = len(prompt) - 1 - prompt[::-1].index(header[0]) if header[0] in prompt else 0
-        cut = last + len(header) if prompt[last : last + len(header)] == header else len(prompt)
-        texts = [(token, vocabulary.text_of(token)) for token, _ in groupby(prompt)]
-        # plain text may spell a control token, which it is not
-        plain = [text if token in vocabulary.hidden_ids else text.replace("<", "") for token, text in texts]
-        stages = pad_stages(["".join(plain)])
-        shown = self._first_views(images, stages)
-        counts = [processor.pad_count("image", image.view.grid) for image in shown]
-        if counts != [length for _, length in runs]:
-            found = ", ".join(str(length) for _, length in runs) or "no"
+    def ask(self) -> Row:
+        """Begin with the request's turns, and the forced tokens of a requested look."""
+        request = self.request
+        self._questions.extend([*request.past, Past(request.question, request.images, looks=request.looks)])
+        self._next_question()
+        self._write_forced()
+        if len(self.conversation.ids) >= self.vlm.context:
             raise UserError(
-                f"the prompt has {found} pads for its images, which make {', '.join(map(str, counts)) or 'none'}; "
-                "give the images that the processor was given, in that order"
+                f"question, images and what was said before are {len(self.conversation.ids)} tokens, and the model "
+                f"takes {self.vlm.context}; ask something shorter, or show smaller images"
             )
-        turn_of = [prompt[:at].count(vocabulary[IM_START]) for at, _ in runs]
-        latest = max((turn for turn, stage in zip(turn_of, stages, strict=True) if stage == "first"), default=None)
-        if latest is None:
-            self._looks_left = 0
-        else:
-            self._aim(turn_of.index(latest))
-        conversation.pending.shown += [(at, image) for (at, _), image in zip(runs, shown, strict=True)]
-        conversation.add(prompt[:cut])
-        conversation.turns.append(Turn("user", processor.decode(prompt[:cut])))
-        after_start = {token for spec in LOOKS.values() if spec.action for token in (spec.action, spec.end)}
-        self._forced.extend(token for token in prompt[cut:] if vocabulary.text_of(token) not in after_start)
-        self._given = len(prompt) - cut
-        if self._given or not self._looks_left:
-            self._write_forced()
-        else:
-            self._force_look()
         return self
 
-    def _aim(self, default: int) -> None:
+    def _next_question(self) -> None:
+        """The next user's turn. What the request says of the assistant's turns after it is forced."""
+        past, before = self._questions.popleft(), len(self.conversation.images)
+        own, options = not self._questions, self.options
+        self._given_turns.extend([*past.looks, *([] if own else [past.answer])])
+        allowed = options.max_looks if own and options.look != "none" else 0
+        self._looks_left = max(allowed, len(past.looks))
+        shown = self._first_views(past.images)
+        if self.conversation.images:
+            self._aim(before if past.images else self.target, options.look_at if own else None)
+        else:
+            self._looks_left = 0
+        kind = options.first_look if own else past.looks[0][0].kind if past.looks else "none"
+        question = self.vlm.processor.as_text(self._sentence(past.question, kind))
+        self._user_turn(self.vlm.processor.first_turn(question, len(shown)), shown)
+        self._begin_turn()
+        if not self._given_turns:
+            self._force_look()
+        self._force_given()
+
+    def _force_given(self) -> None:
+        """The tokens of a turn that the request gives."""
+        if not self._given_turns:
+            return
+        self._given = self._given_turns.popleft()
+        vocabulary, processor = self.vlm.vocabulary, self.vlm.processor
+        if isinstance(self._given, str):
+            self._forced.extend(encode(processor.as_text(self._given) + IM_END, processor.tokenizer))
+            return
+        for look in self._given:
+            if look.kind not in self.vlm.looks:
+                raise UserError(f"an earlier turn has a {look.kind} look, which this model lacks; leave it out")
+        text = "".join(write_call(look.kind, look.cells, vocabulary.grid) for look in self._given) + IM_END
+        actions = {vocabulary.get(spec.action) for spec in LOOKS.values() if spec.action}  # written with their state
+        ids = processor.tokenizer.encode(text, add_special_tokens=False)
+        self._forced.extend(token for token in ids if token not in actions)
+
+    def _aim(self, default: int, target: int | None) -> None:
         """Settle which image looks go to."""
-        total, target = len(self.conversation.images), self.options.look_at
+        total = len(self.conversation.images)
         target = default if target is None else target
         if not -total <= target < total:
             raise UserError(f"look_at={target} names no image; the conversation has {total}, counted from 0")
@@ -238,45 +274,30 @@ class Row:
         if self.options.region is not None:
             text = write_call("region", self.options.region, self.vlm.vocabulary.grid) + IM_END
         self._forced.extend(self.vlm.processor.tokenizer.encode(text, add_special_tokens=False))
-        self._write_forced()
-
-    @property
-    def answer_ids(self) -> list[int]:
-        """The ids of the last turn, with its end; without a prompt's part of it and the prefix of published answers."""
-        ids, decode = self._turn_ids[self._given :], self.vlm.processor.decode
-        if not decode(ids).startswith(ANSWER_PREFIX):
-            return ids
-        return ids[next(n for n in range(len(ids)) if len(decode(ids[:n])) >= len(ANSWER_PREFIX)) :]
 
     def _first_views(self, images: Sequence[Image.Image], stages: Sequence[str] = ()) -> list[ShownImage]:
-        first, conversation = len(self.conversation.images), self.conversation
         stages = stages or ["first"] * len(images)
-        conversation.images += images
+        self.conversation.images += images
         with self._timed("vision"):
-            lookup = conversation.features.lookup
-            views = [lookup("image", first + i, x, s)[0] for i, (x, s) in enumerate(zip(images, stages, strict=False))]
+            lookup = self.conversation.features.lookup
+            views = [lookup("image", image, stage)[0] for image, stage in zip(images, stages, strict=False)]
         return [ShownImage("image", view) for view in views]
 
-    def _sentence(self) -> str:
+    def _sentence(self, question: str, look: str) -> str:
         """The question, with the published sentence that asks for a look where the model was trained with it.
 
         look="auto": prompted models were trained with the sentence of the look to take, so the region's is given to a
         model that has regions, else the re-encoding one; free-choice models decide without. A question that holds one
         of the sentences (published ones do) keeps it then, and loses it where another or none belongs.
         """
-        question, look = self._plain, self.options.first_look
+        plain = _plain(question)
         if self.vlm.processor.free_choice or self._looks_left <= 0:
-            return question
+            return plain
         if look == "auto":
-            if self.vlm.looks and question != self.question:
-                return self.question
+            if self.vlm.looks and plain != question:
+                return question
             look = next(iter(self.vlm.looks), "none")
-        return f"{question} {LOOKS[look].trigger}" if look in LOOKS else question
-
-    @property
-    def _plain(self) -> str:
-        """The question without any such sentence."""
-        return without_triggers(self.question).strip() or self.question
+        return f"{plain} {LOOKS[look].trigger}" if look in LOOKS else plain
 
     def _user_turn(self, content: str, images: Sequence[ShownImage]) -> None:
         """A user turn with its images in the order of its placeholders, and the assistant's header."""
@@ -284,41 +305,68 @@ class Row:
         counts: dict[str, list[int]] = {}
         for shown in images:
             counts.setdefault(shown.kind, []).append(processor.pad_count(shown.kind, shown.view.grid))
-        if not conversation.turns and processor.system:
-            conversation.turns.append(Turn("system", processor.system))
-        ids = processor.user_ids(expand(content, counts), opening=not conversation.ids)
-        base, start = len(conversation.pending), self.vlm.vocabulary[VISION_START]
-        places = [base + i + 1 for i, token in enumerate(ids) if token == start]
-        conversation.pending.shown += zip(places, images, strict=True)
-        conversation.add(ids)
+        given = self.request.system
+        system = processor.system if given is None else processor.as_text(given)
+        if not conversation.turns and system:
+            conversation.turns.append(Turn("system", system.replace(BREAK, "")))
+        ids = processor.user_ids(expand(content, counts), not conversation.ids, None if given is None else system)
+        places = [i + 1 for i, token in enumerate(ids) if token == self.vlm.vocabulary[VISION_START]]
+        conversation.add(ids, shown=list(zip(places, images, strict=True)))
         conversation.turns.append(Turn("user", content.replace(BREAK, "")))
 
     def _end_turn(self) -> None:
-        """After the assistant's turn: look, ask again, or finish."""
-        if piece := self._streamer.finish():
-            self.events.append(TextDelta(piece))
+        """After the assistant's turn: look, ask again, take the next question, or finish."""
+        self._say(self._streamer.finish())
         written = self.vlm.processor.tokenizer.decode(
             self._turn_ids[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         self.conversation.turns.append(Turn("assistant", written, sampled=self._turn_sampled))
         calls = parse_tokens(self._turn[:-1], self.vlm.vocabulary.grid) if self._looks_left > 0 else []
         calls = [self._check_call(call) for call in calls]
-        if not calls:
-            self._closing = True
-            return
+        good = [call for call in calls if call.problem is None]
         for call in calls:
             if call.problem:
                 self._record_look(Look(call.look, cells=call.cells, problem=call.problem))
-        good = [call for call in calls if call.problem is None]
-        if good:
-            self._looks_left -= 1
-            with self._timed("look"):
-                images = self._look(good)
-            self._user_turn(look_turn(good), images)
-        else:  # nothing to show: the question again, to be answered without a look
+        if self._held(good):
+            self.finish, self._closing = "look", True
+        elif not calls and self._questions:
+            self._next_question()
+        elif not calls:
+            self._closing = True
+        elif not good:  # nothing to show: the question again, to be answered without a look
             self._looks_left = 0
-            self._user_turn(self.vlm.processor.as_text(self._plain), [])
+            self._user_turn(self.vlm.processor.as_text(_plain(self.question)), [])
+            self._begin_turn()
+        else:
+            self._looks_left -= 1
+            self._show(good)
+
+    def _held(self, calls: Sequence[Call]) -> bool:
+        """Whether whoever asked takes these looks; they are recorded, then."""
+        if not calls or not self.request.hold_regions or self._given is not None:
+            return False
+        if any(LOOKS[call.look].reencodes for call in calls):
+            return False
+        for call in calls:
+            self.looks.append(Look("region", cells=call.cells, box=self._box(call)))
+            self.events.append(LookTaken(self.looks[-1]))
+        return True
+
+    def _show(self, calls: Sequence[Call]) -> None:
+        """The user's turn that answers the calls, where it fits."""
+        seen = len(self.looks)
+        with self._timed("look"):
+            images = self._look(calls)
+        needed = sum(self.vlm.processor.pad_count(image.kind, image.view.grid) for image in images)
+        if len(self.conversation.ids) + needed + TURN >= self.vlm.context:
+            self.finish, self._closing = "length", True
+            for look in self.looks[seen:]:
+                look.problem = f"no room for {needed} tokens in the model's {self.vlm.context}"
+                self.events.append(LookTaken(look))
+            return
+        self._user_turn(look_turn(calls), images)
         self._begin_turn()
+        self._force_given()
 
     def _check_call(self, call: Call) -> Call:
         """The call, with a problem where the model lacks its look."""
@@ -330,28 +378,35 @@ class Row:
     def _look(self, calls: Sequence[Call]) -> list[ShownImage]:
         """The images that answer the calls, in the order of `look_turn`: grouped by look, in order of first call."""
         kinds = list(dict.fromkeys(call.look for call in calls))
-        ordered = sorted(calls, key=lambda call: kinds.index(call.look))
-        return [self._reencode(call) if LOOKS[call.look].reencodes else self._crop(call) for call in ordered]
+        given = self._given if isinstance(self._given, tuple) else (None,) * len(calls)
+        ordered = sorted(zip(calls, given, strict=True), key=lambda pair: kinds.index(pair[0].look))
+        return [self._reencode(call) if LOOKS[call.look].reencodes else self._crop(call, by) for call, by in ordered]
 
-    def _crop(self, call: Call) -> ShownImage:
-        """A region, widened by the processor's margin, from the original pixels."""
-        processor, number = self.vlm.processor, self.target
-        grid, whole = self.vlm.vocabulary.grid, self.conversation.images[number]
-        cells = widen(call.cells or (0, 0, grid - 1, grid - 1), processor.region_margin, grid)
-        box = cells_to_box(cells, whole.size, grid)
-        view, seen = self.conversation.features.lookup("region", number, whole, "crop", box, self.options.blank)
+    def _box(self, call: Call) -> Box:
+        """A region, widened by the processor's margin, in the original pixels."""
+        grid = self.vlm.vocabulary.grid
+        cells = widen(call.cells or (0, 0, grid - 1, grid - 1), self.vlm.processor.region_margin, grid)
+        return cells_to_box(cells, self.conversation.images[self.target].size, grid)
+
+    def _crop(self, call: Call, given: GivenLook | None) -> ShownImage:
+        """A region of the original, or the crop that was given."""
+        whole, box, lookup = self.conversation.images[self.target], self._box(call), self.conversation.features.lookup
+        if given is not None and given.image is not None:
+            return ShownImage("image", lookup("region", given.image, "crop")[0])
+        view, seen = lookup("region", whole, "crop", box, self.options.blank)
         return ShownImage("image", view, self._record_look(Look("region", cells=call.cells, box=box, image=seen)))
 
     def _reencode(self, call: Call) -> ShownImage:
         """The whole image, re-encoded by the look's encoder."""
-        number = self.target
-        whole = self.conversation.images[number]
-        view, seen = self.conversation.features.lookup(call.look, number, whole, "reencode")
+        whole = self.conversation.images[self.target]
+        view, seen = self.conversation.features.lookup(call.look, whole, "reencode")
         look = self._record_look(Look(call.look, box=(0, 0, *whole.size), image=seen))
         return ShownImage(call.look, view, look, self._conditions.get(call.look))
 
-    def _record_look(self, look: Look) -> Look:
-        """Record a look. Its event follows when its image has been encoded (the attention map is part of it)."""
+    def _record_look(self, look: Look) -> Look | None:
+        """Record a look of this request. Its event follows when its image has been encoded, with the attention map."""
+        if self._given is not None:
+            return None
         self.looks.append(look)
         if look.problem:
             self.events.append(LookTaken(look))
@@ -361,16 +416,16 @@ class Row:
 
     def _answer(self) -> Answer:
         conversation = self.conversation
-        patches = sum(s.patches for s in conversation.features.entries.values())
         return Answer(
             text=self._streamer.text,
             looks=self.looks,
             usage=Usage(
-                lm_positions=len(conversation.ids) - self._tokens_before,
+                lm_positions=len(conversation.ids) - self._tokens_before - self.cached,
                 sequence_length=len(conversation.ids),
-                vision_patches=patches - self._patches_before,
+                vision_patches=self.patches,
                 generated_tokens=self._written,
                 seconds=dict(self.seconds),
+                cached_tokens=self.cached,
             ),
             transcript=list(conversation.turns),
             question=self.question,
@@ -378,6 +433,8 @@ class Row:
             model=self.vlm.name,
             warnings=self.vlm.warnings,
             grid=self.vlm.vocabulary.grid,
+            finish=self.finish,
+            tokens=list(self.tokens),
         )
 
     @contextmanager
@@ -387,11 +444,6 @@ class Row:
         self.seconds[stage] += time.perf_counter() - begin
 
 
-def image_runs(vlm: Any, ids: Sequence[int]) -> list[tuple[int, int]]:
-    """(first pad, number of pads) of every image in a prompt. Raises UserError for re-encoded ones."""
-    pads = {vlm.vocabulary.get(spec.pad): spec.pad for spec in LOOKS.values() if spec.reencodes}
-    if other := next((pads[token] for token in ids if token in pads), None):
-        raise UserError(f"the prompt holds {other}, a look taken before; go on with it by `VLM.chat`")
-    starts = [i + 1 for i, token in enumerate(ids) if token == vlm.vocabulary[VISION_START]]
-    image = vlm.vocabulary[IMAGE_PAD]
-    return [(at, next((n for n, t in enumerate(ids[at:]) if t != image), len(ids) - at)) for at in starts]
+def _plain(question: str) -> str:
+    """The question without the sentences that ask for a look."""
+    return without_triggers(question).strip() or question

@@ -1,13 +1,13 @@
 """Text streamer: token ids to text, piece by piece, while a turn is generated.
 
 Emitted text never changes: incomplete UTF-8 characters, white space that may be trailing, and the beginning of what may
-become the answer prefix ("Now answer the question.") are held back until they are decided. So the pieces add up to
-exactly the final text.
+become the answer prefix ("Now answer the question.") or a stop text are held back until they are decided. So the pieces
+add up to exactly the final text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from relook.looks import ANSWER_PREFIX
@@ -21,10 +21,15 @@ class TextStreamer:
     Args:
         tokenizer: decodes ids.
         hidden_ids: ids that are not part of the text (control tokens, end of turn).
+        stop: texts before the first of which the text ends.
+
+    Attributes:
+        stopped: whether one of `stop` came.
     """
 
-    def __init__(self, tokenizer: Any, hidden_ids: Collection[int]):
-        self.tokenizer, self.hidden_ids = tokenizer, hidden_ids
+    def __init__(self, tokenizer: Any, hidden_ids: Collection[int], stop: Sequence[str] = ()):
+        self.tokenizer, self.hidden_ids, self.stop = tokenizer, hidden_ids, stop
+        self.stopped = False
         self.text = ""  # emitted so far
         self._ids: list[int] = []
         self._from, self._read = (
@@ -57,11 +62,24 @@ class TextStreamer:
             self._ids[begin:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
+    @property
+    def before_answer(self) -> bool:
+        """Whether nothing but the answer prefix has come."""
+        return self._raw.rstrip() == ANSWER_PREFIX.rstrip()
+
     def _strip(self, raw: str, last: bool) -> str:
-        """`raw` without outer white space and the prefix that many published answers open with."""
+        """`raw` up to a stop text, without outer white space and the prefix that many published answers open with."""
         if not last and ANSWER_PREFIX.startswith(raw):
             return ""
-        return raw.removeprefix(ANSWER_PREFIX.rstrip()).strip()
+        text = raw.removeprefix(ANSWER_PREFIX.rstrip()).lstrip()
+        found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            text = text[: min(found)]
+        elif not last:  # a beginning of a stop text at the end
+            begun = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+            text = text[: len(text) - max(begun, default=0)]
+        return text.strip()
 
     def _emit(self, text: str) -> str:
         new, self.text = text[len(self.text) :], text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from relook.trace import Answer, Event, Finished
 from relook.views import open_image
 
 from .conversation import Conversation
+from .engine import Request
 from .loop import Recorder, run
 from .row import Row
 from .sampling import Vocabulary, generation_defaults
@@ -73,6 +75,11 @@ class VLM:
     @property
     def looks(self) -> list[str]:
         return list(self.model.config.looks)
+
+    @property
+    def context(self) -> int:
+        """Tokens that a conversation may have."""
+        return self.model.config.get_text_config().max_position_embeddings
 
     @property
     def domain(self) -> str | None:
@@ -150,8 +157,8 @@ class VLM:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> Conversation:
-        return Conversation.begin(self.processor, self.model.device)
+    def _begin(self, shared: Any = None) -> Conversation:
+        return Conversation.begin(self.processor, self.model.device, shared)
 
     def _numbered_row(self, number: int, pair: Any, shared: Mapping[str, Any]) -> Row:
         try:
@@ -165,7 +172,12 @@ class VLM:
         """The row of a question, checked; raises UserError as `ask` says."""
         if not conversation.images and not images:
             raise UserError("no image was given; give a path, a PIL image, an array, bytes, or a list of these")
-        return Row(self, conversation, self._fitted(options)).ask(_checked_question(question), images)
+        return self._row_of(Request(question, tuple(images), options), conversation)
+
+    def _row_of(self, request: Request, conversation: Conversation | None = None) -> Row:
+        question, options = _checked_question(request.question), self._fitted(request.options)
+        request = replace(request, question=question, options=options)
+        return Row(self, conversation or self._begin(), request).ask()
 
     def _fitted(self, options: AskOptions) -> AskOptions:
         """The options, checked against the model's looks and grid; what they leave open is the model's."""

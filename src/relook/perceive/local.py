@@ -1,0 +1,206 @@
+"""The engine with a model in this process: a thread that runs the scheduler, and requests from any number of others."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from threading import Condition, Thread
+from typing import Any
+
+from relook.errors import RelookError, UserError
+from relook.trace import Finished, LookTaken
+
+from .engine import DeadlineExceeded, EngineBusy, EngineClosed, Request, Running
+from .loop import Limits, Scheduler
+from .memory import Memory
+from .row import Row
+from .vlm import VLM
+
+TOKENS = 65536  # that rows at work may hold, unless the model's context is longer
+
+
+@dataclass(eq=False)
+class _Job:
+    row: Row
+    running: Running
+    deadline: float | None
+    begun: float
+
+
+class LocalEngine:
+    """Answers requests with a loaded model, side by side (`engine.Engine`).
+
+    Args:
+        vlm: the model.
+        max_rows: requests that are decoded at once.
+        max_waiting: requests that may wait for a place; more are refused with `EngineBusy`.
+        max_tokens: that requests which have begun may hold; default `TOKENS`.
+        prefill_tokens: of prompts in one step, so that the others' streams do not stall.
+        turn: tokens that a request decodes before it makes room for one that waits.
+        cache_bytes: of keys, values and features that are kept for requests that begin like earlier ones.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        *,
+        max_rows: int = 8,
+        max_waiting: int = 64,
+        max_tokens: int | None = None,
+        prefill_tokens: int = 256,
+        turn: int = 32,
+        cache_bytes: int = 2**28,
+    ):
+        for name, value in (("max_rows", max_rows), ("prefill_tokens", prefill_tokens), ("turn", turn)):
+            if value < 1:
+                raise UserError(f"{name}={value}; expected at least 1")
+        self.vlm, self.name, self.max_rows, self.max_waiting = vlm, vlm.name, max_rows, max_waiting
+        self.max_tokens = max(TOKENS, vlm.context) if max_tokens is None else max_tokens
+        self.memory = Memory(cache_bytes)
+        self._limits = Limits(max_rows, self.max_tokens, prefill_tokens, turn)
+        self._scheduler = Scheduler(vlm, self._limits, self.memory)
+        self._changed = Condition()
+        self._arrived: list[_Job] = []
+        self._jobs: dict[int, _Job] = {}  # by id of the row; all that have not ended
+        self._leaving: list[_Job] = []
+        self._preparing = 0
+        self._closing = self._stopped = False
+        self._counts = {"requests": 0.0, "generated_tokens": 0.0, "cached_tokens": 0.0, "looks": 0.0}
+        self._mean_seconds = 1.0  # of a request
+        self._thread = Thread(target=self._work, name="relook engine", daemon=True)
+        self._thread.start()
+
+    looks = property(lambda self: self.vlm.looks)
+    domain = property(lambda self: self.vlm.domain)
+    warnings = property(lambda self: self.vlm.warnings)
+    grid = property(lambda self: self.vlm.processor.grid_size)
+    context = property(lambda self: self.vlm.context)
+
+    def submit(self, request: Request, timeout: float | None = None) -> Running:
+        """See `engine.Engine`. Images are prepared in the caller's thread."""
+        begun = time.monotonic()
+        with self._changed:
+            if self._closing:
+                raise EngineClosed("the server is stopping; ask again later")
+            waiting = self._waiting()
+            if waiting >= self.max_waiting + max(0, self.max_rows - self._at_work()):
+                seconds = max(1.0, self._mean_seconds * waiting / self.max_rows)
+                raise EngineBusy(f"{waiting} questions are waiting already; ask again in {seconds:.0f} s", seconds)
+            self._preparing += 1
+        try:
+            row = self.vlm._row_of(request, self.vlm._begin(self.memory))
+            if (need := len(row.conversation.ids) + row.options.max_new_tokens) > self.max_tokens:
+                raise UserError(f"the request may take {need} tokens, and the server holds {self.max_tokens}; ask less")
+            job = _Job(row, Running(), None if timeout is None else begun + timeout, begun)
+            job.running.on_cancel = lambda: self._leave(job)
+        finally:
+            with self._changed:
+                self._preparing -= 1
+                self._changed.notify_all()
+        with self._changed:
+            if self._stopped:
+                raise EngineClosed("the server is stopping; ask again later")
+            self._jobs[id(row)] = job
+            self._arrived.append(job)
+            self._changed.notify_all()
+        return job.running
+
+    def stats(self) -> dict[str, float]:
+        """See `engine.Engine`."""
+        with self._changed:
+            now = {
+                "rows": float(self._at_work()),
+                "waiting": float(self._waiting()),
+                "tokens_held": float(self._scheduler.tokens_held),
+                "cache_bytes": float(self.memory.bytes),
+            }
+            return {**now, **{f"{name}_total": value for name, value in self._counts.items()}}
+
+    def close(self, drain: float = 0) -> None:
+        """See `engine.Engine`."""
+        end = time.monotonic() + drain
+        with self._changed:
+            self._closing = True
+            while (self._jobs or self._preparing) and (left := end - time.monotonic()) > 0:
+                self._changed.wait(left)
+            self._stopped = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    # -- the thread --------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._arrived or self._leaving or self._scheduler.rows or self._stopped):
+                    self._changed.wait()
+                if self._stopped:
+                    break
+                for job in self._arrived:
+                    self._scheduler.add(job.row)
+                for job in self._leaving:
+                    self._scheduler.remove(job.row)
+                self._arrived, self._leaving = [], []
+            self._expire()
+            try:
+                happened = self._scheduler.step()
+            except Exception as error:  # of no single row: all of them have failed, and the next ones start anew
+                happened = [(job.row, error) for job in self._jobs.values()]
+                self._scheduler = Scheduler(self.vlm, self._limits, self.memory)
+            for row, event in happened:
+                self._tell(row, event)
+        for job in list(self._jobs.values()):
+            self._end(job, EngineClosed("the server has stopped; ask again later"))
+
+    def _tell(self, row: Row, event: Any) -> None:
+        job = self._jobs.get(id(row))
+        if job is None or job.row is not row:  # cancelled in the meantime
+            return
+        if isinstance(event, Exception):
+            self._end(job, event if isinstance(event, RelookError) else _failed(event))
+        elif isinstance(event, Finished):
+            self._count(event, job)
+            self._end(job, event)
+        else:
+            self._counts["looks"] += isinstance(event, LookTaken)
+            job.running.put(event)
+
+    def _count(self, finished: Finished, job: _Job) -> None:
+        usage = finished.answer.usage
+        self._counts["requests"] += 1
+        self._counts["generated_tokens"] += usage.generated_tokens
+        self._counts["cached_tokens"] += usage.cached_tokens
+        self._mean_seconds += 0.1 * (time.monotonic() - job.begun - self._mean_seconds)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for job in [job for job in self._jobs.values() if job.deadline is not None and now > job.deadline]:
+            self._scheduler.remove(job.row)
+            self._end(job, DeadlineExceeded(f"not finished in {job.deadline - job.begun:g} s; ask for less"))  # type: ignore[operator]
+
+    def _end(self, job: _Job, last: Any) -> None:
+        with self._changed:
+            self._jobs.pop(id(job.row), None)
+            self._changed.notify_all()
+        job.running.put(last)
+
+    def _leave(self, job: _Job) -> None:
+        """Called by whoever cancels: the thread frees the row before its next step."""
+        with self._changed:
+            if self._jobs.pop(id(job.row), None) is not None:
+                self._leaving.append(job)
+                self._changed.notify_all()
+
+    def _waiting(self) -> int:
+        unstarted = sum(not row.admitted for row in self._scheduler.waiting)
+        return self._preparing + len(self._arrived) + unstarted
+
+    def _at_work(self) -> int:
+        return len(self._scheduler.live) + len(self._scheduler.prefills)
+
+
+def _failed(error: Exception) -> RelookError:
+    """What broke inside, as an error for people; its traceback is its cause."""
+    failed = RelookError(f"the answer failed ({type(error).__name__}); ask again")
+    failed.__cause__ = error
+    return failed
