@@ -181,22 +181,32 @@ def _view(look: Look, image: "Image.Image | None") -> "Image.Image | None":
 
 
 def _heated(view: "Image.Image", look: Look) -> "Image.Image":
-    """`view` under its attention map: |<F_i, c>|, since the sign says nothing (c and -c give the same output)."""
+    """`view` under its attention map."""
+    from PIL import Image
+
+    return Image.alpha_composite(view.convert("RGBA"), heat_map(look, view.size)).convert("RGB")
+
+
+def heat_map(look: Look, size: tuple[int, int]) -> "Image.Image":
+    """A look's attention map as a transparent RGBA layer for an image of `size` (width, height).
+
+    It shows |<F_i, c>|, since the sign says nothing (c and -c give the same output).
+    """
     import numpy as np
     from PIL import Image
 
     heat = np.abs(np.nan_to_num(np.asarray(look.attention, dtype=np.float32)))
     low, high = float(heat.min()), float(np.quantile(heat, 0.99))
     heat = np.clip((heat - low) / (high - low), 0, 1) if high > low else np.zeros_like(heat)
-    x1, y1, x2, y2 = token_area(LOOKS[look.kind].extent if look.kind in LOOKS else "whole", view.size)
+    x1, y1, x2, y2 = token_area(LOOKS[look.kind].extent if look.kind in LOOKS else "whole", size)
     area = max(round(x2) - round(x1), 1), max(round(y2) - round(y1), 1)
     spread = np.asarray(Image.fromarray(heat).resize(area, Image.Resampling.BICUBIC)).clip(0, 1)
     at = np.linspace(0, 1, len(HEAT))
     magma = [np.interp(spread, at, [color[i] for color in HEAT]) for i in range(3)]
     colors = np.dstack([*magma, 255 * (0.3 + 0.4 * spread)]).astype(np.uint8)
-    layer = Image.new("RGBA", view.size, (*PAPER, 150))  # what the tokens do not cover is faded
+    layer = Image.new("RGBA", size, (*PAPER, 150))  # what the tokens do not cover is faded
     layer.paste(Image.fromarray(colors, "RGBA"), (round(x1), round(y1)))
-    return Image.alpha_composite(view.convert("RGBA"), layer).convert("RGB")
+    return layer
 
 
 # -- text ------------------------------------------------------------------------------------------------------------
