@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from relook.trace import Event, Finished, LookTaken
 
@@ -20,7 +20,7 @@ TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
 
 class Metrics:
-    """Counters and histograms of one app, and the engine's numbers as gauges (`relook_engine_*`)."""
+    """Counters and histograms of one app, and the engine's own numbers (`relook_engine_*`)."""
 
     def __init__(self, engine: Engine):
         self.registry = registry = CollectorRegistry()
@@ -102,4 +102,5 @@ class _EngineNumbers:
 
     def collect(self) -> Iterable[Metric]:
         for name, value in self.engine.stats().items():
-            yield GaugeMetricFamily(f"relook_engine_{name}", f"{name.replace('_', ' ')} of the engine", value=value)
+            family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            yield family(f"relook_engine_{name}", f"The engine's {name.replace('_', ' ')}", value=value)
