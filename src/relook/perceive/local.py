@@ -192,11 +192,10 @@ class LocalEngine:
                 self._changed.notify_all()
 
     def _waiting(self) -> int:
-        unstarted = sum(not row.admitted for row in self._scheduler.waiting)
-        return self._preparing + len(self._arrived) + unstarted
+        return self._preparing + sum(not job.row.admitted for job in self._jobs.values())
 
     def _at_work(self) -> int:
-        return len(self._scheduler.live) + len(self._scheduler.prefills)
+        return sum(job.row.admitted for job in self._jobs.values())
 
 
 def _failed(error: Exception) -> RelookError:
