@@ -4,15 +4,20 @@
 
 The receipts are written, printed, creased and scanned by code (zoo.worlds); no real document is among them. The
 seed is used by no recipe, so a model has seen none of these pages. Beside them goes `questions.jsonl`: every question a
-page can answer, with the boxes, as `relook data build` and `relook evaluate --tasks` read them.
+page can answer, with the boxes, as `relook data build` and `relook evaluate --tasks` read them. Without FOLDER, the
+copies that the server's web page offers (src/relook/web/examples) are written too, receipts as WebP.
 """
 
 import json
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from zoo.worlds import make_world
 
+HERE = Path(__file__).parent
+WEB = HERE.parent / "src/relook/web/examples"
 SEED = 700_000_000
 PAGES = {  # file -> world, page number
     "receipt-1.jpg": ("receipts", 0),
@@ -27,6 +32,10 @@ def main(folder: Path) -> None:
         page = make_world(world, SEED).sample(number)
         grey = world == "receipts"  # as a scanner saves them
         (page.image.convert("L") if grey else page.image).save(folder / name, **({"quality": 85} if grey else {}))
+        if folder == HERE:
+            with Image.open(folder / name) as saved:
+                picture, suffix = (saved.convert("RGB"), ".webp") if grey else (saved, ".png")
+                picture.save((WEB / name).with_suffix(suffix), **({"quality": 80, "method": 6} if grey else {}))
         for qa in page.qas:
             size = {"width": page.image.width, "height": page.image.height}
             what = {"question": qa.question, "answer": qa.answer, "bboxs": [list(box) for box in qa.boxes]}
@@ -36,4 +45,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -273,25 +271,6 @@ def test_the_command_writes_the_page_with_the_given_number_of_pictures(tmp_path)
 
 
 # ---- in a real browser
-
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
-FLAGS += ("--disable-component-update", "--disable-sync")
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """A headless Chromium of the machine, driven by playwright; none is downloaded."""
-    driver = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed: make test-slow installs it"
-    )
-    named = os.environ.get("RELOOK_CHROMIUM")
-    path = named or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium); RELOOK_CHROMIUM=PATH names one")
-    with driver.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

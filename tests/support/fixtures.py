@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -99,3 +101,21 @@ def qwen_folder(request, tmp_path_factory):
         (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
         (folder / "done").touch()
     return folder
+
+
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
+FLAGS += ("--disable-component-update", "--disable-sync")
+
+
+@pytest.fixture(scope="module")  # playwright's event loop must not outlive the file: others start their own
+def chromium():
+    """A headless Chromium of the machine, driven by playwright; none is downloaded."""
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[browser]")
+    named = os.environ.get("RELOOK_CHROMIUM")
+    path = named or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium); RELOOK_CHROMIUM=PATH names one")
+    with driver.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
+        yield browser
+        browser.close()

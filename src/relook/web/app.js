@@ -1,0 +1,253 @@
+// The page: picks an image, asks, and keeps what was asked (in memory, until the tab is closed).
+
+import { Failure, answer, models } from "./api.js";
+import { Run, describe, title } from "./exchange.js";
+import { Stage, el, named, still } from "./stage.js";
+
+const $ = (id) => document.getElementById(id);
+const state = { model: null, key: null, talk: null, talks: [], running: null };
+try { state.key = sessionStorage.getItem("relook-key"); } catch { /* storage is switched off: the key is asked for again */ }
+
+const touch = () => matchMedia("(pointer: coarse)").matches;
+const say = (text) => { $("status").textContent = text; };
+function complain(text) { $("problem").textContent = text; $("problem").hidden = !text; }
+const stage = new Stage((region) => { $("marked").firstElementChild.textContent = region ? `In your region: ${named(region)}` : "";
+  if (region) say(`Region: ${named(region)}`);
+  refresh(); });
+
+// ---- the model and the key
+
+async function begin() {
+  complain("");
+  try {
+    [state.model] = await models(state.key);
+  } catch (error) {
+    if (error.status !== 401) return complain(error.message);
+    if (state.key) complain(error.message);
+    return lock();
+  }
+  const { name, looks, domain, warnings } = state.model;
+  $("unlock").hidden = true;
+  $("model").textContent = name;
+  document.title = `${name} · relook`;
+  $("look").replaceChildren(...["auto", "none", ...looks].map((look) => el("option", { value: look }, title(look))));
+  $("follow").checked = !domain; // the small models that ship were trained on single questions
+  $("warnings").textContent = warnings.join(" ");
+  stage.setModel(state.model);
+  if (!state.talk) await welcome();
+}
+
+function lock() {
+  for (const id of ["welcome", "stage", "talk", "new"]) $(id).hidden = true;
+  $("unlock").hidden = false;
+  $("key").focus();
+}
+
+$("unlock").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  state.key = $("key").value.trim();
+  try { sessionStorage.setItem("relook-key", state.key); } catch { /* kept in memory only */ }
+  await begin();
+  if (state.talk && $("unlock").hidden) open(state.talk);
+});
+
+// ---- images
+
+async function welcome() {
+  state.running?.abort();
+  state.talk = null;
+  document.body.dataset.view = "welcome";
+  for (const id of ["stage", "talk", "new"]) $(id).hidden = true;
+  $("welcome").hidden = false;
+  $("earlier").hidden = !state.talks.length;
+  $("history").replaceChildren(...state.talks.map((talk) => card(talk.image.shown, talk.runs.at(-1)?.context.question ?? talk.image.name,
+    () => open(talk))));
+  if ($("examples").childElementCount) return;
+  const found = await fetch("static/examples/index.json").then((got) => (got.ok ? got.json() : []), () => []);
+  const fitting = found.filter((each) => !state.model.domain || each.domain === state.model.domain);
+  $("try").hidden = !fitting.length;
+  $("examples").replaceChildren(...fitting.map((each) => card(`static/examples/${each.file}`, each.questions[0], async () => {
+    const blob = await fetch(`static/examples/${each.file}`).then((got) => got.blob());
+    if (await take(blob, each.file, each.alt, each.questions)) ask(each.questions[0]);
+  })));
+}
+
+const card = (picture, text, onclick) => el("li", {}, el("button", { type: "button", class: "pickable", onclick },
+  el("img", { src: picture, alt: "" }), el("span", {}, text)));
+
+function dataUrl(blob) {
+  return new Promise((resolve, reject) => {
+    const reader = Object.assign(new FileReader(), { onload: () => resolve(reader.result), onerror: () => reject(reader.error) });
+    reader.readAsDataURL(blob);
+  });
+}
+
+// Begins a conversation about an image file; false where it is none.
+async function take(blob, name, alt = "", questions = []) {
+  if (!state.model) return false;
+  complain("");
+  const shown = URL.createObjectURL(blob), probe = new Image();
+  probe.src = shown;
+  try {
+    await probe.decode();
+  } catch {
+    complain(`${name || "That"} is no image this browser can show; choose a PNG, JPEG, WebP or GIF.`);
+    return false;
+  }
+  const image = { name, alt: alt || `The image ${name}`, shown, url: await dataUrl(blob), width: probe.naturalWidth, height: probe.naturalHeight };
+  const talk = { image, questions, runs: [], active: null, list: el("div") };
+  state.talks.unshift(talk);
+  open(talk);
+  return true;
+}
+
+function open(talk) {
+  state.running?.abort();
+  state.talk = talk;
+  document.body.dataset.view = "talk";
+  $("welcome").hidden = true;
+  for (const id of ["stage", "talk", "new"]) $(id).hidden = false;
+  $("exchanges").replaceChildren(...talk.runs.length ? [...new Set(talk.runs.map((run) => run.context.element))] : []);
+  stage.openImage(talk.image);
+  if (talk.active) select(talk.active);
+  refresh();
+  scrollTo({ top: 0 });
+  $(touch() ? "frame" : "question").focus({ preventScroll: true });
+}
+
+$("file").addEventListener("change", async (event) => {
+  const [file] = event.target.files;
+  event.target.value = "";
+  if (file) await take(file, file.name);
+});
+$("new").addEventListener("click", async () => { await welcome(); $("main").focus(); });
+const carried = (data) => [...(data?.files ?? [])][0];
+document.addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("dragging"); });
+document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("dragging"); });
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("dragging");
+  const file = carried(event.dataTransfer);
+  if (file) take(file, file.name); else complain("That was no file; drop an image file, or paste one.");
+});
+document.addEventListener("paste", (event) => {
+  const file = carried(event.clipboardData);
+  if (file) { event.preventDefault(); take(file, file.name || "pasted.png"); }
+});
+
+// ---- questions
+
+// The request of a run: the turns before it, the image in the first, and which look is wanted.
+function body(run) {
+  const { question, parent, image } = run.context;
+  const messages = [{ role: "user", content: question }];
+  for (let before = parent; before; before = before.context.parent) {
+    const looks = before.looks.filter((look) => !look.problem).map(({ kind, cells, box }) => ({ kind, ...(cells && { cells }), ...(box && { box }) }));
+    messages.unshift({ role: "user", content: before.context.question },
+      { role: "assistant", content: before.text, ...(looks.length && { relook: { looks } }) });
+  }
+  messages[0].content = [{ type: "image_url", image_url: { url: image.url } }, { type: "text", text: messages[0].content }];
+  const wanted = run.region ? { region: run.region } : run.look === "auto" ? null : { look: run.look };
+  return { model: state.model.name, messages, ...(wanted && { relook: wanted }) };
+}
+
+function select(run) {
+  const { talk } = state;
+  talk.active = run;
+  for (const each of talk.runs) each.shown(each === run);
+  stage.show(run.looks, run.looks.filter((look) => !look.problem).map(describe).join(". ")
+    || (run.state === "done" ? "It answered from the first look at the whole image." : ""));
+}
+
+const lookAt = (run) => { if (state.talk?.active === run) select(run); };
+const near = (element, block = "nearest") => element.scrollIntoView({ block, behavior: still() ? "auto" : "smooth" });
+
+// Asks `question`, or the shown one again, once for each of `ways` ({look, region}).
+async function ask(question, ways = [{ look: $("look").value, region: stage.region }]) {
+  const { talk, model } = state, again = !question;
+  if (state.running || (again && !talk.active)) return;
+  const parent = again ? talk.active.context.parent : $("follow").checked ? talk.active : null;
+  const element = el("li", { class: ways.length > 1 ? "compared" : "" });
+  const context = {
+    question: question || talk.active.context.question, parent: parent?.state === "done" ? parent : null, image: talk.image, grid: model.grid,
+    known: model.warnings, compared: ways.length > 1, element, select, say, body, key: () => state.key, place: placeOf,
+  };
+  const runs = ways.map((way) => new Run(way, context));
+  element.append(el("h2", {}, context.question), parent ? el("p", { class: "soft" }, "Follow-up") : "",
+    el("div", { class: "runs" }, ...runs.map((run) => run.element)));
+  talk.runs.push(...runs);
+  $("exchanges").append(element);
+  $("question").value = "";
+  if (touch()) $("question").blur(); // the keyboard on the screen would hide the answer
+  stage.mark(null);
+  stage.marking(false);
+  state.running = new AbortController();
+  select(runs[1] ?? runs[0]);
+  refresh();
+  near(element);
+  say("Reading the image.");
+  await Promise.all(runs.map((run) => follow(run, state.running.signal)));
+  state.running = null;
+  refresh();
+  if (runs.length > 1) near(element, "start"); else near(runs[0].actions);
+}
+
+async function follow(run, signal) {
+  try {
+    for await (const event of answer(body(run), state.key, signal)) {
+      if (event.text) run.add(event.text);
+      if (event.look) {
+        run.addLook(event.look);
+        lookAt(run);
+        if (!event.look.problem) say(`${describe(event.look)}.`);
+        near(run.element);
+      }
+      if (event.finish) run.finish(event.result, event.finish);
+    }
+    lookAt(run);
+    say(`${run.context.compared ? `${title(run.look)}: ` : "Answer: "}${run.text || "nothing"}`);
+  } catch (error) {
+    if (error.name === "AbortError") run.fail("Stopped.", "stopped");
+    else run.fail(error instanceof Failure ? error.message : `Something went wrong in this page: ${error.message}`);
+    say(run.note.textContent);
+    if (error.status === 401) lock();
+  }
+}
+
+// Where a box of the image is on the screen.
+function placeOf([x1, y1, x2, y2]) {
+  const area = $("picture").getBoundingClientRect(), { width, height } = state.talk.image;
+  const [across, down] = [area.width / width, area.height / height];
+  return { left: area.left + x1 * across, top: area.top + y1 * down, width: (x2 - x1) * across, height: (y2 - y1) * down };
+}
+
+// Labels and switches that follow from the state.
+function refresh() {
+  const empty = !$("question").value.trim(), asked = state.talk?.active != null;
+  $("marked").hidden = !stage.region;
+  $("continue").hidden = !asked;
+  $("look").disabled = stage.region != null;
+  $("send").textContent = state.running ? "Stop" : empty && asked ? (stage.region ? "Ask again here" : "Ask again") : "Ask";
+  $("send").disabled = $("compare").disabled = !state.running && empty && !asked;
+  $("compare").disabled ||= state.running != null;
+  const open = (state.talk?.questions ?? []).filter((text) => !state.running && !state.talk.runs.some((run) => run.context.question === text));
+  $("suggestions").replaceChildren(...open.map((text) => el("li", {},
+    el("button", { type: "button", class: "chip", onclick: () => ask(text) }, text))));
+  $("question").placeholder = asked ? "Ask something else" : "Ask about this image";
+}
+
+$("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (state.running) state.running.abort(); else ask($("question").value.trim());
+});
+$("compare").addEventListener("click", () => {
+  const ways = ["none", ...state.model.looks].map((look) => ({ look, region: look === "region" ? stage.region : null }));
+  ask($("question").value.trim(), ways);
+});
+$("question").addEventListener("input", refresh);
+$("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); $("ask").requestSubmit(); }
+});
+$("unmark").addEventListener("click", () => { stage.mark(null); $("question").focus(); });
+
+begin();

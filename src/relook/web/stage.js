@@ -1,0 +1,164 @@
+// The image with what lies over it: the grid, the boxes and maps of looks, and the region a person marks.
+
+const SVG = "http://www.w3.org/2000/svg";
+const $ = (id) => document.getElementById(id);
+
+// An element of HTML: el("p", {class: "soft", onclick: f}, "text", child). Text goes in as text, never as markup.
+export function el(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (value !== false && value != null) made.setAttribute(name, value === true ? "" : value);
+  }
+  made.append(...children.filter((child) => child != null));
+  return made;
+}
+
+function shape(tag, attributes) {
+  const made = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
+}
+
+// [x, y, width, height] in pixels of a box (its right and lower edge exclusive), and of cells (both ends inclusive).
+const ofBox = ([x1, y1, x2, y2]) => [x1, y1, x2 - x1, y2 - y1];
+const ofCells = ([x0, y0, x1, y1], size, grid) => ofBox([x0, y0, x1 + 1, y1 + 1]
+  .map((at, i) => Math.floor((at * (i % 2 ? size.height : size.width)) / grid)));
+const rect = (kind, [x, y, width, height]) => shape("rect", { class: kind, x, y, width, height });
+
+function gridPath({ width, height }, grid) {
+  const lines = [];
+  for (let i = 0; i <= grid; i++) lines.push(`M${(i * width) / grid} 0V${height}M0 ${(i * height) / grid}H${width}`);
+  return shape("path", { class: "grid", d: lines.join("") });
+}
+
+// Draws what `looks` saw over an image of `size`: a region's box lit up in its grid, a re-encoding's map as heat.
+export function overlay(svg, size, grid, looks, marked = null) {
+  const { width, height } = size;
+  const seen = looks.filter((look) => look.box && !look.problem);
+  const boxes = seen.filter((look) => look.kind === "region");
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  const parts = [];
+  for (const look of seen.filter((each) => each.map)) {
+    const [x, y, w, h] = ofBox(look.box);
+    parts.push(shape("image", { class: "heat", href: look.map, x, y, width: w, height: h, preserveAspectRatio: "none" }));
+  }
+  if (boxes.length) {
+    const holes = boxes.map(({ box: [x1, y1, x2, y2] }) => `M${x1} ${y1}V${y2}H${x2}V${y1}Z`).join("");
+    parts.push(shape("path", { class: "dim", d: `M0 0H${width}V${height}H0Z${holes}` }));
+  }
+  if (boxes.length || marked) parts.push(gridPath(size, grid));
+  for (const { cells, box } of boxes) {
+    if (cells) parts.push(rect("cells", ofCells(cells, size, grid)));
+    parts.push(rect("halo", ofBox(box)), rect("box", ofBox(box)));
+  }
+  if (marked) parts.push(rect("mark-halo", ofCells(marked, size, grid)), rect("mark", ofCells(marked, size, grid)));
+  svg.replaceChildren(...parts);
+}
+
+// "columns 1–14, row 10"
+export function named([x0, y0, x1, y1]) {
+  const span = (word, a, b) => (a === b ? `${word} ${a}` : `${word}s ${a}–${b}`);
+  return `${span("column", x0, x1)}, ${span("row", y0, y1)}`;
+}
+
+export const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+
+// The large image. `changed(cells | null)` is called when the marked region changes.
+export class Stage {
+  constructor(changed) {
+    Object.assign(this, { changed, image: null, looks: [], caption: "", region: null, grid: 8, takes: false });
+    this.inputs = [...$("region").querySelectorAll("input")];
+    $("mark").addEventListener("click", () => this.marking(!this.open));
+    for (const input of this.inputs) input.addEventListener("input", () => this.typed());
+    this.pointers();
+    $("frame").addEventListener("keydown", (event) => this.key(event));
+  }
+
+  setModel({ grid, looks }) {
+    Object.assign(this, { grid, takes: looks.includes("region") });
+    $("marking").hidden = !this.takes;
+    $("frame").tabIndex = this.takes ? 0 : -1;
+    for (const input of this.inputs) input.max = grid - 1;
+  }
+
+  openImage(image) {
+    this.image = image;
+    $("picture").src = image.shown;
+    $("picture").alt = image.alt;
+    this.marking(false);
+    this.mark(null);
+    this.show([], "");
+  }
+
+  show(looks, caption) {
+    Object.assign(this, { looks, caption });
+    this.draw();
+  }
+
+  draw() {
+    if (this.image) overlay($("overlay"), this.image, this.grid, this.region ? [] : this.looks, this.region);
+    $("caption").textContent = this.region ? `Marked: ${named(this.region)}` : this.caption;
+  }
+
+  get open() { return $("mark").getAttribute("aria-expanded") === "true"; }
+
+  marking(open) {
+    $("mark").setAttribute("aria-expanded", open);
+    $("mark").textContent = open ? "Done" : "Mark a region";
+    $("region").hidden = !open;
+    document.body.classList.toggle("marking", open); // on a phone the image grows, and dragging marks
+  }
+
+  mark(cells) {
+    this.region = cells;
+    this.inputs.forEach((input, i) => { if (document.activeElement !== input) input.value = cells ? cells[i] : ""; });
+    this.draw();
+    this.changed(cells);
+  }
+
+  typed() {
+    const cells = this.inputs.map((input) => input.valueAsNumber);
+    const fits = cells.every((v) => Number.isInteger(v) && v >= 0 && v < this.grid);
+    if (fits && cells[0] <= cells[2] && cells[1] <= cells[3]) this.mark(cells);
+    else if (this.region) this.mark(null);
+  }
+
+  cellAt(event) {
+    const area = $("picture").getBoundingClientRect();
+    const place = [(event.clientX - area.left) / area.width, (event.clientY - area.top) / area.height];
+    return place.map((share) => Math.min(Math.max(Math.floor(share * this.grid), 0), this.grid - 1));
+  }
+
+  pointers() {
+    let from = null, begun = false, start = null;
+    const frame = $("frame");
+    frame.addEventListener("pointerdown", (event) => {
+      if (!this.takes || event.button !== 0 || (event.pointerType === "touch" && !this.open)) return;
+      [from, begun, start] = [this.cellAt(event), this.open, [event.clientX, event.clientY]];
+      frame.setPointerCapture(event.pointerId);
+      if (begun) this.mark([...from, ...from]);
+    });
+    frame.addEventListener("pointermove", (event) => {
+      if (!from) return;
+      begun ||= Math.hypot(event.clientX - start[0], event.clientY - start[1]) > 5;
+      const [x, y] = this.cellAt(event);
+      if (begun) this.mark([Math.min(x, from[0]), Math.min(y, from[1]), Math.max(x, from[0]), Math.max(y, from[1])]);
+    });
+    for (const end of ["pointerup", "pointercancel"]) frame.addEventListener(end, () => { from = null; });
+  }
+
+  key(event) {
+    const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+    if (event.key === "Escape" && this.region) return this.mark(null);
+    if (!step || !this.takes || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    const last = this.grid - 1, third = Math.floor(this.grid / 3);
+    if (!this.region) return this.mark([third, third, last - third, last - third]);
+    const [x0, y0, x1, y1] = this.region;
+    const within = (value, low, high) => Math.min(Math.max(value, low), high);
+    if (event.shiftKey) return this.mark([x0, y0, within(x1 + step[0], x0, last), within(y1 + step[1], y0, last)]);
+    const dx = within(step[0], -x0, last - x1), dy = within(step[1], -y0, last - y1);
+    this.mark([x0 + dx, y0 + dy, x1 + dx, y1 + dy]);
+  }
+}

@@ -1,0 +1,446 @@
+"""The page at /, used as people use it: in a real browser at two widths, with mouse, finger and keyboard."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from support.page_server import CELLS, WARNING, canned_app, opened, served
+
+from relook.serve.page import FOLDER
+
+WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
+AXE = Path(__file__).parent.parent / "fixtures/axe-core/axe.min.js"
+EVIL = """</p><script>alert(1)</script><img src=x onerror=alert(2)> "quotes' `id` $HOME \\n {{ 7 * 7 }}"""
+QUESTION = "Which code does the blue box show?"
+
+
+# ---- the files
+
+
+def test_the_page_is_served_under_a_policy_that_runs_its_own_files_only():
+    client = TestClient(canned_app())
+    for path, kind in {
+        "/": "text/html", "/static/style.css": "text/css", "/static/app.js": "javascript",
+        "/static/icon.svg": "image/svg", "/static/examples/receipt-1.webp": "image/webp",
+    }.items():  # fmt: skip
+        response = client.get(path)
+        policy = response.headers["content-security-policy"]
+        assert response.status_code == 200 and kind in response.headers["content-type"]
+        assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self';") and "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy and response.headers["x-content-type-options"] == "nosniff"
+    tag = client.get("/static/app.js").headers["etag"]
+    assert client.get("/static/app.js", headers={"If-None-Match": tag}).status_code == 304
+    for path in ("/static/../serve/page.py", "/static/%2e%2e/serve/page.py", "/static/gone.js", "/static/"):
+        assert client.get(path).status_code == 404
+
+
+def test_nothing_comes_from_elsewhere_and_texts_never_become_markup():
+    files = [path for path in FOLDER.rglob("*") if path.suffix in (".html", ".css", ".js", ".json", ".svg")]
+    for text in (path.read_text(encoding="utf-8") for path in files):
+        assert set(re.findall(r"https?://[^\s\"'`>]*", text)) <= {"http://www.w3.org/2000/svg"}
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|new Function|\bon\w+=\"", text)
+        assert not re.search(r"@import|<style|style=\"", text)
+    listed = json.loads((FOLDER / "examples/index.json").read_text())
+    assert {each["file"] for each in listed} | {"index.json"} == {path.name for path in (FOLDER / "examples").iterdir()}
+
+
+# ---- in a real browser
+
+
+@pytest.fixture(scope="module")
+def addresses():
+    """The address of a canned server, one for each set of options, kept for the whole file."""
+    with ExitStack() as stack:
+        known = {}
+
+        def address(**options):
+            name = json.dumps(options)
+            if name not in known:
+                app = canned_app(**options)
+                known[name] = stack.enter_context(served(app)), app.state.asked
+            known[name][1].clear()
+            return known[name]
+
+        yield address
+
+
+@pytest.fixture
+def visit(chromium, addresses, request):
+    """Opens the page of a canned server. A script error, a message on the console, a dialog or a request to another
+    address fails the test (`refused=True`: the browser notes there what it was not given)."""
+    heard: list[str] = []
+
+    def visit(viewport=WIDE, refused=False, color_scheme="light", reduced_motion="reduce", **options):
+        url, asked = addresses(**options)
+        phone = viewport["width"] < 600
+        wishes = {"color_scheme": color_scheme, "reduced_motion": reduced_motion}
+        context = chromium.new_context(viewport=viewport, has_touch=phone, is_mobile=phone, **wishes)
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        context.set_default_timeout(8000)
+        request.addfinalizer(context.close)
+        page = context.new_page()
+        noted = re.compile("Failed to load resource.*(status of 4|ERR_FAILED)" if refused else "$^")
+        page.on("console", lambda note: None if noted.search(note.text) else heard.append(f"console: {note.text}"))
+        page.on("pageerror", lambda error: heard.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: (heard.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else heard.append(r.url))
+        page.goto(url)
+        page.asked = asked
+        return page
+
+    yield visit
+    assert heard == []
+
+
+@pytest.fixture
+def card(visit):
+    """A page with the example of colored boxes, not asked about yet."""
+
+    def card(*args, **options):
+        page = visit(*args, **options)
+        pick(page)
+        return page
+
+    return card
+
+
+def pick(page):
+    page.locator("#file").set_input_files(FOLDER / "examples/card.png")
+    page.locator("#stage").wait_for()
+
+
+def ask(page, question=QUESTION):
+    page.locator("#question").fill(question)
+    page.locator("#send").click()
+    page.locator(".cost:visible").last.wait_for()
+    page.get_by_role("button", name="Ask again").wait_for()
+
+
+def place(page, selector):
+    """[left, top, right, bottom] of an element, as shares of the image on the stage."""
+    area, box = page.locator("#picture").bounding_box(), page.locator(selector).bounding_box()
+    x, y = (box["x"] - area["x"]) / area["width"], (box["y"] - area["y"]) / area["height"]
+    return [x, y, x + box["width"] / area["width"], y + box["height"] / area["height"]]
+
+
+def shares(cells, grid=8):
+    x0, y0, x1, y1 = cells
+    return pytest.approx([x0 / grid, y0 / grid, (x1 + 1) / grid, (y1 + 1) / grid], abs=0.02)
+
+
+@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["1280", "390"])
+def test_one_click_on_an_example_shows_what_the_model_looked_at(visit, viewport):
+    page = visit(viewport)
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    page.get_by_role("button", name=QUESTION).click()
+    page.locator(".cost:visible").wait_for()
+    assert page.locator("#exchanges h2").inner_text() == QUESTION
+    assert page.locator(".answer").inner_text() == "164" and page.locator(".before").inner_text() == "Let me see."
+    assert place(page, "#overlay .box") == shares(CELLS) and page.locator("#overlay .grid").count() == 1
+    assert page.locator("figcaption").inner_text() == "Looked closer at columns 5–6, row 6"
+    assert page.locator(".crop img").evaluate("image => [image.naturalWidth, image.naturalHeight]") == [128, 64]
+    assert "1,234 positions · 640 patches" in page.locator(".cost summary").inner_text()
+    page.locator(".cost summary").click()
+    assert "tokens reused from before" in page.locator(".cost dl").inner_text()
+    assert page.locator("#status").inner_text() == "Answer: 164" and page.locator("#warnings").inner_text() == WARNING
+    for seen in ("#frame", ".answer", "#question"):
+        assert page.locator(seen).evaluate("each => each.getBoundingClientRect().top >= 0")
+    for shown in ("#picture", ".crop img", ".answer"):  # one below the other or side by side, nothing over it
+        area = page.locator(shown).bounding_box()
+        middle = [area["x"] + area["width"] / 2, area["y"] + area["height"] / 2]
+        over = page.evaluate("([x, y]) => document.elementFromPoint(x, y).closest('#frame, .run') !== null", middle)
+        assert over, shown
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+
+
+@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["1280", "390"])
+def test_looks_are_compared_side_by_side(card, viewport):
+    page = card(viewport)
+    page.locator("#question").fill(QUESTION)
+    page.get_by_role("button", name="Compare looks").click()
+    page.locator(".compared .cost:visible").nth(2).wait_for()
+    assert [body.get("relook") for body in page.asked] == [{"look": look} for look in ("none", "region", "clip")]
+    columns = page.locator(".compared .run")
+    assert [columns.nth(i).locator(".answer").inner_text() for i in range(3)] == ["164"] * 3
+    assert [columns.nth(i).locator("svg .box").count() for i in range(3)] == [0, 1, 0]
+    assert [columns.nth(i).locator("svg .heat").count() for i in range(3)] == [0, 0, 1]
+    tops, lefts = ({round(columns.nth(i).bounding_box()[side]) for i in range(3)} for side in ("y", "x"))
+    assert (len(tops), len(lefts)) == ((1, 3) if viewport is WIDE else (3, 1))
+    assert page.locator("#overlay .box").count() == 1
+    columns.nth(2).get_by_role("button", name="Show on image").click()
+    assert page.locator("#overlay .heat").count() == 1 and page.locator("#overlay .box").count() == 0
+    assert page.locator("#caption").inner_text().startswith("Looked at the whole image again (clip)")
+    assert page.locator("[aria-pressed=true]").count() == 1
+
+
+def test_only_looks_that_the_model_has_are_offered(card):
+    page = card(looks=("clip",))
+    assert page.locator("#look option").evaluate_all("all => all.map((each) => each.value)") == ["auto", "none", "clip"]
+    assert not page.locator("#mark").is_visible()
+    page.locator("#frame").hover(position={"x": 10, "y": 10})
+    page.mouse.down()
+    page.mouse.move(400, 400)
+    page.mouse.up()
+    assert page.locator("#overlay .mark").count() == 0
+
+
+def drag(page, start, end):
+    """From one share of the image to another, with the mouse, or with a finger where there is no mouse."""
+    area = page.locator("#picture").bounding_box()
+    points = [(area["x"] + x * area["width"], area["y"] + y * area["height"]) for x, y in (start, end)]
+    if page.evaluate("matchMedia('(pointer: coarse)').matches"):
+        touch = page.context.new_cdp_session(page)
+        for kind, at in (("touchStart", points[:1]), ("touchMove", points[1:]), ("touchEnd", [])):
+            touches = [{"x": x, "y": y} for x, y in at]
+            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
+    else:
+        page.mouse.move(*points[0])
+        page.mouse.down()
+        page.mouse.move(*points[1], steps=4)
+        page.mouse.up()
+
+
+@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["1280", "390"])
+def test_a_dragged_box_is_asked_about(card, viewport):
+    page = card(viewport)
+    ask(page)
+    if viewport is PHONE:
+        drag(page, (0.3, 0.3), (0.6, 0.6))  # scrolls
+        assert page.locator("#overlay .mark").count() == 0
+        page.get_by_role("button", name="Mark a region").tap()
+    drag(page, (0.55, 0.4), (0.3, 0.2))
+    assert place(page, "#overlay .mark") == shares((2, 1, 4, 3)) and page.locator("#overlay .box").count() == 0
+    assert page.locator("#marked span").inner_text() == "In your region: columns 2–4, rows 1–3"
+    page.get_by_role("button", name="Ask again here").click()
+    page.locator(".cost:visible").nth(1).wait_for()
+    assert page.asked[1]["relook"] == {"region": [2, 1, 4, 3]}
+    assert len(page.asked[1]["messages"]) == 1 and page.asked[1]["messages"][0]["content"][1]["text"] == QUESTION
+    assert place(page, "#overlay .box") == shares((2, 1, 4, 3)) and not page.locator("#marked").is_visible()
+
+
+def test_everything_can_be_done_with_the_keyboard(visit):
+    page = visit()
+    page.locator("#examples button").first.wait_for()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.get_by_role("button", name=QUESTION).press("Enter")
+    page.locator(".cost:visible").wait_for()
+    assert page.evaluate("document.activeElement.id") == "question"
+    page.locator("#frame").focus()
+    for key, cells in (
+        ("ArrowDown", (2, 2, 5, 5)), ("ArrowRight", (3, 2, 6, 5)), ("Shift+ArrowUp", (3, 2, 6, 4)),
+        ("ArrowRight", (4, 2, 7, 4)), ("ArrowRight", (4, 2, 7, 4)), ("Shift+ArrowLeft", (4, 2, 6, 4)),
+    ):  # fmt: skip
+        page.keyboard.press(key)
+        assert place(page, "#overlay .mark") == shares(cells)
+    assert page.locator("#status").inner_text() == "Region: columns 4–6, rows 2–4"
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # Mark a region: the numbers
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.labels[0].textContent.trim()") == "Left"
+    page.keyboard.type("1")
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowUp")
+    assert place(page, "#overlay .mark") == shares((1, 3, 6, 4))
+    page.locator("#question").focus()
+    page.keyboard.type("And there?")
+    page.keyboard.press("Enter")
+    page.locator(".cost:visible").nth(1).wait_for()
+    assert page.asked[1]["relook"] == {"region": [1, 3, 6, 4]}
+    page.locator("#frame").focus()
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("Escape")
+    assert page.locator("#overlay .mark").count() == 0 and not page.locator("#marked").is_visible()
+
+
+def test_numbers_off_the_grid_mark_nothing(card):
+    page = card()
+    page.get_by_role("button", name="Mark a region").click()
+    for numbers, marked in (("2 3 4 5", 1), ("2 3 8 5", 0), ("5 3 4 5", 0), ("0 0 7 7", 1), ("0 0 7", 0)):
+        for i in range(4):
+            page.locator("#region input").nth(i).fill([*numbers.split(), ""][i])
+        assert page.locator("#overlay .mark").count() == marked, numbers
+
+
+def test_a_follow_up_carries_the_conversation_and_a_new_question_does_not(card):
+    page = card()
+    ask(page)
+    ask(page, "And the green one?")
+    first, assistant, last = page.asked[1]["messages"]
+    assert first["content"][0]["type"] == "image_url" and first["content"][1]["text"] == QUESTION
+    assert assistant["content"] == "164" and assistant["relook"]["looks"][0]["cells"] == list(CELLS)
+    assert last == {"role": "user", "content": "And the green one?"}
+    page.locator("#follow").uncheck()
+    ask(page, "A third")
+    assert len(page.asked[2]["messages"]) == 1
+    page.get_by_role("button", name="Show on image").first.click()
+    page.locator("#follow").check()
+    ask(page, "From the first")  # what is shown is what goes on
+    assert [each["content"] for each in page.asked[3]["messages"][1:]] == ["164", "From the first"]
+
+
+def test_a_model_of_single_questions_is_asked_single_questions(card):
+    page = card(domain="cards")
+    ask(page)
+    assert not page.locator("#follow").is_checked()
+    page.get_by_role("button", name="New image").click()
+    assert page.locator("#examples button").count() == 1
+
+
+def test_images_are_pasted_dropped_and_kept(visit):
+    page = visit()
+    coded = base64.b64encode((FOLDER / "examples/card.png").read_bytes()).decode()
+    give = """([kind, coded, type]) => {
+        const data = new DataTransfer();
+        data.items.add(new File([Uint8Array.from(atob(coded), (c) => c.charCodeAt(0))], "given.png", {type}));
+        const options = {bubbles: true, cancelable: true};
+        document.body.dispatchEvent(kind === "paste" ? new ClipboardEvent("paste", {clipboardData: data, ...options})
+            : new DragEvent("drop", {dataTransfer: data, ...options}));
+    }"""
+    for kind in ("paste", "drop"):
+        page.locator("#welcome").wait_for()
+        page.evaluate(give, [kind, coded, "image/png"])
+        page.locator("#stage").wait_for()
+        ask(page, f"What is {kind}ed?")
+        assert opened(page.asked[-1]).size == (512, 512)
+        page.get_by_role("button", name="New image").click()
+    assert page.locator("#history button").all_inner_texts() == ["What is droped?", "What is pasteed?"]
+    page.locator("#history button").nth(1).click()
+    assert page.locator("#exchanges h2").all_inner_texts() == ["What is pasteed?"]
+    assert page.locator("#overlay .box").count() == 1
+    page.evaluate(give, ["drop", base64.b64encode(b"%PDF-1.7").decode(), "application/pdf"])
+    page.get_by_role("alert").get_by_text("given.png is no image this browser can show").wait_for()
+    assert page.locator("#exchanges h2").count() == 1
+
+
+@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["1280", "390"])
+def test_errors_are_sentences_beside_the_question(card, viewport):
+    page = card(viewport, refused=True)
+    for question, sentence in (
+        ("refuse this", "The question 'refuse this' is refused; ask another."),
+        ("busy", "32 requests are waiting. Try again in 7 s."),
+        ("break", "The deadline of 120 s has passed."),
+        ("vanish", "The connection ended before the answer did. Ask again."),
+    ):
+        page.locator("#question").fill(question)
+        page.locator("#send").click()
+        page.locator(".run").last.get_by_text(sentence).wait_for()
+        assert page.locator("#status").inner_text() == sentence
+    ask(page)  # and the page goes on
+    assert page.locator(".answer").last.inner_text() == "164" and len(page.asked[-1]["messages"]) == 1
+
+
+def test_a_server_that_is_gone_is_said_and_an_answer_can_be_stopped(card):
+    page = card(refused=True)
+    page.locator("#question").fill("wait for me")
+    page.locator("#send").click()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_text("Stopped.").first.wait_for()
+    page.route("**/v1/**", lambda route: route.abort())
+    page.get_by_role("button", name="Ask again").click()
+    page.locator(".run").get_by_text("does not answer. Is it still running?").wait_for()
+
+
+def test_a_key_is_asked_for_and_kept_for_the_tab(visit):
+    page = visit(refused=True, key="sesame-sesame-sesame")
+    for key in ("wrong", "sesame-sesame-sesame"):
+        page.get_by_label("API key").fill(key)
+        page.get_by_role("button", name="Continue").click()
+        if key == "wrong":
+            page.get_by_role("alert").get_by_text("The API key is wrong.").wait_for()
+    pick(page)
+    ask(page)
+    page.get_by_role("button", name="Copy as curl").click()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert "$RELOOK_API_KEY" in copied and "sesame" not in copied
+    page.reload()
+    page.locator("#welcome").wait_for()
+    assert "sesame" not in page.url and page.evaluate("localStorage.length") == 0
+
+
+def test_texts_of_the_server_stay_text(card):
+    page = card(answer=EVIL, warnings=[EVIL], domain=EVIL)
+    ask(page, EVIL)
+    assert page.locator(".answer").inner_text() == EVIL and page.locator("#warnings").inner_text() == EVIL
+    assert page.locator("#exchanges h2").inner_text() == EVIL
+    page.locator(".cost summary").click()
+    assert EVIL in page.locator(".turns").inner_text()
+
+
+def test_the_copied_curl_and_python_give_the_same_answer(card, tmp_path):
+    page = card(answer="one six four")
+    ask(page)
+    page.locator("#look").select_option("region")
+    ask(page, EVIL)
+    (tmp_path / "card.png").write_bytes((FOLDER / "examples/card.png").read_bytes())
+    for name, command in (("curl", ["bash"]), ("Python", [sys.executable])):
+        page.get_by_role("button", name=f"Copy as {name}").last.click()
+        page.get_by_role("button", name="Copied").last.wait_for()
+        code = page.evaluate("navigator.clipboard.readText()")
+        done = subprocess.run([*command, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert "one six four" in done.stdout, done.stderr
+        copied = {name: value for name, value in page.asked[-1].items() if name != "stream"}
+        assert copied == {name: value for name, value in page.asked[1].items() if name != "stream"}
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")  # as over http from elsewhere
+    page.get_by_role("button", name="Copy as curl").first.click()
+    page.locator("pre").first.wait_for()
+    assert page.evaluate("getSelection().toString()").startswith("curl http://127.0.0.1")
+
+
+@pytest.mark.parametrize("motion", ["reduce", "no-preference"])
+def test_the_crop_slides_where_motion_is_welcome(card, motion):
+    page = card(reduced_motion=motion)
+    page.evaluate("""() => {
+        window.moved = [];
+        const animate = Element.prototype.animate;
+        Element.prototype.animate = function (...all) { moved.push(this.tagName); return animate.apply(this, all); };
+        document.addEventListener("animationstart", (event) => moved.push(event.animationName));
+    }""")
+    ask(page)
+    page.wait_for_timeout(200)
+    moved = set(page.evaluate("moved")) - {"beat"}  # the dot that says it is at work
+    assert moved == (set() if motion == "reduce" else {"IMG", "appear", "light", "rise"})
+
+
+@pytest.mark.parametrize("viewport", [WIDE, PHONE, {"width": 320, "height": 480}], ids=["1280", "390", "320"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_serious_fault(visit, viewport, scheme):
+    page = visit(viewport, color_scheme=scheme, refused=True)
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+    page.locator("#examples button").first.wait_for()
+
+    def check(state):
+        found = page.evaluate("axe.run({resultTypes: ['violations']}).then((result) => result.violations)")
+        told = [(each["id"], [node["html"] for node in each["nodes"]][:3]) for each in found]
+        assert told == [], state
+        assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"], state
+
+    check("welcome")
+    pick(page)
+    ask(page)
+    page.locator(".cost summary").click()
+    check("answered")
+    page.get_by_role("button", name="Compare looks").click()
+    page.locator(".compared .cost:visible").nth(2).wait_for()
+    page.get_by_role("button", name="Mark a region").click()
+    page.locator("#frame").press("ArrowUp")
+    check("compared and marked")
+    page.locator("#question").fill("refuse this")
+    page.locator("#send").click()
+    page.locator(".run .problem:visible").wait_for()
+    check("refused")
+
+
+def test_axe_finds_no_fault_where_a_key_is_asked_for(visit):
+    page = visit(refused=True, key="sesame-sesame-sesame")
+    page.get_by_label("API key").wait_for()
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+    assert page.evaluate("axe.run().then((result) => result.violations.map((each) => each.id))") == []
