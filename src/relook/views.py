@@ -29,6 +29,7 @@ Size = tuple[int, int]
 
 MIN_SIDE = 28  # one merged token of Qwen2-VL: 2 x 2 patches of 14 pixels
 MAX_RATIO, CUT_RATIO = 200, 180  # over 200:1 Qwen2-VL's image processor refuses; the published code cuts to 180:1
+DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, RuntimeError, struct.error)  # as PIL raises on files
 RESAMPLES = ("nearest", "bicubic", "lanczos")
 
 
@@ -173,7 +174,7 @@ def open_image(source: Any, fetch: bool = False) -> Image.Image:
             return upright(_loaded(source))
         except UserError:
             raise
-        except (OSError, SyntaxError, ValueError, TypeError) as error:  # PIL reads lazily: a broken file shows here
+        except DAMAGED as error:  # PIL reads lazily: a broken file shows here
             raise UserError(f"image cannot be read ({error}); give a complete image") from error
     if hasattr(source, "__array_interface__"):
         return _from_array(source)
@@ -278,7 +279,7 @@ def reading(file: Any, name: str, formats: tuple[str, ...] | None = None) -> Ite
         raise UserError(f"{name}: not an image that can be read; give a JPEG, PNG, WebP, TIFF or similar") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{name}: {error}; give a smaller image") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # what PIL raises on damaged files
+    except DAMAGED as error:
         raise UserError(f"{name}: the image is damaged or cut short ({error}); give a complete file") from error
 
 

@@ -9,24 +9,27 @@ names are not used: they would resolve the name again.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterable
+from functools import partial
 from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING, Annotated, Any
 
 import anyio
 import httpcore2
 import httpx2
-from anyio import to_thread
 from pydantic import BaseModel, ConfigDict, Field
 
 from relook.errors import UserError
+from relook.serve.decode import Decoders
 from relook.serve.limits import Limits, hold
 from relook.views import data_url
 
 if TYPE_CHECKING:
     from PIL import Image
 
+DECODERS = Decoders()
 PORTS = {"http": 80, "https": 443}
 # IPv6 networks that lead to an IPv4 address inside, whichever it is: mapped, compatible, NAT64, 6to4, Teredo.
 EMBEDDING = ("::ffff:0:0/96", "::/96", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")
@@ -60,8 +63,17 @@ async def load_images(urls: Iterable[str], limits: Limits, settings: FetchSettin
         UserError: an address that is not allowed or cannot be fetched, no image, one that is too large.
         EngineBusy: the memory for requests is used up.
     """
-    files = [await image_bytes(url, settings) for url in urls]
-    return await to_thread.run_sync(limits.open_images, files)
+    opened: list[Image.Image] = []
+    for number, url in enumerate(urls, 1):
+        data = await image_bytes(url, settings)
+        seen = sum(image.width * image.height for image in opened)
+        work = partial(DECODERS.open, data, seen, limits.pixels, limits.decode_seconds)
+        try:
+            opened.append(await asyncio.get_running_loop().run_in_executor(DECODERS.threads, work))
+        except UserError as error:
+            raise UserError(f"image {number}: {error}") from None
+        hold(4 * opened[-1].width * opened[-1].height)  # as Pillow stores RGB
+    return opened
 
 
 async def image_bytes(url: str, settings: FetchSettings) -> bytes:

@@ -1,35 +1,17 @@
-"""How much a request may ask for, and how its images are opened.
-
-`Limits` are a server's settings. An image is measured before it is decoded: size and format are in the first bytes of
-its file, so that a few kilobytes which unpack to gigabytes are never unpacked. What a request holds in memory is
-counted in `Memory`, over all requests at once.
-"""
+"""How much a request may ask for, and how much all of them may hold in memory."""
 
 from __future__ import annotations
 
-import io
-import struct
-import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from relook.errors import UserError
 from relook.perceive.engine import EngineBusy
-from relook.views import open_image, reading
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-# Raster formats that people send. Pillow opens forty more, some of them by other programs (EPS by Ghostscript).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")
-SNIFFED = 1024  # leading bytes in which browsers and PDF readers look for what a file is
-OTHER_FILES = {b"%pdf-": "a PDF", b"<html": "a web page", b"<script": "a script"}
 
 
 class Limits(BaseModel):
@@ -45,6 +27,8 @@ class Limits(BaseModel):
     """Images of a request, those of earlier turns included."""
     pixels: int = Field(64_000_000, ge=1)
     """Pixels of these images together (a page at 600 dpi has 35 million, a phone's picture 12 to 50)."""
+    decode_seconds: float = Field(10, gt=0)
+    """Processor time for decoding one of them."""
     turns: int = Field(64, ge=1)
     """Messages of a conversation."""
     question_characters: int = Field(16_000, ge=1)
@@ -72,51 +56,6 @@ class Limits(BaseModel):
         ):
             if seen > limit:
                 raise UserError(f"the request has {seen:,} {what}, this server takes at most {limit:,}; {cure}")
-
-    def open_images(self, files: Iterable[bytes]) -> list[Image.Image]:
-        """The images of a request, upright RGB.
-
-        Raises:
-            UserError: a file that is no image or also something else, is cut short, or has too many pixels.
-            EngineBusy: the memory for requests is used up.
-        """
-        from PIL import features
-
-        formats = tuple(name for name in FORMATS if name != "AVIF" or features.check("avif"))
-        opened: list[Image.Image] = []
-        seen = 0
-        for number, data in enumerate(files, 1):
-            name = f"image {number}"
-            if other := _other_file(data):
-                raise UserError(f"{name} {other}, which is not taken; send a JPEG, PNG or WebP file of its own")
-            with reading(io.BytesIO(data), name, formats) as image:
-                seen += image.width * image.height
-                if seen > self.pixels:
-                    size = f"{image.width:,} x {image.height:,} pixels"
-                    total = f", {seen:,} with the images before it" if opened else f", {seen:,}"
-                    raise UserError(f"{size}{total}; this server takes at most {self.pixels:,}; send a smaller one")
-                hold(3 * image.width * image.height)
-                opened.append(open_image(image))
-        return opened
-
-
-def _other_file(data: bytes) -> str | None:
-    """What else a file passes for, in programs that are handed it as an image; None: nothing.
-
-    Bytes after the image are common (phones append a film to a photo) and are not looked at, but archives are read from
-    their end.
-    """
-    head = data[:SNIFFED].lower()
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        return "is an SVG drawing, a web page or other text"
-    for mark, what in OTHER_FILES.items():
-        if mark in head:
-            return f"is (also) {what}"
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)):
-            return "is (also) a ZIP archive"
-    except (zipfile.BadZipFile, ValueError, OSError, OverflowError, NotImplementedError, struct.error):
-        return None
 
 
 class Memory:
