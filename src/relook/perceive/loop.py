@@ -197,13 +197,13 @@ class Scheduler:
 
     def _prefill(self) -> list[tuple[Row, KVRows, Tensor]]:
         """Run a piece of the pending tokens; returns the rows that are through, with the states of their last ones."""
-        room, parts, inputs = self.limits.piece, list[_Prefill](), list[Inputs]()
-        for prefill in self.prefills:
-            if room == 0:
-                break
-            parts.append(prefill)
-            inputs.append(prefill.piece(room))
-            room = None if room is None else room - len(inputs[-1][0])
+        limit, width, parts = self.limits.piece, 0, list[_Prefill]()
+        for prefill in self.prefills:  # as many as fit, padded to the longest
+            wider = max(width, prefill.left if limit is None else min(prefill.left, limit))
+            if limit is None or not parts or wider * (len(parts) + 1) <= limit:
+                width = wider
+                parts.append(prefill)
+        inputs = [part.piece(limit) for part in parts]
         if not parts:
             return []
         rows = [part.row for part in parts]
