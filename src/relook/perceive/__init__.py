@@ -1,9 +1,13 @@
 """Inference: ask a model about an image, with second looks, and get a typed record (`relook.trace`).
 
 vlm.py           `load`, `VLM`, `Chat`: the public interface; checks requests and opens images
-loop.py          the generation loop over a group of rows
-row.py           the state machine of one question
-conversation.py  tokens, positions and images of one conversation; a forward over pending tokens
+engine.py        the seam of engines: `Request` in, events out
+local.py         the engine with a model in this process, for servers: a thread and its queue
+openai.py        the engine with a model behind an OpenAI-compatible endpoint
+loop.py          the generation loop: rows join and leave a running batch
+row.py           the state machine of one request
+conversation.py  tokens, positions and images of one conversation; forwards over pending tokens
+memory.py        keys, values and features of earlier conversations
 features.py      view features: each distinct view goes through its vision encoder once
 sampling.py      constrained vocabulary and sampling
 text.py          text streamer: token ids to text, piece by piece
