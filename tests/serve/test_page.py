@@ -14,6 +14,9 @@ import pytest
 from fastapi.testclient import TestClient
 from support.page_server import CELLS, WARNING, canned_app, opened, served
 
+import relook
+from relook.perceive.local import LocalEngine
+from relook.serve.app import create_app
 from relook.serve.page import FOLDER
 
 WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
@@ -113,7 +116,7 @@ def card(visit):
 
 
 def pick(page):
-    page.locator("#file").set_input_files(FOLDER / "examples/card.png")
+    page.locator("#file").set_input_files(FOLDER / "examples/card-1.webp")
     page.locator("#stage").wait_for()
 
 
@@ -177,7 +180,7 @@ def test_looks_are_compared_side_by_side(card, viewport):
     assert page.locator("#overlay .box").count() == 1
     columns.nth(2).get_by_role("button", name="Show on image").click()
     assert page.locator("#overlay .heat").count() == 1 and page.locator("#overlay .box").count() == 0
-    assert page.locator("#caption").inner_text().startswith("Looked at the whole image again (clip)")
+    assert page.locator("#caption").inner_text() == "The brighter, the more it weighed."
     assert page.locator("[aria-pressed=true]").count() == 1
 
 
@@ -292,22 +295,22 @@ def test_a_model_of_single_questions_is_asked_single_questions(card):
     ask(page)
     assert not page.locator("#follow").is_checked()
     page.get_by_role("button", name="New image").click()
-    assert page.locator("#examples button").count() == 1
+    assert page.locator("#examples button").count() == 3
 
 
 def test_images_are_pasted_dropped_and_kept(visit):
     page = visit()
-    coded = base64.b64encode((FOLDER / "examples/card.png").read_bytes()).decode()
+    coded = base64.b64encode((FOLDER / "examples/card-1.webp").read_bytes()).decode()
     give = """([kind, coded, type]) => {
         const data = new DataTransfer();
-        data.items.add(new File([Uint8Array.from(atob(coded), (c) => c.charCodeAt(0))], "given.png", {type}));
+        data.items.add(new File([Uint8Array.from(atob(coded), (c) => c.charCodeAt(0))], "given.webp", {type}));
         const options = {bubbles: true, cancelable: true};
         document.body.dispatchEvent(kind === "paste" ? new ClipboardEvent("paste", {clipboardData: data, ...options})
             : new DragEvent("drop", {dataTransfer: data, ...options}));
     }"""
     for kind in ("paste", "drop"):
         page.locator("#welcome").wait_for()
-        page.evaluate(give, [kind, coded, "image/png"])
+        page.evaluate(give, [kind, coded, "image/webp"])
         page.locator("#stage").wait_for()
         ask(page, f"What is {kind}ed?")
         assert opened(page.asked[-1]).size == (512, 512)
@@ -317,7 +320,7 @@ def test_images_are_pasted_dropped_and_kept(visit):
     assert page.locator("#exchanges h2").all_inner_texts() == ["What is pasteed?"]
     assert page.locator("#overlay .box").count() == 1
     page.evaluate(give, ["drop", base64.b64encode(b"%PDF-1.7").decode(), "application/pdf"])
-    page.get_by_role("alert").get_by_text("given.png is no image this browser can show").wait_for()
+    page.get_by_role("alert").get_by_text("given.webp is no image this browser can show").wait_for()
     assert page.locator("#exchanges h2").count() == 1
 
 
@@ -380,7 +383,7 @@ def test_the_copied_curl_and_python_give_the_same_answer(card, tmp_path):
     ask(page)
     page.locator("#look").select_option("region")
     ask(page, EVIL)
-    (tmp_path / "card.png").write_bytes((FOLDER / "examples/card.png").read_bytes())
+    (tmp_path / "card-1.webp").write_bytes((FOLDER / "examples/card-1.webp").read_bytes())
     for name, command in (("curl", ["bash"]), ("Python", [sys.executable])):
         page.get_by_role("button", name=f"Copy as {name}").last.click()
         page.get_by_role("button", name="Copied").last.wait_for()
@@ -444,3 +447,36 @@ def test_axe_finds_no_fault_where_a_key_is_asked_for(visit):
     page.get_by_label("API key").wait_for()
     page.evaluate(AXE.read_text(encoding="utf-8"))
     assert page.evaluate("axe.run().then((result) => result.violations.map((each) => each.id))") == []
+
+
+# ---- with real models
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The server that `relook serve cards-tiny` runs."""
+    with served(create_app(LocalEngine(relook.load("cards-tiny")))) as url:
+        yield url
+
+
+def test_the_real_server_shows_where_a_real_model_looks(chromium, real):
+    context = chromium.new_context(viewport=WIDE, reduced_motion="reduce")
+    page = context.new_page()
+    page.goto(real)
+    page.get_by_role("button", name=QUESTION).click()
+    page.get_by_role("button", name="Ask again").wait_for()
+    assert page.locator(".answer").inner_text() == "164"
+    left, top, right, bottom = place(page, "#overlay .box")
+    assert left < 336 / 512 < 416 / 512 < right and top < 400 / 512 < 448 / 512 < bottom  # the blue box is in it
+    page.get_by_role("button", name="Compare looks").click()
+    page.locator(".compared .cost:visible").nth(2).wait_for()
+    assert page.locator(".compared .answer").all_inner_texts()[1:] == ["164", "164"]
+    assert page.locator(".compared .heat").count() == 1
+    page.locator("#frame").press("ArrowUp")
+    page.get_by_role("button", name="Ask again here").click()
+    page.get_by_role("button", name="Ask again").wait_for()
+    assert page.locator(".run").last.get_by_text("In your region: columns 2–5, rows 2–5").is_visible()
+    page.locator("#follow").check()
+    ask(page, "Which code does the green box show?")
+    assert page.locator("#exchanges > li").last.get_by_text("Follow-up").is_visible()
+    context.close()

@@ -117,7 +117,8 @@ async def _stream(body: dict, question: str, answer: str):
         return
     looks, size = [look] if look else [], {"width": image.width, "height": image.height}
     turns = [{"role": "user", "text": question}, {"role": "assistant", "text": answer}]
-    yield chunk({}, "stop", relook={"looks": looks, "image": size, "grid": GRID, "warnings": [WARNING],
+    kept = {"looks": [{"kind": each["kind"], "cells": each["cells"], "turn": 0} for each in looks]}
+    yield chunk({"relook": kept}, "stop", relook={"looks": looks, "image": size, "grid": GRID, "warnings": [WARNING],
                                     "usage": USAGE, "transcript": turns})  # fmt: skip
     yield "data: [DONE]\n\n"
 

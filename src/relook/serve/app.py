@@ -21,6 +21,7 @@ from relook.errors import RelookError, UserError
 from relook.io import checkpoint_name
 from relook.options import AskOptions
 from relook.perceive import engine as seam
+from relook.serve import page
 from relook.serve.completions import Reply
 from relook.serve.fetch import load_images
 from relook.serve.messages import check, read_messages
@@ -58,6 +59,7 @@ def create_app(engine: seam.Engine, settings: ServeSettings | None = None) -> Fa
     app.add_exception_handler(HTTPException, _refuse)
     _answering(app, server)
     _monitoring(app, server)
+    page.mount(app)
     protect(app, settings.limits, settings.security)
     app.add_middleware(CountRequests, metrics=server.metrics)
     return app

@@ -53,7 +53,7 @@ async function* events(response) {
   }
 }
 
-// Asks; yields {text}, {look} and at the end {result, finish}.
+// Asks; yields {text}, {look} and at the end {result, kept, finish}.
 export async function* answer(body, key, signal) {
   const response = await request("chat/completions", key, {
     method: "POST", signal, headers: { "Content-Type": "application/json" },
@@ -63,9 +63,13 @@ export async function* answer(body, key, signal) {
     for await (const chunk of events(response)) {
       if (chunk.error) throw new Failure(chunk.error.message);
       const choice = chunk.choices?.[0];
-      if (choice?.delta?.content) yield { text: choice.delta.content };
+      const text = choice?.delta?.content;
+      if (text && !text.startsWith("![region look](data:image/")) yield { text }; // a server may write crops into texts
       if (chunk.relook?.look) yield { look: chunk.relook.look };
-      if (choice?.finish_reason) yield { result: chunk.relook ?? {}, finish: choice.finish_reason };
+      if (choice?.finish_reason) {
+        const kept = choice.delta?.relook ?? null; // what a later request carries, so that the looks stay
+        yield { result: chunk.relook ?? {}, kept, finish: choice.finish_reason };
+      }
     }
   } catch (error) {
     if (error instanceof Failure || error.name === "AbortError") throw error;

@@ -1,7 +1,7 @@
 // The page: picks an image, asks, and keeps what was asked (in memory, until the tab is closed).
 
 import { Failure, answer, models } from "./api.js";
-import { Run, describe, title } from "./exchange.js";
+import { Run, describe, legend, title } from "./exchange.js";
 import { Stage, el, named, still } from "./stage.js";
 
 const $ = (id) => document.getElementById(id);
@@ -142,9 +142,8 @@ function body(run) {
   const { question, parent, image } = run.context;
   const messages = [{ role: "user", content: question }];
   for (let before = parent; before; before = before.context.parent) {
-    const looks = before.looks.filter((look) => !look.problem).map(({ kind, cells, box }) => ({ kind, ...(cells && { cells }), ...(box && { box }) }));
     messages.unshift({ role: "user", content: before.context.question },
-      { role: "assistant", content: before.text, ...(looks.length && { relook: { looks } }) });
+      { role: "assistant", content: before.text, ...(before.kept && { relook: before.kept }) });
   }
   messages[0].content = [{ type: "image_url", image_url: { url: image.url } }, { type: "text", text: messages[0].content }];
   const wanted = run.region ? { region: run.region } : run.look === "auto" ? null : { look: run.look };
@@ -155,7 +154,7 @@ function select(run) {
   const { talk } = state;
   talk.active = run;
   for (const each of talk.runs) each.shown(each === run);
-  stage.show(run.looks, run.looks.filter((look) => !look.problem).map(describe).join(". ")
+  stage.show(run.looks, legend(run.looks)
     || (run.state === "done" ? "It answered from the first look at the whole image." : ""));
 }
 
@@ -202,7 +201,7 @@ async function follow(run, signal) {
         if (!event.look.problem) say(`${describe(event.look)}.`);
         near(run.element);
       }
-      if (event.finish) run.finish(event.result, event.finish);
+      if (event.finish) run.finish(event);
     }
     lookAt(run);
     say(`${run.context.compared ? `${title(run.look)}: ` : "Answer: "}${run.text || "nothing"}`);

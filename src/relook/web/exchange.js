@@ -4,14 +4,22 @@ import { asCurl, asPython } from "./api.js";
 import { el, named, overlay, still } from "./stage.js";
 
 const TITLES = {
-  auto: "The model decides", none: "No second look", region: "A region, cropped", clip: "The whole image, encoded again",
+  auto: "Model decides", none: "No second look", region: "A region, cropped", clip: "The whole image, encoded again",
   detection: "The image through DINOv2", seg: "The image through SAM",
 };
 export const title = (look) => TITLES[look] ?? look;
 
 export const describe = (look) => (look.kind === "region"
   ? `Looked closer at ${named(look.cells)}`
-  : `Looked at the whole image again (${look.kind}); the brighter, the more it weighed`);
+  : `Looked at the whole image again (${look.kind})${look.map ? "; the brighter, the more it weighed" : ""}`);
+
+// Under the image: what the marks on it mean.
+export function legend(looks) {
+  const seen = looks.filter((look) => !look.problem);
+  const wider = seen.some(({ kind, cells, box }) => kind === "region" && cells && box);
+  return [wider && "Solid: what it saw. Dashed: the cells it named.",
+    seen.some((look) => look.map) && "The brighter, the more it weighed."].filter(Boolean).join(" ");
+}
 
 const seconds = (ms) => `${(ms / 1000).toFixed(ms < 9950 ? 2 : 1)} s`;
 const count = (number) => number.toLocaleString("en");
@@ -89,8 +97,8 @@ export class Run {
     }, () => {});
   }
 
-  finish(result, finish) {
-    Object.assign(this, { result, state: "done" });
+  finish({ result, kept, finish }) {
+    Object.assign(this, { result, kept, state: "done" });
     const extra = (result.warnings ?? []).filter((each) => !this.context.known.includes(each));
     if (finish === "length") extra.push("The answer was cut off at the limit of tokens.");
     if (!this.text.trim()) this.answer.textContent = "(It said nothing.)";
@@ -99,7 +107,8 @@ export class Run {
     const usage = result.usage ?? {};
     const facts = [seconds(this.ms), this.first && `first word after ${seconds(this.first - this.begun)}`,
       usage.lm_positions && `${count(usage.lm_positions)} positions`,
-      usage.vision_patches && `${count(usage.vision_patches)} patches`].filter(Boolean);
+      usage.vision_patches && `${count(usage.vision_patches)} patches`,
+      usage.cached_tokens && `${count(usage.cached_tokens)} tokens reused`].filter(Boolean);
     const rows = [...Object.entries(COSTS).filter(([name]) => usage[name] != null).map(([name, what]) => [what, count(usage[name])]),
       ...Object.entries(usage.seconds ?? {}).map(([name, s]) => [STAGES[name] ?? name, seconds(s * 1000)])];
     const turns = (result.transcript ?? []).map((turn) => el("p", {}, el("b", {}, turn.role), ` ${turn.text}`));
