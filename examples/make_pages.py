@@ -5,7 +5,7 @@
 The receipts are written, printed, creased and scanned by code (zoo.worlds); no real document is among them. The
 seed is used by no recipe, so a model has seen none of these pages. Beside them goes `questions.jsonl`: every question a
 page can answer, with the boxes, as `relook data build` and `relook evaluate --tasks` read them. Without FOLDER, the
-pages that the server's web page offers are written too (src/relook/web/examples; their questions are in its index.json).
+pages that the server's web page offers are written too (src/relook/web/examples; index.json there has their questions).
 """
 
 import json

@@ -84,6 +84,7 @@ function dataUrl(blob) {
 
 // Begins a conversation about an image file; false where it is none.
 async function take(blob, name, alt = "", questions = []) {
+  await state.ready;
   if (!state.model) return false;
   complain("");
   const shown = URL.createObjectURL(blob), probe = new Image();
@@ -249,4 +250,4 @@ $("question").addEventListener("keydown", (event) => {
 });
 $("unmark").addEventListener("click", () => { stage.mark(null); $("question").focus(); });
 
-begin();
+state.ready = begin();
