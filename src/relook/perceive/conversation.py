@@ -121,12 +121,13 @@ class Conversation:
     def take_pending(self, model: Any) -> tuple[PendingTokens, Tensor]:
         """Take out the pending tokens; returns those that will run, and their positions (3, L)."""
         pending, self.pending = self.pending, PendingTokens()
-        ids = torch.tensor(pending.ids, device=model.device)
+        device = self.kv.mask.device
+        ids = torch.tensor(pending.ids, device=device)
         if len(pending) == 1 and not pending.shown:  # one text token
             start, self.position = self.position, self.position + 1
-            return pending, torch.full((3, 1), start, device=model.device)
+            return pending, torch.full((3, 1), start, device=device)
         grids = [shown.view.grid for _, shown in pending.shown if shown.kind == "image"]  # first looks and crops
-        patches = torch.tensor(grids, device=model.device) if grids else None
+        patches = torch.tensor(grids, device=device) if grids else None
         positions, self.position = model.rope_positions(ids, patches, start=self.position)
         at = pending.cached
         rest = PendingTokens(
@@ -145,8 +146,9 @@ def embed_pending(model: Any, conversations: Sequence[Conversation]) -> list[Inp
 
     Image features must have been encoded. Attention maps are written to the looks that asked for the images.
     """
+    device = conversations[0].kv.mask.device
     taken = [conversation.take_pending(model) for conversation in conversations]
-    ids = torch.tensor([[token for pending, _ in taken for token in pending.ids]], device=model.device)
+    ids = torch.tensor([[token for pending, _ in taken for token in pending.ids]], device=device)
     parts = model.get_input_embeddings()(ids)[0].split([len(pending) for pending, _ in taken])  # of a fresh tensor
     for embeds, (pending, _), conversation in zip(parts, taken, conversations, strict=True):
         for offset, state in pending.states:
@@ -167,10 +169,10 @@ def forward_inputs(model: Any, kv: KVRows, inputs: Sequence[Inputs]) -> Tensor:
     Returns:
         (B, d): the final hidden state of each row's last token.
     """
-    lengths = torch.tensor([len(embeds) for embeds, _ in inputs], device=model.device)
+    lengths = torch.tensor([len(embeds) for embeds, _ in inputs], device=kv.mask.device)
     width = int(lengths.max())
     embeds = torch.nn.utils.rnn.pad_sequence([embeds for embeds, _ in inputs], batch_first=True)
     positions = torch.stack([torch.nn.functional.pad(p, (0, width - p.shape[1])) for _, p in inputs], dim=1)
-    real = torch.arange(width, device=model.device) < lengths[:, None]
+    real = torch.arange(width, device=kv.mask.device) < lengths[:, None]
     hidden = kv.forward(model, embeds, positions, real)
-    return hidden[torch.arange(len(inputs), device=model.device), lengths - 1]
+    return hidden[torch.arange(len(inputs), device=kv.mask.device), lengths - 1]

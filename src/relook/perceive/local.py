@@ -44,7 +44,7 @@ class LocalEngine:
         self,
         vlm: VLM,
         *,
-        max_rows: int = 8,
+        max_rows: int = 16,
         max_waiting: int = 64,
         max_tokens: int | None = None,
         prefill_tokens: int = 256,

@@ -349,8 +349,9 @@ def _timed_shared(vlm: Any, rows: Sequence[Row], stage: Callable[[Row], str]) ->
     stages = [stage(row) for row in rows]
     begin = time.perf_counter()
     yield
-    if vlm.model.device.type == "cuda":
-        torch.cuda.synchronize(vlm.model.device)
+    device = torch.device(vlm.vocabulary.device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     share = (time.perf_counter() - begin) / len(rows)
     for row, name in zip(rows, stages, strict=True):
         row.seconds[name] += share
