@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from relook.cli import ask, bench, data, evaluate, models, train
+from relook.cli import ask, bench, data, evaluate, models, serve, train
 from relook.cli.common import ListOptions
 from relook.errors import RelookError
 
@@ -72,6 +72,7 @@ app.command("train")(train.train)
 app.command("evaluate", cls=ListOptions)(evaluate.evaluate)
 app.command("judge")(evaluate.judge)
 app.command("report")(evaluate.report)
+app.command("serve")(serve.serve)
 app.command("bench")(bench.bench)
 
 

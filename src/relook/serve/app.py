@@ -26,7 +26,7 @@ from relook.serve.completions import Reply
 from relook.serve.fetch import load_images
 from relook.serve.messages import check, read_messages
 from relook.serve.metrics import CountRequests, Metrics
-from relook.serve.security import error_body, protect
+from relook.serve.security import error_body, log, protect
 from relook.serve.settings import ServeSettings
 from relook.serve.tools import ZoomTool
 from relook.serve.types import BadField, ChatRequest, LooksRequest
@@ -35,6 +35,7 @@ from relook.trace import Answer, Finished
 T = TypeVar("T")
 PING_SECONDS = 15.0  # between comments in a stream that has nothing to say: proxies close silent connections
 STATUS = {seam.EngineBusy: 429, seam.EngineClosed: 503, seam.DeadlineExceeded: 408, UserError: 400}
+BROKEN = "an error inside the server; its log has more under this request's id"
 CODES = {404: "model_not_found", 408: "timeout", 429: "server_busy", 503: "server_closing"}
 
 
@@ -122,7 +123,9 @@ class Server:
                     watch.saw(event)
                     for chunk in await to_thread.run_sync(list, reply.chunks(event)):
                         yield chunk
-            except RelookError as error:
+            except Exception as error:
+                if not isinstance(error, RelookError):
+                    log.error("unexpected error", exc_info=error)
                 yield bytes(_refusal(error).body).decode()
             finally:
                 running.cancel()
@@ -234,7 +237,7 @@ def _refusal(error: Exception) -> JSONResponse:
     else:
         status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
         status = 404 if isinstance(error, UnknownModel) else status
-        message = str(error)
+        message = str(error) if isinstance(error, RelookError) else BROKEN
     if isinstance(error, seam.EngineBusy):
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
     code = CODES.get(status) if isinstance(error, RelookError) else None
@@ -243,8 +246,12 @@ def _refusal(error: Exception) -> JSONResponse:
 
 def _first_problem(error: RequestValidationError) -> tuple[str, str]:
     """What is wrong with a body, in a sentence, and the name of the field."""
-    problem = error.errors()[0]
-    place = [part for part in problem["loc"] if part != "body"]
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{name or 'the body'}: {message}", name
+    problem = max(error.errors(), key=lambda each: len(each["loc"]))  # of several forms, the one that fits furthest
+    name, at = "", error.body
+    for part in problem["loc"]:  # what names no value is the name of a form
+        if isinstance(part, int) and isinstance(at, list) and part < len(at):
+            name, at = f"{name}[{part}]", at[part]
+        elif isinstance(at, dict) and (part in at or problem["type"] == "missing") and part != "body":
+            name, at = f"{name}.{part}", at.get(part)
+    name = name.lstrip(".")
+    return f"{name or 'the body'}: {problem['msg'].removeprefix('Value error, ')}", name

@@ -1,0 +1,83 @@
+"""`relook serve`: a model behind OpenAI's API."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from relook.cli.common import DEFAULT_MODEL, MODEL_HELP, Dtype
+
+
+def serve(
+    model: Annotated[str, Argument(metavar="MODEL", help=MODEL_HELP)] = DEFAULT_MODEL,
+    host: Annotated[
+        str, Option(metavar="HOST", help="Address to listen on; the default is reached from this machine only.")
+    ] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, metavar="PORT", help="0: a free one.")] = 8000,
+    name: Annotated[str | None, Option(metavar="NAME", help="What the API calls the model.")] = None,
+    keys: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="API keys, one a line; default: RELOOK_API_KEYS. Without any, everybody may ask."),
+    ] = None,
+    origins: Annotated[
+        list[str] | None, Option("--origin", metavar="URL", help="Web pages elsewhere that may ask (CORS).")
+    ] = None,
+    image_hosts: Annotated[
+        list[str] | None, Option("--image-host", metavar="HOST", help="Fetch images from this host; '*': from any.")
+    ] = None,
+    max_tokens: Annotated[
+        int, Option(min=1, metavar="N", help="Tokens of an answer where a request does not say.")
+    ] = 256,
+    rows: Annotated[int, Option(min=1, metavar="N", help="Requests answered side by side.")] = 8,
+    waiting: Annotated[int, Option(min=0, metavar="N", help="Requests that may wait for a place.")] = 64,
+    cache: Annotated[int, Option(min=0, metavar="MB", help="Memory for conversations that go on.")] = 256,
+    seconds: Annotated[float, Option(min=0.1, metavar="S", help="Time for a request.")] = 120,
+    body: Annotated[int, Option(min=1, metavar="MB", help="Size of a request.")] = 32,
+    pixels: Annotated[int, Option(min=1, metavar="N", help="Pixels of a request's images together.")] = 64_000_000,
+    drain: Annotated[float, Option(min=0, metavar="S", help="Time to finish answers on SIGTERM.")] = 30,
+    crops_in_text: Annotated[
+        bool, Option("--crops-in-text", help="Show crops in the answer's text, for chat front ends.")
+    ] = False,
+    device: Annotated[
+        str | None, Option(metavar="DEVICE", help="cpu, cuda, ...; default: the fastest available.")
+    ] = None,
+    dtype: Dtype = None,
+) -> None:
+    """Serve a model over HTTP, in the shape of OpenAI's API: chat completions at /v1, documentation at /docs.
+
+    SIGTERM or Ctrl-C ends it: answers that have begun are finished, new requests get status 503.
+    """
+    from relook.errors import UserError
+
+    try:
+        from relook.serve.run import bind, serve
+        from relook.serve.security import LOOPBACK, read_keys
+        from relook.serve.settings import ServeSettings
+    except ImportError as error:
+        raise UserError(f"relook serve needs {error.name}: pip install 'relook[serve]'") from error
+    from relook.io import validate
+
+    security: dict[str, Any] = {"keys": read_keys(keys), "origins": origins or ()}
+    security["hosts"] = LOOPBACK if host in LOOPBACK else ("*",)
+    stated = {
+        "name": name,
+        "max_tokens": max_tokens,
+        "crops_in_text": crops_in_text,
+        "limits": {"seconds": seconds, "body_bytes": body * 2**20, "pixels": pixels},
+        "fetch": {"hosts": image_hosts or ()},
+        "security": security,
+    }
+    settings = validate(ServeSettings, stated, "serve", "option")
+    bound = bind(host, port)
+    if host not in LOOPBACK and not settings.security.keys:
+        print(f"relook: whoever reaches {host} may ask; --keys FILE asks for a key", file=sys.stderr)
+
+    import relook
+    from relook.perceive.local import LocalEngine
+
+    vlm = relook.load(model, **{k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None})
+    engine = LocalEngine(vlm, max_rows=rows, max_waiting=waiting, cache_bytes=cache * 2**20)
+    for warning in engine.warnings:
+        print(f"relook: {warning}", file=sys.stderr)
+    serve(engine, settings, bound, drain)

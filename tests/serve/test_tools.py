@@ -1,0 +1,303 @@
+"""Region looks as calls of the client's `image_zoom_in_tool`: the client crops, and the answer is the one of `ask`."""
+
+import json
+
+import openai
+import pytest
+from support.running_server import data_url, serving, user
+from support.scripted_model import QUESTION, picture, writing
+from support.synthetic import QUESTION as CODE
+from support.synthetic import Pages
+
+import relook
+from relook.looks import IM_END, write_call
+from relook.perceive.local import LocalEngine
+from relook.regions import read_box
+
+IMAGE = Pages(1).sample(3)
+ASKED = CODE.format(IMAGE.qas[0].field)
+
+
+@pytest.fixture(scope="module")
+def cards():
+    engine = LocalEngine(relook.load("cards-tiny"))
+    with serving(engine) as running:
+        yield running
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def random(tiny_vlm):
+    """A random model with regions alone; its crops are of the cells that it names."""
+    engine = LocalEngine(tiny_vlm(("region",), first_look=relook.processing.View(64)))
+    with serving(engine) as running:
+        yield running
+    engine.close()
+
+
+ZOOM = "image_zoom_in_tool"
+
+
+def tool(description="", item="number", name=ZOOM, required=("bbox_2d",), **more):
+    """A tool as Qwen-Agent and DeepEyes describe it."""
+    box = {"type": "array", "items": {"type": item}, "description": "as [x1, y1, x2, y2]" + description}
+    parameters = {"type": "object", "properties": {"bbox_2d": box, **more}, "required": list(required)}
+    return {"type": "function", "function": {"name": name, "description": "Zoom in", "parameters": parameters}}
+
+
+QWEN = tool(label={"type": "string"}, img_idx={"type": "number"}, required=("bbox_2d", "label", "img_idx"))
+
+
+def cut(image, call, form="pixels"):
+    """The crop, as a client makes it."""
+    return image.crop(tuple(map(round, read_box(json.loads(call.function.arguments)["bbox_2d"], image.size, form))))
+
+
+def picture_part(image):
+    return {"type": "image_url", "image_url": {"url": data_url(image)}}
+
+
+def refused(call):
+    with pytest.raises(openai.BadRequestError) as caught:
+        call()
+    return caught.value.body["message"]
+
+
+@pytest.mark.parametrize(
+    ("said", "item", "form"),
+    [
+        ("", "number", "pixels"),
+        (" in absolute pixels", "integer", "pixels"),
+        (", values from 0 to 1000", "number", "0-1000"),
+        (" in 0-1000 relative units", "integer", "0-1000"),
+        (", normalized to [0, 1]", "number", "0-1"),
+    ],
+)
+def test_a_call_in_the_units_that_the_tool_states(cards, said, item, form) -> None:
+    look = cards.vlm.ask(IMAGE.image, ASKED).looks[0]
+    (choice,) = cards.ask((IMAGE.image, ASKED), tools=[tool(said, item)]).choices
+    assert choice.finish_reason == "tool_calls" and not choice.message.content
+    (call,) = choice.message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    assert set(arguments) == {"bbox_2d"} and call.function.name == "image_zoom_in_tool" and call.type == "function"
+    scale = {"pixels": 512, "0-1000": 1000, "0-1": 1}[form]
+    assert arguments["bbox_2d"] == pytest.approx([value * scale / 512 for value in look.box], abs=1e-5)
+    other = cards.ask((IMAGE.image, ASKED), tools=[tool()], extra_body={"relook": {"boxes": "0-1000"}})
+    other = json.loads(other.choices[0].message.tool_calls[0].function.arguments)["bbox_2d"]
+    assert other == pytest.approx([value * 1000 / 512 for value in look.box])
+
+
+def answers(call, crop):
+    """Ways in which clients send a crop back."""
+    in_tool = {"role": "tool", "tool_call_id": call.id, "content": [picture_part(crop)]}
+    said = {"role": "tool", "tool_call_id": call.id, "content": "The crop is in the next message."}
+    by_user = {"role": "user", "content": [{"type": "text", "text": "<tool_response>"}, picture_part(crop)]}
+    return {
+        "tool": [in_tool],
+        "text of a tool": [{**in_tool, "content": data_url(crop)}],
+        "user": [said, by_user],
+        "user alone": [by_user],
+        "none": [said],
+    }
+
+
+@pytest.mark.parametrize("way", ["tool", "text of a tool", "user", "user alone", "none"])
+@pytest.mark.parametrize("form", ["pixels", "0-1000"])
+def test_the_crop_comes_back_and_the_model_goes_on(cards, way, form) -> None:
+    whole = cards.vlm.ask(IMAGE.image, ASKED)
+    zoom = [tool("" if form == "pixels" else " 0-1000")]
+    asked = [user(IMAGE.image, ASKED)]
+    first = cards.ask(asked, tools=zoom).choices[0].message
+    (call,) = first.tool_calls
+    crop = cut(IMAGE.image, call, form)
+    assert data_url(crop) == data_url(IMAGE.image.crop(whole.looks[0].box))
+    for message in (first.model_dump(exclude_none=True), {"role": "assistant", "tool_calls": [call.model_dump()]}):
+        reply = cards.ask([*asked, message, *answers(call, crop)[way]], tools=zoom)
+        assert reply.choices[0].message.content == whole.text and reply.choices[0].finish_reason == "stop"
+        told = [(turn["role"], turn["text"]) for turn in reply.relook["transcript"]]
+        assert told == [(turn.role, turn.text) for turn in whole.transcript]
+        assert reply.usage.total_tokens == whole.usage.sequence_length
+        assert reply.usage.prompt_tokens_details.cached_tokens > 0
+        beside = "the text beside a crop is not shown to the model"
+        assert (beside in reply.relook["warnings"]) == way.startswith("user")
+
+
+def test_the_crop_that_was_sent_is_what_the_model_sees(cards) -> None:
+    """Not the one that the server would make."""
+    asked, zoom = [user(IMAGE.image, ASKED)], [tool()]
+    first = cards.ask(asked, tools=zoom).choices[0].message
+    others = {qa.answer: IMAGE.image.crop((x1 - 24, y1 - 24, x2 + 24, y2 + 24)) for qa in IMAGE.qas
+              for x1, y1, x2, y2 in qa.boxes}  # fmt: skip
+    read = set()
+    for crop in others.values():
+        result = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": [picture_part(crop)]}
+        read.add(
+            cards.ask([*asked, first.model_dump(exclude_none=True), result], tools=zoom).choices[0].message.content
+        )
+    assert len(read) > 1
+
+
+def test_a_call_of_another_server_is_mapped_by_its_box(cards) -> None:
+    box, zoom = [200, 130, 260, 250], [QWEN]
+    call = {"id": "call_7", "type": "function", "function": {"name": "image_zoom_in_tool"}}
+    for arguments in ({"bbox_2d": box}, {"bbox_2d": box, "label": "x", "img_idx": 0}):
+        call["function"]["arguments"] = json.dumps(arguments)
+        history = [user(IMAGE.image, ASKED), {"role": "assistant", "content": None, "tool_calls": [call]},
+                   {"role": "tool", "tool_call_id": "call_7", "content": "done"}]  # fmt: skip
+        reply = cards.ask(history, tools=zoom)
+        answer = cards.vlm.ask(IMAGE.image, ASKED, region=(3, 2, 4, 3))
+        assert reply.choices[0].message.content == answer.text
+        assert [t["text"] for t in reply.relook["transcript"]] == [t.text for t in answer.transcript]
+
+
+def test_nested_looks_stay_on_the_original_image(random) -> None:
+    """The box of the second call is of the image that the user sent, not of the crop."""
+    image, vlm = picture(2, (300, 200)), random.vlm
+    turns = [write_call("region", (1, 1, 6, 5)), write_call("region", (2, 3, 4, 4)), "742"]
+    with writing(vlm, turns[0], IM_END, turns[1], IM_END, turns[2]):
+        whole = vlm.ask(image, QUESTION, max_looks=2)
+    fields = {"tools": [tool()], "extra_body": {"relook": {"max_looks": 2}}}
+    messages, boxes = [user(image, QUESTION)], []
+    for turn in turns:
+        with writing(vlm, turn):
+            reply = random.ask(messages, **fields)
+        message = reply.choices[0].message
+        messages.append(message.model_dump(exclude_none=True))
+        for call in message.tool_calls or []:
+            boxes.append(tuple(json.loads(call.function.arguments)["bbox_2d"]))
+            crop = picture_part(cut(image, call))
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": [crop]})
+    assert boxes == [look.box for look in whole.looks] and len(boxes) == 2
+    assert message.content == whole.text == "742"
+    assert [turn["text"] for turn in reply.relook["transcript"]] == [turn.text for turn in whole.transcript]
+    assert reply.usage.total_tokens == whole.usage.sequence_length
+
+
+def test_several_calls_of_one_turn(random) -> None:
+    image, vlm = picture(2, (300, 200)), random.vlm
+    turn = write_call("region", (1, 1, 6, 5)) + write_call("region", (2, 3, 4, 4))
+    with writing(vlm, turn, IM_END, "742"):
+        whole = vlm.ask(image, QUESTION)
+    with writing(vlm, turn):
+        message = random.ask((image, QUESTION), tools=[tool()]).choices[0].message
+    assert [call.id.startswith(f"call_look_{cells}_") for call, cells in zip(
+        message.tool_calls, ("1_1_6_5", "2_3_4_4"), strict=True)] == [True, True]  # fmt: skip
+    crops = [picture_part(cut(image, call)) for call in message.tool_calls]
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "see below"} for call in message.tool_calls]
+    by_user = [{"role": "user", "content": crops}]
+    by_tools = [{**result, "content": [crop]} for result, crop in zip(results, crops, strict=True)]
+    for way in (by_user, [*results[::-1], *by_user], by_tools[::-1]):
+        with writing(vlm, "742"):
+            reply = random.ask([user(image, QUESTION), message.model_dump(exclude_none=True), *way], tools=[tool()])
+        assert [turn["text"] for turn in reply.relook["transcript"]] == [turn.text for turn in whole.transcript]
+    assert "one tool call" not in refused(
+        lambda: random.ask([user(image, QUESTION), message.model_dump(exclude_none=True), results[0]], tools=[tool()])
+    )
+    with writing(vlm, turn):
+        reply = random.ask((image, QUESTION), tools=[tool()], parallel_tool_calls=False)
+    assert len(reply.choices[0].message.tool_calls) == 1
+
+
+def test_img_idx_counts_what_the_user_sent_and_no_crops(cards) -> None:
+    images = [Pages(1).sample(i).image for i in range(3)]
+    messages = [user(images[:2], ASKED)]
+    own = {"tools": [QWEN], "tool_choice": "required"}
+    (call,) = cards.ask(messages, extra_body={"relook": {"look_at": 1}}, **own).choices[0].message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    assert arguments["img_idx"] == 1 and arguments["label"]
+    messages += [{"role": "assistant", "tool_calls": [call.model_dump()]}, user(cut(images[1], call))]
+    reply = cards.ask(messages, **own).choices[0].message  # img_idx says where to look
+    assert reply.content == cards.vlm.ask(images[:2], ASKED, look="region", look_at=1).text
+    messages += [{"role": "assistant", "content": reply.content}, user(images[2], ASKED)]
+    (call,) = cards.ask(messages, **own).choices[0].message.tool_calls
+    assert json.loads(call.function.arguments)["img_idx"] == 2
+
+
+def test_a_conversation_goes_on_after_tool_calls(cards) -> None:
+    chat, questions, messages = cards.vlm.chat(IMAGE.image), [CODE.format(qa.field) for qa in IMAGE.qas[:2]], []
+    for question in questions:
+        answer = chat.ask(question, look="region")
+        messages.append(user([] if messages else IMAGE.image, question))
+        call = cards.ask(messages, tools=[tool()], tool_choice="required").choices[0].message.tool_calls[0]
+        messages.append({"role": "assistant", "tool_calls": [call.model_dump()]})
+        messages += answers(call, cut(IMAGE.image, call))["tool"]
+        reply = cards.ask(messages, tools=[tool()], tool_choice="required")
+        assert reply.choices[0].message.content == answer.text
+        messages.append({"role": "assistant", "content": answer.text})
+    assert [turn["role"] for turn in reply.relook["transcript"]] == [turn.role for turn in answer.transcript]
+
+
+def test_streamed_calls_are_assembled_by_the_client(cards) -> None:
+    with cards.client.chat.completions.stream(
+        model=cards.model, messages=[user(IMAGE.image, ASKED)], tools=[tool()]
+    ) as stream:
+        final = stream.get_final_completion().choices[0]
+    (call,) = final.message.tool_calls
+    whole = cards.ask((IMAGE.image, ASKED), tools=[tool()]).choices[0]
+    assert final.finish_reason == "tool_calls"
+    assert call.function.arguments == whole.message.tool_calls[0].function.arguments
+    assert call.id.startswith("call_look_") and call.id != whole.message.tool_calls[0].id
+
+
+def test_tool_choice(random) -> None:
+    ask = lambda **fields: random.ask((picture(), QUESTION), max_tokens=6, **fields).choices[0]  # noqa: E731
+    named = {"type": "function", "function": {"name": "image_zoom_in_tool"}}
+    own = {"relook": {"look": "region"}}
+    for choice in ("required", named):
+        assert ask(tools=[tool()], tool_choice=choice).finish_reason == "tool_calls"
+    assert ask(tools=[tool()], tool_choice="none", extra_body=own).message.content == (
+        random.vlm.ask(picture(), QUESTION, look="region", max_new_tokens=6).text
+    )
+    other = {"type": "function", "function": {"name": "search", "parameters": {}}}
+    reply = random.ask((picture(), QUESTION), max_tokens=6, tools=[other])
+    assert reply.relook["warnings"] == ["tools that this model never calls: search"]
+    for fields in (
+        {"tools": [other], "tool_choice": "required"},
+        {"tools": [tool(), other], "tool_choice": {"type": "function", "function": {"name": "search"}}},
+        {"tool_choice": "required"},
+    ):
+        assert "can call image_zoom_in_tool only" in refused(lambda fields=fields: ask(**fields))
+
+
+@pytest.mark.parametrize(
+    ("tools", "said"),
+    [
+        ([tool(required=("bbox_2d", "path"))], "requires 'path'"),
+        ([{"type": "function", "function": {"name": ZOOM, "parameters": {"properties": {}}}}], "bbox_2d"),
+        ([{"type": "retrieval"}], "tools[0]"),
+    ],
+)  # fmt: skip
+def test_tools_that_cannot_be_called(random, tools, said) -> None:
+    assert said in refused(lambda: random.ask((picture(), QUESTION), tools=tools))
+
+
+def called(arguments='{"bbox_2d": [1, 2, 30, 40]}', name=ZOOM):
+    call = {"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+CALLED = called()
+DONE = {"role": "tool", "tool_call_id": "call_1", "content": "done"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([called("{}"), DONE], "arguments {} are not understood"),
+        ([called("[" * 9999), DONE], "not understood"),
+        ([called('{"bbox_2d": [1, 2, "3"]}'), DONE], "not four numbers"),
+        ([called('{"bbox_2d": [9, 9, 1, 1]}'), DONE], "runs backwards"),
+        ([called('{"img_idx": 3}'), DONE], "img_idx=3 names no image"),
+        ([called(name="search"), DONE], "'search'"),
+        ([CALLED], "no result of tool call 'call_1' follows"),
+        ([CALLED, {**DONE, "tool_call_id": "call_2"}], "'call_2' is not that of an open call"),
+        ([DONE], "not that of an open call"),
+        ([CALLED, DONE, DONE], "not that of an open call"),
+        ([CALLED, DONE, {"role": "user", "content": "Go on ."}], "before the question is answered"),
+        ([CALLED, user([picture(), picture()])], "2 images of the user for 1 tool calls"),
+        ([CALLED, {**DONE, "content": user([picture(), picture()])["content"]}], "2 images for one tool call"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_histories_that_cannot_be_read(random, messages, said) -> None:
+    assert said in refused(lambda: random.ask([user(picture(), QUESTION), *messages], tools=[tool()]))
