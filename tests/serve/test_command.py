@@ -30,7 +30,19 @@ def folder(tiny_vlm, tmp_path_factory):
 @pytest.fixture
 def process(folder):
     """A running server and its address."""
-    command = [sys.executable, "-m", "relook", "serve", str(folder), "--port", "0", "--seconds", "300"]
+    command = [
+        sys.executable,
+        "-m",
+        "relook",
+        "serve",
+        str(folder),
+        "--port",
+        "0",
+        "--seconds",
+        "300",
+        "--drain",
+        "300",
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as running:
         for line in running.stderr:
             if found := re.search(r"http://127\.0\.0\.1:\d+", line):
@@ -58,7 +70,7 @@ def test_sigterm_lets_a_running_answer_finish_and_refuses_new_ones(process) -> N
     pieces += list(stream)
     assert pieces[-1].choices[0].finish_reason in ("stop", "length")
     assert pieces[-1].relook["usage"]["generated_tokens"] > 100
-    assert running.wait(20) == 0
+    assert running.wait(120) == 0
     assert "Traceback" not in running.stderr.read()
 
 
