@@ -64,7 +64,7 @@ def test_addresses_are_refused_until_their_host_is_named(servers):
     port = servers[0].server_port
     url = f"http://images.example:{port}/image"
     seen = len(servers[0].seen)
-    assert "not fetched by this server" in refusal(url)
+    assert "fetches no addresses" in refusal(url)
     assert "not fetched from images.example" in refusal(url, "other.example")
     assert "not fetched from images.example" in refusal(url, "images.example")  # the list states no such port
     assert "not fetched from images.example" in refusal(url, f"*.images.example:{port}")  # only what is below

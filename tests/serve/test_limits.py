@@ -36,8 +36,9 @@ def refusal(data, limits=LIMITS):
 
 @pytest.mark.parametrize("name", hostile_images.bombs())
 def test_bombs_are_refused_before_they_are_unpacked(name):
+    """A WebP's canvas is made with its header; the memory of the process that decodes it does not reach so far."""
     sentence = refusal(hostile_images.bombs()[name])
-    assert "pixels" in sentence
+    assert ("pixels" in sentence) == (not name.startswith("webp"))
     if name == "png that keeps its word":
         assert "9,000 x 9,000" in sentence and "64,000,000" in sentence
 
@@ -45,9 +46,9 @@ def test_bombs_are_refused_before_they_are_unpacked(name):
 @pytest.mark.parametrize("name", ["tile_bomb", "scan_bomb", "segment_bomb"])
 def test_bombs_of_a_modest_size_are_ended(name):
     """Nothing in their headers tells them apart; the process that decodes them is ended by the system."""
-    limits = Limits(pixels=20_000_000, decode_seconds=1)
+    limits = Limits(pixels=20_000_000, decode_seconds=0.2)
     sentence = refusal(getattr(hostile_images, name)(), limits)
-    assert "more than 1 seconds or more memory" in sentence or "damaged" in sentence
+    assert "more than 0.2 seconds or more memory" in sentence or "damaged" in sentence
     assert images([hostile_images.encoded("PNG")], limits)  # a new process
 
 
@@ -84,9 +85,11 @@ def test_what_people_send_is_opened_as_everywhere():
 def test_pixels_are_counted_over_the_images_of_a_request():
     limits, data = Limits(pixels=4000), hostile_images.encoded("PNG", (48, 32))
     assert len(images([data] * 2, limits)) == 2
-    with pytest.raises(UserError, match=r"image 3: 48 x 32 pixels, 4,608 with the images before it; .* 4,000"):
+    with pytest.raises(
+        UserError, match=r"image 3: 48 x 32 pixels are 1,536, 4,608 with the images before it; .* 4,000"
+    ):
         images([data] * 3, limits)
-    assert "48 x 32 pixels, 1,536; this server takes at most 1,535" in refusal(data, Limits(pixels=1535))
+    assert "48 x 32 pixels are 1,536; this server takes at most 1,535" in refusal(data, Limits(pixels=1535))
 
 
 def test_damaged_files_are_refused_or_opened_and_nothing_else():

@@ -95,7 +95,7 @@ def scan_bomb(side: int = 4000, scans: int = 5000) -> bytes:
     return data[:-2] + scan * scans + data[-2:]
 
 
-def segment_bomb(megabytes: int = 16) -> bytes:
+def segment_bomb(megabytes: int = 8) -> bytes:
     """A JPEG with millions of empty segments, which Pillow reads one by one."""
     data = encoded("JPEG")
     return data[:2] + b"\xff\xe1\x00\x02" * (megabytes * 2**18) + data[2:]

@@ -53,10 +53,13 @@ def opened(data: bytes, seen: int, limit: int) -> Image.Image:
         raise UserError(f"it is {other}, which is not taken; send a JPEG, PNG or WebP file of its own")
     formats = tuple(name for name in FORMATS if name != "AVIF" or features.check("avif"))
     with reading(io.BytesIO(data), "it", formats) as image:
-        total = seen + image.width * image.height
-        if total > limit:
-            size = f"{image.width:,} x {image.height:,} pixels, {total:,}{' with the images before it' if seen else ''}"
-            raise UserError(f"{size}; this server takes at most {limit:,}; send a smaller image")
+        size = image.width * image.height
+        if seen + size > limit:
+            total = f", {seen + size:,} with the images before it" if seen else ""
+            raise UserError(
+                f"{image.width:,} x {image.height:,} pixels are {size:,}{total}; this server takes at most {limit:,} "
+                "in a request; send a smaller image"
+            )
         return open_image(image)
 
 
@@ -130,20 +133,24 @@ def _exactly(pipe: IO[bytes], count: int) -> bytes:
 
 
 def _work(questions: IO[bytes], answers: IO[bytes]) -> None:
-    """A child: answers until its parent closes the pipe. The answer for a refusal has no size, and a sentence."""
+    """A child: answers until its parent closes the pipe."""
     while len(head := questions.read(QUESTION.size)) == QUESTION.size:
         length, seen, limit, seconds = QUESTION.unpack(head)
-        data = questions.read(length)
         _bound(seconds, BASE_MEMORY + PIXEL_MEMORY * limit)
-        try:
-            image = opened(data, seen, limit)
-            size, content = image.size, image.tobytes()
-        except UserError as error:
-            size, content = (0, 0), str(error).removeprefix("it: ").encode("utf-8", "replace")
-        except Exception as error:  # whatever a decoder raises is about this file, and ends no more than its question
-            size, content = (0, 0), f"it cannot be decoded ({type(error).__name__}); give a complete image".encode()
-        answers.write(ANSWER.pack(*size, len(content)) + content)
+        answers.write(_answer(questions.read(length), seen, limit))
         answers.flush()
+
+
+def _answer(data: bytes, seen: int, limit: int) -> bytes:
+    """Size and pixels; of a refusal no size, and a sentence."""
+    try:
+        image = opened(data, seen, limit)
+        size, content = image.size, image.tobytes()
+    except UserError as error:
+        size, content = (0, 0), str(error).removeprefix("it: ").encode("utf-8", "replace")
+    except Exception as error:  # whatever a decoder raises is about this file, and ends no more than its question
+        size, content = (0, 0), f"it cannot be decoded ({type(error).__name__}); give a complete image".encode()
+    return ANSWER.pack(*size, len(content)) + content
 
 
 def _bound(seconds: float, memory: int) -> None:
@@ -165,8 +172,9 @@ def _bound(seconds: float, memory: int) -> None:
 if __name__ == "__main__":
     import signal
 
-    from PIL import AvifImagePlugin
+    from PIL import AvifImagePlugin, Image
 
+    Image.MAX_IMAGE_PIXELS = None  # the server's own limit holds
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # each would take address space
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the server drains first, and then closes the pipe
     _work(sys.stdin.buffer, sys.stdout.buffer)

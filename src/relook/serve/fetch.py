@@ -65,10 +65,10 @@ async def load_images(urls: Iterable[str], limits: Limits, settings: FetchSettin
     """
     opened: list[Image.Image] = []
     for number, url in enumerate(urls, 1):
-        data = await image_bytes(url, settings)
         seen = sum(image.width * image.height for image in opened)
-        work = partial(DECODERS.open, data, seen, limits.pixels, limits.decode_seconds)
         try:
+            data = await image_bytes(url, settings)
+            work = partial(DECODERS.open, data, seen, limits.pixels, limits.decode_seconds)
             opened.append(await asyncio.get_running_loop().run_in_executor(DECODERS.threads, work))
         except UserError as error:
             raise UserError(f"image {number}: {error}") from None
@@ -82,10 +82,10 @@ async def image_bytes(url: str, settings: FetchSettings) -> bytes:
     if scheme == "data":
         return data_url(url)
     if scheme not in PORTS:
-        seen = f"{scheme[:20]}: address" if ":" in url[:20] else f"text {url[:20]!r}"
-        raise UserError(f"an image is given as a {seen}; expected a data URL (data:image/png;base64,...)")
+        seen = f"address of {scheme[:20]}:" if ":" in url[:20] else f"text {url[:20]!r}"
+        raise UserError(f"{seen} is no image; expected a data URL (data:image/png;base64,...)")
     if not settings.hosts:
-        raise UserError("image addresses are not fetched by this server; send the image as a data URL")
+        raise UserError("this server fetches no addresses; send the image as a data URL")
     name = url[:200]
     try:
         with anyio.fail_after(settings.seconds):
