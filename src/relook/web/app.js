@@ -47,7 +47,7 @@ $("unlock").addEventListener("submit", async (event) => {
   event.preventDefault();
   state.key = $("key").value.trim();
   try { sessionStorage.setItem("relook-key", state.key); } catch { /* kept in memory only */ }
-  await begin();
+  await (state.ready = begin());
   if (state.talk && $("unlock").hidden) open(state.talk);
 });
 
