@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 from support.page_server import CELLS, WARNING, canned_app, opened, served
 
 import relook
@@ -227,6 +228,23 @@ def test_a_dragged_box_is_asked_about(card, viewport):
     assert page.asked[1]["relook"] == {"region": [2, 1, 4, 3]}
     assert len(page.asked[1]["messages"]) == 1 and page.asked[1]["messages"][0]["content"][1]["text"] == QUESTION
     assert place(page, "#overlay .box") == shares((2, 1, 4, 3)) and not page.locator("#marked").is_visible()
+
+
+@pytest.mark.parametrize("size", [(60, 2400), (2400, 60), (24, 24)], ids=str)
+def test_images_of_unusual_shapes_are_marked_where_the_mouse_is(visit, tmp_path, size):
+    page = visit({"width": 900, "height": 700})
+    Image.new("RGB", size, "teal").save(tmp_path / "odd.png")
+    page.locator("#file").set_input_files(tmp_path / "odd.png")
+    page.get_by_role("button", name="Mark a region").click()
+    area = page.locator("#picture").bounding_box()
+    scale = min(area["width"] / size[0], area["height"] / size[1])
+    corner = [area["x"] + (area["width"] - size[0] * scale) / 2, area["y"] + (area["height"] - size[1] * scale) / 2]
+    at = [corner[i] + size[i] * scale * (5.5 / 8) for i in range(2)]
+    page.mouse.click(*at)
+    assert [page.locator("#region input").nth(i).input_value() for i in range(4)] == ["5"] * 4
+    mark = page.locator("#overlay .mark").bounding_box()
+    assert mark["x"] - 3 < at[0] < mark["x"] + mark["width"] + 3 and mark["y"] < at[1] < mark["y"] + mark["height"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 900
 
 
 def test_everything_can_be_done_with_the_keyboard(visit):

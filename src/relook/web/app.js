@@ -33,6 +33,7 @@ async function begin() {
   $("look").replaceChildren(...["auto", "none", ...looks].map((look) => el("option", { value: look }, title(look))));
   $("follow").checked = !domain; // the small models that ship were trained on single questions
   $("warnings").textContent = warnings.join(" ");
+  $("compare").hidden = !looks.length;
   stage.setModel(state.model);
   if (!state.talk) await welcome();
 }
@@ -170,7 +171,7 @@ async function ask(question, ways = [{ look: $("look").value, region: stage.regi
   const element = el("li", { class: ways.length > 1 ? "compared" : "" });
   const context = {
     question: question || talk.active.context.question, parent: parent?.state === "done" ? parent : null, image: talk.image, grid: model.grid,
-    known: model.warnings, compared: ways.length > 1, element, select, say, body, key: () => state.key, place: placeOf,
+    known: model.warnings, compared: ways.length > 1, element, select, say, body, key: () => state.key, place: (box) => stage.place(box),
   };
   const runs = ways.map((way) => new Run(way, context));
   element.append(el("h2", {}, context.question), parent ? el("p", { class: "soft" }, "Follow-up") : "",
@@ -212,13 +213,6 @@ async function follow(run, signal) {
     say(run.note.textContent);
     if (error.status === 401) lock();
   }
-}
-
-// Where a box of the image is on the screen.
-function placeOf([x1, y1, x2, y2]) {
-  const area = $("picture").getBoundingClientRect(), { width, height } = state.talk.image;
-  const [across, down] = [area.width / width, area.height / height];
-  return { left: area.left + x1 * across, top: area.top + y1 * down, width: (x2 - x1) * across, height: (y2 - y1) * down };
 }
 
 // Labels and switches that follow from the state.

@@ -10,7 +10,7 @@ const TITLES = {
 export const title = (look) => TITLES[look] ?? look;
 
 export const describe = (look) => (look.kind === "region"
-  ? `Looked closer at ${named(look.cells)}`
+  ? `Looked closer at ${look.cells ? named(look.cells) : "a region"}`
   : `Looked at the whole image again (${look.kind})${look.map ? "; the brighter, the more it weighed" : ""}`);
 
 // Under the image: what the marks on it mean.
@@ -89,7 +89,7 @@ export class Run {
     if (still() || !look.box) return;
     crop.decode().then(() => {
       const place = this.context.place(look.box), to = crop.getBoundingClientRect();
-      if (!place || !to.width) return;
+      if (!to.width) return;
       const move = `translate(${place.left - to.left}px, ${place.top - to.top}px) `
         + `scale(${place.width / to.width}, ${place.height / to.height})`;
       crop.animate([{ transform: move, opacity: 0.4, zIndex: 5 }, { transform: "none", opacity: 1, zIndex: 5 }],

@@ -124,10 +124,22 @@ export class Stage {
     else if (this.region) this.mark(null);
   }
 
+  // Where the image is on the screen, without the bars beside a very tall one.
+  area() {
+    const around = $("picture").getBoundingClientRect(), { width, height } = this.image;
+    const scale = Math.min(around.width / width, around.height / height);
+    return { scale, left: around.left + (around.width - width * scale) / 2, top: around.top + (around.height - height * scale) / 2 };
+  }
+
+  place(box) {
+    const { scale, left, top } = this.area(), [x, y, width, height] = ofBox(box).map((pixels) => pixels * scale);
+    return { left: left + x, top: top + y, width, height };
+  }
+
   cellAt(event) {
-    const area = $("picture").getBoundingClientRect();
-    const place = [(event.clientX - area.left) / area.width, (event.clientY - area.top) / area.height];
-    return place.map((share) => Math.min(Math.max(Math.floor(share * this.grid), 0), this.grid - 1));
+    const { scale, left, top } = this.area(), { width, height } = this.image;
+    return [(event.clientX - left) / width, (event.clientY - top) / height]
+      .map((at) => Math.min(Math.max(Math.floor((at / scale) * this.grid), 0), this.grid - 1));
   }
 
   pointers() {
