@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 
 import httpx2
 import openai
@@ -350,16 +351,34 @@ def test_looks_is_the_whole_trace(served) -> None:
         reply = httpx2.post(f"{served.url}/v1/looks", json=body, timeout=60)
         answer = served.vlm.ask(picture(9), QUESTION, max_new_tokens=6, **own)
         assert reply.status_code == 200 and whole(reply.json()) == whole(answer.to_dict(images=True))
-    for wrong in (
-        {"fetch": True},
-        {"seed": 3},
-        {"looks": 1},
-        {"image": "picture.png"},
-        {"question": " "},
-        {"image": []},
+    body = {"image": data_url(picture(9)), "question": QUESTION}
+    for wrong, said in (
+        ({"fetch": True}, "leave fetch out"),
+        ({"seed": 3}, "seed=3 has no effect"),
+        ({"looks": 1}, "looks"),
+        ({"image": "picture.png"}, "expected a data URL"),
+        ({"image": []}, "image"),
+        ({"question": " "}, "the question is empty"),
+        ({"region": [0, 0, 8, 0]}, "8 x 8 grid"),
+        ({"model": "gpt-4o"}, "does not exist here"),
     ):
-        reply = httpx2.post(f"{served.url}/v1/looks", json={**body, "do_sample": False, **wrong})
-        assert reply.status_code == 400 and reply.json()["error"]["message"]
+        reply = httpx2.post(f"{served.url}/v1/looks", json={**body, **wrong})
+        assert reply.status_code == (404 if "model" in wrong else 400) and said in reply.json()["error"]["message"]
+
+
+def test_what_exceeds_the_context_is_refused_with_both_numbers(served, monkeypatch) -> None:
+    needed = served.ask((picture(), QUESTION), max_tokens=1).usage.prompt_tokens
+    monkeypatch.setattr(served.vlm, "context_limit", 20)
+    message, _ = refused(lambda: served.ask((picture(), QUESTION)))
+    found = re.search(r"are (\d+) tokens, and the model takes 20;", message)
+    assert found and 20 < int(found[1]) <= needed
+    assert served.client.models.list().data[0].relook["context_window"] == 20
+
+
+def test_a_question_without_an_image(served) -> None:
+    """Front ends ask such ones, for titles of conversations."""
+    reply = served.ask([{"role": "user", "content": "Give a title ."}], max_tokens=3)
+    assert reply.choices[0].finish_reason == "length" and reply.relook["image"] is None
 
 
 def test_health_metrics_and_documentation(served) -> None:
@@ -384,7 +403,8 @@ def test_health_metrics_and_documentation(served) -> None:
     page = httpx2.get(f"{served.url}/docs").text
     assert "http://" not in page and "https://" not in page  # nothing from elsewhere
     assert httpx2.get(f"{served.url}/docs/static/swagger-ui-bundle.js").status_code == 200
-    assert path in httpx2.get(f"{served.url}/openapi.json").json()["paths"]
+    described = httpx2.get(f"{served.url}/openapi.json").json()["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert set(described) == {"200", "4XX", "5XX"} and "text/event-stream" in described["200"]["content"]
     for missing in (httpx2.get(f"{served.url}/v1/nothing"), httpx2.get(f"{served.url}{path.replace('health', 'x')}")):
         assert missing.status_code == 404 and missing.json()["error"]["message"]
 

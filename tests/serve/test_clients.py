@@ -1,11 +1,13 @@
 """A client that people use beside OpenAI's own: LangChain's `ChatOpenAI`, unchanged."""
 
 import asyncio
+import re
 
 import pytest
 from langchain_core.messages import HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
+from support import ROOT
 from support.running_server import data_url, serving
 from support.synthetic import QUESTION, Pages
 
@@ -82,3 +84,16 @@ def test_takes_region_looks_itself(served, chat, way) -> None:
     messages += [reply, ToolMessage([part] if way == "tool" else "below", tool_call_id=call["id"])]
     messages += [] if way == "tool" else [shown(crop)]
     assert bound.invoke(messages).content == answer.text
+
+
+def test_the_examples_of_the_documentation(served, monkeypatch, capsys) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    values: dict = {}
+    for block in blocks:
+        exec(block.replace("http://127.0.0.1:8000", served.url), values)
+    card, question = str(ROOT / "examples/card.png"), "What is the code in the RED box?"
+    whole = served.vlm.ask(card, question)
+    assert capsys.readouterr().out == f"{whole.text} {list(whole.looks[0].box)}\n"
+    assert values["again"].choices[0].message.content == served.vlm.ask(card, question, region=(3, 3, 4, 4)).text
+    assert values["zoomed"].choices[0].message.content == whole.text and len(blocks) == 3

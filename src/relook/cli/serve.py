@@ -34,6 +34,9 @@ def serve(
     cache: Annotated[int, Option(min=0, metavar="MB", help="Memory for conversations that go on.")] = 256,
     seconds: Annotated[float, Option(min=0.1, metavar="S", help="Time for a request.")] = 120,
     body: Annotated[int, Option(min=1, metavar="MB", help="Size of a request.")] = 32,
+    context: Annotated[
+        int | None, Option(min=1, metavar="N", help="Tokens of a conversation; default: the model's own.")
+    ] = None,
     pixels: Annotated[int, Option(min=1, metavar="N", help="Pixels of a request's images together.")] = 64_000_000,
     drain: Annotated[float, Option(min=0, metavar="S", help="Time to finish answers on SIGTERM.")] = 30,
     crops_in_text: Annotated[
@@ -64,7 +67,12 @@ def serve(
         "name": name,
         "max_tokens": max_tokens,
         "crops_in_text": crops_in_text,
-        "limits": {"seconds": seconds, "body_bytes": body * 2**20, "pixels": pixels},
+        "limits": {
+            "seconds": seconds,
+            "body_bytes": body * 2**20,
+            "pixels": pixels,
+            "context_tokens": context,
+        },
         "fetch": {"hosts": image_hosts or ()},
         "security": security,
     }
@@ -77,6 +85,7 @@ def serve(
     from relook.perceive.local import LocalEngine
 
     vlm = relook.load(model, **{k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None})
+    vlm.context_limit = settings.limits.context_tokens
     engine = LocalEngine(vlm, max_rows=rows, max_waiting=waiting, cache_bytes=cache * 2**20)
     for warning in engine.warnings:
         print(f"relook: {warning}", file=sys.stderr)

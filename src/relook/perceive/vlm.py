@@ -62,9 +62,11 @@ class VLM:
     Attributes:
         looks: names of the looks this model can take.
         domain: what a small model was trained on ("receipts", "cards"); None for a general one.
+        context_limit: tokens that a conversation may have, where these are fewer than the model's.
     """
 
     def __init__(self, model: Any, processor: Any, name: str = ""):
+        self.context_limit: int | None = None
         self.model, self.processor, self.name = model.eval(), processor, name
         self.sampling, self.logits_processors, ends = generation_defaults(model)
         size = model.lm_head.weight.shape[0]
@@ -79,7 +81,8 @@ class VLM:
     @property
     def context(self) -> int:
         """Tokens that a conversation may have."""
-        return self.model.config.get_text_config().max_position_embeddings
+        own = self.model.config.get_text_config().max_position_embeddings
+        return own if self.context_limit is None else min(own, self.context_limit)
 
     @property
     def domain(self) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from anyio import to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -29,8 +29,8 @@ from relook.serve.metrics import CountRequests, Metrics
 from relook.serve.security import error_body, log, protect
 from relook.serve.settings import ServeSettings
 from relook.serve.tools import ZoomTool
-from relook.serve.types import BadField, ChatRequest, LooksRequest
-from relook.trace import Answer, Finished
+from relook.serve.types import BadField, ChatRequest, LooksRequest, Problem
+from relook.trace import Answer, Finished, TextDelta
 
 T = TypeVar("T")
 PING_SECONDS = 15.0  # between comments in a stream that has nothing to say: proxies close silent connections
@@ -51,6 +51,7 @@ def create_app(engine: seam.Engine, settings: ServeSettings | None = None) -> Fa
     settings = settings or ServeSettings()
     app = FastAPIOffline(
         title="relook", version=__version__, docs_url="/docs", redoc_url=None, static_url="/docs/static",
+        responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
         summary="A vision-language model that looks again, in the shape of OpenAI's API",
     )  # fmt: skip
     app.state.draining = False
@@ -121,7 +122,8 @@ class Server:
             try:
                 async for event in running:
                     watch.saw(event)
-                    for chunk in await to_thread.run_sync(list, reply.chunks(event)):
+                    chunks = reply.chunks(event)  # pictures take their time
+                    for chunk in chunks if isinstance(event, TextDelta) else await to_thread.run_sync(list, chunks):
                         yield chunk
             except Exception as error:
                 if not isinstance(error, RelookError):
@@ -134,7 +136,7 @@ class Server:
 def _answering(app: FastAPI, server: Server) -> None:
     """The routes that ask the model."""
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses={200: {"content": {"text/event-stream": {}}}})
     async def chat_completions(body: ChatRequest, http: Request) -> Response:
         """A chat completion as in OpenAI's API; with `stream` as server-sent events."""
         request, reply = await server.chat(body)
@@ -183,7 +185,7 @@ def _monitoring(app: FastAPI, server: Server) -> None:
         closing = app.state.draining
         return JSONResponse({"status": "closing" if closing else "ok"}, status_code=503 if closing else 200)
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters for Prometheus."""
         return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -162,7 +162,7 @@ class ChatRequest(BaseModel):
 class LooksRequest(AskOptions):
     """A request for `/v1/looks`: a question about an image or several, with the options of `ask`."""
 
-    image: str | list[str]
+    image: str | Annotated[list[str], Field(min_length=1)]
     """A data URL, or several; addresses where the server fetches from their host."""
     question: str
     model: str | None = None
@@ -172,6 +172,19 @@ class LooksRequest(AskOptions):
         if self.fetch:
             raise ValueError("which addresses are fetched is for the server's owner to say; leave fetch out")
         return self
+
+
+class ErrorText(BaseModel):
+    message: str
+    type: str
+    code: str | None
+    param: str | None
+
+
+class Problem(BaseModel):
+    """How an error is written, whatever its status."""
+
+    error: ErrorText
 
 
 class BadField(UserError):
