@@ -15,6 +15,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.types import Message, Send
 
 from relook import __version__
 from relook.errors import RelookError, UserError
@@ -115,20 +116,20 @@ class Server:
             finally:
                 running.cancel()
 
-    async def stream(self, running: seam.Running, reply: Reply) -> AsyncIterator[str]:
-        """The answer as chunks; an error after the first is one, too."""
-        yield reply.begin()
+    async def stream(self, running: seam.Running, reply: Reply) -> AsyncIterator[bytes]:
+        """The answer as chunks, each an event; an error after the first is one, too."""
+        yield format_sse_event(data_str=reply.begin())
         with self.metrics.answering() as watch:
             try:
                 async for event in running:
                     watch.saw(event)
                     chunks = reply.chunks(event)  # pictures take their time
                     for chunk in chunks if isinstance(event, TextDelta) else await to_thread.run_sync(list, chunks):
-                        yield chunk
+                        yield format_sse_event(data_str=chunk)
             except Exception as error:
                 if not isinstance(error, RelookError):
                     log.error("unexpected error", exc_info=error)
-                yield bytes(_refusal(error).body).decode()
+                yield format_sse_event(data_str=bytes(_refusal(error).body).decode())
             finally:
                 running.cancel()
 
@@ -142,7 +143,7 @@ def _answering(app: FastAPI, server: Server) -> None:
         request, reply = await server.chat(body)
         if body.stream:
             running = await server.submit(request)
-            return EventSourceResponse(_sse(server.stream(running, reply)), headers={"Cache-Control": "no-cache"})
+            return Events(server.stream(running, reply), headers={"Cache-Control": "no-cache"})
         answer = await _while_connected(http, server.answer(request))
         return JSONResponse(await to_thread.run_sync(reply.whole, answer)) if answer else Response(status_code=499)
 
@@ -207,18 +208,31 @@ async def _while_connected(http: Request, work: Awaitable[T]) -> T | None:
             task.cancel()
 
 
-async def _sse(chunks: AsyncIterator[str]) -> AsyncIterator[bytes]:
-    """Chunks as server-sent events, with comments while there are none."""
-    while True:
-        coming = asyncio.ensure_future(anext(chunks, None))
+class Events(EventSourceResponse):
+    """Server-sent events, with a comment wherever there was nothing to say for a while.
+
+    A task beside the stream, and not a timeout around each event: that would cost more than the event.
+    """
+
+    async def stream_response(self, send: Send) -> None:
+        last = time.monotonic()
+
+        async def marked(message: Message) -> None:
+            nonlocal last
+            last = time.monotonic()
+            await send(message)
+
+        async def ping() -> None:
+            while True:
+                await asyncio.sleep(PING_SECONDS)
+                if time.monotonic() - last >= PING_SECONDS:
+                    await send({"type": "http.response.body", "body": KEEPALIVE_COMMENT, "more_body": True})
+
+        pinging = asyncio.ensure_future(ping())
         try:
-            while not (await asyncio.wait({coming}, timeout=PING_SECONDS))[0]:
-                yield KEEPALIVE_COMMENT
+            await super().stream_response(marked)
         finally:
-            coming.cancel()  # the client has gone
-        if (chunk := coming.result()) is None:
-            return
-        yield format_sse_event(data_str=chunk)
+            pinging.cancel()
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------

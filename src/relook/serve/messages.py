@@ -25,6 +25,7 @@ from relook.serve.settings import ServeSettings
 from relook.serve.tools import ZOOM, ZoomTool
 from relook.serve.types import BadField, ChatRequest, ImagePart, Message, PastLook, TextPart, ToolCall
 
+COLDEST = 1e-4  # temperatures below are greedy decoding by another name
 SHOWN = "![region look]({})\n\n"  # how `crops_in_text` shows a crop
 _SHOWN = re.compile(re.escape(SHOWN.split("{")[0]) + r"data:image/png;base64,[A-Za-z0-9+/=]*\)\s*")
 
@@ -133,7 +134,8 @@ def _options(body: ChatRequest, tool: ZoomTool | None, look_at: int | None, defa
         own["look"] = "region"
     if look_at is not None:
         own.setdefault("look_at", look_at)
-    if body.temperature if body.temperature is not None else body.top_p not in (None, 1):
+    temperature = body.temperature
+    if temperature >= COLDEST if temperature is not None else body.top_p not in (None, 1):
         sampling = {name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "seed")}
         own |= {"do_sample": True, **{name: value for name, value in sampling.items() if value is not None}}
     tokens = body.max_completion_tokens or body.max_tokens or default_tokens
