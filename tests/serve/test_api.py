@@ -292,7 +292,7 @@ def test_what_is_not_offered_is_refused_with_a_sentence(served, fields, said) ->
         (of_type("image_url", {"link": "x"}), "messages[0].content[0].image_url"),
         (of_type("image_url", {"url": "/etc/passwd"}), "data URL"),
         (of_type("image_url", {"url": "file:///etc/passwd"}), "data URL"),
-        (of_type("image_url", {"url": "http://127.0.0.1/x.png"}), "not fetched"),
+        (of_type("image_url", {"url": "http://127.0.0.1/x.png"}), "fetches no addresses"),
         ([user(picture(), "  ")], "the question is empty"),
         ([user(picture(), QUESTION), {"role": "function", "name": "f", "content": "1"}], "role"),
         ([user(picture(), QUESTION), {"role": "assistant", "content": "5", "relook": {"looks": [{"kind": "smell"}]}},
