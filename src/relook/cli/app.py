@@ -73,7 +73,7 @@ app.command("evaluate", cls=ListOptions)(evaluate.evaluate)
 app.command("judge")(evaluate.judge)
 app.command("report")(evaluate.report)
 app.command("serve")(serve.serve)
-app.command("bench")(bench.bench)
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback()

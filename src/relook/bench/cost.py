@@ -174,7 +174,8 @@ class Subject:
         from relook.perceive import VLM
 
         torch.manual_seed(seed)
-        model, processor, self.plain = _models()
+        model, processor = random_model()
+        self.plain = stock_model(model)
         self.vlm = VLM(model, processor, "bench")
         self.image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
         chat = self.vlm.chat(self.image)
@@ -236,10 +237,8 @@ class Subject:
             model.eval()
 
 
-def _models() -> tuple[Any, Any, Any]:
-    """Return the relook model, its processor, and transformers' Qwen2-VL with the same weights."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
+def random_model() -> tuple[Any, Any]:
+    """A relook model (8 layers, width 512) whose answers do not end early, and its processor."""
     from relook.model import VPTQwen2VLForConditionalGeneration
     from relook.model.new import Size, build_config, build_processor
 
@@ -255,12 +254,18 @@ def _models() -> tuple[Any, Any, Any]:
     config = build_config(size, processor)
     model = VPTQwen2VLForConditionalGeneration(config).eval()
     model.lm_head.weight.data[config.para_end_id] = 0  # logit 0, below the maximum: no answer ends early
-    shared = {key: config.to_dict()[key] for key in ("text_config", "vision_config", "image_token_id", "video_token_id",
-                                                     "vision_start_token_id", "vision_end_token_id")}  # fmt: skip
-    plain = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**shared, tie_word_embeddings=True))
-    weights = {name: value for name, value in model.state_dict().items() if name in plain.state_dict()}
-    plain.load_state_dict(weights)
-    return model, processor, plain
+    return model, processor
+
+
+def stock_model(model: Any) -> Any:
+    """transformers' Qwen2-VL with the weights of a relook model."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    shared = {key: model.config.to_dict()[key] for key in ("text_config", "vision_config", "image_token_id",
+              "video_token_id", "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings")}  # fmt: skip
+    plain = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**shared)).eval()
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if name in plain.state_dict()})
+    return plain
 
 
 def _batch(processor: Any, image: Any) -> dict[str, Any]:
