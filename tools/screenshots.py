@@ -18,9 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, ViewportSize, sync_playwright
 
-SIZES = {"1280": {"width": 1280, "height": 860}, "390": {"width": 390, "height": 844}}
+SHOTS: dict[str, tuple[int, ViewportSize]] = {
+    "1280": (0, {"width": 1280, "height": 860}),
+    "390": (2, {"width": 390, "height": 844}),
+}  # number of the example, window
 
 
 @contextmanager
@@ -38,12 +41,12 @@ def served(model: str) -> Iterator[str]:
             process.terminate()
 
 
-def shoot(browser: Browser, url: str, size: dict[str, int], path: Path) -> None:
-    """Ask the first example's question, and save the window when the answer stands."""
+def shoot(browser: Browser, url: str, example: int, size: ViewportSize, path: Path) -> None:
+    """Ask an example's question, and save the window when the answer stands."""
     phone = size["width"] < 600
     page = browser.new_page(viewport=size, is_mobile=phone, has_touch=phone)
     page.goto(url)
-    page.locator("#examples button").first.click()
+    page.locator("#examples button").nth(example).click()
     page.locator(".cost:visible").wait_for()
     page.mouse.move(0, 0)
     page.wait_for_timeout(1500)  # until nothing moves
@@ -61,8 +64,8 @@ def main() -> None:
     chromium = os.environ.get("RELOOK_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     with served(given.model) as url, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        for name, size in SIZES.items():
-            shoot(browser, url, size, given.out / f"serve-{name}.png")
+        for name, (example, size) in SHOTS.items():
+            shoot(browser, url, example, size, given.out / f"serve-{name}.png")
         browser.close()
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import relook
 from relook.perceive.local import LocalEngine
 from relook.serve.app import create_app
 from relook.serve.page import FOLDER
+from relook.serve.settings import ServeSettings
 
 WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 AXE = Path(__file__).parent.parent / "fixtures/axe-core/axe.min.js"
@@ -88,7 +90,7 @@ def visit(chromium, addresses, request):
         wishes = {"color_scheme": color_scheme, "reduced_motion": reduced_motion}
         context = chromium.new_context(viewport=viewport, has_touch=phone, is_mobile=phone, **wishes)
         context.grant_permissions(["clipboard-read", "clipboard-write"])
-        context.set_default_timeout(8000)
+        context.set_default_timeout(20_000)
         request.addfinalizer(context.close)
         page = context.new_page()
         noted = re.compile("Failed to load resource.*(status of 4|ERR_FAILED)" if refused else "$^")
@@ -359,12 +361,19 @@ def test_errors_are_sentences_beside_the_question(card, viewport):
     assert page.locator(".answer").last.inner_text() == "164" and len(page.asked[-1]["messages"]) == 1
 
 
-def test_a_server_that_is_gone_is_said_and_an_answer_can_be_stopped(card):
-    page = card(refused=True)
+def test_an_answer_is_shown_as_it_comes_and_can_be_stopped(card):
+    page = card(answer="one six four", refused=True)
     page.locator("#question").fill("wait for me")
     page.locator("#send").click()
+    page.locator(".answer").get_by_text("one", exact=True).wait_for()
+    assert page.locator("#overlay .box").count() == page.locator(".crop img").count() == 1
     page.get_by_role("button", name="Stop").click()
-    page.get_by_text("Stopped.").first.wait_for()
+    page.locator(".run").get_by_text("Stopped.").wait_for()
+
+
+def test_a_server_that_is_gone_is_said(card):
+    page = card(refused=True)
+    ask(page)
     page.route("**/v1/**", lambda route: route.abort())
     page.get_by_role("button", name="Ask again").click()
     page.locator(".run").get_by_text("does not answer. Is it still running?").wait_for()
@@ -471,10 +480,24 @@ def test_axe_finds_no_fault_where_a_key_is_asked_for(visit):
 
 
 @pytest.fixture(scope="module")
-def real():
+def engine():
+    engine = LocalEngine(relook.load("cards-tiny"))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def real(engine):
     """The server that `relook serve cards-tiny` runs."""
-    with served(create_app(LocalEngine(relook.load("cards-tiny")))) as url:
+    with served(create_app(engine)) as url:
         yield url
+
+
+def test_the_page_needs_no_key_where_the_api_does(engine):
+    settings = ServeSettings.model_validate({"security": {"keys": ["sesame-sesame-sesame"]}})
+    client = TestClient(create_app(engine, settings))
+    statuses = [client.get(path).status_code for path in ("/", "/static/app.js", "/v1/models")]
+    assert statuses == [200, 200, 401]
 
 
 def test_the_real_server_shows_where_a_real_model_looks(chromium, real):
@@ -498,3 +521,14 @@ def test_the_real_server_shows_where_a_real_model_looks(chromium, real):
     ask(page, "Which code does the green box show?")
     assert page.locator("#exchanges > li").last.get_by_text("Follow-up").is_visible()
     context.close()
+
+
+def test_the_client_of_the_readme_runs(engine, capsys, monkeypatch):
+    root = Path(__file__).parents[2]
+    (code,) = re.findall(
+        r"(?m)^ {4}import base64, openai\n(?: {4}.*\n)+", (root / "README.md").read_text(encoding="utf-8")
+    )
+    monkeypatch.chdir(root)
+    with served(create_app(engine, ServeSettings(name="receipts-tiny"))) as url:
+        exec(textwrap.dedent(code).replace("http://127.0.0.1:8000", url), {})
+    assert re.fullmatch(r".*\[\[\d+, \d+, \d+, \d+\]\]\n", capsys.readouterr().out)

@@ -1,8 +1,8 @@
 """A server with the page and canned answers, for what a browser shows; `served(app)` runs any app on a free port.
 
 The words of a question choose what happens: "refuse" 400, "busy" 429, "break" an error in the middle of the answer,
-"vanish" an end without one, "wait" an answer that takes until the client goes. Every request's body is kept in
-`app.state.asked`.
+"vanish" an end without one, "wait" an answer that stops after three letters until the client goes. Every request's
+body is kept in `app.state.asked`.
 """
 
 from __future__ import annotations
@@ -102,8 +102,6 @@ async def _stream(body: dict, question: str, answer: str):
 
     look, image = _look(body), opened(body)
     yield chunk({"role": "assistant", "content": ""})
-    if "wait" in question:
-        await asyncio.sleep(60)
     if look:
         yield chunk({"content": "Let me see. "})
         yield chunk({}, relook={"look": look})
@@ -112,7 +110,7 @@ async def _stream(body: dict, question: str, answer: str):
         return
     for i in range(0, len(answer), 3):
         yield chunk({"content": answer[i : i + 3]})
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(60 if "wait" in question else 0.01)
     if "vanish" in question:
         return
     looks, size = [look] if look else [], {"width": image.width, "height": image.height}
