@@ -1,4 +1,4 @@
-"""The page at /, used as people use it: in a real browser at two widths, with mouse, finger and keyboard."""
+"""The page at /: what it shows and sends, in a real browser at two widths, with canned answers and a real model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import re
 import subprocess
 import sys
 import textwrap
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
+from support.page_actions import EVIL, PHONE, QUESTION, WIDE, ask, drag, place, shares
 from support.page_server import CELLS, WARNING, canned_app, opened, served
 
 import relook
@@ -21,14 +21,6 @@ from relook.perceive.local import LocalEngine
 from relook.serve.app import create_app
 from relook.serve.page import FOLDER
 from relook.serve.settings import ServeSettings
-
-WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
-AXE = Path(__file__).parent.parent / "fixtures/axe-core/axe.min.js"
-EVIL = """</p><script>alert(1)</script><img src=x onerror=alert(2)> "quotes' `id` $HOME \\n {{ 7 * 7 }}"""
-QUESTION = "Which code does the blue box show?"
-
-
-# ---- the files
 
 
 def test_the_page_is_served_under_a_policy_that_runs_its_own_files_only():
@@ -56,90 +48,6 @@ def test_nothing_comes_from_elsewhere_and_texts_never_become_markup():
         assert not re.search(r"@import|<style|style=\"", text)
     listed = json.loads((FOLDER / "examples/index.json").read_text())
     assert {each["file"] for each in listed} | {"index.json"} == {path.name for path in (FOLDER / "examples").iterdir()}
-
-
-# ---- in a real browser
-
-
-@pytest.fixture(scope="module")
-def addresses():
-    """The address of a canned server, one for each set of options, kept for the whole file."""
-    with ExitStack() as stack:
-        known = {}
-
-        def address(**options):
-            name = json.dumps(options)
-            if name not in known:
-                app = canned_app(**options)
-                known[name] = stack.enter_context(served(app)), app.state.asked
-            known[name][1].clear()
-            return known[name]
-
-        yield address
-
-
-@pytest.fixture
-def visit(chromium, addresses, request):
-    """Opens the page of a canned server. A script error, a message on the console, a dialog or a request to another
-    address fails the test (`refused=True`: the browser notes there what it was not given)."""
-    heard: list[str] = []
-
-    def visit(viewport=WIDE, refused=False, color_scheme="light", reduced_motion="reduce", **options):
-        url, asked = addresses(**options)
-        phone = viewport["width"] < 600
-        wishes = {"color_scheme": color_scheme, "reduced_motion": reduced_motion}
-        context = chromium.new_context(viewport=viewport, has_touch=phone, is_mobile=phone, **wishes)
-        context.grant_permissions(["clipboard-read", "clipboard-write"])
-        context.set_default_timeout(20_000)
-        request.addfinalizer(context.close)
-        page = context.new_page()
-        noted = re.compile("Failed to load resource.*(status of 4|ERR_FAILED)" if refused else "$^")
-        page.on("console", lambda note: None if noted.search(note.text) else heard.append(f"console: {note.text}"))
-        page.on("pageerror", lambda error: heard.append(f"error: {error}"))
-        page.on("dialog", lambda dialog: (heard.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.on("request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else heard.append(r.url))
-        page.goto(url)
-        page.asked = asked
-        return page
-
-    yield visit
-    assert heard == []
-
-
-@pytest.fixture
-def card(visit):
-    """A page with the example of colored boxes, not asked about yet."""
-
-    def card(*args, **options):
-        page = visit(*args, **options)
-        pick(page)
-        return page
-
-    return card
-
-
-def pick(page):
-    page.locator("#file").set_input_files(FOLDER / "examples/card-1.webp")
-    page.locator("#stage").wait_for()
-
-
-def ask(page, question=QUESTION):
-    page.locator("#question").fill(question)
-    page.locator("#send").click()
-    page.locator(".cost:visible").last.wait_for()
-    page.get_by_role("button", name="Ask again").wait_for()
-
-
-def place(page, selector):
-    """[left, top, right, bottom] of an element, as shares of the image on the stage."""
-    area, box = page.locator("#picture").bounding_box(), page.locator(selector).bounding_box()
-    x, y = (box["x"] - area["x"]) / area["width"], (box["y"] - area["y"]) / area["height"]
-    return [x, y, x + box["width"] / area["width"], y + box["height"] / area["height"]]
-
-
-def shares(cells, grid=8):
-    x0, y0, x1, y1 = cells
-    return pytest.approx([x0 / grid, y0 / grid, (x1 + 1) / grid, (y1 + 1) / grid], abs=0.02)
 
 
 @pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["1280", "390"])
@@ -198,22 +106,6 @@ def test_only_looks_that_the_model_has_are_offered(card):
     assert page.locator("#overlay .mark").count() == 0
 
 
-def drag(page, start, end):
-    """From one share of the image to another, with the mouse, or with a finger where there is no mouse."""
-    area = page.locator("#picture").bounding_box()
-    points = [(area["x"] + x * area["width"], area["y"] + y * area["height"]) for x, y in (start, end)]
-    if page.evaluate("matchMedia('(pointer: coarse)').matches"):
-        touch = page.context.new_cdp_session(page)
-        for kind, at in (("touchStart", points[:1]), ("touchMove", points[1:]), ("touchEnd", [])):
-            touches = [{"x": x, "y": y} for x, y in at]
-            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
-    else:
-        page.mouse.move(*points[0])
-        page.mouse.down()
-        page.mouse.move(*points[1], steps=4)
-        page.mouse.up()
-
-
 @pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["1280", "390"])
 def test_a_dragged_box_is_asked_about(card, viewport):
     page = card(viewport)
@@ -247,50 +139,6 @@ def test_images_of_unusual_shapes_are_marked_where_the_mouse_is(visit, tmp_path,
     mark = page.locator("#overlay .mark").bounding_box()
     assert mark["x"] - 3 < at[0] < mark["x"] + mark["width"] + 3 and mark["y"] < at[1] < mark["y"] + mark["height"]
     assert page.evaluate("document.documentElement.scrollWidth") <= 900
-
-
-def test_everything_can_be_done_with_the_keyboard(visit):
-    page = visit()
-    page.locator("#examples button").first.wait_for()
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.className") == "skip"
-    page.get_by_role("button", name=QUESTION).press("Enter")
-    page.locator(".cost:visible").wait_for()
-    assert page.evaluate("document.activeElement.id") == "question"
-    page.locator("#frame").focus()
-    for key, cells in (
-        ("ArrowDown", (2, 2, 5, 5)), ("ArrowRight", (3, 2, 6, 5)), ("Shift+ArrowUp", (3, 2, 6, 4)),
-        ("ArrowRight", (4, 2, 7, 4)), ("ArrowRight", (4, 2, 7, 4)), ("Shift+ArrowLeft", (4, 2, 6, 4)),
-    ):  # fmt: skip
-        page.keyboard.press(key)
-        assert place(page, "#overlay .mark") == shares(cells)
-    assert page.locator("#status").inner_text() == "Region: columns 4–6, rows 2–4"
-    page.keyboard.press("Tab")
-    page.keyboard.press("Enter")  # Mark a region: the numbers
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.labels[0].textContent.trim()") == "Left"
-    page.keyboard.type("1")
-    page.keyboard.press("Tab")
-    page.keyboard.press("ArrowUp")
-    assert place(page, "#overlay .mark") == shares((1, 3, 6, 4))
-    page.locator("#question").focus()
-    page.keyboard.type("And there?")
-    page.keyboard.press("Enter")
-    page.locator(".cost:visible").nth(1).wait_for()
-    assert page.asked[1]["relook"] == {"region": [1, 3, 6, 4]}
-    page.locator("#frame").focus()
-    page.keyboard.press("ArrowUp")
-    page.keyboard.press("Escape")
-    assert page.locator("#overlay .mark").count() == 0 and not page.locator("#marked").is_visible()
-
-
-def test_numbers_off_the_grid_mark_nothing(card):
-    page = card()
-    page.get_by_role("button", name="Mark a region").click()
-    for numbers, marked in (("2 3 4 5", 1), ("2 3 8 5", 0), ("5 3 4 5", 0), ("0 0 7 7", 1), ("0 0 7", 0)):
-        for i in range(4):
-            page.locator("#region input").nth(i).fill([*numbers.split(), ""][i])
-        assert page.locator("#overlay .mark").count() == marked, numbers
 
 
 def test_a_follow_up_carries_the_conversation_and_a_new_question_does_not(card):
@@ -344,67 +192,6 @@ def test_images_are_pasted_dropped_and_kept(visit):
     assert page.locator("#exchanges h2").count() == 1
 
 
-@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["1280", "390"])
-def test_errors_are_sentences_beside_the_question(card, viewport):
-    page = card(viewport, refused=True)
-    for question, sentence in (
-        ("refuse this", "The question 'refuse this' is refused; ask another."),
-        ("busy", "32 requests are waiting. Try again in 7 s."),
-        ("break", "The deadline of 120 s has passed."),
-        ("vanish", "The connection ended before the answer did. Ask again."),
-    ):
-        page.locator("#question").fill(question)
-        page.locator("#send").click()
-        page.locator(".run").last.get_by_text(sentence).wait_for()
-        assert page.locator("#status").inner_text() == sentence
-    ask(page)  # and the page goes on
-    assert page.locator(".answer").last.inner_text() == "164" and len(page.asked[-1]["messages"]) == 1
-
-
-def test_an_answer_is_shown_as_it_comes_and_can_be_stopped(card):
-    page = card(answer="one six four", refused=True)
-    page.locator("#question").fill("wait for me")
-    page.locator("#send").click()
-    page.locator(".answer").get_by_text("one", exact=True).wait_for()
-    assert page.locator("#overlay .box").count() == page.locator(".crop img").count() == 1
-    page.get_by_role("button", name="Stop").click()
-    page.locator(".run").get_by_text("Stopped.").wait_for()
-
-
-def test_a_server_that_is_gone_is_said(card):
-    page = card(refused=True)
-    ask(page)
-    page.route("**/v1/**", lambda route: route.abort())
-    page.get_by_role("button", name="Ask again").click()
-    page.locator(".run").get_by_text("does not answer. Is it still running?").wait_for()
-
-
-def test_a_key_is_asked_for_and_kept_for_the_tab(visit):
-    page = visit(refused=True, key="sesame-sesame-sesame")
-    for key in ("wrong", "sesame-sesame-sesame"):
-        page.get_by_label("API key").fill(key)
-        page.get_by_role("button", name="Continue").click()
-        if key == "wrong":
-            page.get_by_role("alert").get_by_text("The API key is wrong.").wait_for()
-    pick(page)
-    ask(page)
-    page.get_by_role("button", name="Copy as curl").click()
-    copied = page.evaluate("navigator.clipboard.readText()")
-    assert "$RELOOK_API_KEY" in copied and "sesame" not in copied
-    page.reload()
-    page.locator("#welcome").wait_for()
-    assert "sesame" not in page.url and page.evaluate("localStorage.length") == 0
-
-
-def test_texts_of_the_server_stay_text(card):
-    page = card(answer=EVIL, warnings=[EVIL], domain=EVIL)
-    ask(page, EVIL)
-    assert page.locator(".answer").inner_text() == EVIL and page.locator("#warnings").inner_text() == EVIL
-    assert page.locator("#exchanges h2").inner_text() == EVIL
-    page.locator(".cost summary").click()
-    assert EVIL in page.locator(".turns").inner_text()
-
-
 def test_the_copied_curl_and_python_give_the_same_answer(card, tmp_path):
     page = card(answer="one six four")
     ask(page)
@@ -425,58 +212,7 @@ def test_the_copied_curl_and_python_give_the_same_answer(card, tmp_path):
     assert page.evaluate("getSelection().toString()").startswith("curl http://127.0.0.1")
 
 
-@pytest.mark.parametrize("motion", ["reduce", "no-preference"])
-def test_the_crop_slides_where_motion_is_welcome(card, motion):
-    page = card(reduced_motion=motion)
-    page.evaluate("""() => {
-        window.moved = [];
-        const animate = Element.prototype.animate;
-        Element.prototype.animate = function (...all) { moved.push(this.tagName); return animate.apply(this, all); };
-        document.addEventListener("animationstart", (event) => moved.push(event.animationName));
-    }""")
-    ask(page)
-    page.wait_for_timeout(200)
-    moved = set(page.evaluate("moved")) - {"beat"}  # the dot that says it is at work
-    assert moved == (set() if motion == "reduce" else {"IMG", "appear", "light", "rise"})
-
-
-@pytest.mark.parametrize("viewport", [WIDE, PHONE, {"width": 320, "height": 480}], ids=["1280", "390", "320"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_serious_fault(visit, viewport, scheme):
-    page = visit(viewport, color_scheme=scheme, refused=True)
-    page.evaluate(AXE.read_text(encoding="utf-8"))
-    page.locator("#examples button").first.wait_for()
-
-    def check(state):
-        found = page.evaluate("axe.run({resultTypes: ['violations']}).then((result) => result.violations)")
-        told = [(each["id"], [node["html"] for node in each["nodes"]][:3]) for each in found]
-        assert told == [], state
-        assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"], state
-
-    check("welcome")
-    pick(page)
-    ask(page)
-    page.locator(".cost summary").click()
-    check("answered")
-    page.get_by_role("button", name="Compare looks").click()
-    page.locator(".compared .cost:visible").nth(2).wait_for()
-    page.get_by_role("button", name="Mark a region").click()
-    page.locator("#frame").press("ArrowUp")
-    check("compared and marked")
-    page.locator("#question").fill("refuse this")
-    page.locator("#send").click()
-    page.locator(".run .problem:visible").wait_for()
-    check("refused")
-
-
-def test_axe_finds_no_fault_where_a_key_is_asked_for(visit):
-    page = visit(refused=True, key="sesame-sesame-sesame")
-    page.get_by_label("API key").wait_for()
-    page.evaluate(AXE.read_text(encoding="utf-8"))
-    assert page.evaluate("axe.run().then((result) => result.violations.map((each) => each.id))") == []
-
-
-# ---- with real models
+# ---- with a real model
 
 
 @pytest.fixture(scope="module")
