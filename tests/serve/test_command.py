@@ -89,3 +89,5 @@ def test_what_cannot_be_served_is_one_line(folder, tmp_path, monkeypatch) -> Non
     (tmp_path / "keys").write_text("# none\n")
     assert "there is no key" in refused(folder, "--port", 0, "--keys", tmp_path / "keys")
     assert "--port" in refused(folder, "--port", 99999)
+    monkeypatch.setitem(sys.modules, "relook.serve.run", None)
+    assert "pip install 'relook[serve]'" in refused(folder, "--port", 0)

@@ -10,7 +10,7 @@ from support.synthetic import QUESTION as CODE
 from support.synthetic import Pages
 
 import relook
-from relook.looks import IM_END, write_call
+from relook.looks import IM_END, LOOKS, write_call
 from relook.perceive.local import LocalEngine
 from relook.regions import read_box
 
@@ -118,8 +118,8 @@ def test_the_crop_comes_back_and_the_model_goes_on(cards, way, form) -> None:
         assert told == [(turn.role, turn.text) for turn in whole.transcript]
         assert reply.usage.total_tokens == whole.usage.sequence_length
         assert reply.usage.prompt_tokens_details.cached_tokens > 0
-        beside = "the text beside a crop is not shown to the model"
-        assert (beside in reply.relook["warnings"]) == way.startswith("user")
+        beside = "text beside tool calls and crops is not shown to the model"
+        assert reply.relook["warnings"].count(beside) == (way in ("user", "user alone", "none"))
 
 
 def test_the_crop_that_was_sent_is_what_the_model_sees(cards) -> None:
@@ -171,6 +171,28 @@ def test_nested_looks_stay_on_the_original_image(random) -> None:
     assert message.content == whole.text == "742"
     assert [turn["text"] for turn in reply.relook["transcript"]] == [turn.text for turn in whole.transcript]
     assert reply.usage.total_tokens == whole.usage.sequence_length
+
+
+def test_a_look_of_the_server_before_a_call(tiny_vlm) -> None:
+    """A re-encoding is the server's to take; it stays in the conversation while the client crops."""
+    vlm, image = tiny_vlm(("region", "clip")), picture(2, (300, 200))
+    call = write_call("region", (2, 3, 4, 4))
+    with writing(vlm, LOOKS["clip"].start, call, IM_END, "742"):
+        whole = vlm.ask(image, QUESTION, max_looks=2)
+    engine = LocalEngine(vlm)
+    with serving(engine) as served:
+        own = {"tools": [tool()], "extra_body": {"relook": {"max_looks": 2}}}
+        with writing(vlm, LOOKS["clip"].start, call):
+            reply = served.ask((image, QUESTION), **own)
+        message = reply.choices[0].message
+        assert [look["kind"] for look in reply.relook["looks"]] == ["clip", "region"]
+        assert message.relook == {"looks": [{"kind": "clip", "cells": None, "turn": 0}]}
+        result = answers(message.tool_calls[0], cut(image, message.tool_calls[0]))["tool"]
+        with writing(vlm, "742"):
+            reply = served.ask([user(image, QUESTION), message.model_dump(exclude_none=True), *result], **own)
+        assert [turn["text"] for turn in reply.relook["transcript"]] == [turn.text for turn in whole.transcript]
+        assert reply.usage.total_tokens == whole.usage.sequence_length
+    engine.close()
 
 
 def test_several_calls_of_one_turn(random) -> None:

@@ -197,8 +197,7 @@ def _user(talk: Conversation, message: Message, grid: int) -> None:
             )
         for call, image in zip(waiting, images, strict=False):
             call.crop, call.answered = image, True
-        if any(text.strip() for text in _texts(message)):
-            talk.warnings.append("the text beside a crop is not shown to the model")
+        _warn_of_text(talk, message)
         return
     current.texts += _texts(message)
     current.images += images
@@ -210,7 +209,6 @@ def _assistant(talk: Conversation, message: Message, grid: int) -> None:
         raise UserError("an answer without a question before it; begin with the user, and take turns")
     _no_images(message)
     _all_answered(current)
-    text = "\n".join(_texts(message))
     if message.relook is not None:
         current.looks += _past_looks(message.relook.looks, grid)
     if message.tool_calls:
@@ -218,10 +216,9 @@ def _assistant(talk: Conversation, message: Message, grid: int) -> None:
             if call.function.name != ZOOM:
                 raise UserError(f"a call of {call.function.name[:60]!r}; the model calls {ZOOM} only")
         current.looks.append([Called(call) for call in message.tool_calls])
-        if text.strip():
-            talk.warnings.append("the text beside a tool call is not shown to the model again")
+        _warn_of_text(talk, message)
         return
-    current.answer = text
+    current.answer = "\n".join(_texts(message))
 
 
 def _tool(talk: Conversation, message: Message, grid: int) -> None:
@@ -233,6 +230,14 @@ def _tool(talk: Conversation, message: Message, grid: int) -> None:
     if len(images) > 1:
         raise UserError(f"{len(images)} images for one tool call; expected its crop")
     ids[0].crop, ids[0].answered = images[0] if images else None, True
+    _warn_of_text(talk, message)
+
+
+def _warn_of_text(talk: Conversation, message: Message) -> None:
+    """A look's turns hold the call and the crop; what a message says besides has no place in them."""
+    warning = "text beside tool calls and crops is not shown to the model"
+    if any(text.strip() for text in _texts(message)) and warning not in talk.warnings:
+        talk.warnings.append(warning)
 
 
 def _all_answered(exchange: Exchange) -> None:
