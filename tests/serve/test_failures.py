@@ -1,6 +1,9 @@
 """What a client sees when the engine cannot answer, and what the engine sees when a client goes away."""
 
+import json
+import socket
 import threading
+import time
 
 import httpx2
 import openai
@@ -35,6 +38,7 @@ class Failing:
         }.get(what)
         if when == "now":
             raise error
+        time.sleep(0.3 if when == "slowly" else 0)
         running = Running(self.cancelled.set)
         running.put(TextDelta("a"))
         if error is not None:
@@ -99,6 +103,18 @@ def test_a_client_that_goes_away_cancels_its_request(served, stream, path) -> No
         body = {"image": message["content"][0]["image_url"]["url"], "question": "never ends"}
     with pytest.raises(httpx2.TimeoutException):
         httpx2.post(served.url + path, json=body, timeout=0.5)
+    assert served.engine.cancelled.wait(10)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_has_gone_before_its_request_begins(served, stream) -> None:
+    served.engine.cancelled.clear()
+    body = json.dumps({"messages": [user(picture(), "slowly never ends")], "stream": stream}).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+    port = int(served.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(head.encode() + str(len(body)).encode() + b"\r\n\r\n" + body)
+        time.sleep(0.1)
     assert served.engine.cancelled.wait(10)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from anyio import to_thread
@@ -15,7 +15,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.types import Message, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from relook import __version__
 from relook.errors import RelookError, UserError
@@ -100,12 +100,22 @@ class Server:
         return request, Reply(body, self.name, tool, talk.target, shown, [*warnings, *talk.warnings])
 
     async def submit(self, request: seam.Request) -> seam.Running:
-        """Hand a request to the engine, which counts its tokens first."""
-        return await to_thread.run_sync(self.engine.submit, request, self.settings.limits.seconds)
+        """Hand a request to the engine, which prepares it first; one whose client has gone by then is cancelled."""
 
-    async def answer(self, request: seam.Request) -> Answer:
-        """The whole answer."""
-        with self.metrics.answering() as watch:
+        def cancel(done: asyncio.Future[seam.Running]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                done.result().cancel()
+
+        handing = asyncio.ensure_future(to_thread.run_sync(self.engine.submit, request, self.settings.limits.seconds))
+        try:
+            return await asyncio.shield(handing)
+        except asyncio.CancelledError:
+            handing.add_done_callback(cancel)
+            raise
+
+    async def answer(self, request: seam.Request, began: float) -> Answer:
+        """The whole answer to a request that came at `began`."""
+        with self.metrics.answering(began) as watch:
             running = await self.submit(request)
             try:
                 async for event in running:
@@ -116,10 +126,10 @@ class Server:
             finally:
                 running.cancel()
 
-    async def stream(self, running: seam.Running, reply: Reply) -> AsyncIterator[bytes]:
+    async def stream(self, running: seam.Running, reply: Reply, began: float) -> AsyncIterator[bytes]:
         """The answer as chunks, each an event; an error after the first is one, too."""
         yield format_sse_event(data_str=reply.begin())
-        with self.metrics.answering() as watch:
+        with self.metrics.answering(began) as watch:
             try:
                 async for event in running:
                     watch.saw(event)
@@ -130,8 +140,6 @@ class Server:
                 if not isinstance(error, RelookError):
                     log.error("unexpected error", exc_info=error)
                 yield format_sse_event(data_str=bytes(_refusal(error).body).decode())
-            finally:
-                running.cancel()
 
 
 def _answering(app: FastAPI, server: Server) -> None:
@@ -140,16 +148,18 @@ def _answering(app: FastAPI, server: Server) -> None:
     @app.post("/v1/chat/completions", response_model=None, responses={200: {"content": {"text/event-stream": {}}}})
     async def chat_completions(body: ChatRequest, http: Request) -> Response:
         """A chat completion as in OpenAI's API; with `stream` as server-sent events."""
+        began = time.perf_counter()
         request, reply = await server.chat(body)
         if body.stream:
             running = await server.submit(request)
-            return Events(server.stream(running, reply), headers={"Cache-Control": "no-cache"})
-        answer = await _while_connected(http, server.answer(request))
+            return Events(server.stream(running, reply, began), running.cancel)
+        answer = await _while_connected(http, server.answer(request, began))
         return JSONResponse(await to_thread.run_sync(reply.whole, answer)) if answer else Response(status_code=499)
 
     @app.post("/v1/looks", response_model=None)
     async def looks(body: LooksRequest, http: Request) -> Response:
         """A question about images; the answer with every look, as `Answer.to_dict(images=True)` has it."""
+        began = time.perf_counter()
         server.check_model(body.model)
         options = body.model_dump(include=set(AskOptions.model_fields), exclude_unset=True)
         addresses = [body.image] if isinstance(body.image, str) else body.image
@@ -157,7 +167,7 @@ def _answering(app: FastAPI, server: Server) -> None:
         checked = AskOptions.of(options)
         images = await load_images(addresses, server.settings.limits, server.settings.fetch)
         request = seam.Request(body.question, tuple(images), checked)
-        answer = await _while_connected(http, server.answer(request))
+        answer = await _while_connected(http, server.answer(request, began))
         return JSONResponse(await to_thread.run_sync(answer.to_dict, True)) if answer else Response(status_code=499)
 
     @app.get("/v1/models")
@@ -211,8 +221,22 @@ async def _while_connected(http: Request, work: Awaitable[T]) -> T | None:
 class Events(EventSourceResponse):
     """Server-sent events, with a comment wherever there was nothing to say for a while.
 
-    A task beside the stream, and not a timeout around each event: that would cost more than the event.
+    A task beside the stream writes these, and no timeout around each event: that would cost more than the event.
+
+    Args:
+        events: encoded.
+        at_end: called when the response has been sent, or cannot be sent any more (even before its first event).
     """
+
+    def __init__(self, events: AsyncIterator[bytes], at_end: Callable[[], None]):
+        super().__init__(events, headers={"Cache-Control": "no-cache"})
+        self.at_end = at_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.at_end()
 
     async def stream_response(self, send: Send) -> None:
         last = time.monotonic()

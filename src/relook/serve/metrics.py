@@ -46,9 +46,9 @@ class Metrics:
         self.whole = Histogram("relook_request_seconds", "From request to end", buckets=SECONDS, registry=registry)
 
     @contextmanager
-    def answering(self) -> Iterator[Watch]:
-        """Measure one answer: every event goes through the `Watch`."""
-        watch = Watch(self)
+    def answering(self, began: float) -> Iterator[Watch]:
+        """Measure an answer to a request that came at `began` (`perf_counter`): its events go through the `Watch`."""
+        watch = Watch(self, began)
         try:
             yield watch
         finally:
@@ -58,8 +58,8 @@ class Metrics:
 class Watch:
     """Counts the events of one answer."""
 
-    def __init__(self, metrics: Metrics):
-        self.metrics, self.began, self.started = metrics, time.perf_counter(), False
+    def __init__(self, metrics: Metrics, began: float):
+        self.metrics, self.began, self.started = metrics, began, False
 
     def saw(self, event: Event) -> None:
         metrics = self.metrics
