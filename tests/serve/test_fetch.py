@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from support.image_servers import ImageServer, png
 
 from relook.errors import UserError
+from relook.perceive.engine import DeadlineExceeded
 from relook.serve import fetch
 from relook.serve.fetch import FetchSettings, image_bytes, is_public, load_images, resolve
 from relook.serve.limits import Limits
@@ -179,6 +180,13 @@ def test_slow_servers_are_left(servers):
     port = servers[0].server_port
     for path in ("drip", "silence"):
         assert "within 0.5 seconds" in refusal(f"http://images.example:{port}/{path}", f"*:{port}", seconds=0.5)
+
+
+def test_a_request_has_its_time_for_all_images(servers):
+    port = servers[0].server_port
+    urls = [f"http://images.example:{port}/image", f"http://images.example:{port}/silence"]
+    with pytest.raises(DeadlineExceeded, match=r"0\.4 s"):
+        asyncio.run(load_images(urls, Limits(seconds=0.4), FetchSettings(hosts=(f"*:{port}",))))
 
 
 def test_a_slow_resolver_is_left(servers, monkeypatch):

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from support.running_server import running
 
 from relook.errors import UserError
-from relook.serve import security
+from relook.serve import connections, security
 from relook.serve.limits import Limits, hold
 from relook.serve.security import JsonLines, SecuritySettings, log_config, protect, read_keys
 
@@ -41,6 +41,10 @@ async def fails_late(request):
     return StreamingResponse(pieces(), media_type="text/event-stream")
 
 
+async def much(request):
+    return StreamingResponse(iter([b"x" * 2**20] * 64))
+
+
 async def holds(request):
     hold(int(request.query_params["bytes"]))
     await anyio.sleep(float(request.query_params.get("seconds", 0)))
@@ -48,10 +52,15 @@ async def holds(request):
 
 
 @contextmanager
-def served(limits=None, **settings):
+def served(limits=None, http="h11", **settings):
     """A client of the app, its memory, and its log as text."""
     routes = [Route(path, echo, methods=["GET", "POST"]) for path in ("/", "/health/live", "/v1/echo", "/metrics")]
-    routes += [Route("/v1/fails", fails, methods=["POST"]), Route("/v1/late", fails_late), Route("/v1/hold", holds)]
+    routes += [
+        Route("/v1/fails", fails, methods=["POST"]),
+        Route("/v1/late", fails_late),
+        Route("/v1/much", much),
+        Route("/v1/hold", holds),
+    ]
     app = Starlette(routes=routes)
     memory = protect(app, limits or Limits(), SecuritySettings(**settings))
     text = io.StringIO()
@@ -62,7 +71,7 @@ def served(limits=None, **settings):
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
     try:
-        with running(app) as url, httpx2.Client(base_url=url, trust_env=False) as client:
+        with running(app, http=http) as url, httpx2.Client(base_url=url, trust_env=False) as client:
             yield client, memory, text
     finally:
         for logger in loggers:
@@ -259,6 +268,33 @@ def test_a_body_that_does_not_come():
         with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
             connection.sendall(start + b"half")  # and gone
         assert [entry["status"] for entry in logged(log, 2)] == [408, None]
+        assert given_back(memory) and client.post("/v1/echo", content=b"x").json() == {"length": 1}
+
+
+def test_a_body_of_too_many_values():
+    """Three bytes of JSON become a list of 60."""
+    with served(Limits(body_values=1000)) as (client, memory, _):
+        assert client.post("/v1/echo", content=b"[" + b"[]," * 499 + b"1]").status_code == 200
+        answered = client.post("/v1/echo", content=b"[" + b"[]," * 600 + b"1]")
+        assert answered.status_code == 400 and "1,201" in sentence(answered) and "1,000" in sentence(answered)
+        assert given_back(memory)
+
+
+def test_connections_on_which_nothing_happens(monkeypatch):
+    """No request, half a header, an answer that is not read: closed. A slow answer is waited for."""
+    monkeypatch.setattr(connections, "IDLE_SECONDS", 0.2)
+    with served(http=connections.Connection) as (client, memory, log):
+        place = client.base_url.host, client.base_url.port
+        for sent in (b"", b"POST /v1/echo HTTP/1.1\r\nHost: a\r\nX: "):
+            assert raw(client, sent) == b""
+        whole = b"GET /v1/echo HTTP/1.1\r\nHost: a\r\n\r\n"
+        assert raw(client, whole).count(b"HTTP/1.1 200") == 1  # and closed, when no other follows
+        assert raw(client, whole + b"GET /v1").count(b"HTTP/1.1") == 1
+        assert client.get("/v1/hold?bytes=5&seconds=1").status_code == 200
+        with socket.create_connection(place) as connection:
+            connection.sendall(b"GET /v1/much HTTP/1.1\r\nHost: a\r\n\r\n")
+            *_, last = logged(log, 4)  # the app is done with it while the connection is still open here
+            assert last["path"] == "/v1/much" and last["bytes"] < 64 * 2**20
         assert given_back(memory) and client.post("/v1/echo", content=b"x").json() == {"length": 1}
 
 

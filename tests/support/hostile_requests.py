@@ -72,6 +72,7 @@ def bodies() -> list[tuple[str, int, Any]]:
         ("open brackets", 400, deep),
         ("brackets within", 400, b'{"messages": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
         ("objects within", 400, whole[:-1] + b', "metadata": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b"}"),
+        ("a million values", 400, b'{"messages": [' + b"[]," * 10**6 + b"1]}"),
         ("a number of 5,000 digits", 400, whole.replace(b'"max_tokens": 8', b'"max_tokens": ' + b"9" * 5000)),
         ("not a number", 400, whole[:-1] + b', "temperature": NaN}'),
         ("infinite", 400, whole[:-1] + b', "temperature": Infinity}'),

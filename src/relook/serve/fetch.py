@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import anyio
 import httpcore2
 import httpx2
+from anyio import to_thread
 from pydantic import BaseModel, ConfigDict, Field
 
 from relook.errors import UserError
+from relook.perceive.engine import DeadlineExceeded
 from relook.serve.decode import Decoders
 from relook.serve.limits import Limits, hold
 from relook.views import data_url
@@ -62,17 +64,21 @@ async def load_images(urls: Iterable[str], limits: Limits, settings: FetchSettin
     Raises:
         UserError: an address that is not allowed or cannot be fetched, no image, one that is too large.
         EngineBusy: the memory for requests is used up.
+        DeadlineExceeded: all of it takes longer than a request may.
     """
     opened: list[Image.Image] = []
-    for number, url in enumerate(urls, 1):
-        seen = sum(image.width * image.height for image in opened)
-        try:
-            data = await image_bytes(url, settings)
-            work = partial(DECODERS.open, data, seen, limits.pixels, limits.decode_seconds)
-            opened.append(await asyncio.get_running_loop().run_in_executor(DECODERS.threads, work))
-        except UserError as error:
-            raise UserError(f"image {number}: {error}") from None
-        hold(4 * opened[-1].width * opened[-1].height)  # as Pillow stores RGB
+    with anyio.move_on_after(limits.seconds) as time:
+        for number, url in enumerate(urls, 1):
+            seen = sum(image.width * image.height for image in opened)
+            try:
+                data = await image_bytes(url, settings)
+                work = partial(DECODERS.open, data, seen, limits.pixels, limits.decode_seconds)
+                opened.append(await asyncio.get_running_loop().run_in_executor(DECODERS.threads, work))
+            except UserError as error:
+                raise UserError(f"image {number}: {error}") from None
+            hold(4 * opened[-1].width * opened[-1].height)  # as Pillow stores RGB
+    if time.cancelled_caught:
+        raise DeadlineExceeded(f"the images were not there and open within {limits.seconds:g} s; send fewer")
     return opened
 
 
@@ -80,7 +86,7 @@ async def image_bytes(url: str, settings: FetchSettings) -> bytes:
     """The file behind a data URL or an http(s) address."""
     scheme = url.partition(":")[0].lower()
     if scheme == "data":
-        return data_url(url)
+        return await to_thread.run_sync(data_url, url)
     if scheme not in PORTS:
         seen = f"address of {scheme[:20]}:" if ":" in url[:20] else f"text {url[:20]!r}"
         raise UserError(f"{seen} is no image; expected a data URL (data:image/png;base64,...)")

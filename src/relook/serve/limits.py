@@ -21,6 +21,8 @@ class Limits(BaseModel):
 
     body_bytes: int = Field(32 * 2**20, ge=1024)
     """Bytes of a request's body, images in base64 included."""
+    body_values: int = Field(200_000, ge=100)
+    """Values in its JSON, counted by its brackets and commas."""
     body_seconds: float = Field(30, gt=0)
     """Time in which the body has to arrive."""
     images: int = Field(16, ge=1)

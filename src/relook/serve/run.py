@@ -13,6 +13,7 @@ import uvicorn
 
 from relook.errors import UserError
 from relook.serve.app import create_app
+from relook.serve.connections import Connection
 from relook.serve.security import log_config
 from relook.serve.settings import ServeSettings
 
@@ -45,8 +46,9 @@ def serve(engine: Engine, settings: ServeSettings, bound: socket.socket, drain: 
     """Serve until SIGTERM or Ctrl-C; then running answers get `drain` seconds, and new requests a 503."""
     app = create_app(engine, settings)
     config = uvicorn.Config(
-        app, log_config=log_config(), access_log=False, server_header=False, timeout_graceful_shutdown=LEFT_SECONDS
-    )
+        app, http=Connection, log_config=log_config(), access_log=False, server_header=False,
+        timeout_graceful_shutdown=LEFT_SECONDS,
+    )  # fmt: skip
     try:
         _Server(config, engine, drain).run(sockets=[bound])
     finally:

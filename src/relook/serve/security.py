@@ -52,7 +52,7 @@ class SecuritySettings(BaseModel):
     only, or a web page whose own name leads to 127.0.0.1 could ask it (DNS rebinding)."""
     origins: tuple[str, ...] = ()
     """Web pages of other origins that may ask ("https://app.example.org"; CORS). None by default."""
-    open_paths: tuple[str, ...] = ("/", "/health", "/static")
+    open_paths: tuple[str, ...] = ("/", "/static", "/health", "/docs", "/openapi.json")
     """Paths that need no key, with what is below them ("/": itself only)."""
 
 
@@ -204,10 +204,14 @@ class Guard:
                     if len(body) > limit:
                         raise Refused(413, f"the body has more than the {limit:,} bytes this server takes", **close)
                     if not message.get("more_body", False):
-                        return bytes(body)
+                        break
         except TimeoutError:
             seconds = f"{self.limits.body_seconds:g} seconds"
             raise Refused(408, f"the body did not arrive within {seconds}; send it faster", **close) from None
+        # Three bytes of JSON become a list of 60; and reading a million values would keep the others waiting.
+        if (values := sum(map(body.count, (b"[", b"{", b",")))) > self.limits.body_values:
+            raise Refused(400, f"the body has some {values:,} values, this server takes {self.limits.body_values:,}")
+        return bytes(body)
 
 
 def _header(scope: Scope, name: bytes) -> str:
