@@ -156,6 +156,16 @@ def test_a_follow_up_carries_the_conversation_and_a_new_question_does_not(card):
     page.locator("#follow").check()
     ask(page, "From the first")  # what is shown is what goes on
     assert [each["content"] for each in page.asked[3]["messages"][1:]] == ["164", "From the first"]
+    page.locator("#question").fill("vanish")
+    page.locator("#send").click()
+    page.locator(".run .problem:visible").wait_for()
+    ask(page, "After a failure")
+    assert [each["content"] for each in page.asked[5]["messages"][1:]] == [
+        "164",
+        "From the first",
+        "164",
+        "After a failure",
+    ]
 
 
 def test_a_model_of_single_questions_is_asked_single_questions(card):

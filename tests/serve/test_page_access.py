@@ -115,6 +115,22 @@ def test_texts_of_the_server_stay_text(card):
     assert EVIL in page.locator(".turns").inner_text()
 
 
+def test_nothing_is_cut_off_at_any_width(card):
+    page = card()
+    ask(page)
+    page.get_by_role("button", name="Compare looks").click()
+    page.locator(".compared .cost:visible").nth(2).wait_for()
+    page.get_by_role("button", name="Mark a region").click()
+    page.locator("#frame").press("ArrowUp")
+    outside = """width => [...document.querySelectorAll("main button, main select, main img, main input, main p")]
+        .filter((each) => !each.closest("#suggestions, .unseen") && each.checkVisibility())
+        .filter((each) => each.getBoundingClientRect().right > width).map((each) => each.outerHTML.slice(0, 80))"""
+    inside = "[...document.querySelectorAll('#ask .row')].every((row) => row.scrollWidth <= row.clientWidth)"
+    for width in (320, 360, 390, 480, 600, 768, 820, 821, 900, 1024, 1280, 1920):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate(outside, width) == [] and page.evaluate(inside), width
+
+
 @pytest.mark.parametrize("motion", ["reduce", "no-preference"])
 def test_the_crop_slides_where_motion_is_welcome(card, motion):
     page = card(reduced_motion=motion)

@@ -167,10 +167,11 @@ const near = (element, block = "nearest") => element.scrollIntoView({ block, beh
 async function ask(question, ways = [{ look: $("look").value, region: stage.region }]) {
   const { talk, model } = state, again = !question;
   if (state.running || (again && !talk.active)) return;
-  const parent = again ? talk.active.context.parent : $("follow").checked ? talk.active : null;
+  const before = talk.active?.state === "done" ? talk.active : talk.active?.context.parent ?? null;
+  const parent = again ? talk.active.context.parent : $("follow").checked ? before : null;
   const element = el("li", { class: ways.length > 1 ? "compared" : "" });
   const context = {
-    question: question || talk.active.context.question, parent: parent?.state === "done" ? parent : null, image: talk.image, grid: model.grid,
+    question: question || talk.active.context.question, parent, image: talk.image, grid: model.grid,
     known: model.warnings, compared: ways.length > 1, element, select, say, body, key: () => state.key, place: (box) => stage.place(box),
   };
   const runs = ways.map((way) => new Run(way, context));
