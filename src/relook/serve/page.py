@@ -21,12 +21,17 @@ HEADERS = {
 }
 
 
+TYPES = {".js": "text/javascript; charset=utf-8", ".webp": "image/webp"}  # not every machine's table has them
+
+
 class Files(StaticFiles):
     """Static files that carry the page's headers."""
 
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        response = super().file_response(*args, **kwargs)
+    def file_response(self, full_path: Any, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(full_path, *args, **kwargs)
         response.headers.update(HEADERS)
+        if kind := TYPES.get(Path(full_path).suffix):
+            response.headers["Content-Type"] = kind
         return response
 
 

@@ -61,20 +61,20 @@ async function welcome() {
   for (const id of ["stage", "talk", "new"]) $(id).hidden = true;
   $("welcome").hidden = false;
   $("earlier").hidden = !state.talks.length;
-  $("history").replaceChildren(...state.talks.map((talk) => card(talk.image.shown, talk.runs.at(-1)?.context.question ?? talk.image.name,
+  $("history").replaceChildren(...state.talks.map((talk) => card(talk.image.shown, talk.image.alt, talk.runs.at(-1)?.context.question ?? talk.image.name,
     () => open(talk))));
   if ($("examples").childElementCount) return;
   const found = await fetch("static/examples/index.json").then((got) => (got.ok ? got.json() : []), () => []);
   const fitting = found.filter((each) => !state.model.domain || each.domain === state.model.domain);
   $("try").hidden = !fitting.length;
-  $("examples").replaceChildren(...fitting.map((each) => card(`static/examples/${each.file}`, each.questions[0], async () => {
+  $("examples").replaceChildren(...fitting.map((each) => card(`static/examples/${each.file}`, `${each.alt}:`, each.questions[0], async () => {
     const blob = await fetch(`static/examples/${each.file}`).then((got) => got.blob());
     if (await take(blob, each.file, each.alt, each.questions)) ask(each.questions[0]);
   })));
 }
 
-const card = (picture, text, onclick) => el("li", {}, el("button", { type: "button", class: "pickable", onclick },
-  el("img", { src: picture, alt: "" }), el("span", {}, text)));
+const card = (src, alt, text, onclick) => el("li", {}, el("button", { type: "button", class: "pickable", onclick },
+  el("img", { src, alt }), " ", el("span", {}, text)));
 
 function dataUrl(blob) {
   return new Promise((resolve, reject) => {
