@@ -32,7 +32,7 @@ async function begin() {
   document.title = `${name} · relook`;
   $("look").replaceChildren(...["auto", "none", ...looks].map((look) => el("option", { value: look }, title(look))));
   $("follow").checked = !domain; // the small models that ship were trained on single questions
-  $("warnings").textContent = warnings.join(" ");
+  for (const each of document.querySelectorAll(".warnings")) each.textContent = warnings.join(" ");
   $("compare").hidden = !looks.length;
   stage.setModel(state.model);
   if (!state.talk) await welcome();
@@ -191,7 +191,7 @@ async function ask(question, ways = [{ look: $("look").value, region: stage.regi
   await Promise.all(runs.map((run) => follow(run, state.running.signal)));
   state.running = null;
   refresh();
-  if (runs.length > 1) near(element, "start"); else near(runs[0].actions);
+  if (runs.length > 1) near(element, "start"); else { near($("warnings")); near(runs[0].answer); }
 }
 
 async function follow(run, signal) {
