@@ -194,6 +194,20 @@ def without_triggers(text: str) -> str:
     return text
 
 
+def with_trigger(question: str, look: str, looks: Collection[str]) -> str:
+    """The question as a model with `looks` was trained to be asked for one; without looks, as a plain question.
+
+    "auto": the sentence of the look to take is not known, so the first look's is given. A question that holds one of
+    the sentences (published ones do) keeps it then, and loses it where another or none belongs.
+    """
+    plain = without_triggers(question).strip() or question
+    if look == "auto" and looks:
+        if plain != question:
+            return question
+        look = next(iter(looks))
+    return f"{plain} {LOOKS[look].trigger}" if looks and look in LOOKS else plain
+
+
 def write_call(look: str, cells: Cells | None = None, grid: int = GRID) -> str:
     """The call for `look` as text: `cells` for a region (published order x0 y0 x1 y1), none for the others.
 

@@ -11,7 +11,7 @@ from PIL import Image
 from relook.looks import IM_END, LOOKS
 from relook.options import AskOptions
 from relook.perceive.loop import run
-from relook.perceive.vlm import _images
+from relook.perceive.vlm import opened_images
 from relook.trace import Finished
 
 QUESTION = "What is the code in the RED box ?"
@@ -48,7 +48,7 @@ def writing(vlm, *texts):
 def recorded(vlm, requests):
     """Run (image, question, options) as one batch; returns answers, conversations and per row {index: next logits}."""
     rows = [
-        vlm._row(vlm._begin(), _images(image), question, AskOptions.of(options))
+        vlm._row(vlm._begin(), opened_images(image), question, AskOptions.of(options))
         for image, question, options in requests
     ]
     logits = [{} for _ in rows]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from relook.cli.common import DEFAULT_MODEL, Dtype, Model
+from relook.cli.common import BaseUrl, Dialect, Dtype, Model, Processor, open_model
 from relook.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def ask(
     image: Annotated[str, Argument(metavar="IMAGE", help="An image file, or a data URL.")],
     question: Annotated[str, Argument(metavar="QUESTION", help="What to ask about it.")],
-    model: Model = DEFAULT_MODEL,
+    model: Model = None,
     look: Annotated[
         str, Option(metavar="LOOK", help="auto (the model decides), none, region, clip, detection or seg.")
     ] = "auto",
@@ -28,6 +28,9 @@ def ask(
         str | None, Option(metavar="DEVICE", help="cpu, cuda, ...; default: the fastest available.")
     ] = None,
     dtype: Dtype = None,
+    base_url: BaseUrl = None,
+    processor: Processor = None,
+    dialect: Dialect = None,
     fetch: Annotated[bool, Option("--fetch", help="Download IMAGE where it is an http(s) address.")] = False,
     save: Annotated[
         Path | None, Option(metavar="PNG", help="Draw grid, box, crop, map and answer into this PNG.")
@@ -50,9 +53,7 @@ def ask(
         check_writable(save)
     picture = open_image(image, fetch)
 
-    import relook
-
-    vlm = relook.load(model, **{k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None})
+    vlm = open_model(model, base_url, processor, dialect, device=device, dtype=dtype)
     answer = vlm.ask(picture, question, **options.model_dump(exclude_unset=True))
     if save is not None:
         answer.save(save)

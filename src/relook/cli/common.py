@@ -9,10 +9,28 @@ from typing import Annotated, Any
 from typer import Argument, Option
 from typer.core import TyperCommand
 
+from relook.errors import UserError
+
 DEFAULT_MODEL = "receipts-tiny"
 MODEL_HELP = "A shipped model, a folder, or a hub id."
 
-Model = Annotated[str, Option("--model", "-m", metavar="NAME", help=MODEL_HELP)]
+Model = Annotated[
+    str | None,
+    Option("--model", "-m", metavar="NAME",
+           help=f"{MODEL_HELP[:-1]} (default: {DEFAULT_MODEL}); with --base-url: its id there."),
+]  # fmt: skip
+BaseUrl = Annotated[
+    str | None,
+    Option(metavar="URL", help="Ask a model behind this OpenAI-compatible endpoint (key: RELOOK_API_KEY)."),
+]
+Processor = Annotated[
+    str | None,
+    Option(metavar="NAME", help="With --base-url: the relook model that the server's was exported from."),
+]
+Dialect = Annotated[
+    str | None,
+    Option(metavar="NAME", help="With --base-url: how its model looks: tokens, relook, qwen3-vl or qwen2.5-vl."),
+]
 ModelArgument = Annotated[str, Argument(metavar="MODEL", help=MODEL_HELP)]
 Dtype = Annotated[str | None, Option(metavar="DTYPE", help="float32, bfloat16 or float16.")]
 AsJson = Annotated[bool, Option("--json", help="Print as JSON.")]
@@ -48,6 +66,23 @@ def repeat_list_options(args: list[str]) -> list[str]:
         if option is None:
             out.append(arg)
     return out[:-1]
+
+
+def open_model(
+    name: str | None, base_url: str | None, processor: str | None, dialect: str | None, **loading: Any
+) -> Any:
+    """The model that the options of a command name, loaded or behind an endpoint."""
+    import relook
+
+    given = {key: value for key, value in loading.items() if value is not None}
+    if base_url is None:
+        for option, value in (("processor", processor), ("dialect", dialect)):
+            if value is not None:
+                raise UserError(f"--{option} is for --base-url; leave it out")
+        return relook.load(name or DEFAULT_MODEL, **given)
+    if not base_url.startswith(("http://", "https://")):
+        raise UserError(f"--base-url {base_url}: expected an address such as http://127.0.0.1:8000/v1")
+    return relook.load(base_url, model=name, processor=processor, dialect=dialect, **given)
 
 
 def print_result(result: Any, as_json: bool, ensure_ascii: bool = True) -> None:

@@ -5,12 +5,23 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from relook.cli.common import DEFAULT_MODEL, Dtype, Model, ResultsAsJson, print_result, progress_bars
+from relook.cli.common import (
+    DEFAULT_MODEL,
+    BaseUrl,
+    Dialect,
+    Dtype,
+    Model,
+    Processor,
+    ResultsAsJson,
+    open_model,
+    print_result,
+    progress_bars,
+)
 from relook.errors import UserError
 
 
 def evaluate(
-    model: Model = DEFAULT_MODEL,
+    model: Model = None,
     tasks: Annotated[
         list[str] | None,
         Option(metavar="TASK...", help="cards, receipts, receipts-real, docvqa, gqa, ..., or files of questions."),
@@ -43,6 +54,9 @@ def evaluate(
     images: Annotated[
         list[str] | None, Option(metavar="SET=FOLDER...", help="Folders of images, as in `relook data remap`.")
     ] = None,
+    base_url: BaseUrl = None,
+    processor: Processor = None,
+    dialect: Dialect = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace a finished evaluation in --out.")] = False,
     as_json: ResultsAsJson = False,
 ) -> None:
@@ -53,8 +67,9 @@ def evaluate(
     from relook.evaluate.executors import is_main_process
 
     places = Places(data, parse_folders(images or []))
+    asked = model or DEFAULT_MODEL if base_url is None else open_model(model, base_url, processor, dialect)
     with progress_bars() as progress:
-        done = run(model, tasks or [], looks or ["auto", "none"], n=n, out=out, seed=seed,
+        done = run(asked, tasks or [], looks or ["auto", "none"], n=n, out=out, seed=seed,
                    batch=_batch(batch), protocol=protocol, places=places, dtype=dtype, engine=engine, replicas=replicas,
                    progress=progress, overwrite=overwrite)  # fmt: skip
     if is_main_process():

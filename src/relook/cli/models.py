@@ -1,4 +1,4 @@
-"""`relook models`: list, inspect, convert, merge and assemble checkpoints."""
+"""`relook models`: list, inspect, convert, merge, export and assemble checkpoints."""
 
 import json
 from pathlib import Path
@@ -74,6 +74,21 @@ def merge_adapter(
     from relook.model.start import merge
 
     print(f"written: {merge(adapter, out, base=base, dtype=dtype)}")
+
+
+@app.command("export")
+def export_model(
+    model: ModelArgument,
+    out: Annotated[Path, Option("--out", metavar="FOLDER", help="A new or empty folder.")],
+    engine: Annotated[str, Option("--for", metavar="ENGINE", help="vllm (or transformers: the same folder).")] = "vllm",
+) -> None:
+    """Write a model as a plain Qwen2-VL, which other engines serve; relook ask --base-url then takes region looks."""
+    from relook.model.export import export, vllm_command
+
+    written = export(model, out, engine)
+    print(f"written: {written}")
+    if engine == "vllm":
+        print(f"serve:   {vllm_command(written)}")
 
 
 @app.command("assemble")

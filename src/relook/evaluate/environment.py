@@ -40,10 +40,11 @@ def machine() -> dict[str, Any]:
 
 def model_facts(vlm: Any) -> dict[str, Any]:
     """`parameters` (shared ones counted once), `device`, `dtype`, and what the config says of the training:
-    `recipe`, `seed`, `samples`, `seconds`. Empty for something that is not a `VLM`."""
+    `recipe`, `seed`, `samples`, `seconds`. Of a model at an address, `endpoint` and `dialect`."""
     model = getattr(vlm, "model", None)
     if model is None:
-        return {}
+        engine = getattr(vlm, "engine", None)
+        return {} if engine is None else {"endpoint": engine.url, "dialect": engine.dialect}
     provenance = getattr(model.config, "provenance", None) or {}
     training = {key: provenance[key] for key in PROVENANCE if key in provenance}
     return {

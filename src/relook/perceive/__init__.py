@@ -1,9 +1,13 @@
 """Inference: ask a model about an image, with second looks, and get a typed record (`relook.trace`).
 
-vlm.py           `load`, `VLM`, `Chat`: the public interface; checks requests and opens images
+opening.py       `load`: a model in this process, or behind an endpoint
+vlm.py           `VLM`, `Chat`: the public interface; checks requests and opens images
+remote.py        the same interface to a model behind an endpoint
 engine.py        the seam of engines: `Request` in, events out
 local.py         the engine with a model in this process, for servers: a thread and its queue
 openai.py        the engine with a model behind an OpenAI-compatible endpoint
+asking.py        one request to an endpoint: its conversation as messages, and the looks between its turns
+dialects.py      how models behind endpoints spell a region look, and how crops go back
 loop.py          the generation loop: rows join and leave a running batch
 row.py           the state machine of one request
 conversation.py  tokens, positions and images of one conversation; forwards over pending tokens
@@ -15,6 +19,7 @@ generate.py      looks in transformers' `generate` and pipeline
 kv_cache.py      keys and values of rows that are merged and extracted
 """
 
-from .vlm import VLM, Chat, load
+from .opening import load
+from .vlm import VLM, Chat
 
 __all__ = ["VLM", "Chat", "load"]

@@ -29,6 +29,7 @@ from relook.looks import (
     Call,
     look_turn,
     parse_tokens,
+    with_trigger,
     without_triggers,
     write_call,
 )
@@ -236,7 +237,8 @@ class Row:
         else:
             self._looks_left = 0
         kind = options.first_look if own else past.looks[0][0].kind if past.looks else "none"
-        question = self.vlm.processor.as_text(self._sentence(past.question, kind))
+        looks = [] if self.vlm.processor.free_choice or self._looks_left <= 0 else self.vlm.looks
+        question = self.vlm.processor.as_text(with_trigger(past.question, kind, looks))
         self._user_turn(self.vlm.processor.first_turn(question, len(shown)), shown)
         self._begin_turn()
         if not self._given_turns:
@@ -282,22 +284,6 @@ class Row:
             lookup = self.conversation.features.lookup
             views = [lookup("image", image, stage)[0] for image, stage in zip(images, stages, strict=False)]
         return [ShownImage("image", view) for view in views]
-
-    def _sentence(self, question: str, look: str) -> str:
-        """The question, with the published sentence that asks for a look where the model was trained with it.
-
-        look="auto": prompted models were trained with the sentence of the look to take, so the region's is given to a
-        model that has regions, else the re-encoding one; free-choice models decide without. A question that holds one
-        of the sentences (published ones do) keeps it then, and loses it where another or none belongs.
-        """
-        plain = _plain(question)
-        if self.vlm.processor.free_choice or self._looks_left <= 0:
-            return plain
-        if look == "auto":
-            if self.vlm.looks and plain != question:
-                return question
-            look = next(iter(self.vlm.looks), "none")
-        return f"{plain} {LOOKS[look].trigger}" if look in LOOKS else plain
 
     def _user_turn(self, content: str, images: Sequence[ShownImage]) -> None:
         """A user turn with its images in the order of its placeholders, and the assistant's header."""

@@ -7,6 +7,7 @@ add up to exactly the final text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -84,3 +85,27 @@ class TextStreamer:
     def _emit(self, text: str) -> str:
         new, self.text = text[len(self.text) :], text
         return new
+
+
+class PieceStreamer(TextStreamer):
+    """As `TextStreamer`, over the pieces of text that a server sends, cut anywhere.
+
+    Args:
+        hidden: what is no part of the text.
+        stop: see there.
+    """
+
+    def __init__(self, hidden: re.Pattern[str], stop: Sequence[str] = ()):
+        super().__init__(None, (), stop)
+        self.hidden = hidden
+
+    def add_text(self, piece: str) -> str:
+        """Add a piece; returns the text that is now decided."""
+        self._raw += piece
+        return self._emit(self._strip(_BEGUN.sub("", self.hidden.sub("", self._raw)), last=False))
+
+    def finish(self) -> str:
+        return self._emit(self._strip(self.hidden.sub("", self._raw), last=True))
+
+
+_BEGUN = re.compile(r"<(\|[^<>|\s]*\|?|[a-z_/]*)$")  # what may become a token, or a tag

@@ -1,4 +1,4 @@
-"""The public interface: load a model, ask it about images, get a typed record.
+"""The public interface: ask a model about images, get a typed record.
 
 All input is checked here, before the model runs.
 """
@@ -9,7 +9,6 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -29,24 +28,10 @@ from .sampling import Vocabulary, generation_defaults
 ROWS_AT_ONCE = 8  # how many questions `ask_many` works on side by side
 
 
-def load(name: str | Path, *, dtype: Any = None, device: Any = None, attn_implementation: str | None = None) -> VLM:
-    """Load a model with its processor.
-
-    Args:
-        name: a model that ships ("cards-tiny", "receipts-tiny"), a folder (a model or an adapter), or a hub id.
-        dtype, device, attn_implementation: as `relook.model.loading.load_model` takes them.
-
-    Raises:
-        UserError: no such model, a folder that is not one, or a device that cannot run it. CheckpointError: weights
-            that do not fit.
-    """
-    from relook.model.loading import torch_device
-    from relook.model.start import open_model
-
-    if torch_device(device).type == "meta":
-        raise UserError("device 'meta' holds shapes and no weights, so nothing can be asked there; use cpu or cuda")
-
-    return VLM(*open_model(name, dtype=dtype, device=device, attn_implementation=attn_implementation), str(name))
+def domain_warnings(name: str, domain: str | None) -> list[str]:
+    """What answers of a model that was trained on one domain carry."""
+    said = f"{name or 'this model'} was trained on {domain} only; on anything else its answers mean nothing."
+    return [said] if domain else []
 
 
 class VLM:
@@ -91,9 +76,7 @@ class VLM:
     @property
     def warnings(self) -> list[str]:
         """Warnings that apply to every answer of this model, whatever its image."""
-        name = self.name or "this model"
-        said = f"{name} was trained on {self.domain} only; on anything else its answers mean nothing."
-        return [said] if self.domain else []
+        return domain_warnings(self.name, self.domain)
 
     def with_settings(self, **settings: Any) -> VLM:
         """The same model with other settings of the processor (`first_look`, `region_margin`, ...), all else shared.
@@ -122,7 +105,7 @@ class VLM:
             UserError: an image that cannot be read, an empty question, an unknown option, a look the model lacks, a
                 region off the grid, a condition or a crop to leave out of a look that has none.
         """
-        return _last(self.stream(image, question, **options))
+        return last_answer(self.stream(image, question, **options))
 
     def stream(self, image: Any, question: str, **options: Any) -> Iterator[Event]:
         """As `ask`, event by event: TextDelta, LookTaken, and at the end Finished with the answer.
@@ -143,10 +126,7 @@ class VLM:
             batch_size: how many at once.
             options: for all of them, as in `ask`; a pair's own options win.
         """
-        if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or batch_size < 1:
-            raise UserError(f"batch_size={batch_size!r} is not a whole number of at least 1")
-        if not isinstance(pairs, Iterable):
-            raise UserError(f"ask_many was given a {type(pairs).__name__}; expected pairs of image and question")
+        check_pairs(pairs, batch_size)
         answers: list[Answer] = []
         rest = enumerate(pairs)
         while rows := [self._numbered_row(number, pair, options) for number, pair in islice(rest, batch_size)]:
@@ -156,7 +136,7 @@ class VLM:
 
     def chat(self, image: Any = None) -> Chat:
         """A conversation about an image (or a list of images), for questions that build on each other."""
-        return Chat(self, _images(image))
+        return Chat(self, opened_images(image))
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -165,9 +145,9 @@ class VLM:
 
     def _numbered_row(self, number: int, pair: Any, shared: Mapping[str, Any]) -> Row:
         try:
-            image, question, own = _unpack(pair)
+            image, question, own = unpack(pair)
             options = AskOptions.of({**shared, **own})
-            return self._row(self._begin(), _images(image, options.fetch), question, options)
+            return self._row(self._begin(), opened_images(image, options.fetch), question, options)
         except UserError as error:
             raise UserError(f"question {number}: {error}") from error
 
@@ -178,7 +158,7 @@ class VLM:
         return self._row_of(Request(question, tuple(images), options), conversation)
 
     def _row_of(self, request: Request, conversation: Conversation | None = None) -> Row:
-        question, options = _checked_question(request.question), self._fitted(request.options)
+        question, options = checked_question(request.question), self._fitted(request.options)
         request = replace(request, question=question, options=options)
         return Row(self, conversation or self._begin(), request).ask()
 
@@ -215,12 +195,12 @@ class Chat:
         `usage` counts what this question cost, except `sequence_length`, which is the whole conversation's: over all
         questions, `lm_positions` add up to it.
         """
-        return _last(self.stream(question, image, **options))
+        return last_answer(self.stream(question, image, **options))
 
     def stream(self, question: str, image: Any = None, **options: Any) -> Iterator[Event]:
         """As `ask`, event by event."""
         checked = AskOptions.of(options)
-        images = self._new_images + _images(image, checked.fetch)
+        images = self._new_images + opened_images(image, checked.fetch)
         return self._run(self._vlm._row(self._conversation, images, question, checked))
 
     def _run(self, row: Row, record: Recorder | None = None) -> Iterator[Event]:
@@ -231,13 +211,20 @@ class Chat:
             yield event
 
 
-def _last(events: Iterator[Event]) -> Answer:
+def check_pairs(pairs: Any, batch_size: int) -> None:
+    if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or batch_size < 1:
+        raise UserError(f"batch_size={batch_size!r} is not a whole number of at least 1")
+    if not isinstance(pairs, Iterable):
+        raise UserError(f"ask_many was given a {type(pairs).__name__}; expected pairs of image and question")
+
+
+def last_answer(events: Iterator[Event]) -> Answer:
     *_, finished = events
     assert isinstance(finished, Finished)  # every row finishes
     return finished.answer
 
 
-def _images(image: Any, fetch: bool = False) -> list[Image.Image]:
+def opened_images(image: Any, fetch: bool = False) -> list[Image.Image]:
     """Opened images of whatever was given, none of them the caller's own; [] for None."""
     if image is None:
         return []
@@ -245,7 +232,7 @@ def _images(image: Any, fetch: bool = False) -> list[Image.Image]:
     return [ours.copy() if ours is given else ours for given, ours in opened]
 
 
-def _unpack(pair: Sequence[Any] | Mapping[str, Any]) -> tuple[Any, str, dict[str, Any]]:
+def unpack(pair: Sequence[Any] | Mapping[str, Any]) -> tuple[Any, str, dict[str, Any]]:
     if isinstance(pair, Mapping):
         options = dict(pair)
         if "image" not in options or "question" not in options:
@@ -257,7 +244,7 @@ def _unpack(pair: Sequence[Any] | Mapping[str, Any]) -> tuple[Any, str, dict[str
     return pair[0], pair[1], dict(own)
 
 
-def _checked_question(question: str) -> str:
+def checked_question(question: str) -> str:
     if not isinstance(question, str):
         raise UserError(f"the question is a {type(question).__name__}; expected text")
     if not question.strip():

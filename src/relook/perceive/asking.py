@@ -1,0 +1,334 @@
+"""One request to a model behind an endpoint: its conversation as messages, turn by turn, and the looks in between."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from relook.errors import RelookError, UserError
+from relook.looks import LOOKS, with_trigger
+from relook.options import AUTO, NONE
+from relook.regions import Cells, cells_to_box, check_cells, widen
+from relook.trace import Answer, Event, Finished, Look, LookTaken, TextDelta, Turn, Usage
+from relook.views import open_image
+
+from .dialects import DIALECTS, NOT_HERE, Called, ControlTokens, Reply, ZoomCalls
+from .engine import Cancelled, DeadlineExceeded, GivenLook, Past, Request
+from .text import PieceStreamer
+from .vlm import checked_question
+
+_STRUCTURE = re.compile(r"<\|[^<>|\s]*\|>|</?tool_(call|response)>")  # servers read these as structure anywhere
+NO_MORE = "no look was left when the model called it"
+
+
+class Asking:
+    """A request at work, as `row.Row` is one in this process.
+
+    Args:
+        engine: an `OpenAIEngine`.
+        request: see there.
+        timeout: seconds after which `events` raises `DeadlineExceeded`.
+        before: the question before it in a conversation, answered.
+
+    Raises:
+        UserError: what `VLM.ask` refuses, and what an endpoint does not offer.
+    """
+
+    def __init__(self, engine: Any, request: Request, timeout: float | None = None, before: Asking | None = None):
+        self.engine, self.processor, self.options = engine, engine.processor, request.options
+        self.request = replace(request, question=checked_question(request.question))
+        self.seconds, self.deadline = timeout, None if timeout is None else time.monotonic() + timeout
+        self.spelling: ControlTokens | ZoomCalls = (
+            ControlTokens(self.processor)
+            if engine.dialect == "tokens"
+            else ZoomCalls(DIALECTS[engine.dialect], engine.grid, self._own_options())
+        )
+        self.messages: list[dict[str, Any]] = list(before.messages) if before else []
+        self.sampled: set[int] = set(before.sampled) if before else set()  # numbers of messages that the model wrote
+        self.images: list[Image.Image] = list(before.images) if before else []  # of the user's, originals
+        self.sent: list[tuple[int, int]] = list(before.sent) if before else []  # their sizes as sent
+        self.target: int = before.target if before else 0
+        self.looks: list[Look] = []
+        self.usage = Usage()
+        self._stream: Any = None
+        self._stopped = False
+        self._left = 0 if self.options.look == NONE else self.options.max_looks
+        self._check()
+        self._begin()
+
+    def stop(self) -> None:
+        """End the work, from any thread; the server sees the connection close."""
+        self._stopped = True
+        if self._stream is not None:
+            self._stream.close()
+
+    # -- what is refused ---------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        options, engine, request = self.options, self.engine, self.request
+        look = options.first_look
+        if look not in (AUTO, NONE, *engine.looks):
+            if look in LOOKS and LOOKS[look].reencodes:
+                raise UserError(f"look={look!r}: {NOT_HERE.format(look)}")
+            raise UserError(f"no {look!r} look here; expected one of {', '.join([AUTO, NONE, *engine.looks])}")
+        if options.region is not None:
+            check_cells(options.region, engine.grid)
+        here = {"condition=False": not options.condition, "blank=True": options.blank}
+        here["constrain=False"] = not options.constrain and engine.dialect == "relook"
+        here["logprobs"] = request.logprobs is not None
+        for name in (name for name, given in here.items() if given):
+            raise UserError(f"{name} is for a model in this process, not for one at an address; leave it out")
+        texts = [request.system or "", request.question, *(t for p in request.past for t in (p.question, p.answer))]
+        found = next(filter(None, map(_STRUCTURE.search, texts)), None)
+        if found is not None and engine.dialect != "relook":
+            raise UserError(
+                f"{found.group()} in a text is structure to the server of {engine.name}; write it otherwise"
+            )
+        if not (request.images or self.images or any(past.images for past in request.past)):
+            raise UserError("no image was given; give a path, a PIL image, an array, bytes, or a list of these")
+
+    def _own_options(self) -> dict[str, Any] | None:
+        """Options that relook's server takes."""
+        if self.engine.dialect != "relook":
+            return None
+        asked = {name: getattr(self.options, name) for name in ("look", "region", "max_looks", "look_at")}
+        return {name: value for name, value in asked.items() if value is not None}
+
+    # -- the conversation --------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """The messages up to the assistant's next turn."""
+        request, own = self.request, self.engine.dialect == "relook"
+        if not self.messages and (system := self.spelling.system(request.system)):
+            self.messages.append({"role": "system", "content": system})
+        for past in request.past:
+            self._ask(past, past.looks[0][0].kind if past.looks else NONE)
+            kept = [
+                {"kind": look.kind, "cells": look.cells and list(look.cells), "turn": number}
+                for number, turn in enumerate(past.looks)
+                for look in turn
+            ]
+            for turn in () if own else past.looks:
+                self._given(turn)
+            more = {"relook": {"looks": kept}} if own and kept else {}  # that server makes the crops again
+            self.messages.append({"role": "assistant", "content": past.answer, **more})
+        self._ask(Past(request.question, request.images), self.options.first_look if self._left else NONE)
+        if (at := self.options.look_at) is not None:
+            if not -len(self.images) <= at < len(self.images):
+                raise UserError(f"look_at={at} names no image; the conversation has {len(self.images)}, counted from 0")
+            self.target = at % len(self.images)
+        for turn in request.looks:
+            self._given(turn)
+        self._left = max(0, self._left - len(request.looks))
+
+    def _ask(self, past: Past, kind: str) -> None:
+        """A question of the user's, with the sentence that asks for a look where the model was trained with it."""
+        looks = [] if self.processor.free_choice else self.processor.looks
+        question = with_trigger(past.question, kind, looks) if self.engine.dialect == "tokens" else past.question
+        if past.images:
+            self.target = len(self.images)
+        shown = [self.processor.view(image, "first") for image in past.images]
+        self.images += past.images
+        self.sent += [image.size for image in shown]
+        self.messages.append(self.spelling.question(question, shown))
+
+    def _given(self, turn: Sequence[GivenLook]) -> None:
+        """A turn of looks that were taken before."""
+        if other := [look.kind for look in turn if LOOKS[look.kind].reencodes]:
+            raise UserError(f"an earlier turn has a {other[0]} look: {NOT_HERE.format(other[0])}")
+        called = [self._called(look.cells) for look in turn if look.cells]
+        self.messages.append(self.spelling.call(called, self.images[self.target].size, self.sent[self.target]))
+        own = self.engine.dialect == "relook"  # whose server makes a crop that is not sent
+        pairs = [(look.image, each) for look, each in zip(turn, called, strict=True) if look.image or not own]
+        self._show(called, [image or self._crop(each) for image, each in pairs])
+
+    def _called(self, cells: Cells) -> Called:
+        box = cells_to_box(
+            widen(cells, self.processor.region_margin, self.engine.grid),
+            self.images[self.target].size,
+            self.engine.grid,
+        )
+        return Called("region", cells, box)
+
+    def _crop(self, called: Called) -> Image.Image:
+        return self.images[self.target].crop(called.box)
+
+    def _show(self, called: Sequence[Called], crops: Sequence[Image.Image]) -> list[Image.Image]:
+        """Send what was called, as the model's view of a crop is; returns that."""
+        shown = [self.processor.view(crop, "crop") for crop in crops]
+        self.messages += self.spelling.results(called, shown)
+        return shown
+
+    # -- turns -------------------------------------------------------------------------------------------------------
+
+    def events(self) -> Iterator[Event]:
+        """Ask, look and ask again until the model answers. Leaving off closes the connection."""
+        begun = time.perf_counter()
+        forced = self.options.first_look == "region" and not self.request.looks and self.engine.dialect != "relook"
+        finish: str | None = None
+        if forced and self.options.region is not None:
+            called = [self._called(self.options.region)]
+            self.messages.append(self.spelling.call(called, self.images[self.target].size, self.sent[self.target]))
+            finish = yield from self._take(called)
+            forced = False
+        while finish is None:
+            reply = Reply()
+            yield from self._turn(reply, forced)
+            forced = False
+            self.sampled.add(len(self.messages))
+            called = self.spelling.read(reply, self.images[self.target].size, self.sent[self.target])
+            if called:
+                self.messages.append(self.spelling.said(reply))
+                finish = yield from self._take(called)
+            else:
+                self.messages.append({"role": "assistant", "content": self.text, **reply.kept})
+                finish = "length" if reply.finish == "length" else "stop"
+        self.usage.seconds = {"request": time.perf_counter() - begun}
+        answer = self._answer(finish)
+        self.engine.count(answer)
+        yield Finished(answer)
+
+    def _take(self, called: list[Called]) -> Generator[Event, None, str | None]:
+        """Take the looks that the model called; returns "look" where whoever asked takes them."""
+        for each in called if self._left <= 0 else ():
+            each.problem = each.problem or NO_MORE
+        good = [each for each in called if each.problem is None]
+        held = self.request.hold_regions and bool(good)
+        shown = [] if held else self._show(called, [self._crop(each) for each in good])
+        images = iter(shown)
+        for each in called:
+            image = next(images) if each.problem is None and not held else None
+            self.looks.append(Look(each.kind, each.cells, each.box, image, problem=each.problem))
+            yield LookTaken(self.looks[-1])
+        if held:
+            return "look"
+        if not good and self._left > 0:  # nothing to show: the question again, to be answered without a look
+            self.messages.append(self.spelling.question(with_trigger(self.request.question, NONE, ()), []))
+        elif not good:
+            return "stop"
+        self._left = self._left - 1 if good else 0
+        return None
+
+    def _turn(self, reply: Reply, forced: bool) -> Iterator[Event]:
+        """One turn of the assistant, read into `reply` as it comes. `forced`: it begins with a call."""
+        client, left = self.engine.client, None
+        if self.deadline is not None:
+            left = max(0.01, self.deadline - time.monotonic())
+            client = client.with_options(timeout=min(left, self.engine.timeout), max_retries=0)
+        streamer = PieceStreamer(self.spelling.hidden, self.request.stop)
+        begun = LOOKS["region"].start if forced and isinstance(self.spelling, ControlTokens) else ""
+        messages = [*self.messages, *([{"role": "assistant", "content": begun}] if begun else [])]
+        try:
+            with self.engine.errors(), client.chat.completions.create(**self._fields(messages, forced)) as stream:
+                self._stream = stream
+                reply.text = begun
+                for chunk in stream:
+                    if self._stopped or (self.deadline is not None and time.monotonic() > self.deadline):
+                        break
+                    yield from self._read(chunk, reply, streamer)
+        except RelookError:
+            if not self._stopped and (self.deadline is None or time.monotonic() < self.deadline):
+                raise
+        if self._stopped:
+            raise Cancelled("the request was cancelled")
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise DeadlineExceeded(f"not finished in {self.seconds:g} s; ask for less")
+        if reply.finish is None:
+            raise RelookError(f"the reply of {self.engine.url} ended before its answer did; ask again")
+        if piece := streamer.finish():
+            yield TextDelta(piece)
+        self.text = streamer.text
+        self._count(reply)
+
+    def _fields(self, messages: list[dict[str, Any]], forced: bool) -> dict[str, Any]:
+        """The request's fields."""
+        options, fields = self.options, self.spelling.fields(self._left > 0, forced)
+        fields |= {"temperature": 0} if not options.do_sample else {}
+        for name in ("temperature", "top_p", "seed"):
+            if (value := getattr(options, name)) is not None:
+                fields[name] = value
+        if options.top_k is not None:
+            fields["extra_body"] = {**fields.get("extra_body", {}), "top_k": options.top_k}
+        if self.request.stop:
+            fields["stop"] = list(self.request.stop)
+        shape = {"model": self.engine.name, "messages": messages, "max_tokens": options.max_new_tokens}
+        return {**shape, "stream": True, "stream_options": {"include_usage": True}, **fields}
+
+    def _read(self, chunk: Any, reply: Reply, streamer: PieceStreamer) -> Iterator[Event]:
+        """One chunk of a reply."""
+        reply.usage = chunk.usage or reply.usage
+        own = (chunk.model_extra or {}).get("relook") or {}
+        if "look" in own:
+            yield from self._server_took(own["look"])
+        elif own:
+            reply.own = own
+        for choice in chunk.choices[:1]:
+            reply.finish = choice.finish_reason or reply.finish
+            delta = choice.delta
+            if kept := (delta.model_extra or {}).get("relook"):
+                reply.kept = {"relook": kept}
+            for part in delta.tool_calls or ():
+                while len(reply.calls) <= (part.index or 0):
+                    reply.calls.append({"id": "", "name": "", "arguments": ""})
+                call = reply.calls[part.index or 0]
+                call["id"] = part.id or call["id"]
+                call["name"] += part.function.name or ""
+                call["arguments"] += part.function.arguments or ""
+            if delta.content:
+                reply.text += delta.content
+                if piece := streamer.add_text(delta.content):
+                    yield TextDelta(piece)
+
+    def _server_took(self, said: dict[str, Any]) -> Iterator[Event]:
+        """A look that relook's server has taken by itself."""
+        if said["kind"] == "region" and said["crop"] is None and said["problem"] is None:
+            return  # it is left to us
+        image = open_image(said["crop"]) if said["crop"] else None
+        if said["problem"] is None and image is None:
+            image = self.images[self.target].copy()
+        cells, box = (tuple(said[name]) if said[name] else None for name in ("cells", "box"))
+        attention = None if said["attention"] is None else np.array(said["attention"], dtype=np.float32)
+        self.looks.append(Look(said["kind"], cells, box, image, attention, said["problem"]))
+        yield LookTaken(self.looks[-1])
+
+    def _count(self, reply: Reply) -> None:
+        """Add what the server says a turn cost; what it does not say is not counted."""
+        if reply.usage is None:
+            return
+        details = reply.usage.prompt_tokens_details
+        cached = (details.cached_tokens if details else None) or 0
+        usage, whole = self.usage, reply.usage.prompt_tokens + reply.usage.completion_tokens
+        usage.lm_positions += whole - cached
+        usage.sequence_length = whole
+        usage.generated_tokens += reply.usage.completion_tokens
+        usage.cached_tokens += cached
+        usage.vision_patches += reply.own.get("usage", {}).get("vision_patches", 0)
+
+    def _answer(self, finish: str) -> Answer:
+        return Answer(
+            text=self.text,
+            looks=self.looks,
+            usage=self.usage,
+            transcript=[_turn_of(message, i in self.sampled) for i, message in enumerate(self.messages)],
+            question=self.request.question,
+            image=self.images[self.target].copy(),
+            model=self.engine.name,
+            warnings=self.engine.warnings,
+            grid=self.engine.grid,
+            finish=finish,
+        )
+
+
+def _turn_of(message: dict[str, Any], sampled: bool) -> Turn:
+    """A message as a turn of the transcript."""
+    content = message["content"] or ""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    text = "".join(part["text"] if part["type"] == "text" else "<image>" for part in parts)
+    calls = [f"{call['function']['name']}({call['function']['arguments']})" for call in message.get("tool_calls", ())]
+    return Turn(message["role"], "\n".join([*([text] if text else []), *calls]), sampled)

@@ -1,0 +1,111 @@
+"""`relook.load` of an address, at relook's own server: answers are the model's own, whoever makes the crops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from support.running_server import running, serving
+
+import relook
+from relook.errors import RelookError, UserError
+from relook.perceive.local import LocalEngine
+from relook.perceive.openai import OpenAIEngine
+from relook.serve.app import create_app
+from relook.serve.settings import ServeSettings
+from relook.trace import LookTaken, TextDelta
+from zoo.worlds.cards import Cards
+
+PAGE = Cards(7).sample(0)
+QUESTION = PAGE.qas[0].question
+
+
+@pytest.fixture(scope="module")
+def local():
+    return relook.load("cards-tiny")
+
+
+@pytest.fixture(scope="module")
+def url(local):
+    engine = LocalEngine(local)
+    with serving(engine) as served:
+        yield f"{served.url}/v1"
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"look": "region"}, {"region": "1,1,3,3"}, {"look": "none"}, {"look": "clip"}, {"max_looks": 2}]
+)
+def test_answers_are_those_of_the_model_itself(url, local, options):
+    """Region crops are made here and sent back; a re-encoding look is taken by the server."""
+    ours, theirs = relook.load(url).ask(PAGE.image, QUESTION, **options), local.ask(PAGE.image, QUESTION, **options)
+    assert ours.text == theirs.text and ours.looks == theirs.looks and ours.warnings == theirs.warnings
+    assert ours.usage.sequence_length == theirs.usage.sequence_length
+    assert ours.usage.generated_tokens == theirs.usage.generated_tokens
+    for one, other in zip(ours.looks, theirs.looks, strict=True):
+        if one.kind == "clip":
+            np.testing.assert_allclose(one.attention, other.attention, rtol=1e-4)
+        else:
+            assert one.attention is None
+            assert np.array_equal(np.asarray(one.image), np.asarray(PAGE.image.crop(other.box)))
+
+
+def test_its_description_is_the_models(url, local):
+    remote = relook.load(url)
+    assert (remote.name, remote.looks, remote.domain, remote.context) == ("cards-tiny", local.looks, "cards", 4096)
+    assert remote.warnings == local.warnings and remote.engine.dialect == "relook"
+
+
+def test_a_conversation_with_all_looks(url, local):
+    ours, theirs = relook.load(url).chat(PAGE.image), local.chat(PAGE.image)
+    for options in ({"region": "0,5,1,5"}, {"look": "clip"}, {"look": "none"}, {}):
+        one, other = ours.ask(QUESTION, **options), theirs.ask(QUESTION, **options)
+        assert one.text == other.text and one.looks == other.looks
+        assert one.usage.sequence_length == other.usage.sequence_length
+
+
+def test_a_stream(url):
+    *events, finished = relook.load(url).stream(PAGE.image, QUESTION)
+    assert any(isinstance(event, LookTaken) for event in events)
+    assert "".join(event.text for event in events if isinstance(event, TextDelta)) == finished.answer.text
+
+
+def test_other_models_dialect_at_the_same_server(url, local):
+    """The tool's description says how boxes count, and the server calls it so."""
+    remote = relook.load(url, dialect="qwen3-vl")
+    remote.processor.view = lambda image, stage: image  # the server sees to that
+    for qa in PAGE.qas[:3]:
+        ours, theirs = remote.ask(PAGE.image, qa.question), local.ask(PAGE.image, qa.question)
+        assert ours.text == theirs.text and [look.box for look in ours.looks] == [look.box for look in theirs.looks]
+
+
+def test_a_server_in_front_of_an_endpoint(url, local):
+    """The seam: relook's server over an engine that is itself at an address."""
+    engine = OpenAIEngine(url)
+    with serving(engine) as served:
+        remote = relook.load(f"{served.url}/v1")
+        answer = remote.ask(PAGE.image, QUESTION)
+        assert answer.text == local.ask(PAGE.image, QUESTION).text and answer.looks[0].cells == (0, 5, 1, 5)
+        assert served.client.models.list().data[0].relook["looks"] == ["region", "clip"]
+    engine.close()
+
+
+def test_refusals(url):
+    with pytest.raises(UserError, match="condition=False"):
+        relook.load(url).ask(PAGE.image, QUESTION, look="clip", condition=False)
+    with pytest.raises(UserError, match="constrain=False"):
+        relook.load(url).ask(PAGE.image, QUESTION, constrain=False)
+    with pytest.raises(RelookError, match="answers 400: "):
+        relook.load(url).ask(PAGE.image, QUESTION * 1000)
+
+
+def test_keys(local, monkeypatch):
+    engine = LocalEngine(local)
+    with running(create_app(engine, ServeSettings.model_validate({"security": {"keys": ["sk-right"]}}))) as address:
+        address += "/v1"
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
+        with pytest.raises(RelookError, match="refuses the key") as raised:
+            relook.load(address)
+        assert "sk-wrong" not in str(raised.value)
+        monkeypatch.setenv("RELOOK_API_KEY", "sk-right")
+        assert relook.load(address).ask(PAGE.image, QUESTION, look="none").text
+    engine.close()
