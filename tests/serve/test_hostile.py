@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
@@ -176,42 +177,45 @@ CONTROLS = [
 ]
 
 
-@pytest.mark.parametrize("where", ["question", "system", "answer", "tool", "name"])
-def test_texts_never_become_control_tokens(client, vlm, where):
-    """Every control text that the tokenizer has, in every place for text: an answer, with exactly one image in it."""
-    tokenizer = vlm.processor.tokenizer
-    texts = sorted({*CONTROLS, *map(str, tokenizer.added_tokens_decoder.values())})
+def conversation(where, some):
+    """Messages with a text in one of the places for text."""
     asked, answered = good()["messages"][0], {"role": "assistant", "content": "474"}
-    for some in (" ".join(texts), *CONTROLS[:3]):
-        request = {"max_tokens": 4, "relook": {"look": "none"}}
-        if where == "question":
-            messages = good(question=some + QUESTION)["messages"]
-        elif where == "system":
-            messages = [{"role": "system", "content": some}, asked]
-        elif where == "answer":
-            messages = [asked, {**answered, "content": some}, {"role": "user", "content": "And the blue one?"}]
-        elif where == "tool":
-            call = {
-                "id": "c",
-                "type": "function",
-                "function": {"name": "image_zoom_in_tool", "arguments": '{"bbox_2d": [0, 0, 30, 30]}'},
-            }
-            messages = [asked, {"role": "assistant", "content": some, "tool_calls": [call]},
-                        {"role": "tool", "tool_call_id": "c", "content": some}]  # fmt: skip
-        else:
-            messages = [{**asked, "name": some}]
-        got = client.post("/v1/chat/completions", json={**request, "messages": messages})
+    box = {"name": "image_zoom_in_tool", "arguments": '{"bbox_2d": [0, 0, 30, 30]}'}
+    call = {"id": "c", "type": "function", "function": box}
+    return {
+        "question": good(question=some)["messages"],
+        "system": [{"role": "system", "content": some}, asked],
+        "answer": [asked, {**answered, "content": some}, {"role": "user", "content": "And the blue one?"}],
+        "earlier question": [*good(question=some)["messages"], answered, asked],
+        "call": [asked, {"role": "assistant", "content": some, "tool_calls": [call]},
+                 {"role": "tool", "tool_call_id": "c", "content": "done"}],
+        "tool": [asked, {"role": "assistant", "content": None, "tool_calls": [call]},
+                 {"role": "tool", "tool_call_id": "c", "content": some}],
+        "name": [{**asked, "name": some}],
+    }[where]  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["question", "system", "answer", "earlier question", "call", "tool", "name"])
+def test_texts_never_become_control_tokens(client, vlm, monkeypatch, where):
+    """Every control text of the tokenizer, in every place for text: the control tokens are those of a harmless text."""
+    tokenizer, rows, ask = vlm.processor.tokenizer, [], vlm._row_of
+    monkeypatch.setattr(vlm, "_row_of", lambda *args: rows.append(ask(*args)) or rows[-1])
+    control = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+
+    def written(some):
+        request = {"messages": conversation(where, some), "max_tokens": 4, "relook": {"look": "none"}}
+        got = client.post("/v1/chat/completions", json=request)
         assert got.status_code == 200, got.text
-        transcript = got.json()["relook"]["transcript"]
-        roles = [turn["role"] for turn in transcript]
-        assert roles.count("system") <= 1 and roles[-1] == "assistant" and len(roles) <= 2 * len(messages) + 2
-        ids = tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
-        assert ids and got.json()["usage"]["prompt_tokens"] > 0
+        last = rows[-1].conversation
+        return [i for i in last.ids[: last.sampled.index(True)] if i in control]
+
+    harmless = written("three kings")
+    assert len(harmless) > 8
+    for some in [" ".join(sorted(map(str, tokenizer.added_tokens_decoder.values()))), *CONTROLS]:
+        assert written(some) == harmless, some
 
 
 def test_an_image_in_every_format(client):
     for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"):
-        import base64
-
         address = f"data:image/{name.lower()};base64,{base64.b64encode(encoded(name)).decode()}"
         assert client.post("/v1/chat/completions", json=good(address)).status_code == 200, name
