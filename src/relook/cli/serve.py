@@ -26,6 +26,10 @@ def serve(
     image_hosts: Annotated[
         list[str] | None, Option("--image-host", metavar="HOST", help="Fetch images from this host; '*': from any.")
     ] = None,
+    server_names: Annotated[
+        list[str] | None,
+        Option("--server-name", metavar="HOST", help="Name by which a proxy passes requests on to a loopback address."),
+    ] = None,
     max_tokens: Annotated[
         int, Option(min=1, metavar="N", help="Tokens of an answer where a request does not say.")
     ] = 256,
@@ -38,6 +42,10 @@ def serve(
         int | None, Option(min=1, metavar="N", help="Tokens of a conversation; default: the model's own.")
     ] = None,
     pixels: Annotated[int, Option(min=1, metavar="N", help="Pixels of a request's images together.")] = 64_000_000,
+    limits: Annotated[
+        list[str] | None,
+        Option("--limit", metavar="NAME=N", help="Another limit, such as images=32 (docs/safety.md names them)."),
+    ] = None,
     drain: Annotated[float, Option(min=0, metavar="S", help="Time to finish answers on SIGTERM.")] = 30,
     crops_in_text: Annotated[
         bool, Option("--crops-in-text", help="Show crops in the answer's text, for chat front ends.")
@@ -62,7 +70,7 @@ def serve(
     from relook.io import validate
 
     security: dict[str, Any] = {"keys": read_keys(keys), "origins": origins or ()}
-    security["hosts"] = LOOPBACK if host in LOOPBACK else ("*",)
+    security["hosts"] = (*LOOPBACK, *(name.lower() for name in server_names or ())) if host in LOOPBACK else ("*",)
     stated = {
         "name": name,
         "max_tokens": max_tokens,
@@ -72,6 +80,7 @@ def serve(
             "body_bytes": body * 2**20,
             "pixels": pixels,
             "context_tokens": context,
+            **dict(each.partition("=")[::2] for each in limits or ()),
         },
         "fetch": {"hosts": image_hosts or ()},
         "security": security,
