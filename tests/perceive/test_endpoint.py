@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -399,6 +400,30 @@ def test_a_request_is_cancelled_timed_and_closed(local):
         with pytest.raises(EngineClosed):
             engine.submit(request)
         release.set()
+
+
+@pytest.mark.parametrize("how", ["cancel", "leave off", "deadline"])
+def test_the_server_sees_that_the_client_has_gone(how):
+    def forever():
+        while True:
+            time.sleep(0.01)
+            yield "and "
+
+    said = Said(forever())
+    with openai_server(script(said), [{"id": "cards-tiny"}]) as server:
+        engine = OpenAIEngine(server.url)
+        running = engine.submit(Request(QUESTION, (PAGE.image,)), timeout=0.3 if how == "deadline" else None)
+        events = iter(running)
+        next(events)
+        if how == "deadline":
+            with pytest.raises(DeadlineExceeded):
+                list(events)
+        elif how == "cancel":
+            running.cancel()
+        else:
+            events.close()
+        assert said.gone.wait(10)
+        assert not engine.stats()["rows"] or how == "cancel"
 
 
 # -- command line ----------------------------------------------------------------------------------------------------

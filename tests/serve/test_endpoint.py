@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from openai import BadRequestError, RateLimitError
 from support.running_server import running, serving
 
 import relook
+from relook.cli.app import app
 from relook.errors import RelookError, UserError
 from relook.perceive.local import LocalEngine
 from relook.perceive.openai import OpenAIEngine
@@ -86,7 +88,20 @@ def test_a_server_in_front_of_an_endpoint(url, local):
         answer = remote.ask(PAGE.image, QUESTION)
         assert answer.text == local.ask(PAGE.image, QUESTION).text and answer.looks[0].cells == (0, 5, 1, 5)
         assert served.client.models.list().data[0].relook["looks"] == ["region", "clip"]
+        with pytest.raises(BadRequestError, match="answers 400"):
+            served.ask((PAGE.image, "what " * 3000))
+        engine.max_rows = 0
+        with pytest.raises(RateLimitError):
+            served.ask((PAGE.image, QUESTION))
     engine.close()
+
+
+def test_relook_serve_in_front_of_an_endpoint(url, monkeypatch):
+    started = []
+    monkeypatch.setattr("relook.serve.run.serve", lambda engine, *_: started.append(engine))
+    with pytest.raises(SystemExit) as left:
+        app(["serve", "--base-url", url, "--port", "0", "--rows", "3", "--waiting", "4"])
+    assert left.value.code == 0 and isinstance(started[0], OpenAIEngine) and started[0].max_rows == 7
 
 
 def test_refusals(url):

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,9 +24,10 @@ class Said:
 
     status    of an error, with `error` as its message (None: a body that is no JSON), and `headers`
     cut       end the stream before the turn's end
+    gone      set where the client leaves off; such pieces may be endless
     """
 
-    pieces: list[str] = field(default_factory=list)
+    pieces: Iterable[str] = ()
     calls: list[tuple[str, str, str]] = field(default_factory=list)
     finish: str = "stop"
     usage: dict[str, Any] | None = None
@@ -34,6 +35,7 @@ class Said:
     error: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
     cut: bool = False
+    gone: threading.Event = field(default_factory=threading.Event)
 
 
 class OpenAIServer(ThreadingHTTPServer):
@@ -74,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(f"data: {chunk}\n\n".encode())
                 self.wfile.flush()
         except (BrokenPipeError, ConnectionResetError):
-            pass  # the client has left off
+            said.gone.set()
 
     def _json(self, status, value):
         self._send(status, json.dumps(value).encode(), {})

@@ -14,11 +14,9 @@ from relook.errors import UserError
 DEFAULT_MODEL = "receipts-tiny"
 MODEL_HELP = "A shipped model, a folder, or a hub id."
 
-Model = Annotated[
-    str | None,
-    Option("--model", "-m", metavar="NAME",
-           help=f"{MODEL_HELP[:-1]} (default: {DEFAULT_MODEL}); with --base-url: its id there."),
-]  # fmt: skip
+SERVED_HELP = f"{MODEL_HELP[:-1]} (default: {DEFAULT_MODEL}); with --base-url: its id there."
+
+Model = Annotated[str | None, Option("--model", "-m", metavar="NAME", help=SERVED_HELP)]
 BaseUrl = Annotated[
     str | None,
     Option(metavar="URL", help="Ask a model behind this OpenAI-compatible endpoint (key: RELOOK_API_KEY)."),

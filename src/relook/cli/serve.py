@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from relook.cli.common import DEFAULT_MODEL, MODEL_HELP, Dtype
+from relook.cli.common import SERVED_HELP, BaseUrl, Dialect, Dtype, Processor, open_model
 
 
 def serve(
-    model: Annotated[str, Argument(metavar="MODEL", help=MODEL_HELP)] = DEFAULT_MODEL,
+    model: Annotated[str | None, Argument(metavar="MODEL", help=SERVED_HELP)] = None,
     host: Annotated[
         str, Option(metavar="HOST", help="Address to listen on; the default is reached from this machine only.")
     ] = "127.0.0.1",
@@ -54,6 +54,9 @@ def serve(
         str | None, Option(metavar="DEVICE", help="cpu, cuda, ...; default: the fastest available.")
     ] = None,
     dtype: Dtype = None,
+    base_url: BaseUrl = None,
+    processor: Processor = None,
+    dialect: Dialect = None,
 ) -> None:
     """Serve a model over HTTP, in the shape of OpenAI's API: chat completions at /v1, documentation at /docs.
 
@@ -90,12 +93,15 @@ def serve(
     if host not in LOOPBACK and not settings.security.keys:
         print(f"relook: whoever reaches {host} may ask; --keys FILE asks for a key", file=sys.stderr)
 
-    import relook
     from relook.perceive.local import LocalEngine
 
-    vlm = relook.load(model, **{k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None})
-    vlm.context_limit = settings.limits.context_tokens
-    engine = LocalEngine(vlm, max_rows=rows, max_waiting=waiting, cache_bytes=cache * 2**20)
+    vlm = open_model(model, base_url, processor, dialect, device=device, dtype=dtype)
+    if base_url is None:
+        vlm.context_limit = settings.limits.context_tokens
+        engine = LocalEngine(vlm, max_rows=rows, max_waiting=waiting, cache_bytes=cache * 2**20)
+    else:  # which has its own limits and cache
+        engine = vlm.engine
+        engine.max_rows = rows + waiting
     for warning in engine.warnings:
         print(f"relook: {warning}", file=sys.stderr)
     serve(engine, settings, bound, drain)

@@ -56,6 +56,7 @@ class Asking:
         self.target: int = before.target if before else 0
         self.looks: list[Look] = []
         self.usage = Usage()
+        self.text = ""  # of the latest turn
         self._stream: Any = None
         self._stopped = False
         self._left = 0 if self.options.look == NONE else self.options.max_looks

@@ -186,7 +186,7 @@ class ZoomCalls:
         if not calls:
             texts = [match.group().removeprefix("<tool_call>") for match in self.hidden.finditer(reply.text)]
             calls = [{"id": "", "name": ZOOM, "text": text.removesuffix("</tool_call>")} for text in texts]
-        named = [look for look in reply.own.get("looks", ()) if look["kind"] == "region" and look.get("crop") is None]
+        named = [each for each in reply.own.get("looks", ()) if each["crop"] is None and each["cells"] is not None]
         found = [self._read(call, size, sent) for call in calls]
         for each, look in zip(found, named, strict=False):  # relook's server also says which cells the model named
             each.cells = tuple(look["cells"]) if each.problem is None else None

@@ -27,6 +27,12 @@ from .engine import EngineBusy, EngineClosed, Request, Running
 from .vlm import domain_warnings
 
 
+class Refused(UserError):
+    """The server says that a request is wrong: shown as a failure of the work, and a server's own 400."""
+
+    exit_code = 1
+
+
 class OpenAIEngine:
     """Answers requests with a model behind an endpoint (`engine.Engine`).
 
@@ -39,6 +45,7 @@ class OpenAIEngine:
         api_key: default RELOOK_API_KEY, else OPENAI_API_KEY of the environment.
         timeout: seconds that the server may be silent.
         retries: of a request that fails before its answer begins.
+        max_rows: requests under way at once; `submit` refuses more with `EngineBusy`.
 
     Raises:
         UserError: several models and none chosen, one that is not there, one whose dialect is not known.
@@ -55,6 +62,7 @@ class OpenAIEngine:
         api_key: str | None = None,
         timeout: float = 120.0,
         retries: int = 2,
+        max_rows: int = 256,
     ):
         try:
             import openai
@@ -64,7 +72,7 @@ class OpenAIEngine:
             ) from None
         if dialect is not None and dialect not in DIALECTS:
             raise UserError(f"dialect {dialect!r} is unknown; expected one of {', '.join(DIALECTS)}")
-        self.url, self.timeout = url.rstrip("/"), timeout
+        self.url, self.timeout, self.max_rows = url.rstrip("/"), timeout, max_rows
         key = api_key or os.environ.get("RELOOK_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
         self.client = openai.OpenAI(api_key=key, base_url=self.url, timeout=timeout, max_retries=retries)
         entry = self._entry(model)
@@ -96,6 +104,8 @@ class OpenAIEngine:
         """See `engine.Engine`."""
         if self._closed:
             raise EngineClosed("the engine takes no more requests; open the endpoint again")
+        if (rows := len(self._rows)) >= self.max_rows:
+            raise EngineBusy(f"{rows} questions are under way; ask again in a second", 1.0)
         asking = Asking(self, request, timeout)
         running = Running(asking.stop)
 
@@ -203,7 +213,8 @@ class OpenAIEngine:
             said = f"{self.url} refuses the key ({_words(error)}); set RELOOK_API_KEY or OPENAI_API_KEY"
             raise RelookError(said) from error
         except openai.APIStatusError as error:
-            raise RelookError(f"{self.url} answers {error.status_code}: {_words(error)}") from error
+            kind = Refused if error.status_code in (400, 413, 422) else RelookError
+            raise kind(f"{self.url} answers {error.status_code}: {_words(error)}") from error
         except openai.OpenAIError as error:  # also one that comes in the middle of a stream
             raise RelookError(f"{self.url} failed: {_words(error)}") from error
         except (ValueError, TypeError, AttributeError, KeyError) as error:  # a reply in no shape of the API

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relook.errors import UserError
 from relook.io import nearest
 
 from .vlm import VLM
 
+if TYPE_CHECKING:
+    from .remote import RemoteVLM
+
 
 def load(
     name: str | Path, *, dtype: Any = None, device: Any = None, attn_implementation: str | None = None, **endpoint: Any
-) -> Any:
+) -> VLM:
     """Load a model with its processor, or open one behind an OpenAI-compatible endpoint.
 
     Args:
@@ -36,7 +39,7 @@ def load(
 
     given = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
     if str(name).startswith(("http://", "https://")):
-        return _open_endpoint(str(name), given, endpoint)
+        return _open_endpoint(str(name), given, endpoint)  # type: ignore[return-value]  # it has VLM's interface
     if endpoint:
         raise UserError(f"{next(iter(endpoint))}= is for the address of an endpoint, and {str(name)!r} is none")
     if torch_device(device).type == "meta":
@@ -44,7 +47,7 @@ def load(
     return VLM(*open_model(name, **given), str(name))
 
 
-def _open_endpoint(url: str, given: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+def _open_endpoint(url: str, given: Mapping[str, Any], options: Mapping[str, Any]) -> RemoteVLM:
     from .openai import OpenAIEngine
     from .remote import RemoteVLM
 
