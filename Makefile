@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-slow lint bench docs examples clean cards-tiny receipts-tower receipts-tiny receipts-arms
+.PHONY: help setup demo check test test-slow lint bench bench-load docs examples clean cards-tiny receipts-tower receipts-tiny receipts-arms
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -41,7 +41,7 @@ $(VENV)/.dev: $(VENV)/.core zoo/pyproject.toml
 
 $(VENV)/.slow: $(VENV)/.dev
 	@echo "installing what the long tests need besides"
-	$(PIP) -e ".[dev,serve,ray,deepspeed,qlora,captions]"
+	$(PIP) -e ".[dev,serve,ray-serve,deepspeed,qlora,captions]"
 	@touch $@
 
 setup: $(VENV)/.dev  ## a virtual environment with everything, in .venv
@@ -64,19 +64,19 @@ check: $(VENV)/.dev  ## the quick loop, lint and a part of the tests: make check
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/pytest $(FILES)
 
+# Tests of pages drive a Chromium that is there already (Debian: apt-get install chromium); without one they are skipped.
 test: lint  ## lint and the whole default suite (no network, no GPU)
 	$(BIN)/pytest -n auto --dist loadscope
 
-# Drives a Chromium that is there already (Debian: apt-get install chromium); without one its tests are skipped.
-$(VENV)/.browser: $(VENV)/.dev
-	$(PIP) -e ".[browser]"
-	@touch $@
-
-test-slow: $(VENV)/.browser $(VENV)/.slow  ## the long tests
+test-slow: $(VENV)/.slow  ## the long tests
 	$(BIN)/pytest -m slow
 
 bench: $(VENV)/.dev  ## what a look costs, as ratios within one run
 	$(BIN)/relook bench
+
+bench-load: $(VENV)/.dev  ## the server under load, beside itself without batching and transformers serve
+	$(BIN)/python tools/stock_env.py build/stock
+	$(BIN)/relook bench load --transformers-serve build/stock/bin/python
 
 docs: $(VENV)/.dev  ## write docs/cli.md again from --help
 	$(BIN)/python -m relook.cli.reference > docs/cli.md

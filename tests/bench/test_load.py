@@ -43,7 +43,7 @@ class Stub:
         await asyncio.sleep(0.05)  # until the others are there, too
         chunks = [{"choices": [{"delta": {"role": "assistant", "content": ""}}]}]
         chunks += [{"choices": [{"delta": {"content": text}}]} for text in ("4", "0", "7")]
-        chunks += [{"choices": [{"delta": {}}], "usage": {"completion_tokens": 5}}]
+        chunks += [{"choices": [{"delta": {}}], "usage": {"completion_tokens": 5, "total_tokens": 25}}]
         if self.broken:
             chunks[2:] = [{"error": {"message": "it burns"}}]
         for chunk in chunks:
@@ -62,7 +62,10 @@ def test_so_many_clients_ask_every_question_once():
     assert all(body["max_tokens"] == 3 and body["stream"] and body["relook"] for body in stub.asked)
     assert [[len(cell.replies) for cell in cells["stub", n]] for n in (1, 3)] == [[8, 8], [15, 15]]
     for cell in cells["stub", 3]:
-        assert all(reply.tokens == 5 and len(reply.gaps) == 2 and reply.first > 0 for reply in cell.replies)
+        assert all(
+            (reply.tokens, reply.total) == (5, 25) and len(reply.gaps) == 2 and reply.first > 0
+            for reply in cell.replies
+        )
         assert cell.seconds >= max(reply.first + sum(reply.gaps) for reply in cell.replies)
 
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import mean
 from typing import Any
 
 from relook.errors import RelookError
@@ -52,11 +53,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer as its client saw it: seconds to the first piece of text and between pieces, and its tokens."""
+    """An answer as its client saw it: seconds to the first piece of text and between pieces, and what it cost.
+
+    tokens   of the answer, and of prompt and answer; 0 where the server does not say
+    """
 
     first: float
     gaps: tuple[float, ...]
     tokens: int
+    total: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,7 @@ async def _drive(target: Target, asked: Sequence[bytes], clients: int) -> Cell:
 
 
 async def _ask(http: Any, server: str, body: bytes) -> Reply:
-    times, tokens = [time.perf_counter()], 0
+    times, tokens, total = [time.perf_counter()], 0, 0
     async with http.stream("POST", "/v1/chat/completions", content=body) as response:
         if response.status_code != 200:
             said = (await response.aread()).decode(errors="replace")
@@ -178,10 +183,11 @@ async def _ask(http: Any, server: str, body: bytes) -> Reply:
             times += [now for choice in chunk["choices"] if choice["delta"].get("content")]
             usage = chunk.get("usage") or (chunk.get("relook") or {}).get("usage") or {}
             tokens = usage.get("completion_tokens") or usage.get("generated_tokens") or tokens
+            total = usage.get("total_tokens") or usage.get("sequence_length") or total
     if len(times) < 2:
         raise RelookError(f"{server} answered without any text")
     gaps = tuple(b - a for a, b in pairwise(times[1:]))
-    return Reply(times[1] - times[0], gaps, tokens or len(times) - 1)
+    return Reply(times[1] - times[0], gaps, tokens or len(times) - 1, total)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -281,7 +287,18 @@ class Load:
         parts = [self.about, *_table(shown)]
         if ratios := self.ratios:
             parts += ["", *_table({key: {n: str(r) for n, r in row.items()} for key, row in ratios.items()})]
-        return "\n".join([*parts, *(f"\n{note}" for note in self.notes)])
+        parts += ["", "tokens of a conversation, and of its answer: " + self._tokens()]
+        return "\n".join([*parts, *self.notes])
+
+    def _tokens(self) -> str:
+        """What the servers had to do, to be seen to be alike."""
+        found = []
+        for name in dict.fromkeys(name for name, _ in self.cells):
+            replies = [
+                r for (server, _), rounds in self.cells.items() if server == name for c in rounds for r in c.replies
+            ]
+            found.append(f"{mean(r.total for r in replies):.0f}, {mean(r.tokens for r in replies):.0f} ({name})")
+        return "; ".join(found)
 
 
 def _table(rows: Mapping[tuple[str, int], Mapping[str, str]]) -> Iterator[str]:

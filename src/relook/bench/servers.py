@@ -76,11 +76,11 @@ def run_at(
     seed: int = 0,
     status: Callable[[str], None] = lambda text: None,
 ) -> Load:
-    """Measure a server that runs already, of any make; see `load.measure`. Its key is in OPENAI_API_KEY."""
+    """Measure a server that runs already, of any make; see `load.measure`."""
     import httpx2
 
     address = address.rstrip("/").removesuffix("/v1")
-    key = os.environ.get("OPENAI_API_KEY")
+    key = os.environ.get("RELOOK_API_KEY") or os.environ.get("OPENAI_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         told = httpx2.get(f"{address}/v1/models", headers=headers, timeout=30)
@@ -110,28 +110,17 @@ def machine() -> str:
 
 def write_models(folder: Path, model: str | None, with_stock: bool) -> tuple[str, Path]:
     """What relook serves, and a folder with the same weights for stock transformers, where it is asked for."""
-    import relook
+    from relook.model.export import export
 
-    from .cost import random_model, stock_model
+    from .cost import random_model
 
     if model is None:
         network, processor = random_model()
         _write_ascii_only(network, processor.tokenizer)
-        ours = str(folder / "ours")
-        network.save_pretrained(ours)
-        processor.save_pretrained(ours)
-    elif with_stock:
-        vlm = relook.load(model)
-        network, processor, ours = vlm.model, vlm.processor, model
-    else:
-        return model, folder
-    stock = folder / "stock"
-    if with_stock:
-        stock_model(network).save_pretrained(stock)
-        processor.tokenizer.save_pretrained(stock)
-        processor.image_processor.save_pretrained(stock)
-        (stock / "chat_template.jinja").write_text(processor.chat_template, encoding="utf-8")
-    return ours, stock
+        model = str(folder / "relook")
+        network.save_pretrained(model)
+        processor.save_pretrained(model)
+    return model, export(model, folder / "stock", "transformers") if with_stock else folder
 
 
 def _write_ascii_only(model: Any, tokenizer: Any) -> None:
@@ -139,9 +128,10 @@ def _write_ascii_only(model: Any, tokenizer: Any) -> None:
 
     Streams hold back the bytes of a character that is not finished, and white space; here every token is a piece.
     """
+    added = set(tokenizer.get_added_vocab().values())
     for index in range(len(tokenizer)):
         text = tokenizer.decode([index])
-        if index in tokenizer.all_special_ids or not (text.isascii() and text.isprintable() and text.strip() == text):
+        if index in added or not (text.isascii() and text.isprintable() and text.strip() == text):
             model.lm_head.weight.data[index] = 0
 
 

@@ -44,7 +44,7 @@ def load(
         Option(metavar="PYTHON", help="Compare with `transformers serve`, run by this Python (docs/serving.md)."),
     ] = None,
     url: Annotated[
-        str | None, Option(metavar="URL", help="Measure this server of OpenAI's API instead (its key: OPENAI_API_KEY).")
+        str | None, Option(metavar="URL", help="Measure this server of OpenAI's API instead (its key: RELOOK_API_KEY).")
     ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,

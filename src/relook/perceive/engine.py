@@ -85,7 +85,7 @@ class Request:
 class EngineBusy(RelookError):
     """The queue is full; `retry_after` is an estimate in seconds."""
 
-    def __init__(self, message: str, retry_after: float):
+    def __init__(self, message: str, retry_after: float = 1):
         super().__init__(message)
         self.retry_after = retry_after
 
