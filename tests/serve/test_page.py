@@ -14,10 +14,11 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 from support.page_actions import EVIL, PHONE, QUESTION, WIDE, ask, drag, place, shares
-from support.page_server import CELLS, WARNING, canned_app, opened, served
+from support.page_server import CELLS, GRID, WARNING, canned_app, opened, served
 
 import relook
 from relook.perceive.local import LocalEngine
+from relook.regions import widen
 from relook.serve.app import create_app
 from relook.serve.page import FOLDER
 from relook.serve.settings import ServeSettings
@@ -58,9 +59,12 @@ def test_one_click_on_an_example_shows_what_the_model_looked_at(visit, viewport)
     page.locator(".cost:visible").wait_for()
     assert page.locator("#exchanges h2").inner_text() == QUESTION
     assert page.locator(".answer").inner_text() == "164" and page.locator(".before").inner_text() == "Let me see."
-    assert place(page, "#overlay .box") == shares(CELLS) and page.locator("#overlay .grid").count() == 1
+    assert place(page, "#overlay .cells") == shares(CELLS) and page.locator("#overlay .grid").count() == 1
+    assert place(page, "#overlay .box") == shares(widen(CELLS, 1, GRID))  # what it saw
+    dimmed = "([x, y]) => document.querySelector('#overlay .dim').isPointInFill(new DOMPoint(x, y))"
+    assert [page.evaluate(dimmed, [x, 420]) for x in (100, 500, 300)] == [True, False, False]  # box: 256 to 512
     assert page.locator("figcaption").inner_text() == "Looked closer at columns 5–6, row 6"
-    assert page.locator(".crop img").evaluate("image => [image.naturalWidth, image.naturalHeight]") == [128, 64]
+    assert page.locator(".crop img").evaluate("image => [image.naturalWidth, image.naturalHeight]") == [256, 192]
     assert "1,234 positions · 640 patches" in page.locator(".cost summary").inner_text()
     page.locator(".cost summary").click()
     assert "tokens reused from before" in page.locator(".cost dl").inner_text()
@@ -73,6 +77,16 @@ def test_one_click_on_an_example_shows_what_the_model_looked_at(visit, viewport)
         over = page.evaluate("([x, y]) => document.elementFromPoint(x, y).closest('#frame, .run') !== null", middle)
         assert over, shown
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+
+
+def test_looks_not_taken_crops_in_texts_and_warnings_of_an_answer(card):
+    page = card()
+    ask(page, "nowhere")
+    assert page.locator(".looks").inner_text() == "Wanted to look again, but the region names no cells."
+    assert page.locator("#overlay > *").count() == 0 and page.locator(".run .problem:visible").count() == 0
+    ask(page, "warn of crops")
+    assert page.locator(".answer").last.inner_text() == "164"
+    assert page.locator(".run").last.locator(".problem").inner_text() == "the image was turned."
 
 
 @pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["1280", "390"])
@@ -121,7 +135,7 @@ def test_a_dragged_box_is_asked_about(card, viewport):
     page.locator(".cost:visible").nth(1).wait_for()
     assert page.asked[1]["relook"] == {"region": [2, 1, 4, 3]}
     assert len(page.asked[1]["messages"]) == 1 and page.asked[1]["messages"][0]["content"][1]["text"] == QUESTION
-    assert place(page, "#overlay .box") == shares((2, 1, 4, 3)) and not page.locator("#marked").is_visible()
+    assert place(page, "#overlay .box") == shares((1, 0, 5, 4)) and not page.locator("#marked").is_visible()
 
 
 @pytest.mark.parametrize("size", [(60, 2400), (2400, 60), (24, 24)], ids=str)

@@ -79,6 +79,11 @@ def test_an_answer_is_shown_as_it_comes_and_can_be_stopped(card):
     assert page.locator("#overlay .box").count() == page.locator(".crop img").count() == 1
     page.get_by_role("button", name="Stop").click()
     page.locator(".run").get_by_text("Stopped.").wait_for()
+    page.locator("#question").fill("wait again")
+    page.locator("#send").click()
+    page.locator(".answer").last.get_by_text("one", exact=True).wait_for()
+    with page.expect_event("requestfailed"):  # who leaves the image leaves the answer
+        page.get_by_role("button", name="New image").click()
 
 
 def test_a_server_that_is_gone_is_said(card):
@@ -101,6 +106,12 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(visit):
     page.get_by_role("button", name="Copy as curl").click()
     copied = page.evaluate("navigator.clipboard.readText()")
     assert "$RELOOK_API_KEY" in copied and "sesame" not in copied
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=401, json={"error": {"message": "gone"}}))
+    page.get_by_role("button", name="Ask again").click()
+    page.get_by_label("API key").fill("sesame-sesame-sesame")
+    page.unroute("**/v1/chat/completions")
+    page.get_by_role("button", name="Continue").click()
+    ask(page, "The conversation goes on")
     page.reload()
     page.locator("#welcome").wait_for()
     assert "sesame" not in page.url and page.evaluate("localStorage.length") == 0

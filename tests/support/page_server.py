@@ -1,8 +1,9 @@
 """A server with the page and canned answers, for what a browser shows; `served(app)` runs any app on a free port.
 
 The words of a question choose what happens: "refuse" 400, "busy" 429, "break" an error in the middle of the answer,
-"vanish" an end without one, "wait" an answer that stops after three letters until the client goes. Every request's
-body is kept in `app.state.asked`.
+"vanish" an end without one, "wait" an answer that stops after three letters until the client goes, "nowhere" a look
+that was not taken, "crops" a crop in the text, "warn" another warning. Every request's body is kept in
+`app.state.asked`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
 
-from relook.regions import cells_to_box
+from relook.regions import cells_to_box, widen
 from relook.serve import page
 
 GRID, CELLS = 8, (5, 6, 6, 6)
@@ -53,8 +54,7 @@ def canned_app(
     async def chat(request: Request):
         body = json.loads(await request.body())
         app.state.asked.append(body)
-        question = body["messages"][-1]["content"]
-        question = question if isinstance(question, str) else question[-1]["text"]
+        question = _question(body)
         if barred(request):
             return refused(401, "the API key is wrong")
         if "refuse" in question:
@@ -67,6 +67,11 @@ def canned_app(
         return StreamingResponse(_stream(body, question, answer), media_type="text/event-stream")
 
     return app
+
+
+def _question(body: dict) -> str:
+    content = body["messages"][-1]["content"]
+    return content if isinstance(content, str) else content[-1]["text"]
 
 
 def opened(body: dict) -> Image.Image:
@@ -86,12 +91,14 @@ def _look(body: dict) -> dict | None:
     empty = {"kind": "clip", "cells": None, "crop": None, "map": None, "attention": None, "problem": None}
     if wanted.get("look") == "none":
         return None
+    if "nowhere" in _question(body):
+        return {**empty, "kind": "region", "box": None, "problem": "the region names no cells"}
     if wanted.get("look") == "clip":
         heat = Image.linear_gradient("L").resize(image.size)
         colored = Image.merge("RGBA", (heat.point(lambda v: 255), heat, heat.point(lambda v: 0), heat))
         return {**empty, "box": [0, 0, *image.size], "map": _png(colored), "crop": _png(image)}
     cells = tuple(wanted.get("region", CELLS))
-    box = cells_to_box(cells, image.size, GRID)
+    box = cells_to_box(widen(cells, 1, GRID), image.size, GRID)
     return {**empty, "kind": "region", "cells": cells, "box": box, "crop": _png(image.crop(box))}
 
 
@@ -105,6 +112,8 @@ async def _stream(body: dict, question: str, answer: str):
     if look:
         yield chunk({"content": "Let me see. "})
         yield chunk({}, relook={"look": look})
+    if look and "crops" in question:
+        yield chunk({"content": f"![region look]({look['crop']})\n\n"})
     if "break" in question:
         yield f"data: {json.dumps({'error': {'message': 'the deadline of 120 s has passed'}})}\n\n"
         return
@@ -114,9 +123,10 @@ async def _stream(body: dict, question: str, answer: str):
     if "vanish" in question:
         return
     looks, size = [look] if look else [], {"width": image.width, "height": image.height}
+    warnings = [WARNING, "the image was turned."] if "warn" in question else [WARNING]
     turns = [{"role": "user", "text": question}, {"role": "assistant", "text": answer}]
     kept = {"looks": [{"kind": each["kind"], "cells": each["cells"], "turn": 0} for each in looks]}
-    yield chunk({"relook": kept}, "stop", relook={"looks": looks, "image": size, "grid": GRID, "warnings": [WARNING],
+    yield chunk({"relook": kept}, "stop", relook={"looks": looks, "image": size, "grid": GRID, "warnings": warnings,
                                     "usage": USAGE, "transcript": turns})  # fmt: skip
     yield "data: [DONE]\n\n"
 
