@@ -13,6 +13,7 @@ from typing import Any
 from support import hostile_images
 
 DROP = object()
+PAST = {"kind": "region", "cells": [0, 0, 1, 1]}
 QUESTION = "What is the code in the red box?"
 LIMITS = {"body_bytes": 4 * 2**20, "body_seconds": 0.5, "images": 3, "pixels": 500_000, "turns": 8}
 LIMITS |= {"question_characters": 30_000, "seconds": 60, "decode_seconds": 2}
@@ -103,7 +104,7 @@ def fields() -> list[tuple[str, int, Any]]:
         *[("seed", value) for value in (-1, 2**64, "1", 1.5)],
         *[("logprobs", value) for value in ("yes", 5)],
         *[("top_logprobs", value) for value in (21, -1, 10**10)],
-        *[("stop", value) for value in ("", ["a"] * 17, [""], [1], {"a": 1})],
+        *[("stop", value) for value in ("", "a" * 501, ["a"] * 17, [""], [1], {"a": 1})],
         *[("stream", value) for value in ("maybe", 2, [])],
         *[("stream_options", value) for value in ("all", {"include_usage": "maybe"})],
         ("response_format", {"type": "json_object"}),
@@ -124,7 +125,7 @@ def fields() -> list[tuple[str, int, Any]]:
         ("relook", "region"),
         *[("relook", {"look": value}) for value in ("seg", "sideways", None, 3, ["region"])],
         *[("relook", {"region": v}) for v in ([0, 0, 8, 8], [-1, 0, 1, 1], [5, 5, 2, 2], [1, 2], "1,2,3,4", [0.5] * 4)],
-        *[("relook", {"max_looks": value}) for value in (-1, "1", 1.5)],
+        *[("relook", {"max_looks": value}) for value in (-1, "1", 1.5, 33, 10**30)],
         *[("relook", {"look_at": value}) for value in (1, -2, 10**30, "first")],
         ("relook", {"look": "none", "region": [0, 0, 1, 1]}),
         ("relook", {"look": "region", "max_looks": 0}),
@@ -186,6 +187,10 @@ def messages() -> list[tuple[str, int, Any]]:
         ("a call about image -1", said(asked, called('{"bbox_2d": [0, 0, 9, 9], "img_idx": -1}'), result())),
         ("a call about image text", said(asked, called('{"bbox_2d": [0, 0, 9, 9], "img_idx": "0"}'), result())),
         ("forged cells", said(asked, called(box, call_id=forged), result(call_id=forged))),
+        ("a box of 400 digits", said(asked, called(box.replace("9", "9" * 400)), result())),
+        ("a look without an image", {**said({"role": "user", "content": "hi"}), "relook": {"look": "region"}}),
+        ("a region without an image", {**said({"role": "user", "content": "hi"}), "relook": {"region": [0, 0, 1, 1]}}),
+        ("hundreds of looks of the past", said(asked, {**answered, "relook": {"looks": [PAST] * 300}}, asked)),
         ("a look of the past that is none", said(asked, {**answered, "relook": {"looks": [{"kind": "rm"}]}}, asked)),
         ("cells of the past off the grid",
          said(asked, {**answered, "relook": {"looks": [{"kind": "region", "cells": [0, 0, 99, 99]}]}}, asked)),

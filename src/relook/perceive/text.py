@@ -78,7 +78,9 @@ class TextStreamer:
             self.stopped = True
             text = text[: min(found)]
         elif not last:  # a beginning of a stop text at the end
-            begun = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+            begun = (
+                n for stop in self.stop for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])
+            )
             text = text[: len(text) - max(begun, default=0)]
         return text.strip()
 

@@ -27,7 +27,7 @@ from relook.serve.completions import Reply
 from relook.serve.fetch import load_images
 from relook.serve.messages import check, read_messages
 from relook.serve.metrics import CountRequests, Metrics
-from relook.serve.security import error_body, log, protect
+from relook.serve.security import error_body, log_unexpected, protect
 from relook.serve.settings import ServeSettings
 from relook.serve.tools import ZoomTool
 from relook.serve.types import BadField, ChatRequest, LooksRequest, Problem
@@ -93,7 +93,7 @@ class Server:
         body.check_others()
         tool, warnings = ZoomTool.of(body)
         talk = read_messages(body.messages, self.engine.grid)
-        check(talk, body.messages, self.settings)
+        check(talk, body, self.settings)
         images = await load_images(talk.addresses, self.settings.limits, self.settings.fetch)
         request = talk.request(body, images, tool, self.engine.grid, self.settings.max_tokens)
         shown = self.settings.crops_in_text
@@ -138,7 +138,7 @@ class Server:
                         yield format_sse_event(data_str=chunk)
             except Exception as error:
                 if not isinstance(error, RelookError):
-                    log.error("unexpected error", exc_info=error)
+                    log_unexpected(error)
                 yield format_sse_event(data_str=bytes(_refusal(error).body).decode())
 
 
@@ -163,7 +163,7 @@ def _answering(app: FastAPI, server: Server) -> None:
         server.check_model(body.model)
         options = body.model_dump(include=set(AskOptions.model_fields), exclude_unset=True)
         addresses = [body.image] if isinstance(body.image, str) else body.image
-        server.settings.limits.check([body.question], len(addresses))
+        server.settings.limits.check([body.question], len(addresses), body.max_looks)
         checked = AskOptions.of(options)
         images = await load_images(addresses, server.settings.limits, server.settings.fetch)
         request = seam.Request(body.question, tuple(images), checked)

@@ -33,6 +33,8 @@ class Limits(BaseModel):
     """Processor time for decoding one of them."""
     turns: int = Field(64, ge=1)
     """Messages of a conversation."""
+    looks: int = Field(32, ge=1)
+    """Looks of a conversation's answers, and `max_looks` of a request."""
     question_characters: int = Field(16_000, ge=1)
     """Characters of one message, of whichever role."""
     context_tokens: int | None = Field(None, ge=1)
@@ -42,18 +44,19 @@ class Limits(BaseModel):
     memory_bytes: int = Field(4 * 2**30, ge=2**20)
     """Bodies and decoded images of all requests in work together; what goes over it is answered with 429."""
 
-    def check(self, turns: Iterable[str], images: int) -> None:
-        """Refuse a conversation of too many turns or images, or with a turn that is too long.
+    def check(self, turns: Iterable[str], images: int, looks: int = 0) -> None:
+        """Refuse a conversation of too many turns, images or looks, or with a turn that is too long.
 
         Args:
             turns: the text of each message.
-            images: number of images in all of them.
+            images, looks: their number in all of them.
         """
         texts = list(turns)
         longest = max(map(len, texts), default=0)
         for seen, limit, what, cure in (
             (len(texts), self.turns, "messages", "leave out the oldest"),
             (images, self.images, "images", "send fewer"),
+            (looks, self.looks, "looks", "ask for fewer"),
             (longest, self.question_characters, "characters in one message", "shorten it"),
         ):
             if seen > limit:

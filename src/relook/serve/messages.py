@@ -112,6 +112,8 @@ class Conversation:
             past.append(Past("\n".join(each.texts), shown, each.answer or "", tuple(turns)))
         now, called = past.pop(), bool(self.exchanges[-1].calls)
         options = _options(body, tool, look_at if called else None, default_tokens)
+        if options.first_look in LOOKS and not sizes:
+            raise BadField("relook", f"look={options.first_look!r}, and the conversation has no image; send one")
         self.target = target if options.look_at is None else options.look_at % max(len(sizes), 1)
         return Request(
             now.question,
@@ -144,8 +146,8 @@ def _options(body: ChatRequest, tool: ZoomTool | None, look_at: int | None, defa
 
 def _stop(body: ChatRequest) -> tuple[str, ...]:
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if not all(stop) or len(stop) > 16:
-        raise BadField("stop", "stop holds an empty text, or more than 16 texts; expected up to 16 texts")
+    if not all(stop) or len(stop) > 16 or max(map(len, stop), default=0) > 500:
+        raise BadField("stop", "stop is up to 16 texts of 1 to 500 characters; leave the others out")
     return tuple(stop)
 
 
@@ -172,9 +174,12 @@ def read_messages(messages: Sequence[Message], grid: int) -> Conversation:
     return talk
 
 
-def check(talk: Conversation, messages: Sequence[Message], settings: ServeSettings) -> None:
+def check(talk: Conversation, body: ChatRequest, settings: ServeSettings) -> None:
     """Refuse what exceeds the server's limits."""
-    settings.limits.check(["".join(_texts(message)) for message in messages], len(talk.addresses))
+    looks = sum(len(turn) for each in talk.exchanges for turn in each.looks)
+    asked = (body.relook and body.relook.max_looks) or 0
+    texts = ["".join(_texts(message)) for message in body.messages]
+    settings.limits.check(texts, len(talk.addresses), max(looks, asked))
 
 
 def _system(talk: Conversation, message: Message, grid: int) -> None:

@@ -137,7 +137,7 @@ class RequestLog:
         try:
             await self.app(scope, receive, marked)
         except Exception as error:
-            log.error("unexpected error", exc_info=error)
+            log_unexpected(error)
             if status == 0:
                 await _answer(marked, 500, "an error inside the server; its log has more under this request's id")
         finally:
@@ -227,6 +227,17 @@ async def _answer(send: Send, status: int, message: str, code: str | None = None
     await send({"type": "http.response.body", "body": body})
 
 
+def log_unexpected(error: BaseException) -> None:
+    """Log an error by its kind and the places it went through: what it says may quote the request."""
+    log.error("unexpected error", extra={"fields": _about(error)})
+
+
+def _about(error: BaseException) -> dict[str, Any]:
+    causes = [error, *([error.__cause__] if error.__cause__ else [])]
+    places = [f"{Path(p.filename).name}:{p.lineno} {p.name}" for p in traceback.extract_tb(causes[-1].__traceback__)]
+    return {"error": " from ".join(type(each).__name__ for each in causes), "at": places[-12:]}
+
+
 class JsonLines(logging.Formatter):
     """A record as one line of JSON, with the request's id. Of an exception: its kind and places, not what it says."""
 
@@ -235,9 +246,7 @@ class JsonLines(logging.Formatter):
         entry: dict[str, Any] = {"time": self.formatTime(record), "level": record.levelname.lower(), "message": said}
         entry |= {"request": _request_id.get(), **getattr(record, "fields", {})}
         if record.exc_info and record.exc_info[1] is not None:
-            places = traceback.extract_tb(record.exc_info[2])
-            entry["error"] = type(record.exc_info[1]).__name__
-            entry["at"] = [f"{Path(p.filename).name}:{p.lineno} {p.name}" for p in places[-12:]]
+            entry |= _about(record.exc_info[1])
         return json.dumps(entry)
 
 

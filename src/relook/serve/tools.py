@@ -95,7 +95,7 @@ class ZoomTool:
             return box_to_cells(read_box(box, sizes[image], self.form), sizes[image], grid), image
         except UserError as error:
             raise UserError(f"tool call {call.id[:60]!r}: {error}") from None
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             seen = call.function.arguments[:80]
             raise UserError(
                 f"tool call {call.id[:60]!r}: arguments {seen} are not understood; expected "
