@@ -14,13 +14,18 @@ import pytest
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
+from support.hostile_requests import good
 from support.running_server import running
 
-from relook.errors import UserError
+from relook.errors import RelookError, UserError
+from relook.perceive.engine import Running
 from relook.serve import connections, security
+from relook.serve.app import create_app
 from relook.serve.limits import Limits, hold
 from relook.serve.security import JsonLines, SecuritySettings, log_config, protect, read_keys
+from relook.serve.settings import ServeSettings
 
+JSON = {"Content-Type": "application/json"}
 KEY, OTHER = "key-of-the-first-user", "key-of-the-second-user"
 SECRET = "what is the total of my secret receipt"
 
@@ -244,6 +249,42 @@ def test_no_stack_trace_leaves_the_server_and_none_of_what_it_quotes_is_logged()
         assert errors[0]["request"] == answered.headers["x-request-id"]
         assert "secret" not in log.getvalue() and "Traceback" not in log.getvalue()
         assert client.post("/v1/echo").status_code == 200 and given_back(memory)
+
+
+class Broken:
+    """An engine whose answers fail."""
+
+    name, looks, domain, warnings, grid, context = "broken", ["region"], None, [], 8, 100
+
+    def submit(self, request, timeout=None):
+        running = Running()
+        error = RelookError("the answer failed (ValueError); ask again")
+        error.__cause__ = ValueError(SECRET)
+        running.put(error)
+        return running
+
+    def stats(self):
+        return {}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_that_fails_is_logged_by_its_cause(streamed, caplog):
+    body = {**good(), "stream": streamed}
+    with caplog.at_level(logging.INFO), running(create_app(Broken())) as url:
+        answered = httpx2.post(f"{url}/v1/chat/completions", json=body, trust_env=False)
+    assert "the answer failed" in answered.text and "secret" not in answered.text
+    assert answered.status_code == (200 if streamed else 500)
+    [record] = [each for each in caplog.records if each.levelname == "ERROR"]
+    assert json.loads(JsonLines().format(record))["error"] == "RelookError from ValueError"
+    assert "secret" not in caplog.text  # whatever formats the log
+
+
+def test_half_a_character_in_an_address_that_is_fetched():
+    """A sentence that quotes it is sent with it escaped."""
+    with running(create_app(Broken(), ServeSettings(fetch={"hosts": ["*"]}))) as url:
+        body = json.dumps(good("http://images.example/\ud800.png"))
+        answered = httpx2.post(f"{url}/v1/chat/completions", content=body, headers=JSON, trust_env=False)
+    assert answered.status_code == 400 and "\\ud800" in sentence(answered)
 
 
 def test_a_body_over_the_limit():

@@ -137,8 +137,6 @@ class Server:
                     for chunk in chunks if isinstance(event, TextDelta) else await to_thread.run_sync(list, chunks):
                         yield format_sse_event(data_str=chunk)
             except Exception as error:
-                if not isinstance(error, RelookError):
-                    log_unexpected(error)
                 yield format_sse_event(data_str=bytes(_refusal(error).body).decode())
 
 
@@ -278,6 +276,8 @@ def _refusal(error: Exception) -> JSONResponse:
         status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
         status = 404 if isinstance(error, UnknownModel) else status
         message = str(error) if isinstance(error, RelookError) else BROKEN
+    if status == 500:
+        log_unexpected(error)
     if isinstance(error, seam.EngineBusy):
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
     code = CODES.get(status) if isinstance(error, RelookError) else None

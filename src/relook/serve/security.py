@@ -94,6 +94,7 @@ class Refused(Exception):
 def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's API writes it."""
     kind = KINDS.get(status, "invalid_request_error")
+    message = message.encode("utf-8", "backslashreplace").decode()  # it may quote half a character of the request
     return {"error": {"message": message, "type": kind, "code": code, "param": param}}
 
 
