@@ -79,6 +79,13 @@ def test_one_click_on_an_example_shows_what_the_model_looked_at(visit, viewport)
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
 
 
+def test_events_may_be_cut_anywhere(card):
+    page = card(answer="Café 164 für 日本")
+    ask(page, "in pieces")
+    assert page.locator(".answer").inner_text() == "Café 164 für 日本"
+    assert page.locator(".crop img").evaluate("image => image.naturalWidth") == 256
+
+
 def test_looks_not_taken_crops_in_texts_and_warnings_of_an_answer(card):
     page = card()
     ask(page, "nowhere")

@@ -2,8 +2,8 @@
 
 The words of a question choose what happens: "refuse" 400, "busy" 429, "break" an error in the middle of the answer,
 "vanish" an end without one, "wait" an answer that stops after three letters until the client goes, "nowhere" a look
-that was not taken, "crops" a crop in the text, "warn" another warning. Every request's body is kept in
-`app.state.asked`.
+that was not taken, "crops" a crop in the text, "warn" another warning, "pieces" events cut anywhere. Every request's
+body is kept in `app.state.asked`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def canned_app(
         if not body.get("stream"):
             choices = [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}]
             return {"object": "chat.completion", "id": "1", "created": 0, "model": "canned", "choices": choices}
-        return StreamingResponse(_stream(body, question, answer), media_type="text/event-stream")
+        stream = _stream(body, question, answer)
+        return StreamingResponse(_in_pieces(stream) if "pieces" in question else stream, media_type="text/event-stream")
 
     return app
 
@@ -105,7 +106,8 @@ def _look(body: dict) -> dict | None:
 async def _stream(body: dict, question: str, answer: str):
     def chunk(delta: dict, finish: str | None = None, **more) -> str:
         choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
-        return f"data: {json.dumps({'object': 'chat.completion.chunk', 'choices': choices, **more})}\n\n"
+        said = {"object": "chat.completion.chunk", "choices": choices, **more}
+        return f"data: {json.dumps(said, ensure_ascii=False)}\n\n"
 
     look, image = _look(body), opened(body)
     yield chunk({"role": "assistant", "content": ""})
@@ -129,6 +131,15 @@ async def _stream(body: dict, question: str, answer: str):
     yield chunk({"relook": kept}, "stop", relook={"looks": looks, "image": size, "grid": GRID, "warnings": warnings,
                                     "usage": USAGE, "transcript": turns})  # fmt: skip
     yield "data: [DONE]\n\n"
+
+
+async def _in_pieces(stream):
+    """The events with other line ends and comments between, cut without regard to lines and letters."""
+    async for event in stream:
+        data = (": waiting\n\n" + event).replace("\n", "\r\n").encode()
+        for cut in range(0, len(data), 1 + len(data) // 5):
+            yield data[cut : cut + 1 + len(data) // 5]
+            await asyncio.sleep(0.002)
 
 
 @contextmanager
