@@ -63,6 +63,7 @@ SPOILED = {
     "half-character": (changed(t0="<image>\nWho is \ud83d?"), None),
     "unresolved": (lambda good: good | {"videos": ["a.mp4"]}, None),
     "foreign-look": (another_look, None),
+    "other-settings": (lambda good: good | {"built": {"grid": 16}}, "kept"),
     "malformed-call": (changed(t1="<|region_token_start|><|x_1|>"), None),
     "placeholder-count": (changed(t0="Who?", t2="look"), ["wide.png", "wide.png_80,100,320,250"]),
     "crop-swapped": (with_images("wide.png", "wide.png_320,250,80,100"), "as before"),

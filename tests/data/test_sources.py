@@ -29,10 +29,10 @@ from support.source_files import (
 
 from relook.data import BuildOptions, Item, Question, build_item, read_items
 from relook.data import reader as reader_module
-from relook.data.build import build_splits
 from relook.data.forms import FORMATS, read, recognize
 from relook.data.forms.chat import padded_size
 from relook.data.forms.detection import place_of
+from relook.data.paper_splits import build_splits
 from relook.data.published import EVAL_SPLITS, IMAGE_SETS, SOURCES
 from relook.data.reader import read_members
 from relook.errors import UserError

@@ -69,6 +69,10 @@ def remap(
 
 # -- building
 
+ForModel = Annotated[
+    str | None,
+    Option("--for", metavar="MODEL", help="The model that is to learn, or its recipe: how items are built for it."),
+]
 Images = Annotated[
     list[str] | None, Option(metavar="NAME=FOLDER...", help="Your folders of images, to find published paths in.")
 ]
@@ -96,11 +100,12 @@ def build(
     look: Annotated[
         str, Option(metavar="LOOK", help="region, clip, detection, seg, none (direct), or shares: region=0.6,clip=0.4.")
     ] = "region",
-    grid: Annotated[int, Option(metavar="N", help="Cells per side.")] = 8,
-    margin: Annotated[int, Option(metavar="N", help="Cells by which each crop is widened.")] = 0,
-    free_choice: Annotated[bool, Option(help="Leave out the sentence that asks for the look.")] = False,
+    model: ForModel = None,
+    grid: Annotated[int | None, Option(metavar="N", help="Cells per side; default: 8.")] = None,
+    margin: Annotated[int | None, Option(metavar="N", help="Cells by which crops are widened; default: 0.")] = None,
+    free_choice: Annotated[bool | None, Option(help="Leave out the sentence that asks for the look.")] = None,
     answer_prefix: Annotated[bool, Option(help="Open answers with 'Now answer the question.'.")] = False,
-    question_first: Annotated[bool, Option(help="Question before image, as the tiny models were trained.")] = False,
+    question_first: Annotated[bool | None, Option(help="Question before image, as in tiny models' training.")] = None,
     align: Annotated[bool, Option(help="Alignment pairs: the re-encoded view alone, then the answer.")] = False,
     boxes: Annotated[
         str, Option(metavar="RULE", help="each box a region, their union one, or merge those that overlap.")
@@ -130,12 +135,15 @@ def build(
     from relook.data import build as build_file
     from relook.data import build_splits
     from relook.data.published import parse_folders
+    from relook.data.settings import SETTINGS
 
     options = {name: value for name, value in ctx.params.items() if name not in ("source", "target", "paper")}
+    options = {name: value for name, value in options.items() if value is not None or name not in SETTINGS}
     if bad := [text for text in columns or () if "=" not in text]:
         raise UserError(f"--columns {bad[0]!r}: expected OURS=THEIRS, such as question=prompt")
     options |= {"images": parse_folders(images or []), "columns": dict(text.split("=", 1) for text in columns or ())}
     if paper is not None:
+        options = {name: value for name, value in options.items() if name != "model" or value is not None}
         usual = {parameter.name: parameter.default for parameter in ctx.command.params} | {"columns": {}}
         fixed = ("look", "align", "outside", "val", "format", "split", "columns")
         if given := [f"--{name}" for name in fixed if options.pop(name) != usual[name]]:
@@ -149,7 +157,9 @@ def build(
 # -- items
 
 Items = Annotated[Path, Argument(metavar="ITEMS", help="Items: a JSON array, JSON lines, or Parquet.")]
-Grid = Annotated[int, Option(min=1, metavar="N", help="Cells per side.")]
+Grid = Annotated[
+    int | None, Option(min=1, metavar="N", help="Cells per side; default: as the items were built, else 8.")
+]
 Root = Annotated[
     Path | None,
     Option(metavar="FOLDER", help="Folder of the images, which no path may leave; default: that of ITEMS."),
@@ -159,7 +169,8 @@ Root = Annotated[
 @app.command("check", cls=ListOptions)
 def check(
     items: Items,
-    grid: Grid = 8,
+    model: ForModel = None,
+    grid: Grid = None,
     images: Annotated[bool, Option(help="Decode every image, not only check the items themselves.")] = True,
     image_root: Root = None,
     against: Annotated[
@@ -189,8 +200,8 @@ def check(
         raise UserError(f"--out {out} without --fix: nothing would be written there; add --fix")
     suffix = items.suffix if items.suffix in (".json", ".jsonl") else ".jsonl"
     target = (out or items.with_name(f"{items.stem}.fixed{suffix}")) if fix else None
-    found = check_file(items, grid, images=images, image_root=image_root, against=against or (), looks=looks,
-                       fix=target, progress=_count)  # fmt: skip
+    found = check_file(items, grid, model=model, images=images, image_root=image_root, against=against or (),
+                       looks=looks, fix=target, progress=_count)  # fmt: skip
     show_status("")
     if report is not None:
         with replacing(report) as file:
@@ -206,7 +217,7 @@ def preview(
     page: Annotated[Path, Argument(metavar="PAGE.html", help="Where the page goes.")],
     n: Annotated[int, Option("--n", min=1, metavar="N", help="Items to show, sampled from all.")] = 24,
     seed: Annotated[int, Option(metavar="N", help="Seed of the sample.")] = 0,
-    grid: Grid = 8,
+    grid: Grid = None,
     image_root: Root = None,
 ) -> None:
     """Write a page of sampled items to look at: image, grid, regions, crops, turns, faults. One file."""
@@ -218,7 +229,7 @@ def preview(
 @app.command("stats")
 def stats(
     items: Items,
-    grid: Grid = 8,
+    grid: Grid = None,
     plot: Annotated[Path | None, Option(metavar="FILE", help="Also draw it: .png, .svg or .pdf.")] = None,
     as_json: AsJson = False,
 ) -> None:

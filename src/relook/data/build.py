@@ -27,9 +27,9 @@ from relook.data.faults import TEXT, Context, refuse
 from relook.data.forms import Found, is_dataset, read
 from relook.data.images import ImageFinder, ImageRef, file_size, place_image, relative, split_ref, with_file
 from relook.data.items import IMAGE_KEYS, Item, LeftOut, Message, Question, image_size, naming, variant, write_items
-from relook.data.published import EVAL_SPLITS
 from relook.data.reader import folder_of, writing_records
-from relook.data.rules import DIRECT, REENCODINGS, BuildOptions, draw, question_boxes, region_cells
+from relook.data.rules import DIRECT, BuildOptions, draw, question_boxes, region_cells
+from relook.data.settings import BUILT, SETTINGS, model_settings
 from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX, LOOKS, look_turn, parse_calls, write_call
 from relook.regions import GRID, Cells, cells_to_box, covered, join_crop_suffix, widen
@@ -75,6 +75,7 @@ def build(
     val: float = 0.0,
     split: str | None = None,
     columns: dict[str, str] | None = None,
+    model: str | None = None,
     **options: Any,
 ) -> BuildReport:
     """Build the items of a source into `dst` (`.json`: an array, else JSON lines), written aside, then renamed.
@@ -88,6 +89,7 @@ def build(
         images: folders by dataset, in which images are looked up by name (see `images.ImageFinder`).
         val: share of the *images* whose items go to `val_path(dst)` instead; none is in both.
         split, columns: of a dataset (see `forms.table.read_hub`).
+        model: whose settings decide grid, margin, free_choice and question_first: a model, or a recipe that names one.
         options: the fields of `BuildOptions`.
 
     Raises:
@@ -100,7 +102,7 @@ def build(
         raise UserError(f"{dst} is the source itself; give another place for the items")
     if not 0 <= val < 1:
         raise UserError(f"val is {val}; expected a share of the images, at least 0 and below 1")
-    settings, report = BuildOptions(**options), BuildReport()
+    settings, report = BuildOptions(**(options if model is None else _for_model(model, options))), BuildReport()
     of_dataset = format == "hub" or (format is None and is_dataset(src))
     place = _Placer(Path(dst).parent if of_dataset else folder_of(src), Path(dst), image_root, images, report)
     found = read(src, format, image_folder=dst, split=split, columns=columns)
@@ -116,6 +118,23 @@ def build(
     else:
         write_items(dst, (item for _, item in pairs))
     return report
+
+
+def _for_model(model: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the settings of a model.
+
+    Raises:
+        UserError: an option says something else, or asks for a look that the model lacks.
+    """
+    wanted, looks = model_settings(model)
+    for name, value in wanted.items():
+        if options.get(name, value) != value:
+            raise UserError(f"{name} is {options[name]}, but {model} has {value}; leave one of the two out")
+    if lacking := {*BuildOptions(**options).shares} - {*looks, DIRECT}:
+        raise UserError(
+            f"look {', '.join(sorted(lacking))}: {model} has {', '.join(looks)}; give one of these, or none"
+        )
+    return options | wanted
 
 
 def val_path(dst: str | Path) -> Path:
@@ -177,7 +196,7 @@ def build_items(
             continue
         if item is not None:
             report.items += 1
-            yield item
+            yield item if isinstance(thing, Item) else replace(item, extra=item.extra | _kept(thing, options))
 
 
 def build_item(
@@ -224,6 +243,16 @@ def build_item(
     answer = f"{ANSWER_PREFIX if options.answer_prefix else ''}{question.answer}"
     turns = [first, call, look_turn(parse_calls(call, options.grid)), answer]
     return _item(turns, {"images": [image], spec.item_key: views}, extra)
+
+
+def _kept(question: Question, options: BuildOptions) -> dict[str, Any]:
+    """What an item keeps beside its turns: how it was built, and of the question what turns cannot say."""
+    kept: dict[str, Any] = {BUILT: {name: getattr(options, name) for name in SETTINGS}}
+    if question.boxes:
+        kept["bboxs"] = [list(box) for box in question.boxes]
+    if len(question.answers) > 1:
+        kept["answers"] = list(question.answers)
+    return kept | ({} if question.field is None else {"field": question.field})
 
 
 def crop_ref(image: ImageRef, cells: Cells, size: tuple[int, int], *, grid: int = GRID, margin: int = 0) -> ImageRef:
@@ -329,68 +358,3 @@ def same_size(question: Question, here: str, real: tuple[int, int]) -> bool:
             "boxes of another size would name the wrong cells"
         )
     return False
-
-
-# -- evaluation splits
-
-
-@dataclass
-class SplitsReport:
-    """One build a split, and the splits whose source file was not there."""
-
-    built: dict[str, BuildReport]
-    absent: dict[str, str]
-
-    def __str__(self) -> str:
-        lines = []
-        for name, report in self.built.items():
-            row = EVAL_SPLITS[name]
-            lines.append(f"{name}: {report.items} items (stated {row.stated}) from {row.file}")
-            lines += [f"    {line}" for line in str(report).splitlines()[1:]]
-        return "\n".join(lines + [f"{name}: not built, no {file}" for name, file in self.absent.items()])
-
-
-def build_splits(
-    source: str | Path, target: str | Path, *, action: str = "clip", names: list[str] | None = None, **options: Any
-) -> SplitsReport:
-    """Build the evaluation splits whose source files lie in `source` into `target`/NAME.json.
-
-    Every question comes out, as in the paper's counts: a box that is empty or outside its image names the nearest cell.
-
-    Args:
-        action: the re-encoding look of the action splits ("clip", "detection" or "seg"), which depends on the model.
-        names: only these splits.
-        options: of `build` (images, image_root, limit, and the fields of `BuildOptions`).
-
-    Raises:
-        UserError: no such split, none of the files, or several files for one split.
-    """
-    source, target = Path(source), Path(target)
-    if action not in REENCODINGS:
-        raise UserError(f"the action splits look by {action!r}; expected one of {', '.join(REENCODINGS)}")
-    if not source.is_dir():
-        raise UserError(f"{source}: is no folder; give the folder that holds the benchmark's files")
-    unknown = sorted(set(names or ()) - set(EVAL_SPLITS))
-    if unknown:
-        raise UserError(f"no split {unknown[0]!r}; expected one of {', '.join(EVAL_SPLITS)}")
-    report = SplitsReport({}, {})
-    for row in EVAL_SPLITS.values():
-        if names and row.name not in names:
-            continue
-        files = sorted(source.glob(row.file))
-        if not files:
-            report.absent[row.name] = row.file
-            continue
-        if len(files) > 1:
-            raise UserError(
-                f"{row.name}: which of {', '.join(each.name for each in files)} it was is not published; "
-                f"leave one of them in {source}"
-            )
-        look = "region" if row.kind == "region" else action
-        made = build(files[0], target / f"{row.name}.json", look=look, outside="clamp", **options)
-        report.built[row.name] = made
-        if made.items != row.count and options.get("limit") is None:
-            made.note(f"items, where {row.count} questions were expected", f"{files[0]}: {made.items}")
-    if not report.built:
-        raise UserError(f"{source}: none of {', '.join(sorted(set(report.absent.values())))} is there")
-    return report

@@ -21,6 +21,7 @@ from relook.data.items import Item, LeftOut, column
 from relook.data.reader import Record, Unreadable, folder_of, read_records, readable, scan, write_records
 from relook.data.remap import mover
 from relook.data.rules import BuildOptions
+from relook.data.settings import model_settings, stored_settings
 from relook.errors import UserError
 from relook.regions import GRID
 
@@ -113,8 +114,9 @@ class CheckReport:
 
 def check(
     path: str | Path,
-    grid: int = GRID,
+    grid: int | None = None,
     *,
+    model: str | None = None,
     images: bool = True,
     image_root: str | Path | None = None,
     against: Sequence[str | Path] = (),
@@ -126,6 +128,9 @@ def check(
 
     Args:
         path: items: a JSON array, JSON lines, or Parquet written by `relook data convert`.
+        grid: cells per side; the model's, or what the first item stores, unless given.
+        model: that is to learn: its settings and looks are what items must be built for. Without, all items must be
+            built as the first one.
         images: decode every image file that items name. Without, only what the items themselves say is checked.
         image_root: folder of the image paths, which may not leave it; without it, the file's own folder.
         against: files of evaluation items or questions, whose images must not be among these; they are looked for
@@ -140,7 +145,9 @@ def check(
     """
     path, report, strict = Path(path), CheckReport(str(path)), image_root is not None
     root = str(folder_of(path) if image_root is None else image_root)
-    context = Context(grid=grid, root=root, strict=strict, looks=looks)
+    settings, known = (stored_settings(path), None) if model is None else model_settings(model)
+    grid = grid or settings.get("grid", GRID)
+    context = Context(grid=grid, root=root, strict=strict, looks=looks or known, settings={**settings, "grid": grid})
     facts = FactsBelow(context.root, strict, look=bool(against))
     if images or against:
         context.facts = facts.__getitem__
@@ -200,7 +207,7 @@ def _item(record: Record, context: Context) -> Item:
         question = replace(question, size=known.size, slack=(0, 0))
     elif question.size is None:
         question = replace(question, boxes=())  # which name no cells where the image is not there; that is a fault
-    item = build_item(question, BuildOptions(grid=context.grid, no_box="direct"))
+    item = build_item(question, BuildOptions(**{"grid": context.grid, **context.settings}, no_box="direct"))
     assert item is not None  # no_box="direct" skips nothing
     return item
 

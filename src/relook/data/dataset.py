@@ -29,6 +29,7 @@ from relook.data.items import COLUMNS, IMAGE_KEYS, Item, variant
 from relook.data.reader import Record, Unreadable, folder_of, readable
 from relook.data.records import Records, records
 from relook.data.rules import BuildOptions, Data, ItemSource
+from relook.data.settings import SETTINGS, processor_settings, refuse_others
 from relook.errors import RelookError, UserError
 from relook.io import rng
 
@@ -178,6 +179,13 @@ class SampledItems:
         self.sources, self.build = data.all_sources(), build_options(data, processor)
         looks = None if processor is None else processor.looks
         self.context = Context(grid=self.build.grid, looks=looks)
+        if processor is not None and not data.as_built:
+            settings = {name: getattr(self.build, name) for name in SETTINGS}
+            if data.free_choice:  # the sentences that ask for a look are taken out
+                del settings["free_choice"]
+            for source in self.sources if sources is None else ():
+                refuse_others(source.path, settings)
+            self.context.settings = settings
         weights = [source.weight for source in self.sources]
         self.shares = [weight / sum(weights) for weight in weights]
         self.window = max(1, data.buffer // (1 if data.mix == "concat" else len(weights))) if data.streaming else 0
@@ -374,13 +382,8 @@ def build_options(data: Data, processor: Any = None) -> BuildOptions:
     """
     if processor is None:
         return BuildOptions(no_box="direct", free_choice=data.free_choice)
-    return BuildOptions(
-        no_box="direct",
-        grid=processor.grid_size,
-        margin=processor.region_margin,
-        free_choice=data.free_choice or processor.free_choice,
-        question_first=processor.question_first,
-    )
+    options = BuildOptions(no_box="direct", **processor_settings(processor))
+    return replace(options, free_choice=data.free_choice or processor.free_choice)
 
 
 def check_share(broken: int, seen: int, what: str, most: float, first: str) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from relook.data.crops import FactsOf, answer_room, crop_faults, mend_crops, region_calls
 from relook.data.images import ImageFacts, place_image, split_ref
 from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item, LeftOut, Message, Question
+from relook.data.settings import BUILT, difference
 from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX, LOOKS, look_turn, parse_calls, x_token, y_token
 from relook.regions import GRID
@@ -28,6 +29,7 @@ class Context:
     Attributes:
         root, strict: folder of the image paths; whether they may not leave it.
         looks: those that the model has; None where it is not known.
+        settings: for which items are to be built (`data.settings`); one that an item does not store is not compared.
         facts: of an image file.
         other_file: an evaluation image with the same bytes, by their digest.
         other_look: an evaluation image that looks nearly the same, by the perceptual hash.
@@ -39,6 +41,7 @@ class Context:
     root: str = "."
     strict: bool = False
     looks: Sequence[str] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     facts: FactsOf = lambda file: None
     other_file: Callable[[bytes], str | None] = lambda digest: None
     other_look: Callable[[bytes], str | None] = lambda look: None
@@ -102,6 +105,11 @@ def _unresolved(item: Item, context: Context) -> Iterator[str]:
     for key in UNREAD:
         if item.extra.get(key):
             yield f"its {key!r} cannot be shown"
+
+
+def _other_settings(item: Item, context: Context) -> Iterator[str]:
+    if differs := difference(item.extra.get(BUILT), context.settings):
+        yield f"built with {differs}"
 
 
 def _foreign_look(item: Item, context: Context) -> Iterator[str]:
@@ -271,6 +279,7 @@ RULES: dict[str, Rule] = {  # in the order in which faults are mended
     "off-edge": Rule(_off_edge, _mend_off_edge),  # <|x_8|> or <|y_8|>: a cell beyond the last
     "malformed-call": Rule(_malformed),
     "foreign-look": Rule(_foreign_look),  # that the model lacks
+    "other-settings": Rule(_other_settings, None),  # built for another grid, margin or order than the model's
     "placeholder-count": Rule(_placeholders, _mend_placeholders),  # that disagrees with the image lists
     "crop-swapped": _crop_rule("crop-swapped"),  # min and max
     "exif-rotation": _crop_rule("exif-rotation"),  # a crop and cells of the picture as stored, which EXIF turns
@@ -293,7 +302,16 @@ def found_faults(item: Item, context: Context) -> Iterator[tuple[str, str]]:
 
 # what training stumbles over, apart from what shows when images are opened
 TEXT = ("half-character", "unresolved")
-NEEDED = (*TEXT, "role-order", "empty-answer", "off-edge", "malformed-call", "foreign-look", "placeholder-count")
+NEEDED = (
+    *TEXT,
+    "role-order",
+    "empty-answer",
+    "off-edge",
+    "malformed-call",
+    "foreign-look",
+    "other-settings",
+    "placeholder-count",
+)
 
 
 def refuse(thing: Item | Question, context: Context, rows: Sequence[str] = NEEDED) -> None:

@@ -31,6 +31,7 @@ from typing import Any
 
 from relook.data.images import ImageRef, file_size, place_image
 from relook.data.reader import read_records, write_records
+from relook.data.settings import BUILT
 from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX, LOOKS, parse_calls, without_triggers, write_call
 from relook.regions import Box, upright
@@ -230,6 +231,8 @@ def variant(item: Item, look: str = "region", *, free_choice: bool = False) -> I
     if free_choice or look == "none":
         asked = (replace(t, content=without_triggers(t.content)) if t.role == "user" else t for t in item.messages)
         item = replace(item, messages=tuple(asked))
+        if free_choice and (built := item.extra.get(BUILT)):
+            item = replace(item, extra=item.extra | {BUILT: {**built, "free_choice": True}})
     if look == "none":
         return _without_looks(item)
     return _with_encoder(item, look) if look in LOOKS and LOOKS[look].reencodes else item

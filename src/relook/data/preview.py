@@ -19,6 +19,7 @@ from relook.data.faults import Context, found_faults
 from relook.data.images import FactsBelow, place_image, split_ref
 from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item
 from relook.data.reader import Record, folder_of, read_records
+from relook.data.settings import stored_settings
 from relook.errors import UserError
 from relook.io import replacing
 from relook.regions import GRID, cells_to_box
@@ -39,7 +40,7 @@ def preview(
     *,
     n: int = 24,
     seed: int = 0,
-    grid: int = GRID,
+    grid: int | None = None,
     image_root: str | Path | None = None,
 ) -> str:
     """Write `page` with `n` items drawn from the whole set (all where there are fewer), in the file's order."""
@@ -52,6 +53,7 @@ def preview(
     if not total:
         raise UserError(f"{path}: holds no items; build some with `relook data build`")
     root = str(image_root if image_root is not None else folder_of(path))
+    grid = grid or stored_settings(path).get("grid", GRID)
     context = Context(grid=grid, root=root, strict=image_root is not None)
     context.facts = FactsBelow(root, context.strict).__getitem__
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)

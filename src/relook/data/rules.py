@@ -231,6 +231,7 @@ class Data(Strict):
     streaming: bool = Field(False, description="read from front to back, shuffled through a buffer")
     buffer: int = Field(16384, gt=0, description="records in the shuffle buffer of a stream")
     max_broken: float = Field(0.01, ge=0, le=1, description="share of examples that cannot be read that stops a run")
+    as_built: bool = Field(False, description="take items that were built for a model of other settings")
     free_choice: bool = Field(False, description="items lose the sentences that ask for a look; the model decides")
 
     @field_validator("path", "image_root")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from relook.data.crops import region_calls
 from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item, read_items
+from relook.data.settings import stored_settings
 from relook.errors import UserError
 from relook.io import replacing_file
 from relook.looks import ANSWER_PREFIX, LOOKS, parse_calls, strip_calls
@@ -121,9 +122,9 @@ class Stats:
         return "\n".join(lines)
 
 
-def stats(path: str | Path, grid: int = GRID, progress: Callable[[int], None] | None = None) -> Stats:
+def stats(path: str | Path, grid: int | None = None, progress: Callable[[int], None] | None = None) -> Stats:
     """Count the items of a file. Raises UserError for a record that is no item (file and line), or for no items."""
-    found = Stats(str(path), grid)
+    found = Stats(str(path), grid or stored_settings(path).get("grid", GRID))
     for item in read_items(path):
         found.add(item)
         if progress is not None and found.items % 1000 == 0:

@@ -1,0 +1,83 @@
+"""How items are built for a model: four settings of its processor, stored with every item and compared in use.
+
+    {"messages": [...], "built": {"grid": 16, "margin": 1, "free_choice": true, "question_first": true}, ...}
+
+Items of another grid, margin or order have the right form, and teach a model what it is never asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from relook.data.reader import Record, scan
+from relook.errors import UserError
+from relook.io import read_yaml, validate
+from relook.regions import GRID
+
+BUILT = "built"  # the key of an item
+SETTINGS = {  # fields of `BuildOptions` -> attributes of the processor
+    "grid": "grid_size",
+    "margin": "region_margin",
+    "free_choice": "free_choice",
+    "question_first": "question_first",
+}
+PUBLISHED_SETTINGS = {"grid": GRID, "margin": 1, "free_choice": False, "question_first": False}
+
+
+def processor_settings(processor: Any) -> dict[str, Any]:
+    """How items are built for the model of a processor."""
+    return {ours: getattr(processor, theirs) for ours, theirs in SETTINGS.items()}
+
+
+def model_settings(name: str | Path) -> tuple[dict[str, Any], list[str]]:
+    """How items are built for a model, and the looks it has. Of a published checkpoint nothing is downloaded.
+
+    Args:
+        name: a shipped model, a folder, a hub id, or a recipe (a YAML file), for what it starts from.
+
+    Raises:
+        UserError: no such model or recipe.
+    """
+    from relook.model.published import PUBLISHED
+    from relook.model.start import Start, describe_start
+
+    start = Start.model_validate({"start": str(name)})
+    if str(name).endswith((".yaml", ".yml")):
+        raw = read_yaml(Path(name))
+        start = validate(Start, raw.get("model") or {} if isinstance(raw, dict) else {}, f"{name}: model")
+    short = str(start.start).removeprefix("rp-yu/")
+    if short in PUBLISHED and not Path(str(start.start)).is_dir():
+        return {**PUBLISHED_SETTINGS, "free_choice": short.endswith("NoPrompt")}, ["region", PUBLISHED[short].look]
+    info = describe_start(start)
+    if info.processor is None:
+        return PUBLISHED_SETTINGS, info.config.looks
+    return processor_settings(info.processor), list(info.processor.looks)
+
+
+def stored_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that the first item of a file stores; {} where it stores none."""
+    first = next(iter(scan(path)), None)
+    found = first.value.get(BUILT) if isinstance(first, Record) else None
+    return found if isinstance(found, dict) else {}
+
+
+def difference(stored: Any, wanted: Mapping[str, Any]) -> str:
+    """Where stored settings differ from those wanted, with both values; "" where they agree, or store nothing.
+
+    >>> difference({"grid": 8, "margin": 1}, {"grid": 16, "margin": 1})
+    'grid 8 (the model: 16)'
+    """
+    known = stored if isinstance(stored, Mapping) else {}
+    differ = [name for name, value in wanted.items() if name in known and known[name] != value]
+    return ", ".join(f"{name} {known[name]} (the model: {wanted[name]})" for name in differ)
+
+
+def refuse_others(path: str | Path, wanted: Mapping[str, Any]) -> None:
+    """Raises UserError where the first item of a file was built for a model of other settings."""
+    if differs := difference(stored_settings(path), wanted):
+        raise UserError(
+            f"{path}: its items were built for another model: {differs}; build them again with `relook data build "
+            "--for MODEL`, or take them as they are with data.as_built=true"
+        )
