@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.openai_server import PlainQwen, Said, openai_server
+from support.scripted_model import picture
 
 import relook
 from relook.cli.app import app
@@ -27,6 +28,7 @@ from relook.model.export import export
 from relook.options import AskOptions
 from relook.perceive.engine import Cancelled, DeadlineExceeded, EngineBusy, EngineClosed, GivenLook, Past, Request
 from relook.perceive.openai import OpenAIEngine
+from relook.processing import View
 from relook.trace import Finished, LookTaken, TextDelta
 from zoo.worlds.cards import Cards
 
@@ -120,6 +122,29 @@ def test_history_of_a_request(remote, local, plain):
     assert isinstance(finished, Finished) and finished.answer.text == expected.text
     assert finished.answer.usage.sequence_length == expected.usage.sequence_length
     assert any(isinstance(event, LookTaken) for event in events)
+
+
+def test_several_images(remote, local):
+    pages = [Cards(7).sample(i).image for i in range(2)]
+    for options in ({"region": "1,1,3,3"}, {"region": "1,1,3,3", "look_at": 1}, {"look": "none"}):
+        same(remote.ask(pages, QUESTION, **options), local.ask(pages, QUESTION, **options))
+
+
+@pytest.mark.parametrize("free_choice", [False, True])
+def test_prompts_views_and_margin_are_the_processors(tiny_vlm, tmp_path, free_choice):
+    """A model that is asked for looks by a sentence, in the published order, with views and a margin of its own."""
+    vlm = tiny_vlm(second_look=View(96), region_margin=0, free_choice=free_choice)
+    vlm.model.save_pretrained(tmp_path / "model")
+    vlm.processor.save_pretrained(tmp_path / "model")
+    with openai_server(PlainQwen(export(tmp_path / "model", tmp_path / "plain")), [{"id": "m"}]) as server:
+        remote = relook.load(server.url, processor=tmp_path / "model")
+        for options in ({"region": "2,3,5,6"}, {"look": "none"}):
+            ours, theirs = (v.ask(picture(), "What is it?", max_new_tokens=6, **options) for v in (remote, vlm))
+            assert [turn.text for turn in ours.transcript] == [turn.text for turn in theirs.transcript]
+            assert ours.looks == theirs.looks and ours.finish == theirs.finish == "length"
+            assert ours.usage.sequence_length == theirs.usage.sequence_length - 1  # whose <|im_end|> is counted
+        asked = remote.ask(picture(), "What is it?", max_new_tokens=1).transcript[1].text
+        assert asked == vlm.ask(picture(), "What is it?", max_new_tokens=1).transcript[1].text
 
 
 def test_events_add_up(remote):
@@ -340,9 +365,17 @@ def test_which_model():
         assert mine.processor.grid_size == 16 and mine.looks == ["region"] and mine.name == "a"
 
 
+def test_a_server_without_a_list_of_models():
+    with openai_server(script(Said(["7"])), []) as server:
+        assert relook.load(server.url, model="cards-tiny").ask(PAGE.image, QUESTION).text == "7"
+        with pytest.raises(UserError, match=r"several models .none.; name one"):
+            relook.load(server.url)
+
+
 @pytest.mark.parametrize(
     ("said", "kind", "words"),
     [
+        (Said(status=422, error=""), RelookError, "answers 422"),
         (Said(status=401, error="no such key"), RelookError, "refuses the key .no such key.; set RELOOK_API_KEY"),
         (Said(status=400, error="too long:\n9 tokens"), RelookError, "answers 400: too long: 9 tokens"),
         (Said(status=429, error="full", headers={"Retry-After": "0"}), EngineBusy, "is busy .full."),

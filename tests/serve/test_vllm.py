@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import relook
+from relook.errors import RelookError
 from relook.model.export import export, vllm_command
 from zoo.worlds.cards import Cards
 
@@ -90,3 +91,20 @@ def test_an_abandoned_stream_stops(url):
     next(events)
     events.close()
     assert remote.ask(Cards(7).sample(0).image, "What is the code in the red box?", look="none").text
+
+
+def test_the_tool_dialects_shapes_are_taken(url):
+    """Not what they lead to (no model here was trained to zoom so): what is sent is what vLLM takes."""
+    image = Cards(7).sample(0).image
+    answer = relook.load(url, dialect="qwen2.5-vl").ask(image, "What is it?", region="1,1,3,3", max_new_tokens=4)
+    assert answer.looks[0].box == (64, 64, 256, 256) and answer.usage.sequence_length
+    with pytest.raises(RelookError, match="--enable-auto-tool-choice"):
+        relook.load(url, dialect="qwen3-vl").ask(image, "What is it?")
+    called = relook.load(url, dialect="qwen3-vl").ask(image, "What is it?", region="1,1,3,3", max_new_tokens=4)
+    assert called.looks[0].box == (64, 64, 256, 256) and called.usage.sequence_length
+
+
+def test_errors_are_sentences(url):
+    with pytest.raises(RelookError, match=r"answers 400: .*2048") as raised:
+        relook.load(url).ask(Cards(7).sample(0).image, "What is it? " * 500, look="none")
+    assert "\n" not in str(raised.value)

@@ -167,6 +167,7 @@ class PlainQwen:
             )[0, length:].tolist()
         ends = self.tokenizer.eos_token_id
         finish = "stop" if out[-1] == ends else "length"
-        pieces = [self.tokenizer.decode([token]) for token in out if token != ends]
+        text = self.tokenizer.decode([token for token in out if token != ends])
+        pieces = [text[i : i + 3] for i in range(0, len(text), 3)]
         return Said(pieces, finish=finish, usage={
             "prompt_tokens": length, "completion_tokens": len(out), "total_tokens": length + len(out)})  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from relook.errors import RelookError, UserError
-from relook.looks import LOOKS, with_trigger
+from relook.looks import IM_END, LOOKS, with_trigger
 from relook.options import AUTO, NONE
 from relook.regions import Cells, cells_to_box, check_cells, widen
 from relook.trace import Answer, Event, Finished, Look, LookTaken, TextDelta, Turn, Usage
@@ -188,7 +188,7 @@ class Asking:
                 self.messages.append(self.spelling.said(reply))
                 finish = yield from self._take(called)
             else:
-                self.messages.append({"role": "assistant", "content": self.text, **reply.kept})
+                self.messages.append({"role": "assistant", "content": reply.text, **reply.kept})
                 finish = "length" if reply.finish == "length" else "stop"
         self.usage.seconds = {"request": time.perf_counter() - begun}
         answer = self._answer(finish)
@@ -242,6 +242,7 @@ class Asking:
             raise DeadlineExceeded(f"not finished in {self.seconds:g} s; ask for less")
         if reply.finish is None:
             raise RelookError(f"the reply of {self.engine.url} ended before its answer did; ask again")
+        reply.text = reply.text.removesuffix(IM_END)
         if piece := streamer.finish():
             yield TextDelta(piece)
         self.text = streamer.text

@@ -19,7 +19,18 @@ from typing import Any
 from PIL import Image
 
 from relook.errors import UserError
-from relook.looks import IM_END, LOOKS, control_tokens, look_turn, parse_calls, write_call
+from relook.looks import (
+    IM_END,
+    IM_START,
+    IMAGE_PAD,
+    LOOKS,
+    VISION_END,
+    VISION_START,
+    control_tokens,
+    look_turn,
+    parse_calls,
+    write_call,
+)
 from relook.looks import Call as TokenCall
 from relook.regions import BOX_FORMS, Box, Cells, box_to_cells, cells_to_box, clamp_box, read_box, widen, write_box
 from relook.views import View
@@ -27,6 +38,7 @@ from relook.views import View
 ZOOM = "image_zoom_in_tool"
 Size = tuple[int, int]
 Body = dict[str, Any]  # a message, or fields of a request
+_STRUCTURE = (IM_START, VISION_START, VISION_END, IMAGE_PAD, "<|video_pad|>")
 NOT_HERE = (
     "a {} look needs hidden states of the model, which an endpoint does not give; "
     "serve the model with relook serve, or load it in this process"
@@ -109,8 +121,8 @@ class ControlTokens:
 
         Fields beyond OpenAI's are vLLM's; SGLang and llama.cpp have the first ones, and pass over what they lack.
         """
-        starts = [LOOKS[n].start for n in self.processor.looks if n in LOOKS]
-        banned = [start for start in starts if not may_look or start != LOOKS["region"].start]
+        others = [LOOKS[name].start for name in self.processor.looks if LOOKS[name].reencodes]
+        banned = [*_STRUCTURE, *(others if may_look else self.processor.tokens)]  # as in this process
         more = {"continue_final_message": True, "add_generation_prompt": False} if forced else {}
         return {"extra_body": {"skip_special_tokens": False, "bad_words": banned, **more}}
 

@@ -147,9 +147,18 @@ class OpenAIEngine:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _entry(self, model: str | None) -> dict[str, Any]:
-        """The model as the server lists it."""
+        """The model as the server lists it; as it is named where the server has no list (`transformers serve`)."""
+        from openai import InternalServerError, NotFoundError
+
         with self.errors():
-            found = {each.id: each.model_dump() for each in self.client.models.list().data}
+            try:
+                found = {each.id: each.model_dump() for each in self.client.models.list().data}
+            except (NotFoundError, InternalServerError):
+                if model is None:
+                    raise
+                found = {}
+        if model is not None and not found:
+            return {"id": model}
         if model is None and len(found) == 1:
             return next(iter(found.values()))
         if model not in found:
@@ -224,5 +233,5 @@ class OpenAIEngine:
 def _words(error: Exception) -> str:
     """What the server says, without the body around it."""
     body = getattr(error, "body", None)
-    said = body.get("message") if isinstance(body, Mapping) else None
+    said = body.get("message") or body.get("detail") if isinstance(body, Mapping) else None
     return " ".join(str(said or getattr(error, "message", None) or error).split())[:300]
