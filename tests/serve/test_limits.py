@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from pydantic import ValidationError
 from support import hostile_images
 
-from relook.errors import UserError
+from relook.errors import RelookError, UserError
 from relook.perceive.engine import EngineBusy
 from relook.serve.decode import Decoders, opened
 from relook.serve.fetch import FetchSettings, load_images
@@ -64,6 +65,13 @@ def test_a_decoder_that_died_is_started_again():
     last = decoders._free.get()
     last.stdin.close()
     assert last.wait(10) == 0  # a child ends with its parent's pipe
+
+
+def test_decoders_that_cannot_start_are_no_fault_of_the_image(monkeypatch):
+    monkeypatch.setattr("sys.executable", shutil.which("false"))
+    with pytest.raises(RelookError, match="status 1") as caught:
+        Decoders(1).open(hostile_images.encoded("PNG"), 0, 10_000, 5)
+    assert not isinstance(caught.value, UserError)
 
 
 @pytest.mark.parametrize("kind", ["truncated", "not_images", "polyglots"])

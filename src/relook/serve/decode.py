@@ -13,6 +13,7 @@ Size and format are in the first bytes of a file, and are checked before it is d
 from __future__ import annotations
 
 import io
+import os
 import queue
 import struct
 import subprocess
@@ -21,7 +22,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, TYPE_CHECKING
 
-from relook.errors import UserError
+from relook.errors import RelookError, UserError
 from relook.views import open_image, reading
 
 if TYPE_CHECKING:
@@ -102,18 +103,18 @@ class Decoders:
         child = self._free.get()
         try:
             if child is None or child.poll() is not None:
-                command = [sys.executable, "-P", "-m", "relook.serve.decode"]
-                pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
-                child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet)
+                child = _start()
             assert child.stdin is not None and child.stdout is not None
             try:
                 child.stdin.write(QUESTION.pack(len(data), seen, limit, seconds) + data)
                 child.stdin.flush()
                 width, height, length = ANSWER.unpack(_exactly(child.stdout, ANSWER.size))
                 content = _exactly(child.stdout, length)
-            except (EOFError, OSError):
-                child.kill()
-                child.wait()
+            except (EOFError, OSError):  # it has ended, or is about to
+                if (status := child.wait()) > 0:
+                    raise RelookError(
+                        f"no images can be opened: relook.serve.decode ended with status {status}"
+                    ) from None
                 raise UserError(
                     f"decoding it takes more than {seconds:g} seconds or more memory than its size needs; "
                     "save it again as a plain PNG or JPEG"
@@ -123,6 +124,13 @@ class Decoders:
         if width == 0:
             raise UserError(content.decode())
         return Image.frombytes("RGB", (width, height), content)
+
+
+def _start() -> subprocess.Popen[bytes]:
+    pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
+    found_here = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-P", "-m", "relook.serve.decode"]
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet, env=found_here)
 
 
 def _exactly(pipe: IO[bytes], count: int) -> bytes:
