@@ -123,6 +123,28 @@ def test_a_long_prompt_does_not_stop_the_others(tiny_vlm):
     assert steps > 10 and talking.decoded == before + steps
 
 
+def test_streams_go_on_beside_a_long_prompt_while_turns_change(tiny_vlm):
+    """Four long answers in four places, with turns of three tokens, and a prompt of a hundred pieces."""
+    vlm = tiny_vlm()
+    scheduler = Scheduler(vlm, Limits(rows=4, piece=8, turn=3))
+    long = AskOptions.of({"look": "none", "max_new_tokens": 400})
+    talking = [vlm._row_of(Request(QUESTION, (picture(seed),), long)) for seed in range(4)]
+    for row in talking:
+        scheduler.add(row)
+    while not all(row.started for row in talking):
+        scheduler.step()
+    short = AskOptions.of({"look": "none", "max_new_tokens": 2})
+    reading = vlm._row_of(Request("Why? " * 120, (picture(),), short))
+    scheduler.add(reading)
+    lengths, steps = [len(row.conversation.ids) for row in talking], 0
+    while not reading.started:
+        scheduler.step()
+        steps += 1
+        assert steps < 1000
+    written = sum(len(row.conversation.ids) for row in talking) - sum(lengths)
+    assert written >= 2 * steps, "three of the four places go on decoding"
+
+
 def test_a_row_that_fails_fails_alone(tiny_vlm, monkeypatch):
     vlm = tiny_vlm()
     rows = [vlm._row_of(request(number)) for number in range(4)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -23,7 +25,8 @@ from relook.perceive.engine import (
     Request,
 )
 from relook.perceive.local import LocalEngine
-from relook.perceive.loop import run
+from relook.perceive.loop import Scheduler, run
+from relook.perceive.memory import Memory
 from relook.trace import Finished, LookTaken, TextDelta
 
 LONG = AskOptions.of({"look": "none", "max_new_tokens": 3000})
@@ -51,12 +54,12 @@ def turns(given):
 # ---- one conversation, request by request
 
 
-LOOKS_ASKED = [{"region": (1, 1, 4, 4)}, {"look": "clip"}, {"look": "none"}, {"look": "seg"}]
+LOOKS_ASKED = [{"region": (1, 1, 4, 4)}, {"look": "clip"}, {"look": "none"}, {"look": "seg"}, {}]
 
 
-def past_of(question, images, given):
+def past_of(question, images, given, asked):
     looks = tuple((GivenLook(look.cells, look.kind),) for look in given.looks)
-    return Past(question, tuple(images), given.text, looks)
+    return Past(question, tuple(images), given.text, looks, asked.get("look"))
 
 
 def test_a_history_is_continued_as_a_chat_is_whatever_is_remembered(tiny_vlm):
@@ -64,7 +67,8 @@ def test_a_history_is_continued_as_a_chat_is_whatever_is_remembered(tiny_vlm):
     vlm = tiny_vlm()
     likely = {}
     for cache_bytes in (0, 2**14, 2**22):
-        engine, chat, past, likely[cache_bytes] = LocalEngine(vlm, cache_bytes=cache_bytes), vlm.chat(), [], []
+        engine, chat, length = LocalEngine(vlm, cache_bytes=cache_bytes), vlm.chat(), 0
+        past, likely[cache_bytes] = [], []
         for number, asked in enumerate(LOOKS_ASKED):
             question, images = f"Question {number}?", [picture(number)] if number % 2 == 0 else []
             with writing(vlm, f"{number}7"):  # a random model's bytes are no text that could be said again
@@ -75,8 +79,10 @@ def test_a_history_is_continued_as_a_chat_is_whatever_is_remembered(tiny_vlm):
             assert (given.text, turns(given), given.looks) == (expected.text, turns(expected), expected.looks)
             assert given.usage.sequence_length == expected.usage.sequence_length
             if cache_bytes == 2**22 and number:
-                assert given.usage.cached_tokens > 80 and given.usage.vision_patches == expected.usage.vision_patches
-            past.append(past_of(question, images, given))
+                assert given.usage.cached_tokens >= length - 1
+                assert given.usage.vision_patches == expected.usage.vision_patches
+            length = given.usage.sequence_length
+            past.append(past_of(question, images, given, asked))
             after = Request("Is it?", (), options(look="none"), tuple(past), logprobs=5)
             top = list(engine.submit(after))[-1].answer.tokens[0].top
             likely[cache_bytes].append([value for _, value in top])
@@ -186,6 +192,8 @@ def test_why_an_answer_ends(engine):
         assert answer(engine, QUESTION, (picture(),), options(max_new_tokens=3, look="none")).finish == "length"
     with writing(engine.vlm, "1"):
         assert answer(engine, QUESTION, (picture(),), options(max_new_tokens=9, look="none")).finish == "stop"
+    with writing(engine.vlm, write_call("region", (2, 2, 5, 5)), "1"):  # the call takes the tokens of its turn
+        assert answer(engine, QUESTION, (picture(),), options(max_new_tokens=6)).finish == "stop"
 
 
 def test_a_system_prompt_and_questions_without_an_image(engine):
@@ -248,10 +256,24 @@ def test_a_full_queue_is_refused_and_says_when_to_come_back(tiny_vlm):
         running += [engine.submit(Request(QUESTION, (picture(),), LONG)) for _ in range(2)]
         with pytest.raises(EngineBusy, match="waiting") as refused:
             engine.submit(Request(QUESTION, (picture(),), LONG))
+        with pytest.raises(EngineBusy):  # no place is lost by a refusal
+            engine.submit(Request(QUESTION, (picture(),), LONG))
         assert refused.value.retry_after >= 1
         for one in running:
             one.cancel()
         assert answer(engine, QUESTION, (picture(),), options()).text is not None
+    finally:
+        engine.close()
+
+
+def test_the_queue_is_bounded_while_turns_rotate(tiny_vlm):
+    engine, running = LocalEngine(tiny_vlm(), max_rows=2, max_waiting=2, turn=1), []
+    try:
+        with pytest.raises(EngineBusy):
+            for _ in range(5):
+                running.append(engine.submit(Request(QUESTION, (picture(),), LONG)))
+                wait_for(lambda: engine.stats()["waiting"] == 0)
+        assert len(running) == 4
     finally:
         engine.close()
 
@@ -269,30 +291,66 @@ def test_a_deadline_ends_a_request_wherever_it_is(tiny_vlm):
         engine.close()
 
 
-def test_what_does_not_fit_is_refused_with_both_numbers(tiny_vlm):
-    vlm = tiny_vlm()
-    engine = LocalEngine(vlm, max_tokens=500)
+IMAGE = (picture(),)
+CELLS = (1, 1, 2, 2)
+REFUSED = {
+    "a long question": ({"question": "why " * 50_000, "images": IMAGE}, r"\d+ tokens, and the model takes 32768"),
+    "behind a re-encoding": (
+        {"question": "why " * 40_000, "past": (Past("?", IMAGE, "a", ((GivenLook(kind="clip"),),)),)},
+        r"\d+ tokens, and the model takes 32768",
+    ),
+    "a long answer": ({"question": "?", "images": IMAGE, "options": LONG}, r"may take \d+ tokens, .* holds 500"),
+    "nothing": ({"question": "  ", "images": IMAGE}, "empty"),
+    "half a character": ({"question": "?", "past": (Past("\ud800", IMAGE, ""),)}, "surrogate"),
+    "looks without an image": ({"question": "?", "looks": ((GivenLook(CELLS, image=IMAGE[0]),),)}, "without an image"),
+    "earlier ones": ({"question": "?", "past": (Past("?", (), "a", ((GivenLook(CELLS),),)),)}, "without an image"),
+    "an empty turn": ({"question": "?", "images": IMAGE, "looks": ((),)}, "without a look"),
+    "a look without an image": ({"question": "?", "options": options(look="region")}, "without an image"),
+    "a long stop": ({"question": "?", "images": IMAGE, "stop": ("x" * 50_000,)}, "stop"),
+    "an empty stop": ({"question": "?", "images": IMAGE, "stop": ("",)}, "stop"),
+    "many alternatives": ({"question": "?", "images": IMAGE, "logprobs": 999}, "logprobs"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_when_it_is_handed_in(tiny_vlm, case):
+    fields, sentence = REFUSED[case]
+    engine = LocalEngine(tiny_vlm(), max_tokens=500)
     try:
-        with pytest.raises(UserError, match=rf"\d+ tokens, and the model takes {vlm.context}"):
-            engine.submit(Request("why " * 50_000, (picture(),)))
-        with pytest.raises(UserError, match=r"may take \d+ tokens, and the server holds 500"):
-            engine.submit(Request(QUESTION, (picture(),), LONG))
-        with pytest.raises(UserError, match="empty"):
-            engine.submit(Request("  ", (picture(),)))
+        with pytest.raises(UserError, match=sentence):
+            engine.submit(Request(**fields))
+        assert engine.stats()["rows"] == engine.stats()["waiting"] == 0
     finally:
         engine.close()
 
 
-def test_an_answer_ends_where_the_models_window_does(tiny_vlm, monkeypatch):
-    vlm = tiny_vlm(seed=2)
-    monkeypatch.setattr(vlm.model.config.get_text_config(), "max_position_embeddings", 120)
-    with writing(vlm, "1 2 3 4 5 6 7 8 9 " * 20):
-        given = vlm.ask(picture(), QUESTION, look="none", max_new_tokens=500)
-    assert given.finish == "length" and given.usage.sequence_length <= 120
-    with writing(vlm, write_call("region", (0, 0, 7, 7)), IM_END):
-        given = vlm.ask(picture(), "Where " * 3 + QUESTION, look="region", max_new_tokens=40)
-    if given.finish == "length":
-        assert "no room" in given.looks[0].problem
+@pytest.mark.parametrize("extra", range(0, 60, 4))
+def test_nothing_goes_beyond_the_models_window(tiny_vlm, extra):
+    vlm = tiny_vlm()
+    prompt = vlm._row_of(Request(QUESTION, IMAGE, options(look="none"))).size
+    vlm.context_limit = prompt + extra + 1
+    crop = (GivenLook((0, 0, 7, 7), image=picture(2)),)
+    try:
+        for asked in (
+            {"look": "none"},
+            {"look": "region"},
+            {"look": "clip"},
+            {"look": "auto"},
+            {"region": (0, 0, 7, 7)},
+        ):
+            for looks in ((), (crop,)):
+                try:
+                    row = vlm._row_of(Request(QUESTION, IMAGE, options(**asked, max_new_tokens=500), looks=looks))
+                except UserError as error:
+                    assert str(vlm.context_limit) in str(error)
+                    continue  # too long by itself
+                with writing(vlm, write_call("region", (0, 0, 7, 7)), "1 2 3 4 5 6 7 8 9 " * 9):
+                    given = next(event.answer for _, event in run(vlm, [row]) if isinstance(event, Finished))
+                assert given.usage.sequence_length <= vlm.context_limit
+                assert given.finish == "length" or given.text
+                assert all("no room" in look.problem for look in given.looks if look.problem)
+    finally:
+        vlm.context_limit = None
 
 
 def test_closing_lets_answers_finish_or_says_that_it_did_not(tiny_vlm):
@@ -317,3 +375,50 @@ def test_a_fault_in_one_answer_is_its_own(engine, monkeypatch):
     assert isinstance(failed.value.__cause__, ZeroDivisionError)
     monkeypatch.undo()
     assert answer(engine, QUESTION, (picture(),), options(look="none")).finish in ("stop", "length")
+
+
+def test_the_engine_outlives_an_error_outside_of_a_step(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_expire", lambda: 1 / 0)
+    with pytest.raises(RelookError, match="ZeroDivisionError"):
+        list(engine.submit(Request(QUESTION, IMAGE, options())))
+    monkeypatch.undo()
+    assert answer(engine, QUESTION, IMAGE, options(look="none")).finish in ("stop", "length")
+
+
+def test_a_view_that_cannot_be_encoded_fails_its_row_only(engine, monkeypatch):
+    vlm = engine.vlm
+    rows = [vlm._row_of(Request(QUESTION, (picture(seed),), options(look="none"))) for seed in range(3)]
+    rows[1].conversation.pending.shown[0][1].view.tensors = {"pixel_values": torch.zeros(1)}
+    scheduler, ends = Scheduler(vlm), {}
+    for row in rows:
+        scheduler.add(row)
+    while scheduler.rows:
+        ends |= {rows.index(row): event for row, event in scheduler.step() if not isinstance(event, TextDelta)}
+    assert isinstance(ends[1], Exception) and all(isinstance(ends[i], Finished) for i in (0, 2))
+
+
+def test_ended_requests_leave_nothing_behind(engine):
+    gc.collect()
+    gc.disable()
+    try:
+        finished = engine.submit(Request(QUESTION, IMAGE, options()))
+        rows = [weakref.ref(job.row) for job in engine._at_work()]
+        list(finished)
+        cancelled = engine.submit(Request(QUESTION, IMAGE, LONG))
+        rows += [weakref.ref(job.row) for job in engine._at_work()]
+        cancelled.cancel()
+        del cancelled
+        answer(engine, QUESTION, IMAGE, options())
+        wait_for(lambda: all(row() is None for row in rows))
+    finally:
+        gc.enable()
+
+
+def test_kept_views_hold_what_they_are_counted_for(engine):
+    vlm, memory = engine.vlm, Memory(2**22)
+    scheduler = Scheduler(vlm, memory=memory)
+    for seed in range(6):
+        scheduler.add(vlm._row_of(Request(QUESTION, (picture(seed),), options()), vlm._begin(memory)))
+    scheduler.step()
+    views = [kept.view.features for kept in memory._kept.values() if kept.view]
+    assert len(views) == 6 and memory.bytes == sum(view.untyped_storage().nbytes() for view in views)

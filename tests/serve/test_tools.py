@@ -186,7 +186,7 @@ def test_a_look_of_the_server_before_a_call(tiny_vlm) -> None:
             reply = served.ask((image, QUESTION), **own)
         message = reply.choices[0].message
         assert [look["kind"] for look in reply.relook["looks"]] == ["clip", "region"]
-        assert message.relook == {"looks": [{"kind": "clip", "cells": None, "turn": 0}]}
+        assert message.relook == {"looks": [{"kind": "clip", "cells": None, "turn": 0}], "look": "auto"}
         result = answers(message.tool_calls[0], cut(image, message.tool_calls[0]))["tool"]
         with writing(vlm, "742"):
             reply = served.ask([user(image, QUESTION), message.model_dump(exclude_none=True), *result], **own)

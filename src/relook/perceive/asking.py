@@ -243,7 +243,7 @@ class Asking:
         if reply.finish is None:
             raise RelookError(f"the reply of {self.engine.url} ended before its answer did; ask again")
         reply.text = reply.text.removesuffix(IM_END)
-        if piece := streamer.finish():
+        if piece := streamer.finish_text():
             yield TextDelta(piece)
         self.text = streamer.text
         self._count(reply)

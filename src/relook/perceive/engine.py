@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Protocol
@@ -17,9 +18,11 @@ from PIL import Image
 
 from relook.errors import RelookError, UserError
 from relook.looks import LOOKS
-from relook.options import AskOptions
+from relook.options import AUTO, AskOptions
 from relook.regions import Cells
 from relook.trace import Event, Finished
+
+STOPS, STOP_LENGTH = 16, 500
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +50,22 @@ LookTurns = tuple[tuple[GivenLook, ...], ...]  # the looks of each turn of the a
 
 @dataclass(frozen=True, eq=False)
 class Past:
-    """An earlier question with its answer; `images` came with it, `looks` were taken for it."""
+    """An earlier question with its answer; `images` came with it, `looks` were taken for it.
+
+    `look` is the option that it was asked with; None: "auto", unless the first of `looks` is another one.
+    """
 
     question: str
     images: tuple[Image.Image, ...] = ()
     answer: str = ""
     looks: LookTurns = ()
+    look: str | None = None
+
+    @property
+    def asked(self) -> str:
+        """The option that it was asked with."""
+        taken = self.looks[0][0].kind if self.looks else AUTO
+        return self.look or (AUTO if taken == "region" else taken)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +93,29 @@ class Request:
     logprobs: int | None = None
     hold_regions: bool = False
     looks: LookTurns = ()
+
+    def check(self, images: Sequence[Image.Image] = ()) -> None:
+        """Refuse what no engine can answer; `images` are those of the conversation that it goes on from.
+
+        Raises:
+            UserError: what is wrong.
+        """
+        texts, images = [self.question, self.system or "", *self.stop], [*images]
+        for past in (*self.past, Past(self.question, self.images, looks=self.looks)):
+            texts += [past.question, past.answer]
+            images.extend(past.images)
+            if past.looks and not images:
+                raise UserError("looks without an image before them; give the image that they went to")
+            if not all(past.looks):
+                raise UserError("a turn of looks without a look; leave it out")
+        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+            raise UserError("a text holds half a character (a lone surrogate); give text in Unicode")
+        if self.options.first_look in LOOKS and not images:
+            raise UserError(f"look={self.options.first_look!r} was asked for without an image; give one")
+        if len(self.stop) > STOPS or not all(0 < len(stop) <= STOP_LENGTH for stop in self.stop):
+            raise UserError(f"stop: expected at most {STOPS} texts of 1 to {STOP_LENGTH} characters")
+        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
+            raise UserError(f"logprobs={self.logprobs}; expected 0 to 20 most probable tokens")
 
 
 class EngineBusy(RelookError):
@@ -147,7 +183,7 @@ class Running:
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the event loop is closed, and nobody reads any more
                 loop.call_soon_threadsafe(ready.set)
 
         self._wake = wake

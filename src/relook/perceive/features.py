@@ -120,6 +120,7 @@ class FeatureCache:
 
 def digest(image: Image.Image) -> bytes:
     """16 bytes that tell an image's size and pixels from any other's."""
+    image = image.convert("RGBA") if image.mode == "P" else image  # a palette is not among the pixels
     data = f"{image.mode} {image.size} ".encode() + image.tobytes()
     return hashlib.blake2b(data, digest_size=16).digest()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
+from functools import partial
 from threading import Condition, Thread
 from typing import Any
 
@@ -11,7 +13,7 @@ from relook.errors import RelookError, UserError
 from relook.trace import Finished, LookTaken
 
 from .engine import DeadlineExceeded, EngineBusy, EngineClosed, Request, Running
-from .loop import Limits, Scheduler
+from .loop import Limits, Scheduler, tokens_of
 from .memory import Memory
 from .row import Row
 from .vlm import VLM
@@ -61,7 +63,8 @@ class LocalEngine:
         self._scheduler = Scheduler(vlm, self._limits, self.memory)
         self._changed = Condition()
         self._arrived: list[_Job] = []
-        self._jobs: dict[int, _Job] = {}  # by id of the row; all that have not ended
+        self._numbers = itertools.count(1)
+        self._jobs: dict[int, _Job] = {}  # by number of the row; all that have not ended
         self._leaving: list[_Job] = []
         self._preparing = 0
         self._closing = self._stopped = False
@@ -82,17 +85,20 @@ class LocalEngine:
         with self._changed:
             if self._closing:
                 raise EngineClosed("the server is stopping; ask again later")
-            waiting = self._waiting()
-            if waiting >= self.max_waiting + max(0, self.max_rows - self._at_work()):
-                seconds = max(1.0, self._mean_seconds * waiting / self.max_rows)
-                raise EngineBusy(f"{waiting} questions are waiting already; ask again in {seconds:.0f} s", seconds)
+            ahead = self._preparing + len(self._jobs)
+            if ahead >= self.max_waiting + self.max_rows:
+                seconds = max(1.0, self._mean_seconds * ahead / self.max_rows)
+                raise EngineBusy(
+                    f"{ahead} questions are at work or waiting already; ask again in {seconds:.0f} s", seconds
+                )
             self._preparing += 1
         try:
             row = self.vlm._row_of(request, self.vlm._begin(self.memory))
-            if (need := len(row.conversation.ids) + row.options.max_new_tokens) > self.max_tokens:
+            if (need := tokens_of(row)) > self.max_tokens:
                 raise UserError(f"the request may take {need} tokens, and the server holds {self.max_tokens}; ask less")
-            job = _Job(row, Running(), None if timeout is None else begun + timeout, begun)
-            job.running.on_cancel = lambda: self._leave(job)
+            row.number = next(self._numbers)
+            running = Running(partial(self._leave, row.number))  # which holds neither row nor job
+            job = _Job(row, running, None if timeout is None else begun + timeout, begun)
         finally:
             with self._changed:
                 self._preparing -= 1
@@ -100,18 +106,19 @@ class LocalEngine:
         with self._changed:
             if self._stopped:
                 raise EngineClosed("the server is stopping; ask again later")
-            self._jobs[id(row)] = job
+            self._jobs[row.number] = job
             self._arrived.append(job)
             self._changed.notify_all()
-        return job.running
+        return running
 
     def stats(self) -> dict[str, float]:
         """See `engine.Engine`."""
         with self._changed:
+            begun = [job.row for job in self._jobs.values() if job.row.admitted]
             now = {
-                "rows": float(self._at_work()),
-                "waiting": float(self._waiting()),
-                "tokens_held": float(self._scheduler.tokens_held),
+                "rows": float(len(begun)),
+                "waiting": float(self._preparing + len(self._jobs) - len(begun)),
+                "tokens_held": float(sum(map(tokens_of, begun))),
                 "cache_bytes": float(self.memory.bytes),
             }
             return {**now, **{f"{name}_total": value for name, value in self._counts.items()}}
@@ -130,31 +137,33 @@ class LocalEngine:
     # -- the thread --------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._arrived or self._leaving or self._scheduler.rows or self._stopped):
-                    self._changed.wait()
-                if self._stopped:
-                    break
-                for job in self._arrived:
-                    self._scheduler.add(job.row)
-                for job in self._leaving:
-                    self._scheduler.remove(job.row)
-                self._arrived, self._leaving = [], []
-            self._expire()
+        while self._take():
             try:
-                happened = self._scheduler.step()
+                self._expire()
+                for row, event in self._scheduler.step():
+                    self._tell(row, event)
             except Exception as error:  # of no single row: all of them have failed, and the next ones start anew
-                happened = [(job.row, error) for job in self._jobs.values()]
                 self._scheduler = Scheduler(self.vlm, self._limits, self.memory)
-            for row, event in happened:
-                self._tell(row, event)
-        for job in list(self._jobs.values()):
+                for job in self._at_work():
+                    self._end(job, _failed(error))
+        for job in self._at_work():
             self._end(job, EngineClosed("the server has stopped; ask again later"))
 
+    def _take(self) -> bool:
+        """Wait for work, and take what has come and gone; False at the end."""
+        with self._changed:
+            while not (self._arrived or self._leaving or self._scheduler.rows or self._stopped):
+                self._changed.wait()
+            for job in self._arrived:
+                self._scheduler.add(job.row)
+            for job in self._leaving:
+                self._scheduler.remove(job.row)
+            self._arrived, self._leaving = [], []
+            return not self._stopped
+
     def _tell(self, row: Row, event: Any) -> None:
-        job = self._jobs.get(id(row))
-        if job is None or job.row is not row:  # cancelled in the meantime
+        job = self._jobs.get(row.number)
+        if job is None:  # cancelled in the meantime
             return
         if isinstance(event, Exception):
             self._end(job, event if isinstance(event, RelookError) else _failed(event))
@@ -174,28 +183,27 @@ class LocalEngine:
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for job in [job for job in self._jobs.values() if job.deadline is not None and now > job.deadline]:
-            self._scheduler.remove(job.row)
-            self._end(job, DeadlineExceeded(f"not finished in {job.deadline - job.begun:g} s; ask for less"))  # type: ignore[operator]
+        for job in self._at_work():
+            if job.deadline is not None and now > job.deadline:
+                self._scheduler.remove(job.row)
+                self._end(job, DeadlineExceeded(f"not finished in {job.deadline - job.begun:g} s; ask for less"))
 
     def _end(self, job: _Job, last: Any) -> None:
         with self._changed:
-            self._jobs.pop(id(job.row), None)
+            self._jobs.pop(job.row.number, None)
             self._changed.notify_all()
         job.running.put(last)
 
-    def _leave(self, job: _Job) -> None:
+    def _leave(self, number: int) -> None:
         """Called by whoever cancels: the thread frees the row before its next step."""
         with self._changed:
-            if self._jobs.pop(id(job.row), None) is not None:
+            if job := self._jobs.pop(number, None):
                 self._leaving.append(job)
                 self._changed.notify_all()
 
-    def _waiting(self) -> int:
-        return self._preparing + sum(not job.row.admitted for job in self._jobs.values())
-
-    def _at_work(self) -> int:
-        return sum(job.row.admitted for job in self._jobs.values())
+    def _at_work(self) -> list[_Job]:
+        with self._changed:
+            return list(self._jobs.values())
 
 
 def _failed(error: Exception) -> RelookError:

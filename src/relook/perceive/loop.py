@@ -26,7 +26,7 @@ from torch import Tensor
 from relook.trace import Event, LookTaken
 
 from .conversation import Inputs, ShownImage, embed_pending, forward_inputs
-from .features import encode
+from .features import ViewFeatures, encode
 from .kv_cache import KVRows
 from .memory import Memory
 from .row import Row
@@ -91,6 +91,7 @@ class Scheduler:
         self.live: list[Row] = []
         self._kv = KVRows.empty(0)
         self._happened: list[Happened] = []
+        self._steps = 0
 
     @property
     def rows(self) -> list[Row]:
@@ -100,7 +101,7 @@ class Scheduler:
     @property
     def tokens_held(self) -> int:
         """Tokens of the rows that have begun, with those that they may still write."""
-        return sum(_need(row) for row in self.rows if row.admitted)
+        return sum(tokens_of(row) for row in self.rows if row.admitted)
 
     def add(self, row: Row) -> None:
         """A row to answer; it waits for its place."""
@@ -115,8 +116,8 @@ class Scheduler:
     @torch.inference_mode()
     def step(self) -> list[Happened]:
         """One step; returns what happened, in order."""
-        self._happened = []
-        self._encode(self._admit())
+        self._happened, self._steps = [], self._steps + 1
+        self._encode(self._resume(self._admit()))
         joining = self._prefill()
         states = [*self._decode(), *(state for _, _, state in joining)]
         if joining:
@@ -142,7 +143,7 @@ class Scheduler:
             if self.limits.rows is not None and at_work >= self.limits.rows and not self._make_room():
                 break
             self.waiting.remove(row)
-            held += 0 if row.admitted else _need(row)
+            held += 0 if row.admitted else tokens_of(row)
             row.admitted, row.decoded = True, 0
             admitted.append(row)
             if self.limits.piece is not None and self.live and row.conversation.pending.shown:
@@ -151,7 +152,7 @@ class Scheduler:
 
     def _has_tokens(self, held: int, row: Row, anybody: bool) -> bool:
         limit = self.limits.tokens
-        return limit is None or held + _need(row) <= limit or not (held or anybody)
+        return limit is None or held + tokens_of(row) <= limit or not (held or anybody)
 
     def _make_room(self) -> bool:
         """Send the row that has decoded longest back to the queue, if its turn is over."""
@@ -165,6 +166,15 @@ class Scheduler:
         self.waiting.append(longest)
         return True
 
+    def _resume(self, rows: Sequence[Row]) -> list[Row]:
+        """Let rows that were sent back to the queue decode on; returns the others."""
+        back = [row for row in rows if not row.waiting]
+        if back:
+            kvs = [row.conversation.kv for row in back]
+            self._kv = KVRows.merge([*([self._kv] if self.live else []), *kvs])
+            self.live = [*self.live, *back]
+        return [row for row in rows if row.waiting]
+
     def _encode(self, rows: Sequence[Row]) -> None:
         """Everything that the pending tokens of admitted rows need, before they run."""
         seen: dict[int, list[ShownImage]] = {}
@@ -173,14 +183,8 @@ class Scheduler:
                 row.cached += self.memory.reuse(row.conversation)
             seen[id(row)] = row.conversation.pending.to_see
         new = {id(row): [s.view for s in seen[id(row)] if s.view.features is None] for row in rows}
-        if any(new.values()):
-            looking = [row for row in rows if new[id(row)]]
-            try:
-                with _timed_shared(self.vlm, looking, lambda row: "look" if row.started else "vision"):
-                    encode(self.vlm.model, [view for views in new.values() for view in views])
-            except Exception as error:
-                self._fail(looking, error)
-                rows = [row for row in rows if row not in looking]
+        self._encode_views([row for row in rows if new[id(row)]], new)
+        rows = [row for row in rows if not row.failed]
         for row in rows:
             row.patches += sum({id(view): view.patches for view in new[id(row)]}.values())
             if self.memory is not None:
@@ -193,12 +197,30 @@ class Scheduler:
             except Exception as error:
                 self._fail([row], error)
 
+    def _encode_views(self, rows: Sequence[Row], new: dict[int, list[ViewFeatures]]) -> None:
+        """Encode the new views of rows, together or, if that fails, row by row."""
+        if not rows:
+            return
+        try:
+            with _timed_shared(self.vlm, rows, lambda row: "look" if row.started else "vision"):
+                encode(self.vlm.model, [view for row in rows for view in new[id(row)]])
+        except Exception as error:
+            if len(rows) == 1:
+                self._fail(rows, error)
+            for row in rows if len(rows) > 1 else ():
+                self._encode_views([row], new)
+
     # -- forwards ----------------------------------------------------------------------------------------------------
 
     def _prefill(self) -> list[tuple[Row, KVRows, Tensor]]:
-        """Run a piece of the pending tokens; returns the rows that are through, with the states of their last ones."""
+        """Run a piece of the pending tokens; returns the rows that are through, with the states of their last ones.
+
+        By turns the oldest and the shortest come first: a long prompt keeps neither short ones nor itself waiting.
+        """
         limit, width, parts = self.limits.piece, 0, list[_Prefill]()
-        for prefill in self.prefills:  # as many as fit, padded to the longest
+        by_age = self._steps % 2 == 0
+        for prefill in self.prefills if by_age else sorted(self.prefills, key=lambda prefill: prefill.left):
+            # as many as fit, padded to the longest
             wider = max(width, prefill.left if limit is None else min(prefill.left, limit))
             if limit is None or not parts or wider * (len(parts) + 1) <= limit:
                 width = wider
@@ -339,8 +361,9 @@ def run(vlm: Any, rows: Sequence[Row], record: Any = None) -> Iterator[tuple[int
             yield number[id(row)], event
 
 
-def _need(row: Row) -> int:
-    return len(row.conversation.ids) + row.options.max_new_tokens
+def tokens_of(row: Row) -> int:
+    """Tokens that a row holds, or may come to hold."""
+    return min(max(len(row.conversation.ids), row.size) + row.options.max_new_tokens, row.vlm.context)
 
 
 @contextmanager

@@ -22,12 +22,13 @@ from .kv_cache import KVRows
 
 @dataclass(eq=False)
 class _Kept:
-    """Keys and values `kv` of a conversation with this signature, or a view."""
+    """Keys and values `kv` of a conversation with this signature, which begins with the image `first`; or a view."""
 
     size: int
     view: ViewFeatures | None = None
     signature: np.ndarray | None = None
     kv: KVRows | None = None
+    first: int | None = None
 
 
 class Memory:
@@ -53,7 +54,8 @@ class Memory:
     def keep_view(self, view: ViewFeatures) -> None:
         """Keep a view that has been encoded."""
         if view.features is not None:
-            self._put(("view", view.key), _Kept(_bytes([view.features]), replace(view, tensors={})))
+            own = view.features.clone()  # not a part of a batch's
+            self._put(("view", view.key), _Kept(_bytes([own]), replace(view, tensors={}, features=own)))
 
     def reuse(self, conversation: Conversation) -> int:
         """Give a conversation the keys and values of its pending tokens, as far as an earlier one began alike.
@@ -70,7 +72,7 @@ class Memory:
         limit = have + min([len(pending) - 1, *looks])
         with self._lock:
             best, length = max(
-                ((key, _common(kept.signature, whole[:limit])) for key, kept in self._kept.items() if kept.kv),
+                ((key, _common(kept.signature, whole[:limit])) for key, kept in self._alike(conversation)),
                 key=lambda pair: pair[1],
                 default=(None, 0),
             )
@@ -86,16 +88,23 @@ class Memory:
     def keep(self, conversation: Conversation) -> None:
         """Keep a conversation, all of it run, in place of those that it goes on from."""
         signature, kv = conversation.signature, conversation.kv
+        size = _bytes(x for pair in kv.layers for x in pair)
+        if size > self.limit:
+            return
         with self._lock:
-            kept = [(key, one.signature) for key, one in self._kept.items() if one.signature is not None]
-            for key, other in kept:
-                common = _common(other, signature)
+            for key, other in self._alike(conversation):
+                common = _common(other.signature, signature)
                 if common == len(signature):
                     self._kept.move_to_end(key)
                     return
-                if common == len(other):
+                if common == len(other.signature):  # type: ignore[arg-type]
                     self._drop(key)
-            self._put(signature.tobytes(), _Kept(_bytes(x for pair in kv.layers for x in pair), None, signature, kv))
+            self._put(signature.tobytes(), _Kept(size, None, signature, kv, _first(conversation)))
+
+    def _alike(self, conversation: Conversation) -> list[tuple[Hashable, _Kept]]:
+        """The conversations that begin with the same image."""
+        first = _first(conversation)
+        return [(key, kept) for key, kept in self._kept.items() if kept.kv is not None and kept.first == first]
 
     def _put(self, key: Hashable, kept: _Kept) -> None:
         with self._lock:
@@ -110,6 +119,11 @@ class Memory:
     def _drop(self, key: Hashable) -> None:
         kept = self._kept.pop(key, None)
         self.bytes -= 0 if kept is None else kept.size
+
+
+def _first(conversation: Conversation) -> int | None:
+    """What is seen in its first image; None where it has none."""
+    return conversation.views[0][1] if conversation.views else None
 
 
 def _common(a: Any, b: np.ndarray) -> int:

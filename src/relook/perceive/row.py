@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from PIL import Image
@@ -39,10 +40,11 @@ from relook.trace import Answer, Event, Finished, Look, LookTaken, TextDelta, To
 
 from .conversation import Conversation, ShownImage
 from .engine import GivenLook, Past, Request
-from .sampling import generator
+from .sampling import generator, with_probability
 from .text import TextStreamer
 
-TURN = 16  # tokens that a look's turn needs besides its pads, about
+TURN = 16  # tokens that a turn needs besides its text and pads, about
+CALL = 12  # tokens of a call, with what ends its turn and a short answer
 
 
 class Row:
@@ -56,6 +58,8 @@ class Row:
     Attributes:
         target: number of the image that looks go to.
         patches: encoded for this row.
+        size: tokens of the conversation, with those of given turns that are still to come.
+        number: by which an engine knows it.
         cached: tokens that needed not run.
     """
 
@@ -70,8 +74,7 @@ class Row:
         self.finished = self.failed = False
         self.started = self.admitted = False  # by the scheduler
         self.decoded = 0  # tokens since it was admitted
-        self.patches = self.cached = 0
-        self.finish = "stop"
+        self.patches = self.cached = self.size = self.number = 0
         self.seconds = dict.fromkeys(("vision", "prefill", "decode", "look"), 0.0)
         self._tokens_before = len(conversation.ids)
         self._looks_left = 0 if self.options.look == "none" else self.options.max_looks
@@ -103,6 +106,8 @@ class Row:
     def banned(self) -> Tensor:
         """(V,) bool: the tokens that may not be sampled now."""
         may_look = self._looks_left > 0
+        if may_look and not self._fits(CALL):  # a call that was begun is completed
+            may_look = self.vlm.vocabulary.allowed(self._turn) is not None
         return self.vlm.vocabulary.banned(self._turn, may_look, self.options.constrain)
 
     def after_forward(self, state: Tensor) -> None:
@@ -119,16 +124,10 @@ class Row:
     def accept(self, token: int, logits: Tensor) -> None:
         """Append the sampled token; `logits` (V,) are the model's own in its place."""
         vocabulary = self.vlm.vocabulary
-        if self.request.logprobs is not None and token not in vocabulary.hidden_ids:
-            self.tokens.append(self._token(token, logits))
-        self._write(vocabulary.im_end if token in vocabulary.ends else token, sampled=True)
+        top, text = self.request.logprobs, self.vlm.processor.decode
+        chosen = None if top is None else with_probability(token, logits, top, text)
+        self._write(vocabulary.im_end if token in vocabulary.ends else token, sampled=True, chosen=chosen)
         self._write_forced()
-
-    def _token(self, token: int, logits: Tensor) -> Token:
-        logprobs, text = logits.log_softmax(-1), self.vlm.processor.decode
-        best = logprobs.topk(self.request.logprobs or 0)
-        top = tuple((text([i]), value) for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return Token(text([token]), float(logprobs[token]), top)
 
     # -- writing assistant turns -------------------------------------------------------------------------------------
 
@@ -138,10 +137,9 @@ class Row:
         self._turn_sampled = False
         self._chosen = self._prompted = 0
         self._closing = False
+        self.finish = "stop"
         self._given = None
         self._conditions: dict[str, Tensor | None] = {}
-        self.tokens: list[Token] = []
-        self._told = 0  # of them, in events
         hidden, stop = self.vlm.vocabulary.hidden_ids, () if self._questions else self.request.stop
         self._streamer = TextStreamer(self.vlm.processor.tokenizer, hidden, stop)
 
@@ -149,7 +147,7 @@ class Row:
         while self._forced and self._open is None and not self._closing:
             self._write(self._forced.popleft(), sampled=False)
 
-    def _write(self, token: int, sampled: bool, state: Tensor | None = None) -> None:
+    def _write(self, token: int, sampled: bool, state: Tensor | None = None, chosen: Token | None = None) -> None:
         """Append a token to the assistant's turn; `state` (d,) replaces its input embedding."""
         conversation, text = self.conversation, self.vlm.vocabulary.text_of(token)
         if state is not None:
@@ -163,7 +161,7 @@ class Row:
         if text == IM_END:
             self._end_turn()
             return
-        self._say(self._streamer.add(token))
+        self._say(self._streamer.add(token, chosen))
         if self._streamer.stopped and not self._forced:
             self._looks_left = 0
             self._forced.append(self.vlm.vocabulary.im_end)
@@ -171,9 +169,19 @@ class Row:
         starts = [n for n in self.vlm.model.config.reencodings if LOOKS[n].start == text]
         if starts and self._looks_left > 0:
             self._open = starts[0]
-        elif self._chosen >= self._room and self._given is None and not self._forced and self._may_end():
+        elif self._given is None and not self._forced and self._ends_here():
             self.finish = "length"
             self._forced.append(self.vlm.vocabulary.im_end)
+
+    def _ends_here(self) -> bool:
+        """Whether the turn has to be cut here: not inside a call, unless calls may be malformed."""
+        full = self._chosen >= self._room
+        if not full and (self._looks_left <= 0 or self._fits(CALL)):
+            return False
+        if not self.options.constrain or self._looks_left <= 0:
+            return full
+        allowed = self.vlm.vocabulary.allowed(self._turn)
+        return full if allowed is None else IM_END in allowed
 
     @property
     def _room(self) -> int:
@@ -181,19 +189,12 @@ class Row:
         context = self.vlm.context - len(self.conversation.ids) + self._chosen - 1  # <|im_end|>
         return min(self.options.max_new_tokens, context)
 
-    def _say(self, piece: str) -> None:
-        if self._streamer.before_answer:
-            self.tokens.clear()
-        if piece and self._given is None:
-            self.events.append(TextDelta(piece, tuple(self.tokens[self._told :])))
-            self._told = len(self.tokens)
+    def _fits(self, tokens: int) -> bool:
+        return len(self.conversation.ids) + tokens < self.vlm.context
 
-    def _may_end(self) -> bool:
-        """Whether the turn may be cut here: not inside a call, unless calls may be malformed."""
-        if not self.options.constrain or self._looks_left <= 0:
-            return True
-        allowed = self.vlm.vocabulary.allowed(self._turn)
-        return allowed is None or IM_END in allowed
+    def _say(self, delta: TextDelta | None) -> None:
+        if delta is not None and self._given is None:
+            self.events.append(delta)
 
     def _condition_look(self, state: Tensor) -> None:
         """Use the hidden state (d,) at `*_action_start`: it conditions the look and is the input of `*_action`.
@@ -217,12 +218,33 @@ class Row:
         self._questions.extend([*request.past, Past(request.question, request.images, looks=request.looks)])
         self._next_question()
         self._write_forced()
-        if len(self.conversation.ids) >= self.vlm.context:
-            raise UserError(
-                f"question, images and what was said before are {len(self.conversation.ids)} tokens, and the model "
-                f"takes {self.vlm.context}; ask something shorter, or show smaller images"
-            )
+        self.size = len(self.conversation.ids) + (self._to_come() if self._open else 0)
+        self._check_size(self.size)
         return self
+
+    def _check_size(self, tokens: int) -> None:
+        if tokens + 2 > self.vlm.context:  # a token of the answer, and its end
+            raise UserError(
+                f"question, images and what was said before are {tokens} tokens, and the model takes "
+                f"{self.vlm.context}; ask something shorter, or show smaller images"
+            )
+
+    def _to_come(self) -> int:
+        """About how many tokens of the request are not written yet, because a re-encoding's condition is awaited."""
+        processor, seen = self.vlm.processor, list[ShownImage]()
+        texts = [turn for turn in self._given_turns if isinstance(turn, str)]
+        turns = [turn for turn in (self._given, *self._given_turns) if isinstance(turn, tuple)]
+        for past in self._questions:
+            texts += [past.question, past.answer]
+            turns += past.looks
+            lookup = self.conversation.features.lookup
+            seen += [ShownImage("image", lookup("image", image, "first")[0]) for image in past.images]
+        for look in (look for turn in turns for look in turn):
+            call = Call(look.kind, look.cells, None, (0, 0))
+            seen.append(self._reencode(call) if LOOKS[look.kind].reencodes else self._crop(call, look))
+        written = sum(len(encode(processor.as_text(text), processor.tokenizer)) for text in texts)
+        pads = sum(processor.pad_count(image.kind, image.view.grid) for image in seen)
+        return len(self._forced) + written + pads + TURN * (len(texts) + len(turns))
 
     def _next_question(self) -> None:
         """The next user's turn. What the request says of the assistant's turns after it is forced."""
@@ -236,12 +258,14 @@ class Row:
             self._aim(before if past.images else self.target, options.look_at if own else None)
         else:
             self._looks_left = 0
-        kind = options.first_look if own else past.looks[0][0].kind if past.looks else "none"
-        looks = [] if self.vlm.processor.free_choice or self._looks_left <= 0 else self.vlm.looks
+        kind = options.first_look if own else past.asked
+        if not self.conversation.images or (own and self._looks_left <= 0):
+            kind = "none"
+        looks = [] if self.vlm.processor.free_choice or kind == "none" else self.vlm.looks
         question = self.vlm.processor.as_text(with_trigger(past.question, kind, looks))
         self._user_turn(self.vlm.processor.first_turn(question, len(shown)), shown)
         self._begin_turn()
-        if not self._given_turns:
+        if not self._given_turns and self._looks_left > 0:
             self._force_look()
         self._force_given()
 
@@ -275,6 +299,8 @@ class Row:
         text = LOOKS[self.options.look].start if self.options.look in LOOKS else ""
         if self.options.region is not None:
             text = write_call("region", self.options.region, self.vlm.vocabulary.grid) + IM_END
+        if text:
+            self._check_size(len(self.conversation.ids) + CALL)
         self._forced.extend(self.vlm.processor.tokenizer.encode(text, add_special_tokens=False))
 
     def _first_views(self, images: Sequence[Image.Image], stages: Sequence[str] = ()) -> list[ShownImage]:
@@ -307,8 +333,11 @@ class Row:
             self._turn_ids[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         self.conversation.turns.append(Turn("assistant", written, sampled=self._turn_sampled))
-        calls = parse_tokens(self._turn[:-1], self.vlm.vocabulary.grid) if self._looks_left > 0 else []
-        calls = [self._check_call(call) for call in calls]
+        calls = list(parse_tokens(self._turn[:-1], self.vlm.vocabulary.grid)) if self._looks_left > 0 else []
+        has = ", ".join(self.vlm.looks) or "none"
+        for i, call in enumerate(calls):
+            if call.problem is None and call.look not in self.vlm.looks:
+                calls[i] = replace(call, problem=f"the model has no {call.look} look (it has: {has})")
         good = [call for call in calls if call.problem is None]
         for call in calls:
             if call.problem:
@@ -323,6 +352,7 @@ class Row:
             self._looks_left = 0
             self._user_turn(self.vlm.processor.as_text(_plain(self.question)), [])
             self._begin_turn()
+            self._check_size(len(self.conversation.ids))
         else:
             self._looks_left -= 1
             self._show(good)
@@ -344,7 +374,9 @@ class Row:
         with self._timed("look"):
             images = self._look(calls)
         needed = sum(self.vlm.processor.pad_count(image.kind, image.view.grid) for image in images)
-        if len(self.conversation.ids) + needed + TURN >= self.vlm.context:
+        if not self._fits(needed + TURN):
+            if self._given is not None:
+                self._check_size(len(self.conversation.ids) + needed + TURN)
             self.finish, self._closing = "length", True
             for look in self.looks[seen:]:
                 look.problem = f"no room for {needed} tokens in the model's {self.vlm.context}"
@@ -353,13 +385,6 @@ class Row:
         self._user_turn(look_turn(calls), images)
         self._begin_turn()
         self._force_given()
-
-    def _check_call(self, call: Call) -> Call:
-        """The call, with a problem where the model lacks its look."""
-        if call.problem is None and call.look not in self.vlm.looks:
-            has = ", ".join(self.vlm.looks) or "none"
-            return Call(call.look, call.cells, f"the model has no {call.look} look (it has: {has})", call.span)
-        return call
 
     def _look(self, calls: Sequence[Call]) -> list[ShownImage]:
         """The images that answer the calls, in the order of `look_turn`: grouped by look, in order of first call."""
@@ -402,17 +427,11 @@ class Row:
 
     def _answer(self) -> Answer:
         conversation = self.conversation
+        run = len(conversation.ids) - self._tokens_before - self.cached
         return Answer(
             text=self._streamer.text,
             looks=self.looks,
-            usage=Usage(
-                lm_positions=len(conversation.ids) - self._tokens_before - self.cached,
-                sequence_length=len(conversation.ids),
-                vision_patches=self.patches,
-                generated_tokens=self._written,
-                seconds=dict(self.seconds),
-                cached_tokens=self.cached,
-            ),
+            usage=Usage(run, len(conversation.ids), self.patches, self._written, dict(self.seconds), self.cached),
             transcript=list(conversation.turns),
             question=self.question,
             image=conversation.images[self.target].copy() if conversation.images else None,
@@ -420,7 +439,7 @@ class Row:
             warnings=self.vlm.warnings,
             grid=self.vlm.vocabulary.grid,
             finish=self.finish,
-            tokens=list(self.tokens),
+            tokens=list(self._streamer.tokens),
         )
 
     @contextmanager

@@ -7,7 +7,7 @@ equals its rows one by one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from transformers import (
 from relook.errors import UserError
 from relook.looks import IM_END, IM_START, IMAGE_PAD, LOOKS, VISION_END, VISION_START, allowed_next, control_tokens
 from relook.options import AskOptions
+from relook.trace import Token
 
 VIDEO_PAD = "<|video_pad|>"
 
@@ -84,6 +85,14 @@ def draw(logits: Tensor, options: AskOptions, generator: torch.Generator) -> int
     no_ids = torch.LongTensor([[]])  # part of the interface; these three look at the scores alone
     probabilities = warpers(no_ids, logits.float().cpu().unsqueeze(0)).softmax(-1)
     return int(torch.multinomial(probabilities[0], 1, generator=generator))
+
+
+def with_probability(token: int, logits: Tensor, top: int, text: Callable[[list[int]], str]) -> Token:
+    """A token with its log probability in `logits` (V,) and the `top` most probable ones; `text` decodes ids."""
+    logprobs = logits.log_softmax(-1)
+    best = logprobs.topk(top)
+    others = tuple((text([i]), value) for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Token(text([token]), float(logprobs[token]), others)
 
 
 class Vocabulary:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from relook.looks import ANSWER_PREFIX
+from relook.trace import TextDelta, Token
 
 UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character (yet)
 
@@ -25,13 +26,17 @@ class TextStreamer:
         stop: texts before the first of which the text ends.
 
     Attributes:
+        text: emitted so far.
+        tokens: of the text, where they were given.
         stopped: whether one of `stop` came.
     """
 
     def __init__(self, tokenizer: Any, hidden_ids: Collection[int], stop: Sequence[str] = ()):
         self.tokenizer, self.hidden_ids, self.stop = tokenizer, hidden_ids, stop
         self.stopped = False
-        self.text = ""  # emitted so far
+        self.text = ""
+        self.tokens: list[Token] = []
+        self._told = 0  # of the tokens
         self._ids: list[int] = []
         self._from, self._read = (
             0,
@@ -39,22 +44,41 @@ class TextStreamer:
         )  # ids before `_read` are in `_raw`; those from `_from` on are the decoder's context
         self._raw = ""
 
-    def add(self, token: int) -> str:
-        """Add a token; returns the text that is now decided ("" while there is none)."""
+    def add(self, token: int, chosen: Token | None = None) -> TextDelta | None:
+        """Add a token (with its probability); returns the text that is now decided."""
         if token not in self.hidden_ids:
             self._ids.append(token)
+            self.tokens += [] if chosen is None else [chosen]
         before, after = self._decode(self._from, self._read), self._decode(self._from, len(self._ids))
         if len(after) > len(before) and not after.endswith(UNFINISHED):
             self._raw += after[len(before) :]
             self._from, self._read = self._read, len(self._ids)
-        return self._emit(self._strip(self._raw, last=False))
+        if self._raw.rstrip() == ANSWER_PREFIX.rstrip():
+            self.tokens.clear()
+        return self._delta(self._emit(self._strip(self._raw, last=False)), self._covering())
 
-    def finish(self) -> str:
+    def finish(self) -> TextDelta | None:
         """The text that was still held back, at the end of the turn."""
         before, after = self._decode(self._from, self._read), self._decode(self._from, len(self._ids))
         self._raw += after[len(before) :]
         self._from = self._read = len(self._ids)
-        return self._emit(self._strip(self._raw, last=True))
+        piece = self._emit(self._strip(self._raw, last=True))
+        del self.tokens[self._covering() if self.stopped else len(self.tokens) :]
+        return self._delta(piece, len(self.tokens))
+
+    def _delta(self, piece: str, tokens: int) -> TextDelta | None:
+        """A piece, with those of the first `tokens` that no piece had."""
+        new, self._told = tuple(self.tokens[self._told : tokens]), max(self._told, tokens)
+        return TextDelta(piece, new) if piece or new else None
+
+    def _covering(self) -> int:
+        """How many of the tokens the text needs."""
+        length, count = 0, 0
+        while count < len(self.tokens) and length < len(self.text):
+            written = self.tokens[count].text
+            length += len(written if length else written.lstrip())
+            count += 1
+        return count
 
     def _decode(self, begin: int, end: int) -> str:
         if begin == end:
@@ -62,11 +86,6 @@ class TextStreamer:
         return self.tokenizer.decode(
             self._ids[begin:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-
-    @property
-    def before_answer(self) -> bool:
-        """Whether nothing but the answer prefix has come."""
-        return self._raw.rstrip() == ANSWER_PREFIX.rstrip()
 
     def _strip(self, raw: str, last: bool) -> str:
         """`raw` up to a stop text, without outer white space and the prefix that many published answers open with."""
@@ -102,11 +121,12 @@ class PieceStreamer(TextStreamer):
         self.hidden = hidden
 
     def add_text(self, piece: str) -> str:
-        """Add a piece; returns the text that is now decided."""
+        """Add a piece; returns the text that is now decided ("" while there is none)."""
         self._raw += piece
         return self._emit(self._strip(_BEGUN.sub("", self.hidden.sub("", self._raw)), last=False))
 
-    def finish(self) -> str:
+    def finish_text(self) -> str:
+        """The text that was still held back."""
         return self._emit(self._strip(self.hidden.sub("", self._raw), last=True))
 
 

@@ -159,6 +159,7 @@ class VLM:
 
     def _row_of(self, request: Request, conversation: Conversation | None = None) -> Row:
         question, options = checked_question(request.question), self._fitted(request.options)
+        request.check(conversation.images if conversation else ())
         request = replace(request, question=question, options=options)
         return Row(self, conversation or self._begin(), request).ask()
 

@@ -58,7 +58,7 @@ class Reply:
         message |= {"tool_calls": calls} if calls else {}
         choice = {
             "index": 0,
-            "message": {**message, "relook": {"looks": _kept(answer)}},
+            "message": {**message, "relook": self._kept(answer)},
             "logprobs": self._logprobs(answer.tokens),
             "finish_reason": _finish(answer, calls),
         }
@@ -79,7 +79,7 @@ class Reply:
                 calls = self._tool_calls(answer)
                 if calls:
                     yield self._chunk({"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]})
-                kept = {"relook": {"looks": _kept(answer)}}
+                kept = {"relook": self._kept(answer)}
                 yield self._chunk(kept, finish_reason=_finish(answer, calls), relook=self._relook(answer))
                 if self.body.stream_options and self.body.stream_options.include_usage:
                     yield self._json(choices=[], usage=_usage(answer))
@@ -118,6 +118,16 @@ class Reply:
         if not self.crops_in_text or look.kind != "region" or look.image is None:
             return ""
         return SHOWN.format(png_url(look.image))
+
+    def _kept(self, answer: Answer) -> dict[str, Any]:
+        """What a client has to send back in its message, so that the looks stay part of the conversation."""
+        asked = self.body.relook.look if self.body.relook else "auto"
+        taken = [
+            {"kind": look.kind, "cells": _list(look.cells), "turn": turn}
+            for turn, look in _turns(answer)
+            if look.problem is None and look.image is not None  # one that was taken here
+        ]
+        return {"looks": taken, "look": asked}
 
     def _relook(self, answer: Answer) -> dict[str, Any]:
         image = None if answer.image is None else {"width": answer.image.width, "height": answer.image.height}
@@ -166,15 +176,6 @@ def _turns(answer: Answer) -> list[tuple[int, Look]]:
             del left[-calls:]
     return [
         (number, look) for number, turn in enumerate([left, *turns[::-1]] if left else turns[::-1]) for look in turn
-    ]
-
-
-def _kept(answer: Answer) -> list[dict[str, Any]]:
-    """What a client has to send back in its message, so that the looks stay part of the conversation."""
-    return [
-        {"kind": look.kind, "cells": _list(look.cells), "turn": turn}
-        for turn, look in _turns(answer)
-        if look.problem is None and look.image is not None  # one that was taken here
     ]
 
 

@@ -47,6 +47,7 @@ class Exchange:
     images: list[str] = field(default_factory=list)  # addresses
     looks: list[list[Called] | list[GivenLook]] = field(default_factory=list)
     answer: str | None = None
+    look: str | None = None
 
     @property
     def calls(self) -> list[Called]:
@@ -109,7 +110,7 @@ class Conversation:
                         look = GivenLook(cells, image=crops.get(id(look)))
                     given.append(look)
                 turns.append(tuple(given))
-            past.append(Past("\n".join(each.texts), shown, each.answer or "", tuple(turns)))
+            past.append(Past("\n".join(each.texts), shown, each.answer or "", tuple(turns), each.look))
         now, called = past.pop(), bool(self.exchanges[-1].calls)
         options = _options(body, tool, look_at if called else None, default_tokens)
         if options.first_look in LOOKS and not sizes:
@@ -216,6 +217,7 @@ def _assistant(talk: Conversation, message: Message, grid: int) -> None:
     _all_answered(current)
     if message.relook is not None:
         current.looks += _past_looks(message.relook.looks, grid)
+        current.look = current.look or message.relook.look
     if message.tool_calls:
         for call in message.tool_calls:
             if call.function.name != ZOOM:

@@ -86,6 +86,8 @@ class PastLook(Lenient):
 
 class PastLooks(Lenient):
     looks: list[PastLook] = []
+    look: Literal["auto", "none", "region", "clip", "detection", "seg"] | None = None
+    """What the question before it was asked with."""
 
 
 class Message(Lenient):
