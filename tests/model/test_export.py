@@ -8,14 +8,17 @@ import shlex
 
 import pytest
 import torch
+from safetensors import safe_open
 from support.openai_server import PlainQwen
 from support.running_server import data_url
 from support.scripted_model import QUESTION, picture
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 import relook
+from relook.cli.app import app
 from relook.errors import UserError
 from relook.model.export import export, vllm_command
+from relook.model.published import convert
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,20 @@ def test_stock_qwen2_vl_loads_it_whole_and_gives_the_same_logits(exported):
     with torch.no_grad():
         ours, theirs = vlm.model(**inputs).logits, plain(**inputs).logits
     assert torch.equal(ours, theirs)
+
+
+def test_the_published_layout_by_the_command(tmp_path, capsys):
+    convert("cards-tiny", tmp_path / "published", to="published")
+    with pytest.raises(SystemExit) as left:
+        app(["models", "export", str(tmp_path / "published"), "--out", str(tmp_path / "plain")])
+    written, serve = capsys.readouterr().out.splitlines()
+    assert left.value.code == 0 and written == f"written: {tmp_path / 'plain'}" and "vllm serve" in serve
+    with safe_open(tmp_path / "plain" / "model.safetensors", "pt") as plain:
+        names = set(plain.keys())
+    assert {name.split(".")[0] for name in names} == {"model", "visual"}  # tied; no projector
+    with pytest.raises(SystemExit) as left:
+        app(["models", "export", "cards-tiny", "--for", "mlx", "--out", str(tmp_path / "out")])
+    assert left.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("first", ["text", "image"])

@@ -14,12 +14,12 @@ from PIL import Image
 from relook.errors import RelookError, UserError
 from relook.looks import IM_END, LOOKS, with_trigger
 from relook.options import AUTO, NONE
-from relook.regions import Cells, cells_to_box, check_cells, widen
+from relook.regions import Box, Cells, cells_to_box, check_cells, widen
 from relook.trace import Answer, Event, Finished, Look, LookTaken, TextDelta, Turn, Usage
 from relook.views import open_image
 
 from .dialects import DIALECTS, NOT_HERE, Called, ControlTokens, Reply, ZoomCalls
-from .engine import Cancelled, DeadlineExceeded, GivenLook, Past, Request
+from .engine import Cancelled, GivenLook, Past, Request
 from .text import PieceStreamer
 from .vlm import checked_question
 
@@ -33,17 +33,15 @@ class Asking:
     Args:
         engine: an `OpenAIEngine`.
         request: see there.
-        timeout: seconds after which `events` raises `DeadlineExceeded`.
         before: the question before it in a conversation, answered.
 
     Raises:
         UserError: what `VLM.ask` refuses, and what an endpoint does not offer.
     """
 
-    def __init__(self, engine: Any, request: Request, timeout: float | None = None, before: Asking | None = None):
+    def __init__(self, engine: Any, request: Request, before: Asking | None = None):
         self.engine, self.processor, self.options = engine, engine.processor, request.options
         self.request = replace(request, question=checked_question(request.question))
-        self.seconds, self.deadline = timeout, None if timeout is None else time.monotonic() + timeout
         self.spelling: ControlTokens | ZoomCalls = (
             ControlTokens(self.processor)
             if engine.dialect == "tokens"
@@ -143,19 +141,16 @@ class Asking:
         """A turn of looks that were taken before."""
         if other := [look.kind for look in turn if LOOKS[look.kind].reencodes]:
             raise UserError(f"an earlier turn has a {other[0]} look: {NOT_HERE.format(other[0])}")
-        called = [self._called(look.cells) for look in turn if look.cells]
+        called = [Called("region", look.cells, self._box(look.cells)) for look in turn if look.cells]
         self.messages.append(self.spelling.call(called, self.images[self.target].size, self.sent[self.target]))
         own = self.engine.dialect == "relook"  # whose server makes a crop that is not sent
         pairs = [(look.image, each) for look, each in zip(turn, called, strict=True) if look.image or not own]
         self._show(called, [image or self._crop(each) for image, each in pairs])
 
-    def _called(self, cells: Cells) -> Called:
-        box = cells_to_box(
-            widen(cells, self.processor.region_margin, self.engine.grid),
-            self.images[self.target].size,
-            self.engine.grid,
-        )
-        return Called("region", cells, box)
+    def _box(self, cells: Cells) -> Box:
+        """What a region shows, pixels of the original."""
+        grid = self.engine.grid
+        return cells_to_box(widen(cells, self.processor.region_margin, grid), self.images[self.target].size, grid)
 
     def _crop(self, called: Called) -> Image.Image:
         return self.images[self.target].crop(called.box)
@@ -174,7 +169,7 @@ class Asking:
         forced = self.options.first_look == "region" and not self.request.looks and self.engine.dialect != "relook"
         finish: str | None = None
         if forced and self.options.region is not None:
-            called = [self._called(self.options.region)]
+            called = [Called("region", self.options.region, self._box(self.options.region))]
             self.messages.append(self.spelling.call(called, self.images[self.target].size, self.sent[self.target]))
             finish = yield from self._take(called)
             forced = False
@@ -184,6 +179,8 @@ class Asking:
             forced = False
             self.sampled.add(len(self.messages))
             called = self.spelling.read(reply, self.images[self.target].size, self.sent[self.target])
+            for each in called:
+                each.box = each.box or (self._box(each.cells) if each.cells else None)
             if called:
                 self.messages.append(self.spelling.said(reply))
                 finish = yield from self._take(called)
@@ -218,28 +215,23 @@ class Asking:
 
     def _turn(self, reply: Reply, forced: bool) -> Iterator[Event]:
         """One turn of the assistant, read into `reply` as it comes. `forced`: it begins with a call."""
-        client, left = self.engine.client, None
-        if self.deadline is not None:
-            left = max(0.01, self.deadline - time.monotonic())
-            client = client.with_options(timeout=min(left, self.engine.timeout), max_retries=0)
         streamer = PieceStreamer(self.spelling.hidden, self.request.stop)
         begun = LOOKS["region"].start if forced and isinstance(self.spelling, ControlTokens) else ""
         messages = [*self.messages, *([{"role": "assistant", "content": begun}] if begun else [])]
+        create = self.engine.client.chat.completions.create
         try:
-            with self.engine.errors(), client.chat.completions.create(**self._fields(messages, forced)) as stream:
+            with self.engine.errors(), create(**self._fields(messages, forced)) as stream:
                 self._stream = stream
                 reply.text = begun
                 for chunk in stream:
-                    if self._stopped or (self.deadline is not None and time.monotonic() > self.deadline):
+                    if self._stopped:
                         break
                     yield from self._read(chunk, reply, streamer)
         except RelookError:
-            if not self._stopped and (self.deadline is None or time.monotonic() < self.deadline):
+            if not self._stopped:
                 raise
         if self._stopped:
             raise Cancelled("the request was cancelled")
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            raise DeadlineExceeded(f"not finished in {self.seconds:g} s; ask for less")
         if reply.finish is None:
             raise RelookError(f"the reply of {self.engine.url} ended before its answer did; ask again")
         reply.text = reply.text.removesuffix(IM_END)

@@ -20,6 +20,7 @@ from PIL import Image
 
 from relook.errors import UserError
 from relook.looks import (
+    DEFAULT_SYSTEM,
     IM_END,
     IM_START,
     IMAGE_PAD,
@@ -32,7 +33,7 @@ from relook.looks import (
     write_call,
 )
 from relook.looks import Call as TokenCall
-from relook.regions import BOX_FORMS, Box, Cells, box_to_cells, cells_to_box, clamp_box, read_box, widen, write_box
+from relook.regions import BOX_FORMS, Box, Cells, box_to_cells, clamp_box, read_box, write_box
 from relook.views import View
 
 ZOOM = "image_zoom_in_tool"
@@ -69,14 +70,14 @@ class Dialect:
 DIALECTS = {
     "tokens": Dialect(),  # VPT models; views, grid and prompts are those of a relook model's processor
     "relook": Dialect(boxes="pixels"),  # relook serve, which sees to views and prompts by itself
-    "qwen3-vl": Dialect(r"qwen-?3(\.\d)?-?vl", boxes="0-1000", side=32, longest_side=1024),
-    "qwen2.5-vl": Dialect(r"qwen-?2\.5-?vl|deepeyes", boxes="pixels", prompted=True, side=28, longest_side=1036),
+    "qwen3-vl": Dialect(r"qwen-?3[-_]?vl", boxes="0-1000", side=32, longest_side=1024),
+    "qwen2.5-vl": Dialect(r"qwen-?2[._]5[-_]?vl|deepeyes", boxes="pixels", prompted=True, side=28, longest_side=1036),
 }
 
 
 @dataclass
 class Called:
-    """A look that the model calls: what it names, and the box of the original image; or a problem."""
+    """A look that the model calls: the cells or the box of the original image that it names; or a problem."""
 
     kind: str = "region"
     cells: Cells | None = None
@@ -130,13 +131,8 @@ class ControlTokens:
         found = []
         for call in parse_calls(reply.text, self.grid):
             problem = NOT_HERE.format(call.look) if LOOKS[call.look].reencodes and not call.problem else call.problem
-            found.append(Called(call.look, call.cells, self.box(call.cells, size), problem))
+            found.append(Called(call.look, call.cells, problem=problem))
         return found
-
-    def box(self, cells: Cells | None, size: Size) -> Box | None:
-        """What a region shows, pixels of the original."""
-        margin = self.processor.region_margin
-        return None if cells is None else cells_to_box(widen(cells, margin, self.grid), size, self.grid)
 
     def call(self, called: Sequence[Called], size: Size, sent: Size) -> Body:
         text = "".join(write_call("region", each.cells, self.grid) for each in called)
@@ -159,10 +155,10 @@ class ZoomCalls:
         options: of relook's own server, which takes them in a field of their own.
     """
 
-    hidden = re.compile(r"<tool_call>.*?(</tool_call>|$)", re.DOTALL)
-
     def __init__(self, dialect: Dialect, grid: int, options: Body | None = None):
         self.dialect, self.grid, self.options = dialect, grid, options
+        in_text = r"<tool_call>.*?(</tool_call>|$)" if options is None else "(?!)"
+        self.hidden = re.compile(in_text, re.DOTALL)
 
     @property
     def tool(self) -> Body:
@@ -176,11 +172,8 @@ class ZoomCalls:
         return {"type": "function", "function": {"name": ZOOM, "description": said, "parameters": parameters}}
 
     def system(self, given: str | None) -> str | None:
-        return _PROMPT.format(given or "You are a helpful assistant.", json.dumps(self.tool)) if self._told else given
-
-    @property
-    def _told(self) -> bool:
-        return self.dialect.prompted
+        tool = json.dumps(self.tool)
+        return _PROMPT.format(given or DEFAULT_SYSTEM, tool) if self.dialect.prompted else given
 
     def question(self, question: str, images: Sequence[Image.Image]) -> Body:
         return _user("<image>" * len(images) + "\0", images, question)
@@ -188,7 +181,7 @@ class ZoomCalls:
     def fields(self, may_look: bool, forced: bool) -> Body:
         if self.options is not None:
             return {"tools": [self.tool], "extra_body": {"relook": self.options}}
-        if self._told:
+        if self.dialect.prompted:
             return {}
         choice = {"type": "function", "function": {"name": ZOOM}} if forced else "auto" if may_look else "none"
         return {"tools": [self.tool], "tool_choice": choice}
@@ -216,7 +209,7 @@ class ZoomCalls:
             seen = read_box([float(value) for value in values["bbox_2d"]], frame, form)
             pixels = clamp_box(_rescaled(seen, frame, size), size)
             return Called("region", box_to_cells(pixels, size, self.grid), pixels, id=call["id"])
-        except (UserError, ValueError, TypeError, KeyError) as error:
+        except (UserError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             why = str(error) if isinstance(error, UserError) else 'expected {"bbox_2d": [x1, y1, x2, y2]}'
             return Called(problem=f"{said.strip()[:80]} is no region: {why}", id=call["id"])
 
@@ -233,7 +226,7 @@ class ZoomCalls:
             seen = clamp_box(_rescaled(each.box or (0, 0, *size), size, frame), frame)
             box = write_box(seen, frame, form, whole=True)
             calls.append({"id": each.id, "name": ZOOM, "arguments": json.dumps({"bbox_2d": box})})
-        if not self._told:
+        if not self.dialect.prompted:
             return self.said(Reply(calls=calls))
         texts = [f'<tool_call>\n{{"name": "{ZOOM}", "arguments": {call["arguments"]}}}\n</tool_call>' for call in calls]
         return {"role": "assistant", "content": "\n".join(texts)}
@@ -250,10 +243,10 @@ class ZoomCalls:
 
     def results(self, called: Sequence[Called], crops: Sequence[Image.Image]) -> list[Body]:
         """What each call gave; crops follow in a message of the user's."""
-        if self._told or not all(each.id for each in called):
+        if self.dialect.prompted or not all(each.id for each in called):
             shown = "<tool_response>\n<image>\n</tool_response>" * len(crops)
             said = "\n".join(each.problem for each in called if each.problem)
-            return [_user(shown + said, crops)]
+            return [_user(shown + "\0", crops, said)]
         given = "the region is shown in the next message"
         told: list[Body] = [
             {"role": "tool", "tool_call_id": each.id, "content": each.problem or given} for each in called
@@ -315,7 +308,7 @@ def _user(content: str, images: Sequence[Image.Image], question: str = "") -> Bo
         if piece == "<image>"
         else {"type": "text", "text": piece.replace("\0", question)}
         for piece in pieces
-        if piece
+        if piece and (piece != "\0" or question)
     ]
     return {"role": "user", "content": parts}
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Lock, Thread, Timer
 from typing import Any
 
 from relook.errors import RelookError, UserError
@@ -23,7 +23,7 @@ from relook.trace import Answer
 
 from .asking import Asking
 from .dialects import DIALECTS, Views
-from .engine import EngineBusy, EngineClosed, Request, Running
+from .engine import DeadlineExceeded, EngineBusy, EngineClosed, Request, Running
 from .vlm import domain_warnings
 
 
@@ -106,8 +106,15 @@ class OpenAIEngine:
             raise EngineClosed("the engine takes no more requests; open the endpoint again")
         if (rows := len(self._rows)) >= self.max_rows:
             raise EngineBusy(f"{rows} questions are under way; ask again in a second", 1.0)
-        asking = Asking(self, request, timeout)
+        asking = Asking(self, request)
         running = Running(asking.stop)
+
+        def expire() -> None:
+            running.put(DeadlineExceeded(f"not finished in {timeout:g} s; ask for less"))
+            asking.stop()
+
+        timer = Timer(timeout or 0, expire)
+        timer.daemon = True
 
         def work() -> None:
             try:
@@ -115,11 +122,14 @@ class OpenAIEngine:
                     running.put(event)
             except Exception as error:
                 running.put(error)
+            timer.cancel()
             with self._lock:
                 self._rows.discard(running)
 
         with self._lock:
             self._rows.add(running)
+        if timeout is not None:
+            timer.start()
         Thread(target=work, name="relook endpoint", daemon=True).start()
         return running
 
