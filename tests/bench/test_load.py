@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +160,25 @@ def test_both_servers_are_started_and_ended(tmp_path):
     Path(broken).chmod(0o755)
     with pytest.raises(RelookError, match="transformers serve did not start: no such module"):
         run("cards-tiny", [1], rounds=1, per_client=1, tokens=4, transformers_serve=str(broken))
+
+
+STOCK = os.environ.get("RELOOK_STOCK_PYTHON")  # tools/stock_env.py
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(STOCK is None, reason="RELOOK_STOCK_PYTHON names no Python with `transformers serve`")
+def test_stock_transformers_has_the_same_to_do():
+    """The real `transformers serve`: it reads the same image, and writes as long an answer."""
+    load = run(None, [2], rounds=1, per_client=1, tokens=4, transformers_serve=STOCK)
+    ours, _, stock = ([r for c in rounds for r in c.replies] for rounds in load.cells.values())
+    assert len(ours) == len(stock) == 8
+    for one, other in zip(ours, stock, strict=True):
+        assert abs(one.total - one.tokens - (other.total - other.tokens)) <= 2  # a line break may differ
+    assert list(load.ratios)[1] == ("relook serve / transformers serve", 2) and not load.notes
+
+
+def test_servers_that_do_not_read_the_same_are_said_to():
+    alike = {("ours", 1): [Cell(1, (Reply(1, (1,), 4, 360),))], ("stock", 1): [Cell(1, (Reply(1, (1,), 4, 358),))]}
+    assert str(Load("", alike)).endswith("ours 360, stock 358")
+    other = alike | {("stock", 1): [Cell(1, (Reply(1, (1,), 4, 28),))]}
+    assert str(Load("", other)).endswith("ours 360, stock 28; NOT ALIKE")

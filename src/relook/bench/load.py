@@ -276,6 +276,7 @@ class Load:
                 {"ratio": k[0], "clients": k[1], **{name: vars(ratio) for name, ratio in v.items()}}
                 for k, v in self.ratios.items()
             ],
+            "tokens": self.tokens,
             "notes": list(self.notes),
         }
 
@@ -287,18 +288,18 @@ class Load:
         parts = [self.about, *_table(shown)]
         if ratios := self.ratios:
             parts += ["", *_table({key: {n: str(r) for n, r in row.items()} for key, row in ratios.items()})]
-        parts += ["", "tokens of a conversation, and of its answer: " + self._tokens()]
-        return "\n".join([*parts, *self.notes])
+        tokens = self.tokens
+        said = ", ".join(f"{name} {count:.0f}" for name, count in tokens.items())
+        unlike = "; NOT ALIKE" if max(tokens.values()) > 1.05 * min(tokens.values()) else ""
+        return "\n".join([*parts, "", f"tokens of a conversation with its answer: {said}{unlike}", *self.notes])
 
-    def _tokens(self) -> str:
-        """What the servers had to do, to be seen to be alike."""
-        found = []
-        for name in dict.fromkeys(name for name, _ in self.cells):
-            replies = [
-                r for (server, _), rounds in self.cells.items() if server == name for c in rounds for r in c.replies
-            ]
-            found.append(f"{mean(r.total for r in replies):.0f}, {mean(r.tokens for r in replies):.0f} ({name})")
-        return "; ".join(found)
+    @property
+    def tokens(self) -> dict[str, float]:
+        """Server -> tokens of a conversation with its answer, on the mean."""
+        found: dict[str, list[int]] = {}
+        for (name, _), rounds in self.cells.items():
+            found.setdefault(name, []).extend(reply.total for cell in rounds for reply in cell.replies)
+        return {name: mean(counts) for name, counts in found.items()}
 
 
 def _table(rows: Mapping[tuple[str, int], Mapping[str, str]]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """`relook bench` and `relook bench load`."""
 
+import signal
 from typing import Annotated
 
 import typer
@@ -69,6 +70,7 @@ def load(
     except ImportError as error:
         raise UserError(f"relook bench load needs {error.name}: pip install 'relook[serve]'") from error
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the servers end with it
     if url is not None:
         done = run_at(url, counts, rounds, questions, tokens, look, seed, show_status)
     else:
