@@ -19,7 +19,8 @@ from relook.cli import app
 from relook.data import Item, ItemsDataset, build, read_items, write_items
 from relook.data import reader as reader_module
 from relook.data.check import check
-from relook.data.dataset import ItemStream, windowed
+from relook.data.dataset import ItemStream
+from relook.data.order import windowed
 from relook.data.reader import Unreadable, read_records, scan, write_records
 from relook.data.remap import convert
 from relook.data.stats import stats

@@ -30,8 +30,7 @@ def own(tmp_path, monkeypatch):
         for qa in page.qas[:2]:
             line = {"image": f"images/{number}.png", "question": qa.question, "answer": qa.answer, "field": qa.field}
             lines.append(json.dumps(line | {"bboxs": [list(box) for box in qa.boxes]}) + "\n")
-    (tmp_path / "own/questions.jsonl").write_text("".join(lines[:16]))
-    (tmp_path / "own/val.jsonl").write_text("".join(lines[16:]))
+    (tmp_path / "own/questions.jsonl").write_text("".join(lines))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "own"
 
@@ -49,7 +48,7 @@ def test_the_page_as_written(own):
         assert done.exit_code == 0, (words, done.output)
         said[" ".join(words[:2])] = done.stdout
     items, kept = (json.loads((own / name).read_text()) for name in ("items.json", "items.val.json"))
-    assert len(items) + len(kept) == 16 and kept
+    assert len(items) + len(kept) == 20 and kept
     names = [{item["images"][0] for item in part} for part in (items, kept)]
     assert not names[0] & names[1]
     assert "data:image" in (own / "preview.html").read_text()

@@ -11,7 +11,7 @@ from support.objectives import objective_of
 from support.synthetic import OBJECTIVE, SIZE, SOURCE, TINY, Pages
 
 from relook.data.dataset import open_items
-from relook.data.items import Question
+from relook.data.items import Question, item_question
 from relook.errors import UserError
 from relook.io import read_lines
 from relook.looks import LOOKS, write_call
@@ -22,7 +22,7 @@ from relook.train.checkpoints import Checkpoints, StageModel
 from relook.train.instruct import CLASSES, TokenClasses
 from relook.train.recipe import Recipe, Stage, Validation
 from relook.train.runner import run
-from relook.train.validation import ANNOTATED, Validator, from_item, picture, region_iou
+from relook.train.validation import ANNOTATED, Validator, picture, region_iou
 
 
 def plan(**changes) -> Recipe:
@@ -90,7 +90,7 @@ def test_items_are_held_out_of_a_file(tmp_path: Path, monkeypatch) -> None:
     assert [item.extra["number"] for item in open_items(data, 1, 3).validation] == numbers[1]
     with pytest.raises(UserError, match="would hold out most of the 10 items"):
         open_items(data, 1, 10)
-    question = from_item(held[0], grid=8)
+    question = item_question(held[0], grid=8)
     assert question is not None and question.text == "What?" and question.answer == "42"
     assert question.boxes == ((10, 20, 40, 50),)
     stage = Stage(name="s", objective="instruct", samples=2)

@@ -23,9 +23,10 @@ from support.own_items import conversation, picture, write_items_of
 from support.synthetic import SIZE, TINY
 
 from relook.data.collate import EncodedDataset, group_by_length, item_length
-from relook.data.dataset import SampledItems, interleaved, open_items
+from relook.data.dataset import SampledItems, open_items
 from relook.data.images import split_ref
 from relook.data.items import Item
+from relook.data.order import interleaved
 from relook.data.records import records
 from relook.data.remap import convert
 from relook.errors import UserError

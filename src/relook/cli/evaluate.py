@@ -33,7 +33,10 @@ def evaluate(
             help="auto, none, region, clip, detection, seg, oracle (annotated), random, blank, clip-unconditioned, ...",
         ),
     ] = None,
-    n: Annotated[int | None, Option("--n", "--limit", min=1, metavar="N", help="Questions of each task.")] = None,
+    n: Annotated[
+        int | None,
+        Option("--n", "--limit", min=1, metavar="N", help="Questions of each task."),
+    ] = None,
     out: Annotated[Path | None, Option(metavar="FOLDER", help="Where results and a record of each answer go.")] = None,
     seed: Annotated[int, Option(metavar="N", help="Of pages drawn, random regions, intervals.")] = 0,
     batch: Annotated[str, Option(metavar="N", help="Questions per batch; auto: measure, and take the fastest.")] = "8",

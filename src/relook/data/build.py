@@ -28,7 +28,7 @@ from relook.data.forms import Found, is_dataset, read
 from relook.data.images import ImageFinder, ImageRef, file_size, place_image, relative, split_ref, with_file
 from relook.data.items import IMAGE_KEYS, Item, LeftOut, Message, Question, image_size, naming, variant, write_items
 from relook.data.reader import folder_of, writing_records
-from relook.data.rules import DIRECT, BuildOptions, draw, question_boxes, region_cells
+from relook.data.rules import DIRECT, BuildOptions, draw, question_boxes, region_cells, val_path
 from relook.data.settings import BUILT, SETTINGS, model_settings
 from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX, LOOKS, look_turn, parse_calls, write_call
@@ -135,11 +135,6 @@ def _for_model(model: str, options: dict[str, Any]) -> dict[str, Any]:
             f"look {', '.join(sorted(lacking))}: {model} has {', '.join(looks)}; give one of these, or none"
         )
     return options | wanted
-
-
-def val_path(dst: str | Path) -> Path:
-    """Where the validation items of a build go: `items.json` -> `items.val.json`."""
-    return Path(dst).with_suffix(f".val{Path(dst).suffix}")
 
 
 def _write_parts(

@@ -15,7 +15,6 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from relook.data.faults import Context, refuse
 from relook.data.forms.table import row_question, stored_image
 from relook.data.images import file_size, split_ref
 from relook.data.items import COLUMNS, IMAGE_KEYS, Item, variant
+from relook.data.order import interleaved, windowed
 from relook.data.reader import Record, Unreadable, folder_of, readable
 from relook.data.records import Records, records
 from relook.data.rules import BuildOptions, Data, ItemSource
@@ -36,7 +36,6 @@ from relook.io import rng
 Found = tuple[int, Record]  # number of the source, record of it
 
 BUFFER = 16384  # records of a window that a stream shuffles, as in the published training
-DRAWS = 1000  # draws between sources that are made at a time
 EARLY = 200  # samples: a share of unreadable ones is not judged on fewer
 
 
@@ -99,15 +98,6 @@ class ItemStream(ItemsDataset):
         return (self[number] for number in order[self.part[0] :: self.part[1]].tolist())
 
 
-def windowed(count: int, window: int, draw: np.random.Generator) -> np.ndarray:
-    """The numbers below `count`, shuffled within windows that follow one another; where windows begin is drawn, too.
-
-    So records are read nearly from front to back, and no two that are read in turn lie further apart than a window.
-    """
-    edges = [0, *range(int(draw.integers(window)) or window, count, window), count]
-    return np.concatenate([draw.permutation(end - begin) + begin for begin, end in pairwise(edges)])
-
-
 def _placed(record: Record, image_root: str | Path | None) -> Item:
     """The item of a record that is one, its image paths below the root, or the folder of the record's file."""
     value = record.value
@@ -121,34 +111,6 @@ def _placed(record: Record, image_root: str | Path | None) -> Item:
 # -- the items of a recipe, by position
 
 
-def interleaved(
-    lengths: Sequence[int], shares: Sequence[float], over: bool, draw: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """One epoch drawn from several sources, as `datasets.interleave_datasets` draws with probabilities.
-
-    Args:
-        lengths: of the sources.
-        shares: their probabilities, which add up to 1.
-        over: end when every source has run out once (one that runs out early starts again); else when the first does.
-
-    Returns:
-        (n,) the source of each draw; (n,) how many came from that source before.
-    """
-    which = np.empty(0, dtype=np.int64)
-    while True:
-        which = np.concatenate([which, draw.choice(len(lengths), size=DRAWS, p=np.asarray(shares))])
-        places = [np.flatnonzero(which == source) for source in range(len(lengths))]
-        ends = [int(place[n - 1]) for place, n in zip(places, lengths, strict=True) if len(place) >= n]
-        if ends and (not over or len(ends) == len(lengths)):
-            break
-    which = which[: (max(ends) if over else min(ends)) + 1]
-    before = np.empty(len(which), dtype=np.int64)
-    for source in range(len(lengths)):
-        place = np.flatnonzero(which == source)
-        before[place] = np.arange(len(place))
-    return which, before
-
-
 class SampledItems:
     """The items of several sources by position, epoch after epoch in a new order; records are read by number.
 
@@ -158,7 +120,8 @@ class SampledItems:
     Args:
         data: of the recipe; with several sources, `data.mix` says how they come together.
         seed: of the order.
-        validation: how many records are held out (`self.validation`), by image, and never come otherwise.
+        validation: how many records are held out (`self.validation`), by image, and never come otherwise: those of the
+            file that `relook data build --val` wrote beside a source, else of the source itself.
         processor: of the model that learns: questions become items on its grid and in its order.
         sources: records in place of those that `data` names (items in memory).
 
@@ -191,6 +154,7 @@ class SampledItems:
         self.window = max(1, data.buffer // (1 if data.mix == "concat" else len(weights))) if data.streaming else 0
         opened = [records(s.path, s.split, self.window) for s in self.sources] if sources is None else sources
         self.records = list(opened)
+        self.held = [records(s.val) if validation and s.val else r for s, r in zip(self.sources, opened, strict=True)]
         self.validation = ValidationSplit(self, self._hold_out(validation))
         self._drawn = [np.zeros(len(weights), dtype=np.int64)]  # of each source, before each epoch that is known
         self._order: tuple[int, Any, Any] = (-1, None, None)
@@ -206,12 +170,14 @@ class SampledItems:
         return [one for source in self.records for one in source.unreadable]
 
     def _hold_out(self, count: int) -> list[tuple[int, int]]:
-        """Choose the (source, number) of `count` records for validation; `_numbers` keeps those of the others.
+        """Choose the (source, number) of `count` records for validation; `numbers` keeps those of the others.
 
         Each source gives its share, those first whose image comes first in an order that depends on the images' paths
         alone. A record that shares an image with one that is held out is not taught either.
         """
-        keys = [self._image_keys(source) for source in range(len(self.records))] if count else []
+        keys = [self._image_keys(*pair) for pair in zip(self.sources, self.records, strict=True)] if count else []
+        beside = [own is not held for own, held in zip(self.records, self.held, strict=True)]
+        split = [self._image_keys(s, h) if b else k for s, h, b, k in zip(self.sources, self.held, beside, keys)]  # noqa: B905
         lengths = [len(source) for source in self.records]
         total, names = sum(lengths), ", ".join(source.path for source in self.sources)
         few = f"say fewer: validation.items={max(1, total // 10)}"
@@ -220,30 +186,31 @@ class SampledItems:
         if bad := self.unreadable:
             first = f"{bad[0].where}: {bad[0].why}"
             check_share(len(bad), total + len(bad), "records", self.data.max_broken, first)
-        if 2 * count > total:
+        if 2 * count > total and not all(beside):
             raise UserError(
                 f"validation.items is {count} and would hold out most of the {total} items in {names}; {few}"
             )
-        self._numbers = [np.arange(length) for length in lengths]
+        self.numbers = [np.arange(length) for length in lengths]
         chosen: list[tuple[int, int]] = []
-        for source, (own, quota) in enumerate(zip(keys, np.diff(np.cumsum([0, *lengths]) * count // total))):  # noqa: B905
+        for source, (own, quota) in enumerate(zip(split, np.diff(np.cumsum([0, *lengths]) * count // total))):  # noqa: B905
             ranked = sorted((images[0], number) for number, images in enumerate(own))
             chosen += sorted((source, number) for _, number in ranked[:quota])
-        held = {key for source, number in chosen for key in keys[source][number]}
+        held = {key for source, number in chosen for key in split[source][number]}
+        held |= {key for own, whole in zip(split, beside, strict=False) if whole for images in own for key in images}
         for source, own in enumerate(keys):
-            self._numbers[source] = np.flatnonzero([held.isdisjoint(images) for images in own])
-            if not len(self._numbers[source]):
+            self.numbers[source] = np.flatnonzero([held.isdisjoint(images) for images in own])
+            if not len(self.numbers[source]):
                 raise UserError(
                     f"validation.items is {count} and leaves nothing to learn from in {self.sources[source].path}: all "
                     f"of it shows images that are held out; {few}, or name a file of other images as validation.path"
                 )
         return chosen
 
-    def _image_keys(self, source: int) -> list[tuple[int, ...]]:
+    def _image_keys(self, spec: ItemSource, records: Records) -> list[tuple[int, ...]]:
         """Of each record the 64-bit keys of its images, by path from here or content; of its text where it has none."""
-        spec, found = self.sources[source], []
+        found = []
         columns = (*IMAGE_KEYS, *([spec.columns["image"]] if "image" in spec.columns else COLUMNS["image"]))
-        for record in self.records[source]:
+        for record in records:
             if isinstance(record, Unreadable):
                 continue
             value = record.value["item"].to_dict() if isinstance(record.value.get("item"), Item) else record.value
@@ -268,15 +235,15 @@ class SampledItems:
     def _ordered(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The sources and record numbers of an epoch, in order; the last epoch asked for is kept."""
         if self._order[0] != epoch:
-            sizes, draw = [len(numbers) for numbers in self._numbers], np.random.default_rng([self.seed, epoch])
+            sizes, draw = [len(numbers) for numbers in self.numbers], np.random.default_rng([self.seed, epoch])
             if self.data.mix == "concat":
                 order = self._shuffled(sum(sizes), draw)
                 which = np.repeat(np.arange(len(sizes)), sizes)[order]
-                numbers = np.concatenate(self._numbers)[order]
+                numbers = np.concatenate(self.numbers)[order]
             else:
                 which, before = interleaved(sizes, self.shares, self.data.mix == "interleave_over", draw)
                 numbers = np.empty_like(before)
-                for source, own in enumerate(self._numbers):
+                for source, own in enumerate(self.numbers):
                     mine = which == source
                     numbers[mine] = own[self._turn(source, before[mine] + self._drawn[epoch][source], len(own))]
             self._order = epoch, which, numbers
@@ -348,7 +315,7 @@ class ValidationSplit(Sequence[Item]):
     def record(self, index: int) -> Found:
         """The source and the record of a held-out item."""
         source, number = self.keys[index]
-        return source, self.items.records[source][number]
+        return source, self.items.held[source][number]
 
 
 def open_items(data: Data, seed: int, validation: int = 0, processor: Any = None) -> SampledItems:

@@ -34,7 +34,7 @@ from relook.data.reader import read_records, write_records
 from relook.data.settings import BUILT
 from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX, LOOKS, parse_calls, without_triggers, write_call
-from relook.regions import Box, upright
+from relook.regions import GRID, Box, cells_to_box, upright
 
 IMAGE_KEYS: tuple[str, ...] = tuple(LOOKS[name].item_key for name in LOOKS)  # "images", "clip_images", ...
 PLACEHOLDERS: dict[str, str] = {LOOKS[name].item_key: LOOKS[name].placeholder for name in LOOKS}
@@ -194,10 +194,38 @@ def write_items(path: str | Path, items: Iterable[Item]) -> int:
 
 
 def read_questions(path: str | Path, image_root: str | Path | None = None) -> Iterator[Question]:
-    """The questions of a file, lazily; image paths placed below `image_root`, or below the file's folder."""
+    """The questions of a file (also of items), lazily; image paths below `image_root`, or the file's folder."""
     root = Path(path).parent if image_root is None else image_root
     for record in read_records(path):
-        yield Question.from_dict(record.value, record.where).under(root, strict=image_root is not None)
+        if "messages" not in record.value:
+            yield Question.from_dict(record.value, record.where).under(root, strict=image_root is not None)
+            continue
+        question = item_question(Item.from_dict(record.value, record.where).under(root, strict=image_root is not None))
+        if question is None:
+            raise UserError(f"{record.where}: an item without a question about an image; expected one to ask")
+        yield question
+
+
+def item_question(item: Item, grid: int | None = None) -> Question | None:
+    """The question of an item: None for one without an image of its own, or that is not answered in words.
+
+    Its boxes are those that the item keeps of its question (`bboxs`), else what its region calls name.
+
+    Args:
+        grid: cells per side; as the item was built, else 8, unless given.
+    """
+    extra, grid = item.extra, grid or item.extra.get(BUILT, {}).get("grid", GRID)
+    asked = next((turn.content for turn in item.messages if turn.role == "user"), "").replace("<image>", "").strip()
+    said = [turn.content for turn in item.messages if turn.role == "assistant"]
+    if not asked or not said or not item.images["images"]:
+        return None
+    answers = tuple(extra.get("answers") or [said[-1].removeprefix(ANSWER_PREFIX)])
+    question = Question(item.images["images"][0], asked, answers, field=extra.get("field"), where=item.where)
+    cells = [call.cells for text in said for call in parse_calls(text, grid) if call.cells and call.problem is None]
+    if extra.get("bboxs"):
+        return replace(question, boxes=_boxes(extra["bboxs"], item.where))
+    size = image_size(question) if cells else (1, 1)
+    return replace(question, boxes=tuple(cells_to_box(each, size, grid) for each in cells))
 
 
 def from_page(page: Any, index: int, where: str = "") -> Question:

@@ -175,6 +175,11 @@ def _usable(box: Box, size: tuple[int, int], where: str, outside: str, note: Not
 # -- data of a recipe
 
 
+def val_path(dst: str | Path) -> Path:
+    """Where the validation items of a build go: `items.json` -> `items.val.json`."""
+    return Path(dst).with_suffix(f".val{Path(dst).suffix}")
+
+
 class Strict(BaseModel):
     """A pydantic model in which an unknown key is an error."""
 
@@ -207,6 +212,12 @@ class ItemSource(Strict):
     @classmethod
     def _relative(cls, value: str | None) -> str | None:
         return relative_path(value)
+
+    @property
+    def val(self) -> str | None:
+        """The validation items that `relook data build --val` wrote beside these; None where there is no such file."""
+        beside = val_path(self.path)
+        return str(beside) if beside.is_file() else None
 
     @field_validator("look")
     @classmethod

@@ -78,6 +78,8 @@ class Evaluation:
         own = {key: None if j is None or j.mean is None else 100 * j.mean for key, j in judgements.items()}
         if published := beside(own):
             parts += [published.text(), "published: " + "; ".join(PAPER["caveats"])]
+        drawn = self.run.get("drawn") or []
+        parts += ["drawn: " + "; ".join(drawn)] if drawn else []
         return "\n\n".join(parts + [f"failed: {error}" for r in self.results for error in r.errors[:1]])
 
 

@@ -55,7 +55,8 @@ def evaluate(
         model: a name, folder or hub id for `relook.load`, or a loaded `VLM`.
         tasks: names of `TASKS`, or paths of question files.
         looks: names of `SETTINGS`.
-        n: questions of each task (None: as many as the protocol says, or as is usual for the task).
+        n: questions of each task, drawn over the images of one that is read from files (None: as many as the protocol
+            says, or as is usual for the task).
         out: folder for results.json and records.jsonl (one record a question and look); both appear when the run ends,
             until then records grow in records.jsonl.part. A run that was cut goes on there when it is given again.
         seed: of the pages drawn, the random regions and the intervals.
@@ -75,13 +76,13 @@ def evaluate(
         RelookError: not one question was answered.
     """
     first: Any = 1 if batch == AUTO else batch
-    plan = Plan(tuple(tasks), tuple(looks), n, seed, first, max_new_tokens, protocol, places).checked()
+    plan = Plan(tuple(tasks), tuple(looks), n, seed, first, max_new_tokens, protocol, places, n is not None).checked()
     with EXECUTORS[find_executor(engine)](model, dtype, replicas) as executor:
         run: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions()}
         run |= executor.about(plan, hashed=out is not None)
         if batch == AUTO:
             plan, run["measured"] = _with_fastest_batch(plan, executor, out)
-        run |= plan.to_dict() | {"engine": find_executor(engine)}
+        run |= plan.to_dict() | {"engine": find_executor(engine), "drawn": plan.drawn()}
         with locked_folder(out) if out is not None and executor.main else nullcontext():
             evaluation = _asked(plan, run, executor, out, progress, overwrite)
     if not _any_answer(evaluation):

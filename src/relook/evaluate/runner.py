@@ -42,6 +42,7 @@ class Plan:
     max_new_tokens: int | None
     protocol: str
     places: Places | None = None
+    sampled: bool = False  # whether `n` is the user's: of a task that ends, questions are then drawn over its images
 
     def checked(self) -> Plan:
         """The plan, with the protocol's number of questions where none is given.
@@ -59,7 +60,7 @@ class Plan:
                 f"n={self.n} questions with batch={self.batch}; expected 1 or more of both (or batch='auto')"
             )
         self.rows()
-        return replace(self, n=find_protocol(self.protocol).n if self.n is None else self.n)
+        return self if self.n is not None else replace(self, n=find_protocol(self.protocol).n, sampled=False)
 
     def rows(self) -> list[Task]:
         """The tasks, each once."""
@@ -75,11 +76,21 @@ class Plan:
         }
 
     def questions(self, task: Task) -> Iterator[Question]:
-        return task.items(self.n, self.seed, self.places)
+        return iter(self._sample(task)[0]) if self._samples(task) else task.items(self.n, self.seed, self.places)
+
+    def drawn(self) -> list[str]:
+        """How the questions of each task were drawn, where not all of them are asked."""
+        return [self._sample(task)[1] for task in self.rows() if self._samples(task)]
+
+    def _samples(self, task: Task) -> bool:
+        return self.sampled and (task.usual is None or task.finite)
+
+    def _sample(self, task: Task) -> tuple[list[Question], str]:
+        return task.sample(self.n or 0, self.seed, self.places)
 
     def total(self, task: Task) -> int:
         """How many questions of a task there are. One without end is not counted through: its pages would be drawn."""
-        if task.usual is not None:
+        if task.usual is not None and not self._samples(task):
             return self.n or task.usual
         return sum(1 for _ in self.questions(task))
 

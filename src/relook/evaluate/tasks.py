@@ -13,6 +13,7 @@ that image paths are below; else the questions' own), `n` (how many are asked by
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -24,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from relook import plugins
 from relook.data.items import Question, read_questions
+from relook.data.rules import draw
 from relook.errors import UserError
 from relook.evaluate import benchmark_readers as readers
 from relook.evaluate.metrics import SCORERS
@@ -51,6 +53,7 @@ class Task:
     """Its name, what it is, its questions for a seed and places (possibly without end), and its scores.
 
     usual    how many questions are asked by default; None for all of them
+    finite   whether its questions come to an end, where `usual` is given
     tokens   the longest turn, unless the user or the protocol sets it
     image    draws the image of a record again, for reports, where a task's images are not files; it raises UserError
              where it cannot
@@ -62,11 +65,30 @@ class Task:
     scores: tuple[str, ...] = ("exact", "anls")
     usual: int | None = None
     tokens: int = 64
+    finite: bool = False
     image: Callable[[Record], Image.Image] | None = None
 
     def items(self, n: int | None, seed: int, places: Places | None = None) -> Iterator[Question]:
-        """The first `n` questions (None: as many as usual); drawn images are others for another seed."""
+        """`n` questions (None: as many as usual); drawn images are others for another seed."""
         return islice(self.questions(seed, places or Places()), self.usual if n is None else n)
+
+    def sample(self, n: int, seed: int, places: Places | None = None) -> tuple[list[Question], str]:
+        """`n` of the questions, and a sentence on how they were drawn: spread over the images, by the seed alone.
+
+        Every image is asked once before one is asked twice; the order is the file's.
+        """
+        every = list(self.questions(seed, places or Places()))
+        asked: Counter[str] = Counter()
+        ranks = []
+        for key, number in sorted((draw(f"{seed}|{number}|{q.text}"), number) for number, q in enumerate(every)):
+            image = every[number].image
+            name = image if isinstance(image, str) else f"#{number}"
+            ranks.append((asked[name], key, number, name))
+            asked[name] += 1
+        chosen = sorted(ranks)[:n]
+        shown = len({name for *_, name in chosen})
+        said = f"{self.name}: {len(chosen)} of {len(every)} questions, on {shown} of {len(asked)} images (seed {seed})"
+        return [every[number] for number in sorted(number for _, _, number, _ in chosen)], said
 
 
 @dataclass(frozen=True)
@@ -210,4 +232,5 @@ def _task(path: Path, name: str, raw: Any) -> Task:
             raise UserError(f"{where}: score {score!r} is unknown; {nearest(score, [*SCORERS, *SPLIT_SCORES])}")
         scores.append(score if score in SCORERS else SPLIT_SCORES[score].of)
     about = line.about or str(questions)
-    return Task(name, about, lambda *_: read_questions(questions, images), tuple(dict.fromkeys(scores)), line.n)
+    asked = lambda *_: read_questions(questions, images)  # noqa: E731
+    return Task(name, about, asked, tuple(dict.fromkeys(scores)), line.n, finite=True)

@@ -53,7 +53,8 @@ def made_of(recipe: Recipe, stage: Stage, before: Mapping[str, Any] | None) -> d
     said: dict[str, Any] = {"relook": VERSION, "seed": recipe.seed, "data": about}
     said["stages"] = {stage.name: stage.model_dump(**changed, exclude={"data"})}
     if data.source == "json":
-        about["digests"] = {source.path: content_digest(source.path) for source in data.all_sources()}
+        held = [source.val for source in data.all_sources() if source.val and recipe.validation.items]
+        about["digests"] = {path: content_digest(path) for path in [*(s.path for s in data.all_sources()), *held]}
         said["validation"] = {"items": recipe.validation.items}  # fewer are left to learn from
     if before is None:
         said["model"] = {**recipe.model.model_dump(**changed), "digests": recipe.model.digests()}

@@ -72,6 +72,8 @@ class Items:
 
     items: int = 0
     held: int = 0
+    taught: int = 0
+    beside: str = ""  # the files they are held out in, where `data build --val` wrote some
     images: int = 0
     lengths: list[int] = field(default_factory=list)
     problems: Counter[str] = field(default_factory=Counter)
@@ -84,7 +86,8 @@ class Items:
 
     def lines(self) -> list[str]:
         """The items as people read them."""
-        kept = f" ({self.items - self.held:,} to learn from, {self.held:,} held out)" if self.held else ""
+        kept = f" ({self.taught:,} to learn from, {self.held:,} held out)" if self.held else ""
+        kept = f", {self.held:,} more held out in {self.beside}" if self.beside else kept
         lines = [f"  items    {self.items:,}{kept}, {_counted(self.images, 'image file')}"]
         if not self.problems:
             lines[0] += "; every image is there, every token is known"
@@ -230,7 +233,8 @@ def read_items(sampled: SampledItems, info: StartInfo, note: Note = lambda text:
         at = len(sample) if len(sample) < SAMPLE else draw.randrange(found.items)
         if at < SAMPLE:
             sample[at : at + 1] = [(record.where, item)]
-    found.images = len(files)
+    found.images, found.taught = len(files), sum(len(numbers) for numbers in sampled.numbers)
+    found.beside = ", ".join(source.val for source in sampled.sources if found.held and source.val)
     for where, item in sample if info.processor is not None and not found.problems else ():
         try:
             found.lengths.append(item_length(info.processor, item))

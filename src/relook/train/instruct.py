@@ -15,7 +15,7 @@ from torch import Tensor
 
 from relook.data.collate import Collator, EncodedDataset, SkippedSample, pack_up
 from relook.data.dataset import SampledItems
-from relook.data.items import Question
+from relook.data.items import Question, item_question
 from relook.errors import UserError
 from relook.looks import LOOKS, x_token, y_token
 from relook.train.objective import Examples, Objective, Setup, Share
@@ -94,11 +94,9 @@ class Instruct(Conversations):
 
     def questions(self) -> Iterator[Question]:
         """The questions of the items that are held out; those that cannot be read, or ask nothing, are left out."""
-        from relook.train.validation import from_item
-
         for number in range(len(self.items.validation)):
             try:
-                question = from_item(self.items.validation[number], self.processor.grid_size)
+                question = item_question(self.items.validation[number], self.processor.grid_size)
             except UserError:
                 continue
             if question is not None:

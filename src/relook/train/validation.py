@@ -21,7 +21,6 @@ import torch
 from relook.data.collate import SkippedSample
 from relook.data.items import Question, read_questions
 from relook.errors import RelookError, UserError
-from relook.looks import parse_calls
 from relook.model.segments import ranks_synchronised
 from relook.regions import Box, cells_to_box, iou, union, upright
 from relook.trace import Answer
@@ -148,26 +147,6 @@ def ask(vlm: Any, questions: list[Question]) -> list[Answer | None]:
         if len(questions) == 1:
             return [None]
         return [answer for question in questions for answer in ask(vlm, [question])]
-
-
-def from_item(item: Any, grid: int) -> Question | None:
-    """The question of an item in the published format; its annotated box is what its region call names.
-
-    None for an item without an image of its own, or one that is not answered in words.
-    """
-    data = item.to_dict() if hasattr(item, "to_dict") else item
-    asked = next((m["content"] for m in data["messages"] if m["role"] == "user"), "").replace("<image>", "").strip()
-    said = [m["content"] for m in data["messages"] if m["role"] == "assistant"]
-    if not asked or not said or not data["images"]:
-        return None
-    image = data["images"][0]
-    boxes: tuple[Box, ...] = ()
-    cells = [call.cells for text in said for call in parse_calls(text, grid) if call.cells and call.problem is None]
-    if cells:
-        from relook.views import open_image
-
-        boxes = tuple(cells_to_box(c, upright(open_image(image)).size, grid) for c in cells)
-    return Question(image, asked, (said[-1],), boxes)
 
 
 def region_iou(answer: Answer, boxes: tuple[Box, ...], grid: int) -> float:
