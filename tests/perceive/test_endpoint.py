@@ -27,6 +27,7 @@ from relook.looks import write_call
 from relook.model.export import export
 from relook.options import AskOptions
 from relook.perceive.engine import Cancelled, DeadlineExceeded, EngineBusy, EngineClosed, GivenLook, Past, Request
+from relook.perceive.local import LocalEngine
 from relook.perceive.openai import OpenAIEngine
 from relook.processing import View
 from relook.trace import Finished, LookTaken, TextDelta
@@ -143,6 +144,12 @@ def test_prompts_views_and_margin_are_the_processors(tiny_vlm, tmp_path, free_ch
             assert [turn.text for turn in ours.transcript] == [turn.text for turn in theirs.transcript]
             assert ours.looks == theirs.looks and ours.finish == theirs.finish == "length"
             assert ours.usage.sequence_length == theirs.usage.sequence_length - 1  # whose <|im_end|> is counted
+        past = Past("Before?", (picture(),), "Yes.", look="auto")
+        request = Request("And now?", (), AskOptions.of({"look": "none", "max_new_tokens": 2}), past=(past,))
+        local = LocalEngine(vlm)
+        ours, theirs = ([*engine.submit(request)][-1].answer for engine in (remote.engine, local))
+        local.close()
+        assert [turn.text for turn in ours.transcript] == [turn.text for turn in theirs.transcript]
         asked = remote.ask(picture(), "What is it?", max_new_tokens=1).transcript[1].text
         assert asked == vlm.ask(picture(), "What is it?", max_new_tokens=1).transcript[1].text
 

@@ -71,6 +71,7 @@ class Asking:
 
     def _check(self) -> None:
         options, engine, request = self.options, self.engine, self.request
+        request.check(self.images)
         look = options.first_look
         if look not in (AUTO, NONE, *engine.looks):
             if look in LOOKS and LOOKS[look].reencodes:
@@ -107,7 +108,7 @@ class Asking:
         if not self.messages and (system := self.spelling.system(request.system)):
             self.messages.append({"role": "system", "content": system})
         for past in request.past:
-            self._ask(past, past.looks[0][0].kind if past.looks else NONE)
+            self._ask(past, past.asked)
             kept = [
                 {"kind": look.kind, "cells": look.cells and list(look.cells), "turn": number}
                 for number, turn in enumerate(past.looks)
@@ -115,7 +116,7 @@ class Asking:
             ]
             for turn in () if own else past.looks:
                 self._given(turn)
-            more = {"relook": {"looks": kept}} if own and kept else {}  # that server makes the crops again
+            more = {"relook": {"looks": kept, "look": past.asked}} if own else {}  # that server makes the crops again
             self.messages.append({"role": "assistant", "content": past.answer, **more})
         self._ask(Past(request.question, request.images), self.options.first_look if self._left else NONE)
         if (at := self.options.look_at) is not None:
