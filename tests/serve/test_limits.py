@@ -100,6 +100,7 @@ def test_pixels_are_counted_over_the_images_of_a_request():
     assert "48 x 32 pixels are 1,536; this server takes at most 1,535" in refusal(data, Limits(pixels=1535))
 
 
+@pytest.mark.filterwarnings("ignore:Tag data")
 def test_damaged_files_are_refused_or_opened_and_nothing_else():
     """Flipped bytes, cut and doubled stretches of files of every format."""
     draw = np.random.default_rng(0)

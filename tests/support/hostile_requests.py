@@ -12,7 +12,15 @@ from typing import Any
 
 from support import hostile_images
 
-DROP = object()
+
+class Drop:
+    """A field that is left out."""
+
+    def __repr__(self):
+        return "nothing"
+
+
+DROP = Drop()
 PAST = {"kind": "region", "cells": [0, 0, 1, 1]}
 QUESTION = "What is the code in the red box?"
 LIMITS = {"body_bytes": 4 * 2**20, "body_seconds": 0.5, "images": 3, "pixels": 500_000, "turns": 8}
