@@ -1,6 +1,8 @@
 """`relook train --dry-run`: its data, parameters, tokens, steps and memory are correct, and it writes nothing."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from relook.cli.app import app
 from relook.data.collate import Collator
 from relook.model.loading import load_model, load_processor
 from relook.train.dry_run import dry_run, standing_memory
+from relook.train.instruct import Conversations
 from relook.train.optim import by_part, set_trainable
 from relook.train.recipe import Stage
 
@@ -157,3 +160,33 @@ def test_standing_memory_is_what_training_holds(made) -> None:
     assert said["gradients"] == size(p.grad for p in model.parameters() if p.grad is not None)
     states = size(t for state in optimiser.state.values() for t in state.values() if t.ndim)
     assert said["optimiser"] == states
+
+
+def test_what_is_known_is_said_before_anything_is_run(made, items, monkeypatch) -> None:
+    """Parameters and steps, then items, then cost: each part as soon as it is known, and in all the whole report."""
+    said: list[str] = []
+    monkeypatch.setattr("relook.train.dry_run._measure", lambda *_: said.append("(a batch runs)"))
+    monkeypatch.setattr("relook.train.dry_run.item_length", lambda *_: said.append("(an item is counted)") or 9)
+    given = small(items, f"model.start={made['with clip']}")
+    found = dry_run(RECIPES / "own-data.yaml", given, say=said.append)
+    order = [text.strip().partition("\n")[0].partition(":")[0].partition(" ")[0] for text in said]
+    assert order == ["own-data", "stage", *["(an"] * 7, "items", "(a", "memory"]
+    assert "\n".join(text for text in said if not text.startswith("(")) == str(found)
+
+
+def test_one_small_batch_is_run_and_scaled(made, items, monkeypatch) -> None:
+    sizes: list[int] = []
+    collate = Conversations.collate
+    monkeypatch.setattr(Conversations, "collate", lambda self, rows: sizes.append(len(rows)) or collate(self, rows))
+    given = small(items, f"model.start={made['with clip']}", "stages.tune.batch=64", "stages.tune.accumulate=100")
+    (stage,) = dry_run(RECIPES / "own-data.yaml", given).stages
+    assert sizes == [1, 4] and stage.measured == 4  # the first warms up
+    assert stage.seconds_a_step is not None and "(from a batch of 4)" in "\n".join(stage.cost())
+
+
+def test_ctrl_c_says_a_word(made, items) -> None:
+    code = "import sys, signal, relook.train.dry_run as d\nfrom relook.cli.app import main\n"
+    code += "d._measure = lambda *_: signal.raise_signal(signal.SIGINT)\nmain()"
+    words = ["train", str(RECIPES / "own-data.yaml"), *small(items, f"model.start={made['with clip']}"), "--dry-run"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130 and "relook: interrupted" in done.stderr and "items    7" in done.stdout

@@ -12,6 +12,9 @@ from relook.cli.common import ListOptions
 from relook.errors import RelookError
 
 
+INTERRUPTED = 130  # as shells have it for SIGINT
+
+
 class _Group(TyperGroup):
     """A command group that reports what a command raises as one line on stderr and an exit code."""
 
@@ -33,10 +36,11 @@ class _Group(TyperGroup):
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")  # texts from outside may hold what no encoding has
         try:
-            # An Exit comes back as its code (130 for Ctrl-C); a command's own return value is None.
-            return super().main(args, prog_name, complete_var, False, expand, **extra) or 0
+            # An Exit comes back as its code, Ctrl-C as 130; a command's own return value is None.
+            code = super().main(args, prog_name, complete_var, False, expand, **extra) or 0
+            return _say("interrupted", code) if code == INTERRUPTED else code
         except typer.Abort:
-            return _say("interrupted", 130)
+            return _say("interrupted", INTERRUPTED)
         except typer.TyperException as error:  # a usage error: unknown option, missing argument, ...
             return _say(_usage_line(error), error.exit_code)
         except RelookError as error:

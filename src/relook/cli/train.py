@@ -35,9 +35,14 @@ def train(
 def _dry_run(recipe: Path, overrides: list[str], as_json: bool) -> None:
     from relook.train.dry_run import dry_run
 
-    found = dry_run(recipe, overrides, show_status)
+    def say(text: str) -> None:
+        show_status("")
+        print(text, flush=True)
+
+    found = dry_run(recipe, overrides, show_status, (lambda text: None) if as_json else say)
     show_status("")
-    print_result(found, as_json)
+    if as_json:
+        print_result(found, True)
     if not found.ok:
         counts = [f"{n} x {kind}" for stage in found.stages if stage.items for kind, n in stage.items.problems.items()]
         raise UserError(f"the data will not do: {', '.join(dict.fromkeys(counts))}; see above, or relook data check")

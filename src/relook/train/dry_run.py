@@ -3,8 +3,9 @@
 The recipe is checked as a run checks it, and its model is built on the meta device, so that a recipe for a large
 machine can be tried on a small one. Every item is read: its images must be there, as many as it has placeholders, and
 its control tokens must be the model's. Tokens of a sample are counted, from headers of images. Memory of weights,
-gradients and optimizer states follows from shapes. Where the weights are here (and there is room), a few batches are
-really run and thrown away: they tell the time of a step and what a forward pass keeps for the backward one.
+gradients and optimizer states follows from shapes. Where the weights are here (and there is room), a small batch is
+run and thrown away: it tells the time of a step and what a forward pass keeps for the backward one. Each part of the
+report is said as soon as it is known.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from relook.data.reader import Unreadable
 from relook.errors import UserError
 from relook.model.start import StartInfo, open_start
 from relook.train.checkpoints import StageModel
-from relook.train.objective import run_batch
+from relook.train.objective import Objective, run_batch
 from relook.train.optim import build_optimizer, by_part
 from relook.train.recipe import Recipe, Stage, load_recipe
 from relook.train.runner import check, prepare_stage, steps_of
@@ -37,7 +38,8 @@ from relook.views import existing_ref
 
 SAMPLE = 1000  # items whose tokens are counted
 PAGES = 32  # of a synthetic dataset
-BATCHES = 3  # measured
+MEASURED = 4  # examples of the batch that is run on a processor; a GPU runs a whole batch
+PATIENCE = 4.0  # seconds: where one example takes longer, no more are run at once
 SHOWN = 3  # problems of a kind that are shown in full
 FLOAT = 4  # bytes: weights, gradients and optimizer states are float32
 Note = Callable[[str], None]
@@ -111,25 +113,37 @@ class StageDry:
     seconds_a_step: float | None = None
     peak: int | None = None  # bytes on the GPU, measured
     unmeasured: str = ""
+    measured: int = 0  # examples of the batch that was run
 
     def lines(self) -> list[str]:
         """The stage as people read it."""
+        return [*self.shape(), *self.data(), *self.cost()]
+
+    def shape(self) -> list[str]:
+        """What learns, and how long: what is known at once."""
         lines = [f"stage {self.name} ({self.objective}): {_counted(self.steps, 'step')}, {self.samples:,} samples"]
         rows = [*self.learns.items(), ("all", tuple(map(sum, zip(*self.learns.values(), strict=True))))]
         width = max(len(part) for part, _ in rows)
         lines.append(f"  {'learns':{width}}  {'parameters':>15}  {'of':>15}")
         lines += [f"  {part:{width}}  {learns:>15,}  {total:>15,}" for part, (learns, total) in rows]
-        lines += self.items.lines() if self.items is not None else []
+        return lines
+
+    def data(self) -> list[str]:
+        """What it learns from."""
+        lines = self.items.lines() if self.items is not None else []
         uncounted = "not counted: the examples are no text, the tokenizer is not here, or the data will not do"
-        lines.append(f"  tokens   {self.lengths or uncounted}")
+        return [*lines, f"  tokens   {self.lengths or uncounted}"]
+
+    def cost(self) -> list[str]:
+        """Memory and time."""
         parts = ", ".join(f"{name} {gib(size)}" for name, size in self.memory.items())
-        lines.append(f"  memory   about {gib(sum(self.memory.values()))} a device: {parts}")
+        lines = [f"  memory   about {gib(sum(self.memory.values()))} a device: {parts}"]
         if self.peak is not None:
             lines.append(f"           measured: {gib(self.peak)} at most")
         spent = self.unmeasured
         if self.seconds_a_step is not None:
             whole = _span(self.seconds_a_step * self.steps)
-            spent = f"about {whole}: {self.seconds_a_step:.3g} s a step (median of three)"
+            spent = f"about {whole}: {self.seconds_a_step:.3g} s a step (from a batch of {self.measured})"
         return [*lines, f"  time     {spent}"]
 
 
@@ -149,15 +163,27 @@ class DryRun:
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "ok": self.ok}
 
-    def __str__(self) -> str:
+    def head(self) -> str:
+        """The first line."""
         reason = self.missing.partition(" (")[0]  # without what the hub's library said about it
         weights = f"its weights are not here: {reason}" if reason else "its weights are here"
-        lines = [f"{self.recipe}: from {self.start}; {weights}"]
-        return "\n".join([*lines, *(line for stage in self.stages for line in ("", *stage.lines()))])
+        return f"{self.recipe}: from {self.start}; {weights}"
+
+    def __str__(self) -> str:
+        return "\n".join([self.head(), *(line for stage in self.stages for line in ("", *stage.lines()))])
 
 
-def dry_run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), note: Note = lambda text: None) -> DryRun:
-    """Try a recipe out; `note` is called with a line on how far it is.
+def dry_run(
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] = (),
+    note: Note = lambda text: None,
+    say: Note = lambda text: None,
+) -> DryRun:
+    """Try a recipe out.
+
+    Args:
+        note: called with a line on how far it is.
+        say: called with each part of the report as soon as it is known.
 
     Raises:
         UserError: the recipe does not hold together: a key, a part, an option, a file that is not there.
@@ -167,53 +193,63 @@ def dry_run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), note: No
     torch.set_num_threads(recipe.threads)
     info = check(recipe)
     found = DryRun(recipe.name, recipe.model.start or f"a fresh {recipe.model.size}", info.missing, [])
+    say(found.head())
     known: dict[str, tuple[SampledItems, Items]] = {}
-    opened: list[SampledItems | None] = []
     for stage in recipe.stages:
         data, seed = recipe.data_of(stage), recipe.seed_of(stage)
-        key, items = repr((data, seed)), None
-        if data.source == "json" and key not in known:
-            sampled = open_items(data, seed, recipe.validation.items, info.processor)
-            known[key] = sampled, read_items(sampled, info, note)
-        sampled_items, items = known.get(key, (None, None))
-        opened.append(sampled_items)
-        found.stages.append(_describe(recipe, stage, info, sampled_items, items))
-    reason = "" if found.ok else "not measured: the data will not do"
-    reason = reason or ("not measured: its weights are not here" if info.missing else "")
-    for stage, dry, sampled_items in zip(recipe.stages, found.stages, opened, strict=True):
+        key, reads = repr((data, seed)), data.source == "json"
+        if reads and key not in known:
+            known[key] = open_items(data, seed, recipe.validation.items, info.processor), Items()
+        sampled, items = known.get(key, (None, None))
+        dry, objective = _describe(recipe, stage, info, sampled)
+        found.stages.append(dry)
+        say("\n".join(["", *dry.shape()]))
+        if sampled is not None and items is not None and not items.items:
+            read_items(sampled, info, note, items)
+        dry.items, dry.lengths = items, _lengths(stage, objective, items)
+        say("\n".join(dry.data()))
         needed, room = sum(dry.memory.values()), _room()
+        reason = "not measured: its weights are not here" if info.missing else ""
+        reason = "not measured: the data will not do" if items is not None and items.problems else reason
         dry.unmeasured = reason or (f"not measured: there is room for {gib(room)} here" if needed > room else "")
         if not dry.unmeasured:
-            note(f"{stage.name}: measuring {BATCHES} batches")
-            _measure(recipe, stage, sampled_items, dry)
+            note(f"{stage.name}: measuring a batch")
+            _measure(recipe, stage, sampled, dry)
+            note("")
+        say("\n".join(dry.cost()))
     return found
 
 
 def _describe(
-    recipe: Recipe, stage: Stage, info: StartInfo, sampled: SampledItems | None, found: Items | None
-) -> StageDry:
+    recipe: Recipe, stage: Stage, info: StartInfo, sampled: SampledItems | None
+) -> tuple[StageDry, Objective | None]:
     """A stage by its shapes, on the meta device."""
     plan = stage.lora and stage.lora.model_copy(update={"bits": None})  # few bits are for real weights only
-    exact = stage.model_copy(update={"lora": plan})
     trained = StageModel(info.meta_model(), info.processor)
-    objective = prepare_stage(recipe, exact, trained, sampled)
-    cutoff, lengths = stage.options.get("max_length"), found.lengths if found is not None else []
-    if found is None and objective is not None:
-        rows = [objective.train[i] for i in range(PAGES)]
-        lengths = [len(row["input_ids"]) for row in rows if isinstance(row, dict) and "input_ids" in row]
-    known = Lengths.of(lengths, cutoff) if lengths else None
+    objective = prepare_stage(recipe, stage.model_copy(update={"lora": plan}), trained, sampled)
     module = trained.model if trained.outer is None else trained.outer
     steps = steps_of(stage, sampled)
-    samples, sizes = steps * stage.batch * stage.accumulate, standing_memory(module, stage)
-    return StageDry(stage.name, stage.objective, steps, samples, by_part(module), found, known, sizes)
+    about = stage.name, stage.objective, steps, steps * stage.batch * stage.accumulate, by_part(module)
+    return StageDry(*about, None, None, standing_memory(module, stage)), objective
+
+
+def _lengths(stage: Stage, objective: Objective | None, items: Items | None) -> Lengths | None:
+    lengths = items.lengths if items is not None else []
+    if items is None and objective is not None:
+        rows = [objective.train[i] for i in range(PAGES)]
+        lengths = [len(row["input_ids"]) for row in rows if isinstance(row, dict) and "input_ids" in row]
+    return Lengths.of(lengths, stage.options.get("max_length")) if lengths else None
 
 
 # -- items ------------------------------------------------------------------------------------------------------------
 
 
-def read_items(sampled: SampledItems, info: StartInfo, note: Note = lambda text: None) -> Items:
+def read_items(
+    sampled: SampledItems, info: StartInfo, note: Note = lambda text: None, found: Items | None = None
+) -> Items:
     """Every item of a stage's sources; lengths of `SAMPLE` of them, chosen at random, where the tokenizer is here."""
-    found, files, draw = Items(held=len(sampled.validation)), dict[str, bool](), random.Random(sampled.seed)
+    found, files, draw = found or Items(), dict[str, bool](), random.Random(sampled.seed)
+    found.held = len(sampled.validation)
     sample: list[tuple[str, Item]] = []
     sampled.context.looks = info.config.looks  # known without the processor, too
     for source, record in ((source, record) for source, records in enumerate(sampled.records) for record in records):
@@ -235,6 +271,7 @@ def read_items(sampled: SampledItems, info: StartInfo, note: Note = lambda text:
             sample[at : at + 1] = [(record.where, item)]
     found.images, found.taught = len(files), sum(len(numbers) for numbers in sampled.numbers)
     found.beside = ", ".join(source.val for source in sampled.sources if found.held and source.val)
+    note(f"{found.items} items: counting tokens")
     for where, item in sample if info.processor is not None and not found.problems else ():
         try:
             found.lengths.append(item_length(info.processor, item))
@@ -253,14 +290,14 @@ def _missing(item: Item, files: dict[str, bool]) -> Iterator[str]:
             yield name
 
 
-# -- a few batches ----------------------------------------------------------------------------------------------------
+# -- a batch ----------------------------------------------------------------------------------------------------------
 
 
 def _measure(recipe: Recipe, stage: Stage, items: SampledItems | None, dry: StageDry) -> None:
-    """Run a few batches from the recipe's start, and throw them away; examples are drawn in this process.
+    """Run a small batch from the recipe's start, and throw it away; examples are drawn in this process.
 
-    What is kept for the backward pass is scaled from the largest of them to a batch of the longest examples (99 % are
-    shorter). Inputs of layers that run again (`checkpointing`) are not counted; a GPU's peak is measured.
+    Its time is scaled by tokens to a step, and what it keeps for the backward pass to a batch of the longest examples
+    (99 % are shorter). Inputs of layers that run again (`checkpointing`) are not counted; a GPU's peak is measured.
     """
     from accelerate.utils import send_to_device
 
@@ -272,25 +309,29 @@ def _measure(recipe: Recipe, stage: Stage, items: SampledItems | None, dry: Stag
         trained.model.activation_checkpointing_enable({"use_reentrant": False})
     trained.module.to(device).train()
     optimizer = build_optimizer(trained.module, stage)
-    taken, kept = list[tuple[float, float]](), 0.0
-    for number in range(BATCHES):
+    size, passed, step, kept = 1, 0.0, 0.0, 0.0
+    for warm in (False, True):  # what a first one takes tells little of the others
+        if warm and passed < PATIENCE:
+            size = stage.batch if device == "cuda" else min(MEASURED, stage.batch)
         begun = time.perf_counter()
-        batch = objective.collate([objective.train[number * stage.batch + i] for i in range(stage.batch)])
+        batch = objective.collate([objective.train[i] for i in range(size)])
         reduced = torch.autocast(device, torch.bfloat16, enabled=stage.precision == "bfloat16")
         with _kept(trained.module) as storages, reduced:
             loss, _ = run_batch(objective, trained.module, send_to_device(batch, device))
-        size, longest = sum(one.nbytes() for one in storages.values()), dry.lengths.p99 if dry.lengths else 0
-        scale = stage.batch * longest / batch["input_ids"].numel() if "input_ids" in batch else 1.0
-        kept = max(kept, size * max(1.0, scale))
+        kept = sum(one.nbytes() for one in storages.values())
         loss.backward()
-        passed = time.perf_counter() - begun
+        passed, begun = time.perf_counter() - begun, time.perf_counter()
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
-        taken.append((time.perf_counter() - begun, passed))
-    step, passed = (statistics.median(of) for of in zip(*taken, strict=True))
-    dry.seconds_a_step, dry.memory["activations"] = step + (stage.accumulate - 1) * passed, int(kept)
+        step = time.perf_counter() - begun
+    longest, mean = (dry.lengths.p99, dry.lengths.mean) if dry.lengths and "input_ids" in batch else (0, 0.0)
+    tokens = float(batch["attention_mask"].sum()) if longest and "attention_mask" in batch else 0.0
+    per_batch = stage.batch * mean / tokens if tokens else stage.batch / size
+    room = stage.batch * longest / batch["input_ids"].numel() if longest else stage.batch / size
+    dry.measured, dry.seconds_a_step = size, stage.accumulate * per_batch * passed + step
+    dry.memory["activations"] = int(kept * max(1.0, room))
     dry.peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+import torch
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from relook.data.rules import Data, Strict, relative_path
 from relook.errors import UserError
@@ -22,7 +23,14 @@ from relook.model.start import Start
 
 MOST = 2**23 - 1  # samples of a stage
 PATHS = ("path", "image_root")  # keys whose values are relative paths
-RENAMED = {"optimiser": "optimizer", "max_grad": "max_grad_norm"}  # keys of earlier versions
+RENAMED = {  # keys of earlier versions, and of transformers' TrainingArguments
+    **{"optimiser": "optimizer", "max_grad": "max_grad_norm", "learning_rate": "lr", "num_train_epochs": "epochs"},
+    **{"per_device_train_batch_size": "batch", "gradient_accumulation_steps": "accumulate", "max_steps": "steps"},
+    **{"warmup_ratio": "warmup", "lr_scheduler_type": "schedule", "gradient_checkpointing": "checkpointing"},
+    **{"logging_steps": "log_every", "save_steps": "save_every", "eval_steps": "evaluate_every"},
+    **{"save_total_limit": "keep_last", "dataloader_num_workers": "workers"},
+}
+AUTO = "auto"
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -50,7 +58,27 @@ def renamed(raw: Any) -> Any:
 
 @cache
 def _notice(old: str) -> None:
-    print(f"notice: the recipe key {old} is now called {RENAMED[old]}", file=sys.stderr)
+    wider = " (of all devices together)" if RENAMED[old] == "batch" else ""
+    print(f"notice: the recipe key {old} is called {RENAMED[old]} here{wider}", file=sys.stderr)
+
+
+def cores() -> int:
+    """Processors that this process may use: those it is bound to, within a container's share and OMP_NUM_THREADS."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, told = Path("/sys/fs/cgroup/cpu.max"), os.environ.get("OMP_NUM_THREADS", "")
+    share, _, period = quota.read_text().partition(" ") if quota.is_file() else ("max", "", "")
+    limits = [bound, *([int(told)] if told.isdigit() else []), *([] if share == "max" else [int(share) // int(period)])]
+    return max(1, min(limits))
+
+
+def _precision() -> str:
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if on_gpu else "float32"  # which processors emulate, five times as slow
+
+
+def _auto(found: Callable[[], Any]) -> BeforeValidator:
+    """Puts what fits this machine in place of "auto", so that a run keeps and compares what it was run with."""
+    return BeforeValidator(lambda value: found() if value == AUTO else value)
 
 
 class Lora(Strict):
@@ -89,7 +117,9 @@ class Stage(Strict):
     weight_decay: Factor = 0.05
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     clip: float = Field(1.0, ge=0, description="longest gradient of a step; longer ones are scaled. 0: none is")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of products; weights stay in float32")
+    precision: Annotated[Literal["float32", "bfloat16"], _auto(_precision)] = Field(
+        "float32", description="of products; weights stay in float32. auto: bfloat16 on a GPU that has it"
+    )
     checkpointing: bool = Field(False, description="layers run again in the backward pass: less memory, more time")
     freeze: list[str] = Field([], description="parts that do not learn, e.g. visual, language_model.layers")
     train: list[str] | None = Field(None, description="the only parts that learn, e.g. detection_projector")
@@ -157,8 +187,12 @@ class Recipe(Strict):
 
     name: Name
     seed: Seed = 1
-    threads: int = Field(1, gt=0, le=1024, description="CPU threads for torch")
-    workers: int = Field(0, ge=0, le=1024, description="processes that draw examples; does not change what is drawn")
+    threads: Annotated[int, _auto(lambda: cores())] = Field(
+        1, gt=0, le=1024, description="CPU threads for torch; auto: all"
+    )
+    workers: Annotated[int, _auto(lambda: min(4, cores() // 4))] = Field(
+        0, ge=0, le=1024, description="processes that draw examples; does not change what is drawn. auto: 4 at most"
+    )
     model: Start
     data: Data
     stages: list[Stage] = Field(min_length=1)
@@ -183,7 +217,12 @@ class Recipe(Strict):
     @model_validator(mode="before")
     @classmethod
     def _renamed(cls, raw: Any) -> Any:
-        return renamed(raw)
+        raw = renamed(raw)
+        stray = [key for key in raw if key in Stage.model_fields and key not in cls.model_fields]
+        if stray and isinstance(stages := raw.get("stages"), list) and stages and isinstance(stages[0], dict):
+            name = stages[0].get("name", "NAME")
+            raise ValueError(f"{stray[0]} belongs to a stage: stages.{name}.{stray[0]}={raw[stray[0]]}")
+        return raw
 
     @model_validator(mode="after")
     def _names(self) -> Recipe:
