@@ -217,6 +217,19 @@ def test_stop_and_length(served) -> None:
         assert (reply.message.content, reply.finish_reason) == (answer.text, "length")
 
 
+def test_a_greeting_before_the_first_question_and_a_body_without_its_type(served) -> None:
+    """Front ends begin with a greeting of the assistant's; curl -d sends a form."""
+    asked = [{"role": "assistant", "content": "Hello!"}, user(picture(), QUESTION)]
+    reply = served.client.chat.completions.create(model=served.model, messages=asked, max_tokens=6)
+    assert reply.choices[0].message.content == served.vlm.ask(picture(), QUESTION, max_new_tokens=6).text
+    assert "before the first question" in reply.relook["warnings"][-1]
+    body = json.dumps({"messages": [user(picture(), QUESTION)]})
+    for kind in ("application/x-www-form-urlencoded", "text/plain"):
+        told = httpx2.post(f"{served.url}/v1/chat/completions", content=body, headers={"content-type": kind})
+        assert told.status_code == 400 and "Content-Type" in told.json()["error"]["message"]
+    assert httpx2.head(f"{served.url}/health").status_code == 200
+
+
 def test_sampling(served) -> None:
     own = {"max_tokens": 12, "temperature": 1.5, "top_p": 0.9}
     texts = [served.ask((picture(), QUESTION), seed=seed, **own).choices[0].message.content for seed in (1, 1, 2)]
@@ -224,7 +237,12 @@ def test_sampling(served) -> None:
     assert texts == [served.vlm.ask(picture(), QUESTION, seed=seed, **sampling).text for seed in (1, 1, 2)]
     assert texts[0] != texts[2]
     greedy = served.vlm.ask(picture(), QUESTION, max_new_tokens=12).text
-    for fields in ({}, {"temperature": 0, "top_p": 0.5, "seed": 3}, {"seed": 3}, {"top_p": 1}, {"temperature": 1e-9}):
+    own_ways = (  # of saying "none", which clients send
+        *({}, {"temperature": 0, "top_p": 0.5, "seed": 3}, {"seed": 3}, {"top_p": 1}, {"temperature": 1e-9}),
+        *({"seed": -1}, {"seed": 7.0, "stop": ""}, {"extra_body": {"top_k": -1}}, {"extra_body": {"top_k": 0}}),
+        {"verbosity": "medium", "extra_body": {"chat_template_kwargs": {"enable_thinking": False}}},
+    )
+    for fields in own_ways:
         assert served.ask((picture(), QUESTION), max_tokens=12, **fields).choices[0].message.content == greedy
 
 
@@ -285,7 +303,6 @@ def test_what_is_not_offered_is_refused_with_a_sentence(served, fields, said) ->
     ("messages", "said"),
     [
         ([], "messages"),
-        ([{"role": "assistant", "content": "Hello"}, user(picture(), QUESTION)], "begin with the user"),
         ([user(picture(), QUESTION), {"role": "assistant", "content": "5"}], "the last message is no question"),
         ([user(picture(), QUESTION), {"role": "system", "content": "Be brief ."}], "put it first"),
         (of_type("input_audio", {"data": "", "format": "wav"}), "messages[0].content[0]: Input tag 'input_audio'"),
@@ -299,7 +316,7 @@ def test_what_is_not_offered_is_refused_with_a_sentence(served, fields, said) ->
           user([], "and ?")], "'smell' is no look"),
         ([user(picture(), QUESTION), {"role": "assistant", "content": "5", "relook": {"looks": [{"kind": "region"}]}},
           user([], "and ?")], "expected a region with cells"),
-        ([{**user(picture()), "role": "assistant"}], "without a question"),
+        ([{**user(picture()), "role": "assistant"}], "an image in a message of the assistant"),
         ([{**user(picture()), "role": "system"}], "an image in a message of the system"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -182,11 +182,14 @@ def _answering(app: FastAPI, server: Server) -> None:
 def _monitoring(app: FastAPI, server: Server) -> None:
     """The routes for whoever runs the server."""
 
+    @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live")
     async def live() -> dict[str, str]:
         """Whether the process answers."""
         return {"status": "ok"}
 
+    @app.head("/health", include_in_schema=False)
+    @app.head("/health/ready", include_in_schema=False)
     @app.get("/health")
     @app.get("/health/ready")
     async def ready() -> JSONResponse:
@@ -286,6 +289,8 @@ def _refusal(error: Exception) -> JSONResponse:
 
 def _first_problem(error: RequestValidationError) -> tuple[str, str]:
     """What is wrong with a body, in a sentence, and the name of the field."""
+    if isinstance(error.body, bytes):
+        return "the body is not read as JSON; send it with Content-Type: application/json", ""
     problem = max(error.errors(), key=lambda each: len(each["loc"]))  # of several forms, the one that fits furthest
     name, at = "", error.body
     for part in problem["loc"]:  # what names no value is the name of a form

@@ -146,7 +146,7 @@ def _options(body: ChatRequest, tool: ZoomTool | None, look_at: int | None, defa
 
 
 def _stop(body: ChatRequest) -> tuple[str, ...]:
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    stop = ([body.stop] if body.stop else []) if isinstance(body.stop, str) else body.stop or []
     if not all(stop) or len(stop) > 16 or max(map(len, stop), default=0) > 500:
         raise BadField("stop", "stop is up to 16 texts of 1 to 500 characters; leave the others out")
     return tuple(stop)
@@ -211,6 +211,10 @@ def _user(talk: Conversation, message: Message, grid: int) -> None:
 
 def _assistant(talk: Conversation, message: Message, grid: int) -> None:
     current = talk.exchanges[-1] if talk.exchanges else None
+    if current is None and not message.tool_calls:
+        _no_images(message)
+        talk.warnings.append("what the assistant says before the first question is not shown to the model")
+        return
     if current is None or current.answer is not None:
         raise UserError("an answer without a question before it; begin with the user, and take turns")
     _no_images(message)

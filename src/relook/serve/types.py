@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from relook.errors import UserError
 from relook.io import nearest
@@ -35,8 +35,34 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "web_search_options": (),
     "reasoning_effort": ("none",),
-    "verbosity": (),
+    "verbosity": ("medium",),
+    "chat_template_kwargs": ({}, {"enable_thinking": False}),
 }
+
+
+def _whole(value: Any) -> Any:
+    """Whole floats as ints: some clients have one type of numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _limit(value: Any) -> Any:
+    """None for -1, by which clients say "no limit"."""
+    return None if _whole(value) == -1 else _whole(value)
+
+
+def _top_k(value: Any) -> Any:
+    """None for 0 and -1, by which clients say "off"."""
+    return None if _whole(value) == 0 and value is not False else _limit(value)
+
+
+def _seed(value: Any) -> Any:
+    """Any integer of 64 bits, as OpenAI has it."""
+    value = _whole(value)
+    return value % 2**64 if isinstance(value, int) and -(2**63) <= value < 0 else value
+
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[Positive | None, BeforeValidator(_limit)]
 
 
 class Lenient(BaseModel):
@@ -136,13 +162,13 @@ class ChatRequest(BaseModel):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: Count = None
+    max_completion_tokens: Count = None
     temperature: float | None = Field(None, ge=0, le=100)
     """0, or nothing: the most probable token."""
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1)
-    seed: int | None = Field(None, ge=0, lt=2**64)
+    top_k: Annotated[Positive | None, BeforeValidator(_top_k)] = None
+    seed: Annotated[Annotated[int, Field(ge=0, lt=2**64)] | None, BeforeValidator(_seed)] = None
     stop: str | list[str] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
