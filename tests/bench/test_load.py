@@ -153,7 +153,7 @@ def test_wrong_options_are_one_line(options, said, capsys):
 def test_both_servers_are_started_and_ended(tmp_path):
     """With a stand-in for `transformers serve`: a Python that fails is told with its last words."""
     load = run("cards-tiny", [1, 2], rounds=1, per_client=1, tokens=4)
-    assert [key for key in load.cells] == [(name, n) for name in ("relook serve", "one at a time") for n in (1, 2)]
+    assert [key for key in load.cells] == [(name, n) for name in ("relook serve", "without batching") for n in (1, 2)]
     assert "transformers serve was not measured" in str(load)
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho no such module >&2\nexit 1\n")

@@ -19,7 +19,7 @@ from relook.errors import RelookError, UserError
 
 from .load import Load, Target, measure
 
-OURS, SINGLE, STOCK = "relook serve", "one at a time", "transformers serve"
+OURS, SINGLE, STOCK = "relook serve", "without batching", "transformers serve"
 READY_SECONDS = 300
 
 
