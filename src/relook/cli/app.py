@@ -11,7 +11,6 @@ from relook.cli import ask, bench, data, evaluate, models, serve, train
 from relook.cli.common import ListOptions
 from relook.errors import RelookError
 
-
 INTERRUPTED = 130  # as shells have it for SIGINT
 
 
