@@ -94,6 +94,11 @@ class Request:
     hold_regions: bool = False
     looks: LookTurns = ()
 
+    @property
+    def characters(self) -> int:
+        """Of all its texts."""
+        return len(self.system or "") + len(self.question) + sum(len(p.question) + len(p.answer) for p in self.past)
+
     def check(self, images: Sequence[Image.Image] = ()) -> None:
         """Refuse what no engine can answer; `images` are those of the conversation that it goes on from.
 

@@ -25,6 +25,7 @@ from .loop import Recorder, run
 from .row import Row
 from .sampling import Vocabulary, generation_defaults
 
+MOST_CHARACTERS = 16  # of a token, on the mean of a text
 ROWS_AT_ONCE = 8  # how many questions `ask_many` works on side by side
 
 
@@ -160,6 +161,11 @@ class VLM:
     def _row_of(self, request: Request, conversation: Conversation | None = None) -> Row:
         question, options = checked_question(request.question), self._fitted(request.options)
         request.check(conversation.images if conversation else ())
+        if (characters := request.characters) > MOST_CHARACTERS * self.context:  # encoding them would take long
+            raise UserError(
+                f"question and what was said before have {characters:,} characters, and the model takes {self.context} "
+                "tokens; ask something shorter"
+            )
         request = replace(request, question=question, options=options)
         return Row(self, conversation or self._begin(), request).ask()
 

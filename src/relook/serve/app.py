@@ -298,5 +298,5 @@ def _first_problem(error: RequestValidationError) -> tuple[str, str]:
             name, at = f"{name}[{part}]", at[part]
         elif isinstance(at, dict) and (part in at or problem["type"] == "missing") and part != "body":
             name, at = f"{name}.{part}", at.get(part)
-    name = name.lstrip(".")
+    name = name.lstrip(".")[:200]
     return f"{name or 'the body'}: {problem['msg'].removeprefix('Value error, ')}", name

@@ -21,7 +21,7 @@ class Limits(BaseModel):
 
     body_bytes: int = Field(32 * 2**20, ge=1024)
     """Bytes of a request's body, images in base64 included."""
-    body_values: int = Field(200_000, ge=100)
+    body_values: int = Field(20_000, ge=100)
     """Values in its JSON, counted by its brackets and commas."""
     body_seconds: float = Field(30, gt=0)
     """Time in which the body has to arrive."""
@@ -41,7 +41,7 @@ class Limits(BaseModel):
     """Tokens of a conversation with its images and answer; None: as many as the model's window has."""
     seconds: float = Field(120, gt=0)
     """Time for a request from its admission to the end of its answer."""
-    memory_bytes: int = Field(4 * 2**30, ge=2**20)
+    memory_bytes: int = Field(2**30, ge=2**20)
     """Bodies and decoded images of all requests in work together; what goes over it is answered with 429."""
 
     def check(self, turns: Iterable[str], images: int, looks: int = 0) -> None:

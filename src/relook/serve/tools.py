@@ -40,7 +40,7 @@ class ZoomTool:
             raise BadField("tools", f"{ZOOM} requires {unknown[0]!r}, which relook does not fill; make it optional")
         items = box.get("items")
         self.whole = isinstance(items, dict) and items.get("type") == "integer"
-        said = f"{function.description if function else ''} {box.get('description')}"
+        said = f"{str(function.description)[:4000] if function else ''} {str(box.get('description'))[:4000]}"
         found = (name for name, row in BOX_FORMS.items() if row.said and re.search(row.said, said, re.IGNORECASE))
         self.form = form or next(found, "pixels")
 

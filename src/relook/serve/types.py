@@ -118,7 +118,7 @@ class PastLooks(Lenient):
 
 class Message(Lenient):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     relook: PastLooks | None = None
@@ -158,7 +158,7 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", use_attribute_docstrings=True)
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -172,7 +172,7 @@ class ChatRequest(BaseModel):
     stop: str | list[str] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     relook: LookOptions | None = None
@@ -183,6 +183,7 @@ class ChatRequest(BaseModel):
             if value is None or name in HARMLESS or any(value == each for each in NEUTRAL.get(name, ())):
                 continue
             if name not in NEUTRAL:
+                name = name[:80]
                 raise BadField(name, f"unknown field {name!r}; {nearest(name, type(self).model_fields)}")
             raise BadField(name, f"{name}={str(value)[:60]} is not offered; leave {name} out")
 
