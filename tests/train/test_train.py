@@ -13,6 +13,7 @@ import relook.train
 from relook.errors import UserError
 from relook.model import new as tiny
 from relook.model.loading import load_model
+from relook.model.start import merge
 from relook.train.optim import schedule
 from relook.train.recipe import Recipe, Stage
 from relook.train.runner import run
@@ -51,7 +52,7 @@ def test_a_run_resumes_and_repeats(tmp_path: Path) -> None:
     assert [s["stage"] for s in config["provenance"]["stages"]] == ["a", "b"]
     assert str(tmp_path) not in (whole / "config.json").read_text()
     logged = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
-    assert [entry["stage"] for entry in logged] == ["a", "b"]
+    assert [entry["stage"] for entry in logged] == ["a", "a", "b", "b"]  # every step of a short stage
 
 
 def test_frozen_parts_do_not_move(tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_frozen_parts_do_not_move(tmp_path: Path) -> None:
 def test_plain_instruction_tuning_on_a_file_of_items(tmp_path: Path, monkeypatch) -> None:
     """A recipe with one stage and data.source=json: published items, weights to start from, a freeze list."""
     monkeypatch.chdir(tmp_path)
-    model, processor = tiny.build(TINY, seed=0, provenance={"recipe": "before", "samples": 7})
+    model, processor = tiny.build(TINY, seed=0, domain="receipts", provenance={"recipe": "before", "samples": 7})
     model.save_pretrained("start")
     processor.save_pretrained("start")
     page = Pages(1).sample(0)
@@ -85,13 +86,17 @@ def test_plain_instruction_tuning_on_a_file_of_items(tmp_path: Path, monkeypatch
         "name": "own",
         "model": {"start": "start"},
         "data": {"source": "json", "path": "items.json"},
-        "stages": [{"name": "tune", "objective": "instruct", "samples": 4, "batch": 2, "freeze": ["visual"]}],
+        "stages": [{"name": "tune", "objective": "instruct", "samples": 4, "batch": 2, "lora": {"r": 2}}],
     }
     Path("own.yaml").write_text(yaml.safe_dump(plan))
     final = relook.train.run("own.yaml", ["out=tuned"])
     assert final == Path("tuned/final") and (final / "model.safetensors").is_file()
     told = json.loads((final / "config.json").read_text())["provenance"]
     assert told["samples"] == 4 and told["start"] == {"from": "start", "recipe": "before", "samples": 7}
+    assert [stage["looks"] for stage in told["stages"]] == [["region"]]
+    merge("tuned/stages/00-tune/adapter", "merged")
+    for place in (final, "merged"):  # what it was for is not what it has learnt since
+        assert relook.load(place).warnings == []
 
 
 def test_parts_that_are_not_there(tmp_path: Path) -> None:

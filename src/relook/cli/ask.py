@@ -3,11 +3,11 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from relook.cli.common import BaseUrl, Dialect, Dtype, Model, Processor, open_model
+from relook.cli.common import BaseUrl, Dialect, Dtype, Model, Processor, open_model, progress_bars
 from relook.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def ask(
-    image: Annotated[str, Argument(metavar="IMAGE", help="An image file, or a data URL.")],
-    question: Annotated[str, Argument(metavar="QUESTION", help="What to ask about it.")],
+    image: Annotated[str | None, Argument(metavar="IMAGE", help="An image file, or a data URL.")] = None,
+    question: Annotated[str | None, Argument(metavar="QUESTION", help="What to ask about it.")] = None,
     model: Model = None,
     look: Annotated[
         str, Option(metavar="LOOK", help="auto (the model decides), none, region, clip, detection or seg.")
@@ -36,8 +36,14 @@ def ask(
         Path | None, Option(metavar="PNG", help="Draw grid, box, crop, map and answer into this PNG.")
     ] = None,
     as_json: Annotated[bool, Option("--json", help="Print the whole trace as JSON.")] = False,
+    batch: Annotated[
+        Path | None, Option(metavar="FILE", help="Ask every question of this file (image, question), in place of one.")
+    ] = None,
+    out: Annotated[
+        Path | None, Option(metavar="FILE", help="With --batch: where a line goes for each answer; a rerun continues.")
+    ] = None,
 ) -> None:
-    """Ask a question about an image; print the answer and each look (cells and pixel box).
+    """Ask a question about an image, or those of a file; print the answer and each look (cells and pixel box).
 
     Warnings, such as what a small model was trained on, go to stderr.
     """
@@ -47,7 +53,15 @@ def ask(
 
     given = {"look": look, "region": region, "max_looks": max_looks, "max_new_tokens": max_new_tokens}
     options = AskOptions.of({name: value for name, value in given.items() if value is not None})
-    if not question.strip():
+    if (batch is None) != (out is None) or (batch is None) == (image is None) or (image is None) != (question is None):
+        raise UserError("give IMAGE and QUESTION, or --batch FILE and --out FILE; see 'relook ask --help'")
+    if batch is not None and out is not None:
+        if save is not None or as_json:
+            raise UserError("--save and --json are for one question; leave them out with --batch")
+        vlm = open_model(model, base_url, processor, dialect, device=device, dtype=dtype)
+        _ask_file(vlm, batch, out, options.model_dump(exclude_unset=True) | ({"fetch": True} if fetch else {}))
+        return
+    if image is None or question is None or not question.strip():
         raise UserError("the question is empty; say what to find out about the image, in quotes")
     if save is not None:
         check_writable(save)
@@ -62,9 +76,22 @@ def ask(
     print(json.dumps(answer.to_dict(), ensure_ascii=False) if as_json else describe(answer, save))
 
 
+def _ask_file(vlm: Any, batch: Path, out: Path, options: dict[str, Any]) -> None:
+    from relook.perceive.batch import ask_file
+
+    for warning in vlm.warnings:
+        print(f"relook: {printable(' '.join(warning.split()))}", file=sys.stderr)
+    with progress_bars() as progress:
+        done, failed = ask_file(vlm, batch, out, progress, **options)
+    print(f"written: {out}: {done} answers" + (f", {failed} of them errors" if failed else ""))
+
+
 def describe(answer: "Answer", save: Path | None = None) -> str:
     """Format an answer: its text on the first line, then one line per look and one for the saved picture."""
-    lines = [answer.text, *(f"look {i}: {describe_look(each)}" for i, each in enumerate(answer.looks, 1))]
+    lines = [
+        answer.text or "(empty answer)",
+        *(f"look {i}: {describe_look(each)}" for i, each in enumerate(answer.looks, 1)),
+    ]
     if not answer.looks:
         lines.append("no second look")
     if save is not None:

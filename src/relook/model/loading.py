@@ -47,7 +47,7 @@ def resolve(name_or_path: str | Path) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not is_adapter(folder):
-            raise UserError(f"{name}: this folder has no config.json; give a model folder (config.json and weights)")
+            raise UserError(f"{name}: this folder has no config.json; {_model_in(folder)}")
         return folder
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _from_hub(name)
@@ -55,6 +55,16 @@ def resolve(name_or_path: str | Path) -> Path:
     raise UserError(
         f"unknown model {name!r}; expected a shipped model ({known}), a folder, or a hub id like owner/name"
     )
+
+
+def _model_in(folder: Path) -> str:
+    """What to give in place of a folder that is no model: of a run, the model in it."""
+    if (folder / "final/config.json").is_file():
+        return f"it is a run, whose model is {folder / 'final'}"
+    saved = sorted(folder.glob("stages/*/checkpoints/step-*/config.json"), key=lambda path: path.stat().st_mtime)
+    if saved:
+        return f"it is a run that has not ended; its last checkpoint is {saved[-1].parent}"
+    return "give a model folder (config.json and weights)"
 
 
 def _from_hub(name: str) -> Path:

@@ -436,7 +436,7 @@ class Row:
             question=self.question,
             image=conversation.images[self.target].copy() if conversation.images else None,
             model=self.vlm.name,
-            warnings=self.vlm.warnings,
+            warnings=[*self.vlm.warnings, *self.vlm.look_warnings(look.kind for look in self.looks)],
             grid=self.vlm.vocabulary.grid,
             finish=self.finish,
             tokens=list(self._streamer.tokens),

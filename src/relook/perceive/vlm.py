@@ -35,6 +35,19 @@ def domain_warnings(name: str, domain: str | None) -> list[str]:
     return [said] if domain else []
 
 
+def untrained_looks(config: Any) -> list[str]:
+    """Looks that no training of the model has taught, as far as its provenance goes back and says which were."""
+    taught, at = set[str](), getattr(config, "provenance", None) or {}
+    while stages := at.get("stages"):
+        if any("looks" not in stage for stage in stages):
+            return []
+        taught |= {look for stage in stages for look in stage["looks"]}
+        if "start" not in at:  # all of the model was drawn here
+            return [look for look in config.looks if look not in taught]
+        at = at["start"]
+    return [look for look in config.looks if look not in taught] if "base" in at else []
+
+
 class VLM:
     """A vision-language model that may look again.
 
@@ -78,6 +91,16 @@ class VLM:
     def warnings(self) -> list[str]:
         """Warnings that apply to every answer of this model, whatever its image."""
         return domain_warnings(self.name, self.domain)
+
+    def look_warnings(self, kinds: Iterable[str]) -> list[str]:
+        """Warnings that apply to an answer with looks of these kinds."""
+        untrained = untrained_looks(self.model.config)
+        name = self.name or "this model"
+        return [
+            f"the {kind} look of {name} is untrained: nothing that it learned from took one"
+            for kind in dict.fromkeys(kinds)
+            if kind in untrained
+        ]
 
     def with_settings(self, **settings: Any) -> VLM:
         """The same model with other settings of the processor (`first_look`, `region_margin`, ...), all else shared.

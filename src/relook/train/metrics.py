@@ -62,6 +62,7 @@ class Metrics:
         before = record or {}
         self.batch, self.figures = batch, list[Mapping[str, float]]()
         self.samples, self.loss_sum = int(before.get("samples", 0)), float(before.get("loss_sum", 0.0))
+        self.looks = set(before.get("looks", ()))  # that were taught
         self._begun = time.perf_counter() - float(before.get("seconds", 0.0))
         self._mark = (time.perf_counter(), self.samples)  # when figures were last taken, and the count then
         self._tokens = 0  # since then
@@ -83,11 +84,13 @@ class Metrics:
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint's record keeps."""
-        return {"samples": self.samples, "seconds": round(self.seconds, 1), "loss_sum": self.loss_sum}
+        about = {"samples": self.samples, "seconds": round(self.seconds, 1), "loss_sum": self.loss_sum}
+        return about | {"looks": sorted(self.looks)}
 
     def take(self) -> dict[str, float]:
         """Means over all processes since the last call, and rates: samples and tokens a second, the most memory."""
         figures = means([each for process in distributed.gather(self.figures) for each in process])
+        self.looks = set[str]().union(*distributed.gather(self.looks))
         now, (then, samples), self.figures = time.perf_counter(), self._mark, []
         if not figures:
             return {}
@@ -209,10 +212,10 @@ def _say_skipped(one: SkippedSample) -> None:
 
 
 class LogWriter(TrainerCallback):
-    """Writes what is logged to log.jsonl, one line a time, and to stderr; `samples` are those of the whole stage."""
+    """Writes what is logged to log.jsonl, one line a time, and to stderr; `steps` are those of the whole stage."""
 
-    def __init__(self, path: Path, stage: str, samples: int, metrics: Metrics) -> None:
-        self.path, self.stage, self.samples, self.metrics = path, stage, samples, metrics
+    def __init__(self, path: Path, stage: str, steps: int, metrics: Metrics) -> None:
+        self.path, self.stage, self.steps, self.metrics = path, stage, steps, metrics
         self._last = -1  # step of the last line about training
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -228,7 +231,7 @@ class LogWriter(TrainerCallback):
         rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in figures.items()}
         append_lines(self.path, [line | rounded])
         shown = "  ".join(f"{k} {v:.3g}" for k, v in figures.items() if v is not None)
-        tqdm.write(f"{self.stage} {samples}/{self.samples}  {seconds:.0f} s  {shown}", file=sys.stderr)
+        tqdm.write(f"{self.stage}: step {step} of {self.steps}  {seconds:.0f} s  {shown}", file=sys.stderr)
         sys.stderr.flush()
 
 
@@ -293,7 +296,7 @@ def cut_log(path: Path, stage: str, step: int) -> None:
 
 
 def draw_curves(folder: Path) -> None:
-    """Draw curves.png: the loss of every stage over its samples, in training and on validation, if any was logged."""
+    """Draw curves.png: the loss of every stage over its steps, in training and on validation, if any was logged."""
     entries = read_lines(folder / LOG)
     stages = list(dict.fromkeys(entry["stage"] for entry in entries))
     if not stages:
@@ -309,10 +312,10 @@ def draw_curves(folder: Path) -> None:
     for number, stage in enumerate(stages, 1):
         panel = figure.add_subplot(down, across, number)
         for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
-            points = [(e["samples"], e[key]) for e in entries if e["stage"] == stage and e.get(key) is not None]
+            points = [(e["step"], e[key]) for e in entries if e["stage"] == stage and e.get(key) is not None]
             if points:
                 panel.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
-        panel.set(title=stage, xlabel="samples", ylabel="loss")
+        panel.set(title=stage, xlabel="step", ylabel="loss")
         if panel.lines:
             panel.legend(frameon=False)
     with replacing_file(folder / CURVES) as aside:

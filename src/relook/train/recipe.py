@@ -196,7 +196,7 @@ class Recipe(Strict):
     model: Start
     data: Data
     stages: list[Stage] = Field(min_length=1)
-    log_every: int = Field(25, gt=0, description="optimizer steps between lines of log.jsonl")
+    log_every: int = Field(25, gt=0, description="optimizer steps between lines of log.jsonl; fewer in short stages")
     save_every: int = Field(200, ge=0, description="optimizer steps between checkpoints; 0: only when told to stop")
     keep_last: int = Field(2, gt=0, description="checkpoints of a stage that are kept, beside the best one")
     evaluate_every: int = Field(0, ge=0, description="optimizer steps between evaluations on `validation`; 0: none")

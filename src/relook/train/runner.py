@@ -254,6 +254,7 @@ def _finish(trainer: StageTrainer) -> Record:
         "samples": trainer.samples,
         "seconds": round(trainer.metrics.seconds, 1),
         "loss": round(trainer.metrics.loss_sum / trainer.steps, 4),
+        "looks": sorted(trainer.metrics.looks),
     }
     if best is not None:
         record["best"] = {k: best[k] for k in ("step", "eval_loss")}

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer_callback import ProgressCallback
 
 from relook.errors import RelookError
+from relook.looks import LOOKS
 from relook.model.encoders import image_encoder
 from relook.model.segments import synchronised_ranks
 from relook.train import distributed
@@ -30,6 +31,8 @@ from relook.train.objective import Examples, Objective, learnt_tokens, run_batch
 from relook.train.optim import build_optimizer, schedule
 from relook.train.recipe import Recipe, Stage, reset_forward
 from relook.train.validation import Validator
+
+POINTS = 20  # lines of the log that a stage has at least, where it has as many steps
 
 
 class StageTrainer(Trainer):
@@ -59,6 +62,8 @@ class StageTrainer(Trainer):
         self.parts = stage.batch // batch  # processes that share a batch
         self.weights = iter(list[float]())  # of the batches of a step
         self.metrics = Metrics(batch * processes, record)
+        tokens = getattr(trained.processor, "tokens", {})
+        self.starts = {tokens[spec.start]: name for name, spec in LOOKS.items() if spec.start in tokens}
         self.validator = Validator(objective, trained, recipe.validation, checkpoints)
         super().__init__(
             model=trained.module,
@@ -84,7 +89,7 @@ class StageTrainer(Trainer):
         if not distributed.main():  # else all processes would draw the same masks
             torch.manual_seed(self.args.seed + distributed.number())
         place, folder = self.checkpoints.place, self.checkpoints.place.parents[1]
-        writer = LogWriter(folder / LOG, self.stage.name, self.samples, self.metrics)
+        writer = LogWriter(folder / LOG, self.stage.name, self.steps, self.metrics)
         cache = FeatureCache(self.trained.model.model, self.stage.remember) if self.stage.remember else None
         step, start = (self.record["step"], str(self.checkpoints.path(self.record))) if self.record else (0, None)
         with logging_to(folder, place, writer, step) as callbacks:
@@ -117,6 +122,8 @@ class StageTrainer(Trainer):
         if not math.isfinite(value):
             raise self._stopped_at_step(f"the loss of step {{}} is {value}. Lower lr, or look at its examples")
         self.metrics.add(value, inputs)
+        if "labels" in inputs:
+            self.metrics.looks |= {self.starts[i] for i in self.starts.keys() & {*inputs["labels"].unique().tolist()}}
         return loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
@@ -246,7 +253,7 @@ def _arguments(
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulate,
         max_grad_norm=stage.clip,
-        logging_steps=recipe.log_every,
+        logging_steps=max(1, min(recipe.log_every, steps // POINTS)),
         logging_nan_inf_filter=False,  # a loss that is no number stops the run
         train_sampling_strategy="sequential",  # the examples are drawn at random already; order is part of the recipe
         save_strategy="no",

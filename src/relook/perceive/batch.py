@@ -1,0 +1,103 @@
+"""A file of questions to a file of answers, one line each, which an interrupted command goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from relook.data.items import Item, column, item_question
+from relook.data.reader import folder_of, read_records
+from relook.errors import RelookError, UserError
+from relook.io import append_lines, read_lines
+
+AT_ONCE = 8
+_SAME = ("image", "question", "model")  # of a line that was answered before
+
+
+def ask_file(
+    vlm: Any,
+    questions: str | Path,
+    out: str | Path,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    **options: Any,
+) -> tuple[int, int]:
+    """Ask every question of a file and append each answer to `out` (JSON lines); what is there already is not asked.
+
+    A line of `out` has `number` (from 1), `image`, `question`, `model`, and `answer` with its `looks` and `finish`, or
+    `error` where the question could not be asked.
+
+    Args:
+        questions: records with an image and a question (by their usual names), or items.
+        options: of `ask`, for all.
+
+    Returns:
+        How many lines there are, and how many of them are errors.
+
+    Raises:
+        UserError: a record without image or question; lines in `out` that answer something else.
+        RelookError: not one question could be asked.
+    """
+    out = Path(out)
+    if out.resolve() == Path(questions).resolve():
+        raise UserError(f"{out} is the file of questions; give another place for the answers")
+    asked = list(_questions(questions))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    before = {line.get("number"): line for line in read_lines(out)}
+    for number, line in before.items():
+        said = asked[number - 1] | {"model": vlm.name} if number in range(1, len(asked) + 1) else {}
+        if differs := [key for key in _SAME if line.get(key) != said.get(key)]:
+            raise UserError(
+                f"{out}: answer {number} has the {differs[0]} {line.get(differs[0])!r}, but it would be "
+                f"{said.get(differs[0])!r}; give another place for the answers"
+            )
+    waiting = iter([(number, each) for number, each in enumerate(asked, 1) if number not in before])
+    failed, done = sum("error" in line for line in before.values()), len(before)
+    while several := list(islice(waiting, AT_ONCE)):
+        progress(Path(questions).name, done, len(asked))
+        lines = list(_answered(vlm, several, folder_of(questions), options))
+        append_lines(out, lines)
+        failed, done = failed + sum("error" in line for line in lines), done + len(lines)
+    progress(Path(questions).name, done, len(asked))
+    if failed == done:
+        raise RelookError(f"not one of {done} questions was answered; the errors are in {out}")
+    return done, failed
+
+
+def _questions(path: str | Path) -> Iterator[dict[str, str]]:
+    for record in read_records(path):
+        if "messages" in record.value:
+            found = item_question(Item.from_dict(record.value, record.where))
+            image, text = (None, None) if found is None else (found.image, found.text)
+        else:
+            image, text = (column(record.value, name, {}) for name in ("image", "question"))
+        if not isinstance(image, str) or not isinstance(text, str) or not text.strip():
+            raise UserError(f"{record.where}: has the keys {', '.join(record.value)}; expected image and question")
+        yield {"image": image, "question": text}
+
+
+def _answered(
+    vlm: Any, several: list[tuple[int, dict[str, str]]], folder: Path, options: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """The lines of several questions; where one of them cannot be asked, each is asked alone."""
+    pairs = [each | {"image": _placed(each["image"], folder)} for _, each in several]
+    try:
+        answers: list[Any] = vlm.ask_many(pairs, batch_size=len(pairs), **options)
+    except RelookError as error:
+        if len(several) > 1:
+            for one in several:
+                yield from _answered(vlm, [one], folder, options)
+            return
+        answers = [error]
+    for (number, each), answer in zip(several, answers, strict=True):
+        line: dict[str, Any] = {"number": number, **each, "model": vlm.name}
+        if isinstance(answer, RelookError):
+            yield line | {"error": str(answer)}
+        else:
+            looks = [look.to_dict(False) for look in answer.looks]
+            yield line | {"answer": answer.text, "looks": looks, "finish": answer.finish}
+
+
+def _placed(image: str, folder: Path) -> str:
+    return image if image.startswith(("data:", "http://", "https://")) else str(folder / image)
