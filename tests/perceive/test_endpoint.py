@@ -26,9 +26,9 @@ from relook.evaluate.records import read_folder
 from relook.looks import write_call
 from relook.model.export import export
 from relook.options import AskOptions
+from relook.perceive.endpoint.openai import OpenAIEngine
 from relook.perceive.engine import Cancelled, DeadlineExceeded, EngineBusy, EngineClosed, GivenLook, Past, Request
 from relook.perceive.local import LocalEngine
-from relook.perceive.openai import OpenAIEngine
 from relook.processing import View
 from relook.trace import Finished, LookTaken, TextDelta
 from zoo.worlds.cards import Cards

@@ -10,8 +10,8 @@ from support.running_server import running, serving
 import relook
 from relook.cli.app import app
 from relook.errors import RelookError, UserError
+from relook.perceive.endpoint.openai import OpenAIEngine
 from relook.perceive.local import LocalEngine
-from relook.perceive.openai import OpenAIEngine
 from relook.serve.app import create_app
 from relook.serve.settings import ServeSettings
 from relook.trace import LookTaken, TextDelta

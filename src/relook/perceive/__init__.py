@@ -2,12 +2,9 @@
 
 opening.py       `load`: a model in this process, or behind an endpoint
 vlm.py           `VLM`, `Chat`: the public interface; checks requests and opens images
-remote.py        the same interface to a model behind an endpoint
 engine.py        the seam of engines: `Request` in, events out
 local.py         the engine with a model in this process, for servers: a thread and its queue
-openai.py        the engine with a model behind an OpenAI-compatible endpoint
-asking.py        one request to an endpoint: its conversation as messages, and the looks between its turns
-dialects.py      how models behind endpoints spell a region look, and how crops go back
+endpoint/        the engine with a model behind an OpenAI-compatible endpoint, and `VLM`'s interface to it
 loop.py          the generation loop: rows join and leave a running batch
 row.py           the state machine of one request
 conversation.py  tokens, positions and images of one conversation; forwards over pending tokens

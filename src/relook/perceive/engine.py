@@ -1,6 +1,6 @@
 """The seam of engines: a typed request in, typed events out.
 
-`LocalEngine` (local.py) answers with a model in this process, `OpenAIEngine` (openai.py) with one behind an
+`LocalEngine` (local.py) answers with a model in this process, `OpenAIEngine` (endpoint/openai.py) with one behind an
 OpenAI-compatible endpoint. Servers and Ray replicas know this file only.
 """
 

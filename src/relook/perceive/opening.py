@@ -12,7 +12,7 @@ from relook.io import nearest
 from .vlm import VLM
 
 if TYPE_CHECKING:
-    from .remote import RemoteVLM
+    from .endpoint.remote import RemoteVLM
 
 
 def load(
@@ -25,10 +25,10 @@ def load(
             address of an endpoint ("http://127.0.0.1:8000/v1").
         dtype, device, attn_implementation: as `relook.model.loading.load_model` takes them; not for endpoints.
         endpoint: for endpoints only: `model`, `processor`, `dialect`, `api_key`, `timeout`, `retries`, as
-            `perceive.openai.OpenAIEngine` takes them.
+            `perceive.endpoint.openai.OpenAIEngine` takes them.
 
     Returns:
-        A `VLM`; for an address a `perceive.remote.RemoteVLM`, which has its interface.
+        A `VLM`; for an address a `perceive.endpoint.remote.RemoteVLM`, which has its interface.
 
     Raises:
         UserError: no such model, a folder that is not one, or a device that cannot run it. CheckpointError: weights
@@ -48,8 +48,8 @@ def load(
 
 
 def _open_endpoint(url: str, given: Mapping[str, Any], options: Mapping[str, Any]) -> RemoteVLM:
-    from .openai import OpenAIEngine
-    from .remote import RemoteVLM
+    from .endpoint.openai import OpenAIEngine
+    from .endpoint.remote import RemoteVLM
 
     if there := [name for name, value in given.items() if value is not None]:
         raise UserError(f"{there[0]} is for a model in this process; that of {url} is its server's to say")

@@ -13,10 +13,10 @@ from relook.errors import UserError
 from relook.options import AskOptions
 from relook.trace import Answer, Event, Finished, Turn
 
+from ..engine import Request
+from ..vlm import ROWS_AT_ONCE, check_pairs, last_answer, opened_images, unpack
 from .asking import Asking
-from .engine import Request
 from .openai import OpenAIEngine
-from .vlm import ROWS_AT_ONCE, check_pairs, last_answer, opened_images, unpack
 
 
 class RemoteVLM:

@@ -21,10 +21,10 @@ from relook.looks import LOOKS
 from relook.regions import GRID
 from relook.trace import Answer
 
+from ..engine import DeadlineExceeded, EngineBusy, EngineClosed, Request, Running
+from ..vlm import domain_warnings
 from .asking import Asking
 from .dialects import DIALECTS, Views
-from .engine import DeadlineExceeded, EngineBusy, EngineClosed, Request, Running
-from .vlm import domain_warnings
 
 
 class Refused(UserError):

@@ -18,10 +18,10 @@ from relook.regions import Box, Cells, cells_to_box, check_cells, widen
 from relook.trace import Answer, Event, Finished, Look, LookTaken, TextDelta, Turn, Usage
 from relook.views import open_image
 
+from ..engine import Cancelled, GivenLook, Past, Request
+from ..text import PieceStreamer
+from ..vlm import checked_question
 from .dialects import DIALECTS, NOT_HERE, Called, ControlTokens, Reply, ZoomCalls
-from .engine import Cancelled, GivenLook, Past, Request
-from .text import PieceStreamer
-from .vlm import checked_question
 
 _STRUCTURE = re.compile(r"<\|[^<>|\s]*\|>|</?tool_(call|response)>")  # servers read these as structure anywhere
 NO_MORE = "no look was left when the model called it"
