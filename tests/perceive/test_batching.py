@@ -145,6 +145,21 @@ def test_streams_go_on_beside_a_long_prompt_while_turns_change(tiny_vlm):
     assert written >= 2 * steps, "three of the four places go on decoding"
 
 
+def test_requests_that_come_together_get_their_first_tokens_one_after_the_other(tiny_vlm):
+    """The k-th first token waits for k images and prompts, not for all of them."""
+    vlm = tiny_vlm()
+    scheduler, order = Scheduler(vlm, Limits(rows=8, piece=64)), []
+    asked = AskOptions.of({"look": "none", "max_new_tokens": 30})
+    rows = [vlm._row_of(Request(QUESTION, (picture(seed),), asked)) for seed in range(4)]
+    for row in rows:
+        scheduler.add(row)
+    while len(order) < 4:
+        scheduler.step()
+        encoded = sum(row.patches > 0 for row in rows)
+        order += [encoded for row in rows[len(order) :] if row.started]
+    assert order == [1, 2, 3, 4]
+
+
 def test_a_row_that_fails_fails_alone(tiny_vlm, monkeypatch):
     vlm = tiny_vlm()
     rows = [vlm._row_of(request(number)) for number in range(4)]

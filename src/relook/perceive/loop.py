@@ -140,15 +140,22 @@ class Scheduler:
             if not row.admitted and (blocked or not self._has_tokens(held, row, bool(at_work))):
                 blocked = True
                 continue
+            seeing = self.limits.piece is not None and bool(row.conversation.pending.shown)
+            if seeing and self._almost_through():
+                continue
             if self.limits.rows is not None and at_work >= self.limits.rows and not self._make_room():
                 break
             self.waiting.remove(row)
             held += 0 if row.admitted else tokens_of(row)
             row.admitted, row.decoded = True, 0
             admitted.append(row)
-            if self.limits.piece is not None and self.live and row.conversation.pending.shown:
+            if seeing:
                 break  # one encoder call between two steps of the others
         return admitted
+
+    def _almost_through(self) -> bool:
+        """Whether a prompt is read in two more pieces at most: its first token comes before the next one's image."""
+        return any(prefill.left <= 2 * (self.limits.piece or 0) for prefill in self.prefills)
 
     def _has_tokens(self, held: int, row: Row, anybody: bool) -> bool:
         limit = self.limits.tokens
