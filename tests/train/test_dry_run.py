@@ -190,3 +190,10 @@ def test_ctrl_c_says_a_word(made, items) -> None:
     words = ["train", str(RECIPES / "own-data.yaml"), *small(items, f"model.start={made['with clip']}"), "--dry-run"]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 130 and "relook: interrupted" in done.stderr and "items    7" in done.stdout
+
+
+def test_it_says_which_features_are_kept(made, items) -> None:
+    given = small(items, f"model.start={made['with clip']}", "stages.tune.batch=2", "stages.tune.accumulate=1")
+    found = dry_run(RECIPES / "own-data.yaml", given)
+    assert "features of 10 views kept, each encoded once, not 2.8 times" in str(found)  # 7 images, 3 crops
+    assert "features" not in str(dry_run(RECIPES / "own-data.yaml", [*given, "stages.tune.epochs=1"]))

@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import tiny_model as tiny
 from support.interrupted_run import recipe
+from support.own_items import write_items_of
+from support.start_folders import parts, start
 from support.synthetic import OBJECTIVE
 
 from relook.model.encoders import image_encoder
 from relook.model.loading import load_model
+from relook.train.feature_cache import FeatureCache, feature_cache
+from relook.train.recipe import Recipe, Stage
 from relook.train.runner import run
-from relook.train.trainer import FeatureCache
 
 GRIDS = torch.tensor([[1, 4, 6], [1, 2, 4]])
 
@@ -95,3 +99,79 @@ def test_bfloat16_products_leave_the_weights_in_float32(tmp_path):
     plain, half = (trained(tmp_path / p, precision=p) for p in ("float32", "bfloat16"))
     assert {p.dtype for p in half.parameters()} == {torch.float32}
     assert 0 < apart(plain, half) < 0.05
+
+
+def features(model, cache, seed: int = 0):
+    with image_encoder(cache):
+        return look(model, pixels(seed))
+
+
+def test_kept_features_are_those_of_the_encoder_to_the_bit(model, tmp_path):
+    """From memory, from the disk, after being forgotten: the same bits as an image encoded by itself."""
+    pairs = zip(pixels(0).split(GRIDS.prod(-1).tolist()), GRIDS, strict=True)
+    alone = [model.model.get_image_features(p, g[None], return_dict=True).pooler_output[0] for p, g in pairs]
+    small, on_disk = FeatureCache(model.model, bound=1), FeatureCache(model.model, folder=tmp_path)
+    features(model, on_disk)
+    seen = count_images(model)
+    again = FeatureCache(model.model, folder=tmp_path)
+    for cache in (small, small, on_disk, again):
+        for ours, theirs in zip(features(model, cache), alone, strict=True):
+            assert torch.equal(ours, theirs)
+    assert sum(seen) == 4  # by the one that has no room, twice two; what lies on the disk is read
+    assert len(small.found) == 1
+
+
+def test_damaged_files_are_made_again(model, tmp_path):
+    expected = features(model, FeatureCache(model.model, folder=tmp_path))
+    for path in tmp_path.glob("*/*.safetensors"):
+        path.write_bytes(path.read_bytes()[:20])
+    for ours, theirs in zip(features(model, FeatureCache(model.model, folder=tmp_path)), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_features_of_another_encoder_are_not_taken(model, tmp_path):
+    features(model, FeatureCache(model.model, folder=tmp_path))
+    with torch.no_grad():
+        next(model.model.visual.parameters()).add_(0.5)
+    expected = features(model, FeatureCache(model.model))
+    for ours, theirs in zip(features(model, FeatureCache(model.model, folder=tmp_path)), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_bytes_are_bounded(model):
+    whole = FeatureCache(model.model)
+    for seed in range(4):
+        features(model, whole, seed)
+    bounded = FeatureCache(model.model, bound=whole.bytes // 2)
+    for seed in range(4):
+        features(model, bounded, seed)
+    assert 0 < bounded.bytes <= whole.bytes // 2
+    assert bounded.bytes == sum(tensor.nbytes for tensor in bounded.found.values())
+
+
+def test_by_default_a_frozen_encoder_that_sees_items_again(model):
+    stage, items = Stage(name="s", objective="instruct", samples=8), list(range(4))
+    assert feature_cache(model.model, stage, 8, items) is not None
+    assert feature_cache(model.model, stage, 4, items) is None  # each comes once
+    assert feature_cache(model.model, stage, 8, None) is None  # pages are drawn anew
+    assert feature_cache(model.model, stage, 8, items, sharded=True) is None
+    assert feature_cache(model.model, stage.model_copy(update={"remember": 0}), 8, items) is None
+    model.model.visual.requires_grad_(True)
+    assert feature_cache(model.model, stage, 8, items) is None
+
+
+def test_a_run_has_the_same_weights_whatever_is_kept(tmp_path, monkeypatch):
+    """The default, a bound that keeps nothing, and features that another run left on the disk."""
+    monkeypatch.chdir(tmp_path)
+    folder = start(tmp_path / "start", parts(tmp_path), ("region", "clip"))
+    write_items_of(tmp_path / "items.json", ["clip", "region"], count=3)
+    stage = {"name": "s", "objective": "instruct", "samples": 6, "batch": 2, "freeze": ["visual"]}
+    base = {"name": "r", "model": {"start": folder}, "data": {"path": "items.json"}, "save_dtype": "float32"}
+    seen = []
+    for name, bound, more in (("kept", 2**30, {}), ("none", 1, {}), *(("disk", 2**30, {"cache": "features"}),) * 2):
+        monkeypatch.setattr(FeatureCache.__init__, "__defaults__", (None, bound, None))
+        run(Recipe.model_validate(base | {"stages": [stage | more]}), out=f"{name}-{len(seen)}")
+        seen.append(load_file(f"{name}-{len(seen)}/final/model.safetensors"))
+    for other in seen[1:]:
+        assert all(torch.equal(seen[0][key], other[key]) for key in seen[0])
+    assert len([*tmp_path.glob("features/*/*.safetensors")]) == 4  # three images, and a crop of one

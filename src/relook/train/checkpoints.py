@@ -35,7 +35,7 @@ from relook.model.loading import load_model, quiet
 from relook.train.recipe import Recipe, Stage
 
 RECORD, DONE, MADE_OF = "checkpoint.json", "done.json", "stage.json"
-VERSION = 2  # of the way in which stages train: what an older one has begun is not gone on with
+VERSION = 3  # of the way in which stages train: what an older one has begun is not gone on with
 HEADS = "heads.safetensors"
 GO_ON = "the same command goes on from there"
 Record = dict[str, Any]
@@ -51,7 +51,7 @@ def made_of(recipe: Recipe, stage: Stage, before: Mapping[str, Any] | None) -> d
     data = recipe.data_of(stage)
     about = data.model_dump(**changed, exclude={"max_broken"})  # when to stop: what is learnt is the same
     said: dict[str, Any] = {"relook": VERSION, "seed": recipe.seed, "data": about}
-    said["stages"] = {stage.name: stage.model_dump(**changed, exclude={"data"})}
+    said["stages"] = {stage.name: stage.model_dump(**changed, exclude={"data", "cache"})}
     if data.source == "json":
         held = [source.val for source in data.all_sources() if source.val and recipe.validation.items]
         about["digests"] = {path: content_digest(path) for path in [*(s.path for s in data.all_sources()), *held]}

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,15 @@ from relook.data.dataset import SampledItems, open_items
 from relook.data.items import Item, LeftOut
 from relook.data.reader import Unreadable
 from relook.errors import UserError
+from relook.model.encoders import image_encoder
 from relook.model.start import StartInfo, open_start
 from relook.train.checkpoints import StageModel
+from relook.train.feature_cache import BOUND, feature_cache
 from relook.train.objective import Objective, run_batch
 from relook.train.optim import build_optimizer, by_part
 from relook.train.recipe import Recipe, Stage, load_recipe
 from relook.train.runner import check, prepare_stage, steps_of
+from relook.train.units import counted, gib, span
 from relook.views import existing_ref
 
 SAMPLE = 1000  # items whose tokens are counted
@@ -77,6 +80,7 @@ class Items:
     taught: int = 0
     beside: str = ""  # the files they are held out in, where `data build --val` wrote some
     images: int = 0
+    views: int = 0  # images and crops
     lengths: list[int] = field(default_factory=list)
     problems: Counter[str] = field(default_factory=Counter)
     shown: dict[str, list[str]] = field(default_factory=dict)
@@ -90,7 +94,7 @@ class Items:
         """The items as people read them."""
         kept = f" ({self.taught:,} to learn from, {self.held:,} held out)" if self.held else ""
         kept = f", {self.held:,} more held out in {self.beside}" if self.beside else kept
-        lines = [f"  items    {self.items:,}{kept}, {_counted(self.images, 'image file')}"]
+        lines = [f"  items    {self.items:,}{kept}, {counted(self.images, 'image file')}"]
         if not self.problems:
             lines[0] += "; every image is there, every token is known"
         for kind, count in self.problems.most_common():
@@ -114,6 +118,7 @@ class StageDry:
     peak: int | None = None  # bytes on the GPU, measured
     unmeasured: str = ""
     measured: int = 0  # examples of the batch that was run
+    features: str = ""  # of a frozen vision encoder, where they are kept
 
     def lines(self) -> list[str]:
         """The stage as people read it."""
@@ -121,7 +126,7 @@ class StageDry:
 
     def shape(self) -> list[str]:
         """What learns, and how long: what is known at once."""
-        lines = [f"stage {self.name} ({self.objective}): {_counted(self.steps, 'step')}, {self.samples:,} samples"]
+        lines = [f"stage {self.name} ({self.objective}): {counted(self.steps, 'step')}, {self.samples:,} samples"]
         rows = [*self.learns.items(), ("all", tuple(map(sum, zip(*self.learns.values(), strict=True))))]
         width = max(len(part) for part, _ in rows)
         lines.append(f"  {'learns':{width}}  {'parameters':>15}  {'of':>15}")
@@ -140,9 +145,10 @@ class StageDry:
         lines = [f"  memory   about {gib(sum(self.memory.values()))} a device: {parts}"]
         if self.peak is not None:
             lines.append(f"           measured: {gib(self.peak)} at most")
+        lines += [f"  features {self.features}"] if self.features else []
         spent = self.unmeasured
         if self.seconds_a_step is not None:
-            whole = _span(self.seconds_a_step * self.steps)
+            whole = span(self.seconds_a_step * self.steps)
             spent = f"about {whole}: {self.seconds_a_step:.3g} s a step (from a batch of {self.measured})"
         return [*lines, f"  time     {spent}"]
 
@@ -249,7 +255,7 @@ def read_items(
 ) -> Items:
     """Every item of a stage's sources; lengths of `SAMPLE` of them, chosen at random, where the tokenizer is here."""
     found, files, draw = found or Items(), dict[str, bool](), random.Random(sampled.seed)
-    found.held = len(sampled.validation)
+    found.held, views = len(sampled.validation), set[str]()
     sample: list[tuple[str, Item]] = []
     sampled.context.looks = info.config.looks  # known without the processor, too
     for source, record in ((source, record) for source, records in enumerate(sampled.records) for record in records):
@@ -264,12 +270,13 @@ def read_items(
         except UserError as error:
             found.add(error.rule if isinstance(error, LeftOut) else "not an item", str(error))
             continue
+        views |= {ref for refs in item.images.values() for ref in refs if isinstance(ref, str)}
         for name in _missing(item, files):
             found.add("missing image", f"{record.where}: {name}")
         at = len(sample) if len(sample) < SAMPLE else draw.randrange(found.items)
         if at < SAMPLE:
             sample[at : at + 1] = [(record.where, item)]
-    found.images, found.taught = len(files), sum(len(numbers) for numbers in sampled.numbers)
+    found.images, found.views, found.taught = len(files), len(views), sum(len(numbers) for numbers in sampled.numbers)
     found.beside = ", ".join(source.val for source in sampled.sources if found.held and source.val)
     note(f"{found.items} items: counting tokens")
     for where, item in sample if info.processor is not None and not found.problems else ():
@@ -309,6 +316,7 @@ def _measure(recipe: Recipe, stage: Stage, items: SampledItems | None, dry: Stag
         trained.model.activation_checkpointing_enable({"use_reentrant": False})
     trained.module.to(device).train()
     optimizer = build_optimizer(trained.module, stage)
+    cache = feature_cache(trained.model.model, stage, dry.samples, items)
     size, passed, step, kept = 1, 0.0, 0.0, 0.0
     for warm in (False, True):  # what a first one takes tells little of the others
         if warm and passed < PATIENCE:
@@ -316,7 +324,7 @@ def _measure(recipe: Recipe, stage: Stage, items: SampledItems | None, dry: Stag
         begun = time.perf_counter()
         batch = objective.collate([objective.train[i] for i in range(size)])
         reduced = torch.autocast(device, torch.bfloat16, enabled=stage.precision == "bfloat16")
-        with _kept(trained.module) as storages, reduced:
+        with _kept(trained.module) as storages, reduced, image_encoder(cache) if cache else nullcontext():
             loss, _ = run_batch(objective, trained.module, send_to_device(batch, device))
         kept = sum(one.nbytes() for one in storages.values())
         loss.backward()
@@ -332,6 +340,10 @@ def _measure(recipe: Recipe, stage: Stage, items: SampledItems | None, dry: Stag
     room = stage.batch * longest / batch["input_ids"].numel() if longest else stage.batch / size
     dry.measured, dry.seconds_a_step = size, stage.accumulate * per_batch * passed + step
     dry.memory["activations"] = int(kept * max(1.0, room))
+    if cache is not None and cache.found and dry.items is not None:
+        each, times = cache.bytes / len(cache.found), dry.samples / max(1, dry.items.taught)
+        dry.features = f"of {counted(dry.items.views, 'view')} kept, each encoded once, not {times:.1f} times: about "
+        dry.features += f"{gib(each * dry.items.views)} (at most {gib(BOUND)} in memory)"
     dry.peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
 
 
@@ -372,23 +384,3 @@ def standing_memory(model: nn.Module, stage: Stage) -> dict[str, int]:
         learns += parameter.numel() * parameter.requires_grad
     states = 2 if stage.optimizer == "adamw" else 1.5  # muon keeps one for matrices, AdamW two for the rest
     return {"weights": int(weights), "gradients": FLOAT * learns, "optimiser": int(FLOAT * states * learns)}
-
-
-# -- text -------------------------------------------------------------------------------------------------------------
-
-
-def gib(size: float) -> str:
-    """Example: gib(3 * 2**30) is "3.0 GiB"; small ones are in MiB."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.0f} MiB"
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-def _span(seconds: float) -> str:
-    """Example: _span(4000) is "1.1 hours"."""
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size or (unit == "hours" and seconds >= size):
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"

@@ -131,10 +131,18 @@ class Stage(Strict):
     mask_draw: Literal["batch", "sample"] = Field("batch", description="what that chance is drawn for")
     input_grads: Literal["full", "published"] = Field("full", description="published: none into embeddings, ViT")
     position_mode: Literal["mrope", "sequential"] = Field("mrope", description="sequential: as published training")
-    remember: int = Field(0, ge=0, description="images whose features are kept while the tower is frozen")
+    remember: int | None = Field(
+        None, ge=0, description="images whose features are kept while visual is frozen; where items come again: 1 GiB"
+    )
+    cache: str | None = Field(None, description="a folder where these features are kept for other runs, too")
     seed: Seed | None = Field(None, description="defaults to the recipe's")
     data: Data | None = Field(None, description="defaults to the recipe's")
     options: dict[str, Any] = Field({}, description="what the objective itself can be told (its Options class)")
+
+    @field_validator("cache")
+    @classmethod
+    def _relative(cls, value: str | None) -> str | None:
+        return relative_path(value)
 
     @model_validator(mode="before")
     @classmethod

@@ -6,18 +6,14 @@ when to save, evaluate and stop. Where several processes train, each takes its s
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer_callback import ProgressCallback
 
 from relook.errors import RelookError
@@ -26,6 +22,7 @@ from relook.model.encoders import image_encoder
 from relook.model.segments import synchronised_ranks
 from relook.train import distributed
 from relook.train.checkpoints import Checkpoints, Record, StageModel
+from relook.train.feature_cache import feature_cache
 from relook.train.metrics import LOG, LogWriter, Metrics, SkippedReport, logging_to
 from relook.train.objective import Examples, Objective, learnt_tokens, run_batch
 from relook.train.optim import build_optimizer, schedule
@@ -90,7 +87,8 @@ class StageTrainer(Trainer):
             torch.manual_seed(self.args.seed + distributed.number())
         place, folder = self.checkpoints.place, self.checkpoints.place.parents[1]
         writer = LogWriter(folder / LOG, self.stage.name, self.steps, self.metrics)
-        cache = FeatureCache(self.trained.model.model, self.stage.remember) if self.stage.remember else None
+        items = getattr(self.objective, "items", None)
+        cache = feature_cache(self.trained.model.model, self.stage, self.samples, items, self.form is not None)
         step, start = (self.record["step"], str(self.checkpoints.path(self.record))) if self.record else (0, None)
         with logging_to(folder, place, writer, step) as callbacks:
             for callback in callbacks:
@@ -310,36 +308,3 @@ class StageCallback(TrainerCallback):
         with distributed.together(), self.checkpoints.writing(self.checkpoints.folder):
             if distributed.main():
                 self.checkpoints.publish(record)
-
-
-class FeatureCache:
-    """In place of `get_image_features`: features of the last `images` images, as long as the vision encoder is frozen.
-
-    Images are identified by a hash of their pixels, and each is encoded by itself, so that its features do not depend
-    on the others in the batch, nor on what is in the cache.
-    """
-
-    def __init__(self, base: Any, images: int) -> None:
-        self.encode, self.visual, self.images = base.get_image_features, base.visual, images
-        self.found: OrderedDict[bytes, Tensor] = OrderedDict()
-
-    def __call__(self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Any) -> Any:
-        if any(p.requires_grad for p in self.visual.parameters()):
-            return self.encode(pixel_values, image_grid_thw, **kwargs)
-        parts = pixel_values.split(image_grid_thw.prod(-1).tolist())
-        features = tuple(self._features(part, grid) for part, grid in zip(parts, image_grid_thw, strict=True))
-        return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
-
-    def _features(self, pixels: Tensor, grid: Tensor) -> Tensor:
-        """(patches, p), (3,) -> (tokens, d)"""
-        reduced = torch.is_autocast_enabled(pixels.device.type)  # training may be, validation is not: not the same
-        key_hash = hashlib.blake2b(repr((grid.tolist(), reduced)).encode(), digest_size=16)
-        key_hash.update(pixels.detach().float().cpu().contiguous().numpy().data)
-        key = key_hash.digest()
-        if key not in self.found:
-            with torch.no_grad():
-                self.found[key] = self.encode(pixels, grid[None], return_dict=True).pooler_output[0]
-        self.found.move_to_end(key)
-        if len(self.found) > self.images:
-            self.found.popitem(last=False)
-        return self.found[key]
