@@ -13,7 +13,7 @@ import torch
 from support.scripted_model import QUESTION, one_forward, picture, writing
 
 from relook.errors import RelookError, UserError
-from relook.looks import IM_END, write_call
+from relook.looks import ANSWER_PREFIX, IM_END, write_call
 from relook.options import AskOptions
 from relook.perceive.engine import (
     Cancelled,
@@ -29,6 +29,7 @@ from relook.perceive.loop import Scheduler, run
 from relook.perceive.memory import Memory
 from relook.trace import Finished, LookTaken, TextDelta
 
+IMAGE = (picture(),)
 LONG = AskOptions.of({"look": "none", "max_new_tokens": 3000})
 
 
@@ -187,6 +188,26 @@ def test_a_stop_text_ends_the_answer_before_it(engine, stop, expected):
     assert "".join(event.text for event in events if isinstance(event, TextDelta)) == given.text
 
 
+@pytest.mark.parametrize("text", ["日本語 é 42", "éé日本 7", ANSWER_PREFIX + "é7"])
+@pytest.mark.parametrize("stop", [(), ("$",)])
+def test_probabilities_of_characters_that_take_several_tokens(engine, text, stop):
+    whole = text.removeprefix(ANSWER_PREFIX)
+    asked = Request(QUESTION, IMAGE, options(max_new_tokens=80, look="none"), stop=stop, logprobs=0)
+    with writing(engine.vlm, text + "$ and more" * bool(stop)):
+        events = list(engine.submit(asked))
+    given = events[-1].answer
+    assert given.text == whole
+    count = len(engine.vlm.processor.tokenizer.encode(whole, add_special_tokens=False))
+    assert len(given.tokens) - count in (0, 1)  # a newline of the prefix may count to the text
+    assert [token for event in events[:-1] for token in event.tokens] == given.tokens
+
+
+def test_an_image_that_comes_later_keeps_what_was_said_before(engine):
+    said = answer(engine, "Tell me about receipts " * 8, (), options(look="none"))
+    before = Past("Tell me about receipts " * 8, (), said.text, look="none")
+    assert answer(engine, "And this?", IMAGE, options(), (before,)).usage.cached_tokens > 100
+
+
 def test_why_an_answer_ends(engine):
     with writing(engine.vlm, "1 2 3 4 5 6 7"):
         assert answer(engine, QUESTION, (picture(),), options(max_new_tokens=3, look="none")).finish == "length"
@@ -291,7 +312,6 @@ def test_a_deadline_ends_a_request_wherever_it_is(tiny_vlm):
         engine.close()
 
 
-IMAGE = (picture(),)
 CELLS = (1, 1, 2, 2)
 REFUSED = {
     "a long question": ({"question": "why " * 50_000, "images": IMAGE}, r"\d+ tokens, and the model takes 32768"),

@@ -102,9 +102,9 @@ class Memory:
             self._put(signature.tobytes(), _Kept(size, None, signature, kv, _first(conversation)))
 
     def _alike(self, conversation: Conversation) -> list[tuple[Hashable, _Kept]]:
-        """The conversations that begin with the same image."""
-        first = _first(conversation)
-        return [(key, kept) for key, kept in self._kept.items() if kept.kv is not None and kept.first == first]
+        """The conversations that begin with the same image, or have none."""
+        firsts = (_first(conversation), None)
+        return [(key, kept) for key, kept in self._kept.items() if kept.kv is not None and kept.first in firsts]
 
     def _put(self, key: Hashable, kept: _Kept) -> None:
         with self._lock:

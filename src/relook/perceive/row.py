@@ -439,7 +439,7 @@ class Row:
             warnings=[*self.vlm.warnings, *self.vlm.look_warnings(look.kind for look in self.looks)],
             grid=self.vlm.vocabulary.grid,
             finish=self.finish,
-            tokens=list(self._streamer.tokens),
+            tokens=self._streamer.tokens,
         )
 
     @contextmanager

@@ -27,7 +27,6 @@ class TextStreamer:
 
     Attributes:
         text: emitted so far.
-        tokens: of the text, where they were given.
         stopped: whether one of `stop` came.
     """
 
@@ -35,8 +34,8 @@ class TextStreamer:
         self.tokenizer, self.hidden_ids, self.stop = tokenizer, hidden_ids, stop
         self.stopped = False
         self.text = ""
-        self.tokens: list[Token] = []
-        self._told = 0  # of the tokens
+        self._chosen: list[tuple[int, Token]] = []  # each with the length of `_raw` before it
+        self._told = 0  # of `tokens`, in deltas
         self._ids: list[int] = []
         self._from, self._read = (
             0,
@@ -48,37 +47,36 @@ class TextStreamer:
         """Add a token (with its probability); returns the text that is now decided."""
         if token not in self.hidden_ids:
             self._ids.append(token)
-            self.tokens += [] if chosen is None else [chosen]
+            self._chosen += [] if chosen is None else [(len(self._raw), chosen)]
         before, after = self._decode(self._from, self._read), self._decode(self._from, len(self._ids))
         if len(after) > len(before) and not after.endswith(UNFINISHED):
             self._raw += after[len(before) :]
             self._from, self._read = self._read, len(self._ids)
-        if self._raw.rstrip() == ANSWER_PREFIX.rstrip():
-            self.tokens.clear()
-        return self._delta(self._emit(self._strip(self._raw, last=False)), self._covering())
+        return self._delta(self._emit(self._strip(self._raw, last=False)), self._covering(len(self.text)))
 
     def finish(self) -> TextDelta | None:
         """The text that was still held back, at the end of the turn."""
         before, after = self._decode(self._from, self._read), self._decode(self._from, len(self._ids))
         self._raw += after[len(before) :]
         self._from = self._read = len(self._ids)
-        piece = self._emit(self._strip(self._raw, last=True))
-        del self.tokens[self._covering() if self.stopped else len(self.tokens) :]
-        return self._delta(piece, len(self.tokens))
+        return self._delta(self._emit(self._strip(self._raw, last=True)), self.tokens)
 
-    def _delta(self, piece: str, tokens: int) -> TextDelta | None:
-        """A piece, with those of the first `tokens` that no piece had."""
-        new, self._told = tuple(self.tokens[self._told : tokens]), max(self._told, tokens)
+    @property
+    def tokens(self) -> list[Token]:
+        """Of the text, where they were given."""
+        return self._covering(len(self.text) if self.stopped else len(self._raw) + 1)
+
+    def _delta(self, piece: str, tokens: list[Token]) -> TextDelta | None:
+        """A piece, with those of the text's tokens that no piece had."""
+        new, self._told = tuple(tokens[self._told :]), max(self._told, len(tokens))
         return TextDelta(piece, new) if piece or new else None
 
-    def _covering(self) -> int:
-        """How many of the tokens the text needs."""
-        length, count = 0, 0
-        while count < len(self.tokens) and length < len(self.text):
-            written = self.tokens[count].text
-            length += len(written if length else written.lstrip())
-            count += 1
-        return count
+    def _covering(self, length: int) -> list[Token]:
+        """The tokens of the first `length` characters of the text."""
+        prefix = ANSWER_PREFIX.rstrip()
+        begin = len(prefix) if self._raw.startswith(prefix) else 0
+        end = len(self._raw) - len(self._raw[begin:].lstrip()) + length
+        return [token for at, token in self._chosen if begin <= at < end] if length else []
 
     def _decode(self, begin: int, end: int) -> str:
         if begin == end:

@@ -24,7 +24,7 @@ LEFT_SECONDS = 5  # for responses that are still being sent when the engine has 
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket on an address, not yet listening.
+    """A socket that listens on an address: who connects while the model is loaded waits for it.
 
     Raises:
         UserError: nothing can listen there.
@@ -36,6 +36,7 @@ def bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen(128)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot listen on {host} port {port} ({reason}); choose another --host or --port") from None
