@@ -1,5 +1,7 @@
 """Feature caching of a frozen encoder: cached features equal computed ones, and are used only while it is frozen."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -151,13 +153,33 @@ def test_bytes_are_bounded(model):
 
 def test_by_default_a_frozen_encoder_that_sees_items_again(model):
     stage, items = Stage(name="s", objective="instruct", samples=8), list(range(4))
-    assert feature_cache(model.model, stage, 8, items) is not None
-    assert feature_cache(model.model, stage, 4, items) is None  # each comes once
-    assert feature_cache(model.model, stage, 8, None) is None  # pages are drawn anew
-    assert feature_cache(model.model, stage, 8, items, sharded=True) is None
-    assert feature_cache(model.model, stage.model_copy(update={"remember": 0}), 8, items) is None
+    kept = lambda *about, **more: isinstance(feature_cache(model.model, *about, **more), FeatureCache)  # noqa: E731
+    assert kept(stage, 8, items)
+    assert not kept(stage, 4, items)  # each comes once
+    assert not kept(stage, 8, None)  # pages are drawn anew
+    assert not kept(stage, 8, items, sharded=True)
+    assert not kept(stage.model_copy(update={"remember": 0}), 8, items)
     model.model.visual.requires_grad_(True)
     assert feature_cache(model.model, stage, 8, items) is None
+
+
+def test_a_frozen_encoder_is_not_run_again_for_the_backward_pass(model):
+    """Under checkpointing, too; and the gradients of the others are the same bits."""
+    model.requires_grad_(True)
+    model.model.visual.requires_grad_(False)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    encoder = feature_cache(model.model, Stage(name="s", objective="instruct", samples=1), 1, [0])
+    found = []
+    for encode in (None, encoder):
+        model.zero_grad()
+        with image_encoder(encode) if encode else nullcontext():
+            asks = [features.requires_grad for features in look(model, pixels(0))]
+            model(**tiny.stack([tiny.conversation(["clip"])])).loss.backward()
+        assert asks == [encode is None] * 2  # of transformers' checkpointing alone: for a pass back through nothing
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and not any(".visual." in name for name in found[0])
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_a_run_has_the_same_weights_whatever_is_kept(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ from relook.errors import UserError
 from relook.model.encoders import image_encoder
 from relook.model.start import StartInfo, open_start
 from relook.train.checkpoints import StageModel
-from relook.train.feature_cache import BOUND, feature_cache
+from relook.train.feature_cache import BOUND, FeatureCache, feature_cache
 from relook.train.objective import Objective, run_batch
 from relook.train.optim import build_optimizer, by_part
 from relook.train.recipe import Recipe, Stage, load_recipe
@@ -340,7 +340,7 @@ def _measure(recipe: Recipe, stage: Stage, items: SampledItems | None, dry: Stag
     room = stage.batch * longest / batch["input_ids"].numel() if longest else stage.batch / size
     dry.measured, dry.seconds_a_step = size, stage.accumulate * per_batch * passed + step
     dry.memory["activations"] = int(kept * max(1.0, room))
-    if cache is not None and cache.found and dry.items is not None:
+    if isinstance(cache, FeatureCache) and cache.found and dry.items is not None:
         each, times = cache.bytes / len(cache.found), dry.samples / max(1, dry.items.taught)
         dry.features = f"of {counted(dry.items.views, 'view')} kept, each encoded once, not {times:.1f} times: about "
         dry.features += f"{gib(each * dry.items.views)} (at most {gib(BOUND)} in memory)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,13 @@ class FeatureCache:
         return features
 
 
-def feature_cache(base: Any, stage: Stage, samples: int, items: Any, sharded: bool = False) -> FeatureCache | None:
-    """The cache of a stage: as `remember` says; by default where a frozen encoder sees items more than once.
+def feature_cache(
+    base: Any, stage: Stage, samples: int, items: Any, sharded: bool = False
+) -> Callable[..., Any] | None:
+    """The encoder of a stage: a `FeatureCache` as `remember` says; by default where a frozen one sees items again.
+
+    One that is frozen and sees each item once is run as it is, but without what a backward pass would need: under
+    `checkpointing`, transformers has inputs that ask for gradients, and the whole encoder would run again for nothing.
 
     Args:
         samples: of the stage.
@@ -93,7 +99,7 @@ def feature_cache(base: Any, stage: Stage, samples: int, items: Any, sharded: bo
     frozen = not any(parameter.requires_grad for parameter in base.visual.parameters())
     again = items is not None and samples > len(items)
     if stage.remember == 0 or (stage.remember is None and not (frozen and again and not sharded)):
-        return None
+        return torch.no_grad()(base.get_image_features) if frozen and not sharded else None
     return FeatureCache(base, stage.remember, folder=stage.cache)
 
 
