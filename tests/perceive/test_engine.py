@@ -202,6 +202,18 @@ def test_probabilities_of_characters_that_take_several_tokens(engine, text, stop
     assert [token for event in events[:-1] for token in event.tokens] == given.tokens
 
 
+def test_looks_of_a_history_go_to_the_image_that_they_went_to(engine):
+    images, asked = (picture(1), picture(2)), {"region": (2, 2, 5, 5), "look_at": 1}
+    chat = engine.vlm.chat(list(images))
+    with writing(engine.vlm, "7"):
+        first = chat.ask("What?", **asked, max_new_tokens=5)
+    past = Past("What?", images, first.text, ((GivenLook((2, 2, 5, 5)),),), look_at=1)
+    given = answer(engine, "And?", (), options(look="clip"), (past,))
+    expected = chat.ask("And?", look="clip", max_new_tokens=5)
+    assert given.image.tobytes() == expected.image.tobytes() == images[1].tobytes()
+    assert abs(given.looks[0].attention - expected.looks[0].attention).max() < 1e-4 and given.text == expected.text
+
+
 def test_an_image_that_comes_later_keeps_what_was_said_before(engine):
     said = answer(engine, "Tell me about receipts " * 8, (), options(look="none"))
     before = Past("Tell me about receipts " * 8, (), said.text, look="none")
@@ -403,6 +415,21 @@ def test_the_engine_outlives_an_error_outside_of_a_step(engine, monkeypatch):
         list(engine.submit(Request(QUESTION, IMAGE, options())))
     monkeypatch.undo()
     assert answer(engine, QUESTION, IMAGE, options(look="none")).finish in ("stop", "length")
+
+
+def test_a_fault_in_a_step_is_not_the_fault_of_who_comes_in_that_step(engine, monkeypatch):
+    """What is at work fails; what arrives meanwhile is answered, and nothing is left at work unseen."""
+    step, late = engine._scheduler.step, []
+
+    def failing():
+        late.append(engine.submit(Request(QUESTION, IMAGE, options(look="none"))))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(engine._scheduler, "step", failing)
+    with pytest.raises(RelookError, match="ZeroDivisionError"):
+        list(engine.submit(Request(QUESTION, IMAGE, options())))
+    assert isinstance(list(late[0])[-1], Finished)
+    assert engine.stats()["rows"] == 0 and not engine._scheduler.rows and step
 
 
 def test_a_view_that_cannot_be_encoded_fails_its_row_only(engine, monkeypatch):

@@ -52,7 +52,8 @@ LookTurns = tuple[tuple[GivenLook, ...], ...]  # the looks of each turn of the a
 class Past:
     """An earlier question with its answer; `images` came with it, `looks` were taken for it.
 
-    `look` is the option that it was asked with; None: "auto", unless the first of `looks` is another one.
+    `look` is the option that it was asked with; None: "auto", unless the first of `looks` is another one. `look_at` is
+    the number of the image that they went to; None: as `ask` has it.
     """
 
     question: str
@@ -60,6 +61,7 @@ class Past:
     answer: str = ""
     looks: LookTurns = ()
     look: str | None = None
+    look_at: int | None = None
 
     @property
     def asked(self) -> str:

@@ -56,6 +56,8 @@ class LocalEngine:
         for name, value in (("max_rows", max_rows), ("prefill_tokens", prefill_tokens), ("turn", turn)):
             if value < 1:
                 raise UserError(f"{name}={value}; expected at least 1")
+        if max_waiting < 0:
+            raise UserError(f"max_waiting={max_waiting}; expected 0 or more")
         self.vlm, self.name, self.max_rows, self.max_waiting = vlm, vlm.name, max_rows, max_waiting
         self.max_tokens = max(TOKENS, vlm.context) if max_tokens is None else max_tokens
         self.memory = Memory(cache_bytes)
@@ -99,11 +101,13 @@ class LocalEngine:
             row.number = next(self._numbers)
             running = Running(partial(self._leave, row.number))  # which holds neither row nor job
             job = _Job(row, running, None if timeout is None else begun + timeout, begun)
-        finally:
+        except BaseException:
             with self._changed:
                 self._preparing -= 1
                 self._changed.notify_all()
+            raise
         with self._changed:
+            self._preparing -= 1
             if self._stopped:
                 raise EngineClosed("the server is stopping; ask again later")
             self._jobs[row.number] = job
@@ -139,15 +143,21 @@ class LocalEngine:
     def _work(self) -> None:
         while self._take():
             try:
-                self._expire()
-                for row, event in self._scheduler.step():
-                    self._tell(row, event)
-            except Exception as error:  # of no single row: all of them have failed, and the next ones start anew
+                self._step()
+            except Exception as error:  # of no single row: all that were taken have failed, and the next start anew
+                failed = {row.number for row in self._scheduler.rows}
                 self._scheduler = Scheduler(self.vlm, self._limits, self.memory)
                 for job in self._at_work():
-                    self._end(job, _failed(error))
+                    if job.row.number in failed:
+                        self._end(job, _failed(error))
+        self._scheduler = Scheduler(self.vlm, self._limits, self.memory)
         for job in self._at_work():
             self._end(job, EngineClosed("the server has stopped; ask again later"))
+
+    def _step(self) -> None:  # of its own, so that no row is held while the engine waits
+        self._expire()
+        for row, event in self._scheduler.step():
+            self._tell(row, event)
 
     def _take(self) -> bool:
         """Wait for work, and take what has come and gone; False at the end."""
@@ -155,7 +165,8 @@ class LocalEngine:
             while not (self._arrived or self._leaving or self._scheduler.rows or self._stopped):
                 self._changed.wait()
             for job in self._arrived:
-                self._scheduler.add(job.row)
+                if job.row.number in self._jobs:  # not cancelled or too late already
+                    self._scheduler.add(job.row)
             for job in self._leaving:
                 self._scheduler.remove(job.row)
             self._arrived, self._leaving = [], []

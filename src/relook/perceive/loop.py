@@ -127,7 +127,8 @@ class Scheduler:
             with _timed_shared(self.vlm, self.live, lambda row: "decode"):
                 self._sample(torch.stack(states))
         self._dismiss()
-        return self._happened
+        happened, self._happened = self._happened, []
+        return happened
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
@@ -286,7 +287,7 @@ class Scheduler:
         banned = torch.stack([self.live[i].banned() for i in wanting])
         logits = raw.masked_fill(banned, -torch.inf)  # before processors and warpers, which keep the best of the rest
         for place, i in enumerate(wanting if self.vlm.logits_processors else ()):
-            self._process(logits, place, banned[place], self.live[i])
+            self._guard(self.live[i], self._process, logits, place, banned[place], self.live[i])
         greedy = logits.argmax(-1).tolist()
         for place, i in enumerate(wanting):
             row = self.live[i]

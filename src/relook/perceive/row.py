@@ -255,7 +255,7 @@ class Row:
         self._looks_left = max(allowed, len(past.looks))
         shown = self._first_views(past.images)
         if self.conversation.images:
-            self._aim(before if past.images else self.target, options.look_at if own else None)
+            self._aim(before if past.images else self.target, options.look_at if own else past.look_at)
         else:
             self._looks_left = 0
         kind = options.first_look if own else past.asked

@@ -127,7 +127,8 @@ class Reply:
             for turn, look in _turns(answer)
             if look.problem is None and look.image is not None  # one that was taken here
         ]
-        return {"looks": taken, "look": asked}
+        at = None if self.body.relook is None else self.body.relook.look_at
+        return {"looks": taken, "look": asked, **({} if at is None else {"look_at": at})}
 
     def _relook(self, answer: Answer) -> dict[str, Any]:
         image = None if answer.image is None else {"width": answer.image.width, "height": answer.image.height}

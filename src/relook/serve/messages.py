@@ -48,6 +48,7 @@ class Exchange:
     looks: list[list[Called] | list[GivenLook]] = field(default_factory=list)
     answer: str | None = None
     look: str | None = None
+    look_at: int | None = None
 
     @property
     def calls(self) -> list[Called]:
@@ -97,6 +98,7 @@ class Conversation:
         left, sizes, reader = iter(images), list[tuple[int, int]](), tool or ZoomTool()
         target, past, look_at = 0, list[Past](), None
         for each in self.exchanges:
+            look_at = each.look_at
             shown = tuple(next(left) for _ in each.images)
             crops = {id(call): next(left) for call in each.calls if call.crop is not None}
             target = len(sizes) if shown else target
@@ -110,9 +112,10 @@ class Conversation:
                         look = GivenLook(cells, image=crops.get(id(look)))
                     given.append(look)
                 turns.append(tuple(given))
-            past.append(Past("\n".join(each.texts), shown, each.answer or "", tuple(turns), each.look))
-        now, called = past.pop(), bool(self.exchanges[-1].calls)
-        options = _options(body, tool, look_at if called else None, default_tokens)
+            past.append(Past("\n".join(each.texts), shown, each.answer or "", tuple(turns), each.look, look_at))
+            target = target if look_at is None or not sizes else look_at % len(sizes)
+        now = past.pop()
+        options = _options(body, tool, look_at, default_tokens)
         if options.first_look in LOOKS and not sizes:
             raise BadField("relook", f"look={options.first_look!r}, and the conversation has no image; send one")
         self.target = target if options.look_at is None else options.look_at % max(len(sizes), 1)
@@ -222,6 +225,7 @@ def _assistant(talk: Conversation, message: Message, grid: int) -> None:
     if message.relook is not None:
         current.looks += _past_looks(message.relook.looks, grid)
         current.look = current.look or message.relook.look
+        current.look_at = message.relook.look_at if current.look_at is None else current.look_at
     if message.tool_calls:
         for call in message.tool_calls:
             if call.function.name != ZOOM:

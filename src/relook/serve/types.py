@@ -114,6 +114,8 @@ class PastLooks(Lenient):
     looks: list[PastLook] = []
     look: Literal["auto", "none", "region", "clip", "detection", "seg"] | None = None
     """What the question before it was asked with."""
+    look_at: int | None = None
+    """The number of the image that they went to, where the request named one."""
 
 
 class Message(Lenient):
