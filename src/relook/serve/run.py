@@ -48,6 +48,7 @@ def serve(engine: Engine, settings: ServeSettings, bound: socket.socket, drain: 
     app = create_app(engine, settings)
     config = uvicorn.Config(
         app, http=Connection, log_config=log_config(), access_log=False, server_header=False,
+        ws="none", proxy_headers=False,  # what is refused there is logged with its query; who asks is who connects
         timeout_graceful_shutdown=LEFT_SECONDS,
     )  # fmt: skip
     try:

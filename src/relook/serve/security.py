@@ -142,7 +142,7 @@ class RequestLog:
             if status == 0:
                 await _answer(marked, 500, "an error inside the server; its log has more under this request's id")
         finally:
-            fields = {"client": (scope.get("client") or ("", 0))[0], "method": scope["method"]}
+            fields = {"client": (scope.get("client") or ("", 0))[0], "method": scope["method"][:20]}
             fields |= {"path": scope["path"][:200], "status": status or None, "bytes": sent}
             log.info("request", extra={"fields": fields | {"seconds": round(time.monotonic() - begun, 4)}})
 

@@ -241,7 +241,7 @@ $("compare").addEventListener("click", () => {
 });
 $("question").addEventListener("input", refresh);
 $("question").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); $("ask").requestSubmit(); }
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); if (!state.running) $("ask").requestSubmit(); }
 });
 $("unmark").addEventListener("click", () => { stage.mark(null); $("question").focus(); });
 
