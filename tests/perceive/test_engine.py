@@ -419,7 +419,7 @@ def test_the_engine_outlives_an_error_outside_of_a_step(engine, monkeypatch):
 
 def test_a_fault_in_a_step_is_not_the_fault_of_who_comes_in_that_step(engine, monkeypatch):
     """What is at work fails; what arrives meanwhile is answered, and nothing is left at work unseen."""
-    step, late = engine._scheduler.step, []
+    late = []
 
     def failing():
         late.append(engine.submit(Request(QUESTION, IMAGE, options(look="none"))))
@@ -429,7 +429,15 @@ def test_a_fault_in_a_step_is_not_the_fault_of_who_comes_in_that_step(engine, mo
     with pytest.raises(RelookError, match="ZeroDivisionError"):
         list(engine.submit(Request(QUESTION, IMAGE, options())))
     assert isinstance(list(late[0])[-1], Finished)
-    assert engine.stats()["rows"] == 0 and not engine._scheduler.rows and step
+    assert engine.stats()["rows"] == 0 and not engine._scheduler.rows
+
+
+def test_rows_in_the_midst_of_admission_fail_with_their_step(engine, monkeypatch):
+    """They are in none of the scheduler's lists then, and must not hang."""
+    monkeypatch.setattr(engine.memory, "reuse", lambda conversation: 1 / 0)
+    with pytest.raises(RelookError, match="ZeroDivisionError"):
+        list(engine.submit(Request(QUESTION, IMAGE, options())))
+    assert engine.stats()["rows"] == 0
 
 
 def test_a_view_that_cannot_be_encoded_fails_its_row_only(engine, monkeypatch):

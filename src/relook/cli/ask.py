@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from relook.cli.common import BaseUrl, Dialect, Dtype, Model, Processor, open_model, progress_bars
+from relook.cli.common import BaseUrl, Device, Dialect, Dtype, Model, Processor, open_model, progress_bars
 from relook.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,9 +24,7 @@ def ask(
     region: Annotated[str | None, Option(metavar="X0,Y0,X1,Y1", help="Look at these grid cells (inclusive).")] = None,
     max_looks: Annotated[int, Option(min=0, metavar="N", help="At most this many second looks.")] = 1,
     max_new_tokens: Annotated[int, Option(min=1, metavar="N", help="At most this many tokens per turn.")] = 64,
-    device: Annotated[
-        str | None, Option(metavar="DEVICE", help="cpu, cuda, ...; default: the fastest available.")
-    ] = None,
+    device: Device = None,
     dtype: Dtype = None,
     base_url: BaseUrl = None,
     processor: Processor = None,

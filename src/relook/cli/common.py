@@ -30,6 +30,7 @@ Dialect = Annotated[
     Option(metavar="NAME", help="With --base-url: how its model looks: tokens, relook, qwen3-vl or qwen2.5-vl."),
 ]
 ModelArgument = Annotated[str, Argument(metavar="MODEL", help=MODEL_HELP)]
+Device = Annotated[str | None, Option(metavar="DEVICE", help="cpu, cuda, ...; default: the fastest available.")]
 Dtype = Annotated[str | None, Option(metavar="DTYPE", help="float32, bfloat16 or float16.")]
 AsJson = Annotated[bool, Option("--json", help="Print as JSON.")]
 ResultsAsJson = Annotated[bool, Option("--json", help="Print the results as JSON.")]

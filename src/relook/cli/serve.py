@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from relook.cli.common import SERVED_HELP, BaseUrl, Dialect, Dtype, Processor, open_model
+from relook.cli.common import SERVED_HELP, BaseUrl, Device, Dialect, Dtype, Processor, open_model
 
 
 def serve(
@@ -50,9 +50,7 @@ def serve(
     crops_in_text: Annotated[
         bool, Option("--crops-in-text", help="Show crops in the answer's text, for chat front ends.")
     ] = False,
-    device: Annotated[
-        str | None, Option(metavar="DEVICE", help="cpu, cuda, ...; default: the fastest available.")
-    ] = None,
+    device: Device = None,
     dtype: Dtype = None,
     base_url: BaseUrl = None,
     processor: Processor = None,

@@ -76,10 +76,11 @@ class FeatureCache:
     processor: Any
     shared: SharedFeatures | None = None
     entries: dict[Hashable, ViewFeatures] = field(default_factory=dict)
+    digests: dict[int, tuple[Image.Image, bytes]] = field(default_factory=dict)  # by id, with the image that has it
 
     def copy(self) -> FeatureCache:
         """The same entries, to grow independently."""
-        return FeatureCache(self.processor, self.shared, dict(self.entries))
+        return FeatureCache(self.processor, self.shared, dict(self.entries), dict(self.digests))
 
     def lookup(
         self, look: str, whole: Image.Image, stage: str, box: Box | None = None, blank: bool = False
@@ -100,7 +101,9 @@ class FeatureCache:
             part = Image.new("RGB", part.size, self._mean())
         encoder = ENCODER_OF[look]
         seen_as = self.processor.view(part, stage, encoder)
-        key = (encoder, digest(whole), box, blank, self.processor.view_of(stage))
+        if id(whole) not in self.digests:
+            self.digests[id(whole)] = whole, digest(whole)
+        key = (encoder, self.digests[id(whole)][1], box, blank, self.processor.view_of(stage))
         if key not in self.entries:
             self.entries[key] = (self.shared and self.shared.view(key)) or self._view(key, seen_as)
         return self.entries[key], seen_as.copy() if seen_as is whole else seen_as

@@ -46,7 +46,7 @@ class LocalEngine:
         self,
         vlm: VLM,
         *,
-        max_rows: int = 16,
+        max_rows: int = 8,
         max_waiting: int = 64,
         max_tokens: int | None = None,
         prefill_tokens: int = 256,
@@ -145,11 +145,11 @@ class LocalEngine:
             try:
                 self._step()
             except Exception as error:  # of no single row: all that were taken have failed, and the next start anew
-                failed = {row.number for row in self._scheduler.rows}
                 self._scheduler = Scheduler(self.vlm, self._limits, self.memory)
-                for job in self._at_work():
-                    if job.row.number in failed:
-                        self._end(job, _failed(error))
+                with self._changed:
+                    taken = [job for job in self._jobs.values() if job not in self._arrived]
+                for job in taken:
+                    self._end(job, _failed(error))
         self._scheduler = Scheduler(self.vlm, self._limits, self.memory)
         for job in self._at_work():
             self._end(job, EngineClosed("the server has stopped; ask again later"))

@@ -135,6 +135,8 @@ class Scheduler:
     def _admit(self) -> list[Row]:
         """Take rows out of the queue in order, as far as the limits go."""
         admitted: list[Row] = []
+        if not self.waiting:
+            return admitted
         held, blocked = self.tokens_held, False  # blocked: no new row may overtake one for which tokens are lacking
         for row in list(self.waiting):
             at_work = len(self.live) + len(self.prefills) + len(admitted)
@@ -371,7 +373,7 @@ def run(vlm: Any, rows: Sequence[Row], record: Any = None) -> Iterator[tuple[int
 
 def tokens_of(row: Row) -> int:
     """Tokens that a row holds, or may come to hold."""
-    return min(max(len(row.conversation.ids), row.size) + row.options.max_new_tokens, row.vlm.context)
+    return min(max(len(row.conversation.ids), row.size) + row.options.max_new_tokens, row.context)
 
 
 @contextmanager

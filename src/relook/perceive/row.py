@@ -57,15 +57,14 @@ class Row:
 
     Attributes:
         target: number of the image that looks go to.
-        patches: encoded for this row.
-        size: tokens of the conversation, with those of given turns that are still to come.
+        size, context: tokens of the conversation with those of given turns that are still to come; tokens it may have.
+        patches, cached: encoded for this row; tokens that needed not run.
         number: by which an engine knows it.
-        cached: tokens that needed not run.
     """
 
     def __init__(self, vlm: Any, conversation: Conversation, request: Request):
         self.vlm, self.request, self.options = vlm, request, request.options
-        self.question = request.question
+        self.question, self.context = request.question, vlm.context
         self.conversation = conversation.copy()
         self.generator = generator(self.options)
         self.target = conversation.target
@@ -99,9 +98,7 @@ class Row:
     @property
     def stage(self) -> str:
         """Which of `seconds` the next forward belongs to."""
-        if not self.started:
-            return "prefill"
-        return "look" if self.waiting and not self._closing else "decode"
+        return "prefill" if not self.started else "look" if self.waiting and not self._closing else "decode"
 
     def banned(self) -> Tensor:
         """(V,) bool: the tokens that may not be sampled now."""
@@ -186,11 +183,11 @@ class Row:
     @property
     def _room(self) -> int:
         """How many tokens the model may choose in this turn."""
-        context = self.vlm.context - len(self.conversation.ids) + self._chosen - 1  # <|im_end|>
+        context = self.context - len(self.conversation.ids) + self._chosen - 1  # <|im_end|>
         return min(self.options.max_new_tokens, context)
 
     def _fits(self, tokens: int) -> bool:
-        return len(self.conversation.ids) + tokens < self.vlm.context
+        return len(self.conversation.ids) + tokens < self.context
 
     def _say(self, delta: TextDelta | None) -> None:
         if delta is not None and self._given is None:
@@ -223,10 +220,10 @@ class Row:
         return self
 
     def _check_size(self, tokens: int) -> None:
-        if tokens + 2 > self.vlm.context:  # a token of the answer, and its end
+        if tokens + 2 > self.context:  # a token of the answer, and its end
             raise UserError(
                 f"question, images and what was said before are {tokens} tokens, and the model takes "
-                f"{self.vlm.context}; ask something shorter, or show smaller images"
+                f"{self.context}; ask something shorter, or show smaller images"
             )
 
     def _to_come(self) -> int:
@@ -359,9 +356,8 @@ class Row:
 
     def _held(self, calls: Sequence[Call]) -> bool:
         """Whether whoever asked takes these looks; they are recorded, then."""
-        if not calls or not self.request.hold_regions or self._given is not None:
-            return False
-        if any(LOOKS[call.look].reencodes for call in calls):
+        free = self.request.hold_regions and self._given is None
+        if not calls or not free or any(LOOKS[call.look].reencodes for call in calls):
             return False
         for call in calls:
             self.looks.append(Look("region", cells=call.cells, box=self._box(call)))
@@ -379,7 +375,7 @@ class Row:
                 self._check_size(len(self.conversation.ids) + needed + TURN)
             self.finish, self._closing = "length", True
             for look in self.looks[seen:]:
-                look.problem = f"no room for {needed} tokens in the model's {self.vlm.context}"
+                look.problem = f"no room for {needed} tokens in the model's {self.context}"
                 self.events.append(LookTaken(look))
             return
         self._user_turn(look_turn(calls), images)

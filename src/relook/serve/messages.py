@@ -19,7 +19,7 @@ from PIL import Image
 from relook.errors import UserError
 from relook.looks import LOOKS
 from relook.options import AskOptions
-from relook.perceive.engine import GivenLook, Past, Request
+from relook.perceive.engine import STOP_LENGTH, STOPS, GivenLook, Past, Request
 from relook.regions import check_cells
 from relook.serve.settings import ServeSettings
 from relook.serve.tools import ZOOM, ZoomTool
@@ -150,8 +150,8 @@ def _options(body: ChatRequest, tool: ZoomTool | None, look_at: int | None, defa
 
 def _stop(body: ChatRequest) -> tuple[str, ...]:
     stop = ([body.stop] if body.stop else []) if isinstance(body.stop, str) else body.stop or []
-    if not all(stop) or len(stop) > 16 or max(map(len, stop), default=0) > 500:
-        raise BadField("stop", "stop is up to 16 texts of 1 to 500 characters; leave the others out")
+    if not all(stop) or len(stop) > STOPS or max(map(len, stop), default=0) > STOP_LENGTH:
+        raise BadField("stop", f"stop is up to {STOPS} texts of 1 to {STOP_LENGTH} characters; leave the others out")
     return tuple(stop)
 
 
