@@ -160,6 +160,27 @@ def test_requests_that_come_together_get_their_first_tokens_one_after_the_other(
     assert order == [1, 2, 3, 4]
 
 
+def test_answers_that_began_together_do_not_end_together_for_ever(tiny_vlm):
+    """Four clients, each asking again two steps after its answer: from the second answer on almost none waits for images."""
+    vlm = tiny_vlm()
+    scheduler = Scheduler(vlm, Limits(rows=8, piece=64, spacing=2))
+    asked = AskOptions.of({"look": "none", "max_new_tokens": 30})
+    coming, rows, ahead = {0: 4}, [], {}
+    for step in range(250):
+        for _ in range(coming.pop(step, 0)):
+            row = vlm._row_of(Request(QUESTION, (picture(len(rows)),), asked))
+            ahead[id(row)] = sum(other.patches > 0 for other in rows)
+            scheduler.add(row)
+            rows.append(row)
+        for row, event in scheduler.step():
+            if row.started and id(row) in ahead:  # its first token: images of others that came before its own
+                row.number = sum(other.patches > 0 for other in rows if other is not row) - ahead.pop(id(row))
+            if isinstance(event, Finished):
+                coming[step + 2] = coming.get(step + 2, 0) + 1
+    waits = [row.number for row in rows[4:28]]
+    assert len(waits) == 24 and sum(waits) <= 6, "an answer that ends early still meets another one"
+
+
 def test_a_row_that_fails_fails_alone(tiny_vlm, monkeypatch):
     vlm = tiny_vlm()
     rows = [vlm._row_of(request(number)) for number in range(4)]

@@ -19,6 +19,7 @@ from .row import Row
 from .vlm import VLM
 
 TOKENS = 65536  # that rows at work may hold, unless the model's context is longer
+SPACING = 2  # of images (`Limits`)
 
 
 @dataclass(eq=False)
@@ -61,7 +62,7 @@ class LocalEngine:
         self.vlm, self.name, self.max_rows, self.max_waiting = vlm, vlm.name, max_rows, max_waiting
         self.max_tokens = max(TOKENS, vlm.context) if max_tokens is None else max_tokens
         self.memory = Memory(cache_bytes)
-        self._limits = Limits(max_rows, self.max_tokens, prefill_tokens, turn)
+        self._limits = Limits(max_rows, self.max_tokens, prefill_tokens, turn, SPACING)
         self._scheduler = Scheduler(vlm, self._limits, self.memory)
         self._changed = Condition()
         self._arrived: list[_Job] = []

@@ -44,12 +44,15 @@ class Limits:
     tokens   that rows which have begun may hold, with those they may still write
     piece    tokens of prefill in one step: how long the others' next token may have to wait
     turn     tokens that a row decodes before it makes room, where another one waits for its place
+    spacing  decode steps between the first token after one image and the encoding of the next: answers that began
+             together would end together, and the questions that follow them would wait for one another again
     """
 
     rows: int | None = None
     tokens: int | None = None
     piece: int | None = None
     turn: int | None = None
+    spacing: int = 0
 
 
 @dataclass(eq=False)
@@ -91,7 +94,7 @@ class Scheduler:
         self.live: list[Row] = []
         self._kv = KVRows.empty(0)
         self._happened: list[Happened] = []
-        self._steps = 0
+        self._steps = self._decoded = 0  # all; those since a prompt with an image was through
 
     @property
     def rows(self) -> list[Row]:
@@ -118,6 +121,7 @@ class Scheduler:
         """One step; returns what happened, in order."""
         self._happened, self._steps = [], self._steps + 1
         self._encode(self._resume(self._admit()))
+        self._decoded += 1
         joining = self._prefill()
         states = [*self._decode(), *(state for _, _, state in joining)]
         if joining:
@@ -144,7 +148,7 @@ class Scheduler:
                 blocked = True
                 continue
             seeing = self.limits.piece is not None and bool(row.conversation.pending.shown)
-            if seeing and self._almost_through():
+            if seeing and (self._almost_through() or self._too_soon()):
                 continue
             if self.limits.rows is not None and at_work >= self.limits.rows and not self._make_room():
                 break
@@ -158,7 +162,11 @@ class Scheduler:
 
     def _almost_through(self) -> bool:
         """Whether a prompt is read in two more pieces at most: its first token comes before the next one's image."""
-        return any(prefill.left <= 2 * (self.limits.piece or 0) for prefill in self.prefills)
+        return any(prefill.seen and prefill.left <= 2 * (self.limits.piece or 0) for prefill in self.prefills)
+
+    def _too_soon(self) -> bool:
+        """Whether rows that decode are still to have their steps between two images."""
+        return bool(self.live) and self._decoded < self.limits.spacing
 
     def _has_tokens(self, held: int, row: Row, anybody: bool) -> bool:
         limit = self.limits.tokens
@@ -254,6 +262,7 @@ class Scheduler:
                 part.row.conversation.kv = kv.extract(i)
                 continue
             self.prefills.remove(part)
+            self._decoded = 0 if part.seen else self._decoded
             part.row.events.extend(LookTaken(shown.look) for shown in part.seen if shown.look is not None)
             through.append((part.row, i, states[i]))
         together = kv.select_rows([i for _, i, _ in through])
