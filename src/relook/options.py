@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from relook.errors import UserError
 from relook.io import validate
 from relook.looks import LOOKS
-from relook.regions import Cells
+from relook.regions import Cells, box_to_cells, check_box
 
 AUTO, NONE = "auto", "none"
 
@@ -36,16 +36,31 @@ def _flag(value: Any) -> bool:
     return bool(value)
 
 
+def _parts(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
 def _cells(value: Any) -> Any:
     """Four cells, also as the text "2,5,6,6"."""
     try:
         if isinstance(value, (bytes, Mapping, set, frozenset)):
             raise TypeError
-        cells = [int(part) for part in value.split(",")] if isinstance(value, str) else [_whole(v) for v in value]
+        cells = [int(v) if isinstance(value, str) else _whole(v) for v in _parts(value)]
         x0, y0, x1, y1 = cells
     except (TypeError, ValueError):
         raise ValueError("expected four whole cells x0,y0,x1,y1, both ends inclusive, such as 2,5,6,6") from None
     return x0, y0, x1, y1
+
+
+def _box(value: Any) -> Any:
+    """Four numbers, also as the text "120,80,410,200"."""
+    try:
+        if isinstance(value, (bytes, Mapping, set, frozenset)):
+            raise TypeError
+        x1, y1, x2, y2 = (_number(float(v) if isinstance(value, str) else v) for v in _parts(value))
+    except (TypeError, ValueError):
+        raise ValueError("expected four numbers x1,y1,x2,y2 in pixels of the upright image") from None
+    return x1, y1, x2, y2
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
@@ -66,6 +81,11 @@ class AskOptions(BaseModel):
     and the call's first token is written for the model."""
     region: Annotated[Cells | None, BeforeValidator(lambda value: None if value is None else _cells(value))] = None
     """(x0, y0, x1, y1) grid cells, both ends inclusive: the model is made to look there."""
+    box: Annotated[
+        tuple[float, float, float, float] | None, BeforeValidator(lambda value: None if value is None else _box(value))
+    ] = None
+    """In place of `region`, (x1, y1, x2, y2) pixels of the upright original, x2 and y2 exclusive: the model is made to
+    look at the cells that cover it."""
     max_looks: Whole = Field(1, ge=0)
     """How many times the model may look again (one turn may ask for several regions). 0 is "none"."""
     max_new_tokens: Whole = Field(64, ge=1)
@@ -103,10 +123,13 @@ class AskOptions(BaseModel):
     def _agree(self) -> None:
         if self.look not in (AUTO, NONE, *LOOKS):
             raise UserError(f"look {self.look!r} is unknown; expected one of {', '.join([AUTO, NONE, *LOOKS])}")
-        if self.region is not None and self.look not in (AUTO, "region"):
-            raise UserError(
-                f"region={self.region} was given with look={self.look!r}; leave look out, or make it 'region'"
-            )
+        for name in ("region", "box"):
+            if (value := getattr(self, name)) is not None and self.look not in (AUTO, "region"):
+                raise UserError(
+                    f"{name}={value} was given with look={self.look!r}; leave look out, or make it 'region'"
+                )
+        if self.region is not None and self.box is not None:
+            raise UserError(f"box={self.box} and region={self.region} are two ways to say one thing; leave one out")
         if self.max_looks == 0 and self.first_look in LOOKS:
             raise UserError(f"look={self.first_look!r} was asked for with max_looks=0; allow at least 1")
         for name in ("temperature", "top_p", "top_k", "seed"):
@@ -115,8 +138,16 @@ class AskOptions(BaseModel):
 
     @property
     def first_look(self) -> str:
-        """The look that is asked for: "region" where cells are given."""
-        return self.look if self.region is None else "region"
+        """The look that is asked for: "region" where cells or a box are given."""
+        return self.look if self.region is None and self.box is None else "region"
+
+    def region_of(self, size: tuple[int, int], grid: int) -> Cells | None:
+        """The cells that are asked for on an image of `size` (width, height); None: none are.
+
+        Raises:
+            UserError: a box that leaves the image, or is no box of pixels.
+        """
+        return self.region if self.box is None else box_to_cells(check_box(self.box, size), size, grid)
 
     def check_left_out(self, looks: list[str]) -> None:
         """Refuse to leave out what none of the looks asked for has: the answer would pass for a measurement."""

@@ -102,6 +102,19 @@ def clamp_box(box: Sequence[float], size: tuple[int, int]) -> Box:
     return left, top, _clamp(math.ceil(x2), left + 1, width), _clamp(math.ceil(y2), top + 1, height)
 
 
+def check_box(box: Sequence[float], size: tuple[int, int]) -> tuple[float, ...]:
+    """`box`, which lies in an image of `size` up to a pixel. Raises UserError for others, with what they look like."""
+    wanted = f"expected x1,y1,x2,y2 in pixels of the upright image of {size[0]} x {size[1]}"
+    x1, y1, x2, y2 = box
+    if any(value % 1 for value in box) and all(0 <= value <= 1 for value in box):
+        raise UserError(f"box {tuple(box)} looks like fractions of the image's sides; {wanted}: multiply them")
+    if x2 < x1 or y2 < y1:
+        raise UserError(f"box {tuple(box)} runs backwards; if it is x, y, width, height, add them: {wanted}")
+    if x1 <= -1 or y1 <= -1 or x2 >= size[0] + 1 or y2 >= size[1] + 1:
+        raise UserError(f"box {tuple(box)} leaves the image; {wanted}")
+    return x1, y1, x2, y2
+
+
 def widen(cells: Cells, margin: int, grid: int = GRID) -> Cells:
     """`cells` grown by `margin` cells on each side, kept on the grid. Published: 1 at evaluation, 0 in training."""
     x0, y0, x1, y1 = check_cells(cells, grid)
@@ -204,7 +217,8 @@ def crop(image: "Image.Image", cells: Cells, *, grid: int = GRID, margin: int = 
 def upright(image: "Image.Image") -> "Image.Image":
     """`image` as people see it: turned as its EXIF tag says, RGB, transparent parts white, deep grey scaled to 8 bits.
 
-    Returns the very same object when there is nothing to do. Raises UserError for floats outside 0..1.
+    Returns the very same object when there is nothing to do. Raises UserError for floats outside 0..1 and integers over
+    16 bits.
     """
     from PIL import Image, ImageOps
 
@@ -230,6 +244,8 @@ def _deep_grey(image: "Image.Image") -> "np.ndarray":
     if image.mode == "F":
         return eight_bits(values)
     values = values.astype(np.int64)
+    if values.size and not 0 <= values.min() <= values.max() < 2**16:
+        raise UserError(f"pixels from {values.min()} to {values.max()}; expected 0 to 65535, or floats in 0..1")
     shift = 8 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 0
     grey = np.clip(values >> shift, 0, 255)
     return np.where(values == image.info.get("transparency", -1), 255, grey).astype(np.uint8)

@@ -8,28 +8,36 @@ Frames: sizes are (width, height) in pixels, boxes (x1, y1, x2, y2) with x2 and 
 
 from __future__ import annotations
 
-import base64
 import io
 import os
-import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, unquote_to_bytes
 
 from relook.errors import UserError
+from relook.files import (
+    DAMAGED,
+    ONLY_PAGE,
+    Page,
+    base64_bytes,
+    data_url,
+    download,
+    file_bytes,
+    reading,
+    split_page,
+    stream_bytes,
+)
 from relook.regions import Box, eight_bits, split_crop_suffix, upright
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
 Size = tuple[int, int]
 
 MIN_SIDE = 28  # one merged token of Qwen2-VL: 2 x 2 patches of 14 pixels
 MAX_RATIO, CUT_RATIO = 200, 180  # over 200:1 Qwen2-VL's image processor refuses; the published code cuts to 180:1
-DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, RuntimeError, struct.error)  # as PIL raises on files
 RESAMPLES = ("nearest", "bicubic", "lanczos")
 
 
@@ -140,31 +148,24 @@ PREPROCESSING: dict[str, dict[str, View | None]] = {
 
 
 def open_image(source: Any, fetch: bool = False) -> Image.Image:
-    """An upright RGB image from a path, a data URL, a PIL image, a numpy array or the bytes of an image file.
+    """An upright RGB image from whatever people hold.
 
-    Arrays are (height, width), (height, width, 3) or (height, width, 4); uint8, or floats in 0..1. With `fetch`,
-    whatever transformers' own functions take, too: http and https addresses, and files as base64 text.
+    Args:
+        source: a path or data URL (of a file with several pages `scan.pdf#page=2`), a PIL image, the bytes of an image
+            file, an open binary file, an image column's {"bytes", "path"}, or an array: NumPy's (height, width),
+            (height, width, 1, 3 or 4) or channels first, or a tensor of torch's; uint8, or floats in 0..1.
+        fetch: also take whatever transformers' own functions do: http(s) addresses, and files as base64 text.
 
     Raises:
-        UserError: nothing there, not an image, a file that ends early, an image without pixels.
+        UserError: nothing there, not an image, a file that ends early, an image without pixels, several pages.
     """
     from PIL import Image
 
-    scheme = source.partition(":")[0].lower() if isinstance(source, str) else ""
-    if scheme == "data":
-        return _decode(data_url(source), f"data URL {source[:40]}...")
-    if scheme in ("http", "https") and source[len(scheme) :].startswith("://"):
-        if not fetch:
-            raise UserError(
-                f"{source}: addresses are not fetched; download the image, or ask with fetch=True (--fetch)"
-            )
-        return _decode(_download(source), source)
-    if isinstance(source, (str, Path)):
-        if fetch and not os.path.isfile(source) and (data := _base64(str(source))):
-            return _decode(data, f"base64 text {str(source)[:40]}...")
-        return _open_file(Path(source))
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(bytes(source), f"{len(source)} bytes")
+    if isinstance(source, Mapping) and {"bytes", "path"} & set(source):
+        data, path = source.get("bytes"), source.get("path")
+        return open_image(path if data is None else data, fetch)
+    if isinstance(source, (str, os.PathLike)):
+        return _open_named(str(source), fetch)
     if isinstance(source, Image.Image):
         if 0 in source.size:
             raise UserError(
@@ -176,11 +177,32 @@ def open_image(source: Any, fetch: bool = False) -> Image.Image:
             raise
         except DAMAGED as error:  # PIL reads lazily: a broken file shows here
             raise UserError(f"image cannot be read ({error}); give a complete image") from error
-    if hasattr(source, "__array_interface__"):
+    if hasattr(source, "read"):
+        data, name = stream_bytes(source), getattr(source, "name", None)
+        return _decode(data, name if isinstance(name, str) else f"open file of {len(data)} bytes")
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _decode(bytes(source), f"{len(source)} bytes")
+    if hasattr(source, "__array__") or hasattr(source, "__array_interface__"):
         return _from_array(source)
     raise UserError(
-        f"image is a {type(source).__name__}; expected a path, a PIL image, a numpy array or the bytes of an image file"
+        f"image is a {type(source).__name__}; expected a path, a PIL image, an array or tensor, an open file, or the "
+        "bytes of an image file"
     )
+
+
+def _open_named(source: str, fetch: bool) -> Image.Image:
+    """The image at a path or address."""
+    name, page = split_page(source)
+    scheme = name.partition(":")[0].lower()
+    if scheme == "data":
+        return _decode(data_url(name), f"data URL {name[:40]}...", page)
+    if scheme in ("http", "https") and name[len(scheme) :].startswith("://"):
+        if not fetch:
+            raise UserError(f"{name}: addresses are not fetched; download the image, or ask with fetch=True (--fetch)")
+        return _decode(download(name), name, page)
+    if fetch and not os.path.isfile(name) and (data := base64_bytes(name)):
+        return _decode(data, f"base64 text {name[:40]}...")
+    return _decode(file_bytes(name), name, page)
 
 
 def existing_ref(ref: str) -> tuple[str, Box | None]:
@@ -219,68 +241,9 @@ def load_item_image(source: Any, root: str | Path | None = None) -> Image.Image:
     return image.crop(kept)
 
 
-def _open_file(path: Path) -> Image.Image:
-    try:
-        data = path.read_bytes() if path.is_file() or not path.exists() else None
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
-        reason = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or error
-        raise UserError(f"{str(path)[:300]}: {str(reason).lower()}; give the path of an image") from None
-    if not data:
-        raise UserError(f"{path}: {'not a file' if data is None else 'the file is empty'}; give the path of an image")
-    return _decode(data, str(path))
-
-
-def data_url(url: str) -> bytes:
-    """The content of `data:image/png;base64,...`, or of one that is percent-encoded."""
-    head, comma, body = url.partition(",")
-    data = _base64(unquote(body)) if head.lower().endswith(";base64") else unquote_to_bytes(body)
-    if not comma or not data:
-        raise UserError(f"data URL {url[:40]}... holds no data that can be read; expected data:image/png;base64,...")
-    return data
-
-
-def _base64(text: str) -> bytes | None:
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except ValueError:
-        return None
-
-
-def _download(url: str) -> bytes:
-    from huggingface_hub.utils import httpx
-
-    try:
-        return httpx.get(url, follow_redirects=True).raise_for_status().content
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise UserError(f"{url}: cannot be fetched ({str(error).splitlines()[0]}); check the address") from None
-
-
-def _decode(data: bytes, name: str) -> Image.Image:
-    with reading(io.BytesIO(data), name) as image:
+def _decode(data: bytes, name: str, page: Page = ONLY_PAGE) -> Image.Image:
+    with reading(io.BytesIO(data), name, page=page) as image:
         return upright(_loaded(image))
-
-
-@contextmanager
-def reading(file: Any, name: str, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
-    """An image file as Pillow opens it, not decoded yet. Raises UserError (with `name`) for what Pillow raises inside.
-
-    `formats`: the only ones to try, by Pillow's names. A missing file is a FileNotFoundError.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(file, formats=formats) as image:
-            yield image
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
-    except FileNotFoundError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UserError(f"{name}: not an image that can be read; give a JPEG, PNG, WebP, TIFF or similar") from error
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{name}: {error}; give a smaller image") from error
-    except DAMAGED as error:
-        raise UserError(f"{name}: the image is damaged or cut short ({error}); give a complete file") from error
 
 
 def _loaded(image: Image.Image) -> Image.Image:
@@ -298,12 +261,28 @@ def _loaded(image: Image.Image) -> Image.Image:
 
 
 def _from_array(source: Any) -> Image.Image:
-    import numpy as np
     from PIL import Image
 
-    array = np.asarray(source)
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in array.shape:
+    try:
+        array = _numpy(source)
+    except DAMAGED as error:  # a tensor without values, a type that NumPy lacks
+        raise UserError(f"{type(source).__name__} cannot be read ({error}); give uint8, or floats in 0..1") from error
+    sides = (1, 3, 4)  # channels of an image
+    first = array.ndim == 3 and array.shape[0] in sides and (hasattr(source, "detach") or array.shape[2] not in sides)
+    array = array.transpose(1, 2, 0) if first else array
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in sides) or 0 in array.shape:
         raise UserError(
-            f"array of shape {array.shape} is no image; expected (height, width), or (height, width, 3 or 4)"
+            f"array of shape {array.shape} is no image; expected (height, width), (height, width, 3 or 4) or "
+            "(3 or 4, height, width); several images are given as a list"
         )
     return upright(Image.fromarray(eight_bits(array[:, :, 0] if array.shape[2:] == (1,) else array)))
+
+
+def _numpy(source: Any) -> np.ndarray:
+    """An array, or a tensor of torch's wherever it is, as NumPy's."""
+    import numpy as np
+
+    if hasattr(source, "detach"):
+        source = source.detach().cpu()
+        source = source.float() if source.is_floating_point() else source  # NumPy has no bfloat16
+    return np.asarray(source)

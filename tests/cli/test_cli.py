@@ -70,6 +70,23 @@ def test_ask_prints_the_answer_and_the_forced_region(model, page) -> None:
     assert "look 1: region, cells 2,3,4,5, box 20,30,120,105 (x1,y1,x2,y2 pixels)" in lines
 
 
+def test_a_box_is_the_region_that_covers_it_also_for_a_file_of_questions(model, page, tmp_path) -> None:
+    lines = call("ask", page, QUESTION, "-m", model, "--box", "41,46,99,89", "--max-new-tokens", 4).stdout.splitlines()
+    assert "look 1: region, cells 2,3,4,5, box 20,30,120,105 (x1,y1,x2,y2 pixels)" in lines
+    (tmp_path / "q.csv").write_text(f"image,question\npage.png,{QUESTION}\n")
+    options = ["-m", model, "--box", "41,46,99,89", "--max-new-tokens", 4]
+    call("ask", "--batch", tmp_path / "q.csv", "--out", tmp_path / "a.jsonl", *options)
+    assert json.loads((tmp_path / "a.jsonl").read_text())["looks"][0]["cells"] == [2, 3, 4, 5]
+
+
+def test_an_image_from_standard_input(model, page) -> None:
+    options = [QUESTION, "-m", model, "--max-new-tokens", "3"]
+    given = CliRunner().invoke(app, ["ask", "-", *options], input=Path(page).read_bytes())
+    assert given.exit_code == 0 and given.stdout == call("ask", page, *options).stdout
+    nothing = CliRunner().invoke(app, ["ask", "-", *options], input=b"")
+    assert nothing.exit_code == 2 and "not an image" in nothing.stderr
+
+
 def test_ask_agrees_with_the_library(model, page) -> None:
     record = json.loads(call("ask", page, QUESTION, "-m", model, "--look", "clip", "--json").stdout)
     answer = relook.load(model).ask(page, QUESTION, look="clip")
@@ -166,6 +183,8 @@ def test_wrong_questions_looks_and_regions(page, model) -> None:
     assert "region, clip, detection, seg" in refused("ask", page, QUESTION, "--look", "zoom")
     assert "1,2" in refused("ask", page, QUESTION, "--region", "1,2")
     assert "8 x 8" in refused("ask", page, QUESTION, "-m", model, "--region", "0,0,8,8")
+    assert "four numbers" in refused("ask", page, QUESTION, "--box", "1,2")
+    assert "leaves the image" in refused("ask", page, QUESTION, "-m", model, "--box", "0,0,8,99999")
     assert "'seg'" in refused("ask", page, QUESTION, "-m", model, "--look", "seg")
 
 

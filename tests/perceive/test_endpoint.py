@@ -82,7 +82,10 @@ def local():
 # -- control tokens, a real model behind them ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"look": "region"}, {"region": "1,1,3,3"}, {"look": "none"}, {"max_looks": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"look": "region"}, {"region": "1,1,3,3"}, {"box": (9, 200, 99, 301)}, {"look": "none"}, {"max_looks": 0}],
+)
 def test_answers_are_those_of_the_model_itself(remote, local, options):
     for number in range(2):
         page = Cards(7).sample(number)
@@ -333,6 +336,7 @@ def test_a_forced_region_of_other_models():
     [
         ({"look": "clip"}, "hidden states of the model"),
         ({"region": (0, 0, 8, 8)}, "does not fit the 8 x 8 grid"),
+        ({"box": (0, 0, 9000, 8)}, "leaves the image"),
         ({"condition": False}, "condition=False"),
         ({"blank": True}, "blank=True is for a model in this process"),
         ({"look_at": 3}, "look_at=3 names no image"),

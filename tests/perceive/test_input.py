@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 from support.scripted_model import QUESTION, picture
 from transformers import GenerationConfig
 
@@ -31,6 +32,20 @@ from relook.perceive import VLM
         ({"region": (0, 0, 1.5, 1)}, "four"),
         ({"region": (0, 0, 1, 1), "look": "clip"}, "leave look out"),
         ({"region": (0, 0, 1, 1), "max_looks": 0}, "max_looks=0"),
+        ({"box": (0, 0, 30)}, "four numbers x1,y1,x2,y2"),
+        ({"box": 7}, "four numbers"),
+        ({"box": "10,20,a,40"}, "four numbers"),
+        ({"box": (0, 0, 30, float("inf"))}, "four numbers"),
+        ({"box": (0.1, 0.2, 0.5, 0.6)}, "looks like fractions of the image's sides"),
+        ({"box": (100, 60, 30, 30)}, "runs backwards; if it is x, y, width, height, add them"),
+        (
+            {"box": (100, 60, 131, 80)},
+            "leaves the image; expected x1,y1,x2,y2 in pixels of the upright image of 130 x 90",
+        ),
+        ({"box": (-1, 60, 130, 80)}, "leaves the image"),
+        ({"box": (0, 0, 30, 30), "look": "clip"}, "box=(0.0, 0.0, 30.0, 30.0) was given with look='clip'"),
+        ({"box": (0, 0, 30, 30), "region": (0, 0, 1, 1)}, "two ways to say one thing"),
+        ({"box": (0, 0, 30, 30), "max_looks": 0}, "max_looks=0"),
         ({"max_looks": -1}, "max_looks"),
         ({"max_looks": "1"}, "max_looks: expected a number, not text and not too large (seen: '1')"),
         ({"max_looks": True}, "max_looks: expected a number, not text and not too large (seen: True)"),
@@ -95,6 +110,30 @@ def test_options_are_the_same_in_numpys_numbers_and_as_text(tiny_vlm):
     with pytest.raises(UserError, match=r"^look 'REGION' is unknown"):
         vlm.ask(picture(), "What?", look="REGION")
     assert len(vlm.ask_many([(picture(), "What?")] * 3, batch_size=np.int64(2), max_new_tokens=1)) == 3
+
+
+def test_a_box_in_pixels_is_looked_at_as_the_cells_that_cover_it(tiny_vlm):
+    """Of 8 x 8 cells on 130 x 90 pixels: of 16.25 x 11.25."""
+    vlm = tiny_vlm(("region", "clip"))
+    for box, cells in (
+        ((33, 23, 65, 45), (2, 2, 3, 3)),
+        ((33, 23, 65.1, 45), (2, 2, 4, 3)),
+        ("33,23,65,45", (2, 2, 3, 3)),
+        (np.array([0, 0, 130, 90]), (0, 0, 7, 7)),
+        ((-0.4, 0, 130.4, 90), (0, 0, 7, 7)),
+    ):
+        ours = vlm.ask(picture(), "What?", box=box, max_new_tokens=2)
+        theirs = vlm.ask(picture(), "What?", region=cells, max_new_tokens=2)
+        assert ours.looks[0].cells == cells and ours.looks == theirs.looks and ours.transcript == theirs.transcript
+    turned = picture().transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6  # shown turned back: boxes are of what people see
+    assert vlm.ask(turned, "What?", box=(33, 23, 65, 45), max_new_tokens=1).looks[0].cells == (2, 2, 3, 3)
+    wide = [picture(), picture(1, (520, 90))]
+    for at, cells in ((0, (2, 2, 3, 3)), (1, (0, 2, 0, 3))):
+        assert vlm.ask(wide, "What?", box=(33, 23, 65, 45), look_at=at, max_new_tokens=1).looks[0].cells == cells
+    chat = vlm.chat(wide[1])
+    chat.ask("What?", look="none", max_new_tokens=1)
+    assert chat.ask("And?", box=(500, 23, 520, 45), max_new_tokens=1).looks[0].cells == (7, 2, 7, 3)
 
 
 def test_what_was_given_is_what_is_looked_at(tiny_vlm):

@@ -73,7 +73,7 @@ def test_bad_files(tmp_path, content, message):
         (Path("."), "not a file"),
         (Image.new("RGB", (0, 5)), "0 x 5 pixels"),
         (np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\)"),
-        (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\)"),
+        (np.zeros((5, 8, 8), np.uint8), r"shape \(5, 8, 8\)"),
         (np.full((4, 4), 7.0), "leave 0..1"),
         (np.zeros((4, 4), np.int32), "int32"),
         (b"", "not an image"),

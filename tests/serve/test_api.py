@@ -1,6 +1,8 @@
 """Chat completions as OpenAI's own client sees them, over real HTTP; every answer is the one that `ask` gives."""
 
 import asyncio
+import base64
+import io
 import json
 import math
 import re
@@ -26,6 +28,7 @@ LOOKS = [
     {"look": "detection"},
     {"look": "seg"},
     {"region": [1, 2, 3, 4]},
+    {"box": [33, 23, 65.1, 45]},
     {"look": "region", "max_looks": 2},
     {"max_looks": 0},
 ]
@@ -289,6 +292,9 @@ def test_logprobs(served) -> None:
         ({"extra_body": {"stream": "yes"}}, "stream"),
         ({"extra_body": {"relook": {"look": "smell"}}}, "look 'smell' is unknown"),
         ({"extra_body": {"relook": {"region": [1, 2, 9, 4]}}}, "does not fit the 8 x 8 grid"),
+        ({"extra_body": {"relook": {"box": [0, 0, 999, 9]}}}, "leaves the image; expected x1,y1,x2,y2 in pixels"),
+        ({"extra_body": {"relook": {"box": [0, 0, 9, 9], "region": [1, 2, 3, 4]}}}, "two ways to say one thing"),
+        ({"extra_body": {"relook": {"box": [0, 0, 9]}}}, "four numbers x1,y1,x2,y2"),
         ({"extra_body": {"relook": {"looks": 2}}}, "looks"),
         ({"extra_body": {"relook": {"look": "clip", "max_looks": 0}}}, "max_looks=0"),
         ({"extra_body": {"relook": {"look_at": 1}}}, "look_at=1 names no image"),
@@ -363,7 +369,14 @@ def test_models(served) -> None:
 
 
 def test_looks_is_the_whole_trace(served) -> None:
-    for own in ({}, {"look": "clip"}, {"region": [1, 2, 3, 4]}, {"do_sample": True, "seed": 5, "temperature": 1.5}):
+    boxed = {"box": [33, 23, 65.1, 45]}
+    for own in (
+        {},
+        {"look": "clip"},
+        {"region": [1, 2, 3, 4]},
+        boxed,
+        {"do_sample": True, "seed": 5, "temperature": 1.5},
+    ):
         body = {"image": data_url(picture(9)), "question": QUESTION, "max_new_tokens": 6, **own}
         reply = httpx2.post(f"{served.url}/v1/looks", json=body, timeout=60)
         answer = served.vlm.ask(picture(9), QUESTION, max_new_tokens=6, **own)
@@ -377,10 +390,30 @@ def test_looks_is_the_whole_trace(served) -> None:
         ({"image": []}, "image"),
         ({"question": " "}, "the question is empty"),
         ({"region": [0, 0, 8, 0]}, "8 x 8 grid"),
+        ({"box": [0.1, 0.2, 0.3, 0.4]}, "looks like fractions"),
         ({"model": "gpt-4o"}, "does not exist here"),
     ):
         reply = httpx2.post(f"{served.url}/v1/looks", json={**body, **wrong})
         assert reply.status_code == (404 if "model" in wrong else 400) and said in reply.json()["error"]["message"]
+
+
+def test_a_page_of_a_tiff_is_named_by_its_address(served) -> None:
+    file = io.BytesIO()
+    picture(1).save(file, "TIFF", save_all=True, append_images=[picture(2)])
+    url = "data:image/tiff;base64," + base64.b64encode(file.getvalue()).decode()
+    parts = [{"type": "image_url", "image_url": {"url": f"{url}#page=2"}}, {"type": "text", "text": QUESTION}]
+    reply = served.ask(
+        [{"role": "user", "content": parts}], max_tokens=6, extra_body={"relook": {"region": [1, 2, 3, 4]}}
+    )
+    crop = served.vlm.ask(picture(2), QUESTION, region=(1, 2, 3, 4), max_new_tokens=6).looks[0].image
+    assert opened(reply.relook["looks"][0]["crop"]).tobytes() == crop.tobytes()
+    for image, said in (
+        (url, "has 2 pages, of which one can be shown; add #page=1 to #page=2"),
+        (f"{url}#page=3", "has no page 3"),
+    ):
+        body = {"image": image, "question": QUESTION}
+        reply = httpx2.post(f"{served.url}/v1/looks", json=body)
+        assert reply.status_code == 400 and said in reply.json()["error"]["message"]
 
 
 def test_what_exceeds_the_context_is_refused_with_both_numbers(served, monkeypatch) -> None:

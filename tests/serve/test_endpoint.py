@@ -35,7 +35,16 @@ def url(local):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"look": "region"}, {"region": "1,1,3,3"}, {"look": "none"}, {"look": "clip"}, {"max_looks": 2}]
+    "options",
+    [
+        {},
+        {"look": "region"},
+        {"region": "1,1,3,3"},
+        {"box": "9,200,99,301"},
+        {"look": "none"},
+        {"look": "clip"},
+        {"max_looks": 2},
+    ],
 )
 def test_answers_are_those_of_the_model_itself(url, local, options):
     """Region crops are made here and sent back; a re-encoding look is taken by the server."""

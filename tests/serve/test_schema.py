@@ -28,7 +28,7 @@ KEPT = {
     "top_logprobs",
     "relook",
 }
-KEPT |= {"look", "max_looks", "look_at", "do_sample", "constrain", "condition", "blank", "region"}
+KEPT |= {"look", "max_looks", "look_at", "do_sample", "constrain", "condition", "blank", "region", "box"}
 OPERATIONS = [CHAT, LOOKS, *(f"GET {path}" for path in [*OTHERS, "/health/live", "/health/ready", "/metrics"])]
 
 

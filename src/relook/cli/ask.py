@@ -15,13 +15,22 @@ if TYPE_CHECKING:
 
 
 def ask(
-    image: Annotated[str | None, Argument(metavar="IMAGE", help="An image file, or a data URL.")] = None,
+    image: Annotated[
+        str | None,
+        Argument(
+            metavar="IMAGE",
+            help="An image file (a page of a PDF or TIFF: scan.pdf#page=2), a data URL, or - for stdin.",
+        ),
+    ] = None,
     question: Annotated[str | None, Argument(metavar="QUESTION", help="What to ask about it.")] = None,
     model: Model = None,
     look: Annotated[
         str, Option(metavar="LOOK", help="auto (the model decides), none, region, clip, detection or seg.")
     ] = "auto",
     region: Annotated[str | None, Option(metavar="X0,Y0,X1,Y1", help="Look at these grid cells (inclusive).")] = None,
+    box: Annotated[
+        str | None, Option(metavar="X1,Y1,X2,Y2", help="Look at this box, in pixels of the upright image.")
+    ] = None,
     max_looks: Annotated[int, Option(min=0, metavar="N", help="At most this many second looks.")] = 1,
     max_new_tokens: Annotated[int, Option(min=1, metavar="N", help="At most this many tokens per turn.")] = 64,
     device: Device = None,
@@ -49,7 +58,7 @@ def ask(
     from relook.options import AskOptions
     from relook.views import open_image
 
-    given = {"look": look, "region": region, "max_looks": max_looks, "max_new_tokens": max_new_tokens}
+    given = {"look": look, "region": region, "box": box, "max_looks": max_looks, "max_new_tokens": max_new_tokens}
     options = AskOptions.of({name: value for name, value in given.items() if value is not None})
     if (batch is None) != (out is None) or (batch is None) == (image is None) or (image is None) != (question is None):
         raise UserError("give IMAGE and QUESTION, or --batch FILE and --out FILE; see 'relook ask --help'")
@@ -63,7 +72,7 @@ def ask(
         raise UserError("the question is empty; say what to find out about the image, in quotes")
     if save is not None:
         check_writable(save)
-    picture = open_image(image, fetch)
+    picture = open_image(sys.stdin.buffer if image == "-" else image, fetch)
 
     vlm = open_model(model, base_url, processor, dialect, device=device, dtype=dtype)
     answer = vlm.ask(picture, question, **options.model_dump(exclude_unset=True))

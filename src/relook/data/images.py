@@ -24,8 +24,9 @@ from unicodedata import normalize
 
 from relook.data.published import IMAGE_SETS, dataset_of
 from relook.errors import UserError
+from relook.files import data_url, reading, split_page
 from relook.regions import Box, Cells, join_crop_suffix, split_crop_suffix, upright
-from relook.views import data_url, existing_ref, reading
+from relook.views import existing_ref
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +68,7 @@ def _as_on_disk(path: str) -> str:
     folder, name = os.path.split(file)
     forms = [file, *(normalize(form, file) for form in ("NFC", "NFD"))]
     forms += [os.path.join(folder, normalize(form, name)) for form in ("NFC", "NFD")]
-    found = next(filter(os.path.exists, forms), file)
+    found = next((form for form in forms if os.path.exists(split_page(form)[0])), file)
     return found if box is None else join_crop_suffix(found, box)
 
 
@@ -114,11 +115,12 @@ def orientation_of(image: Image.Image) -> int:
 
 def file_size(path: str, where: str = "", *, header_only: bool = False) -> tuple[int, int] | None:
     """The size of an image file once upright, from its header; None where there is no such file."""
+    path, page = split_page(path)
     file = io.BytesIO(data_url(path)) if path.startswith("data:") else path
     if file is path and os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{where}: {path}: not a file; give the path of an image".removeprefix(": "))
     try:
-        with reading(file, f"{where}: {path}".removeprefix(": ")) as image:
+        with reading(file, f"{where}: {path}".removeprefix(": "), page=page) as image:
             return upright_size(image, header_only=header_only)
     except FileNotFoundError:
         return None
@@ -134,7 +136,7 @@ class ImageFacts:
     problem      "missing", "unreadable" or None; `detail` says why
     size         once upright, as people see it and as crops are cut
     orientation  the EXIF tag, 1 where there is none
-    digest       of the file's bytes
+    digest       of the file's bytes, and which page of them
     look         the perceptual hash (bits as bytes), None where it was not asked for or the picture is flat
     """
 
@@ -158,6 +160,7 @@ class ImageFacts:
 
 def read_facts(path: str, *, look: bool = False) -> ImageFacts:
     """The facts of one file, decoded to its end; `look` asks for the perceptual hash. Never raises for a bad file."""
+    path, page = split_page(path)
     try:
         if not path.startswith("data:") and os.path.exists(path) and not os.path.isfile(path):
             return ImageFacts("unreadable", "not a file")  # a pipe would be waited for
@@ -167,15 +170,16 @@ def read_facts(path: str, *, look: bool = False) -> ImageFacts:
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte, a data URL that is none
         return ImageFacts("unreadable", getattr(error, "strerror", None) or str(error))
     try:
-        with reading(io.BytesIO(data), "") as image:
+        with reading(io.BytesIO(data), "", page=page) as image:
             size, orientation = upright_size(image), orientation_of(image)
             image.draft("L", (2 * _SIDE, 2 * _SIDE))  # JPEGs are read to the end, but not at full size
             image.load()
-            if image.mode == "F":
-                upright(image)  # floats that are no pixels are refused
+            if image.mode.startswith(("I", "F")):
+                upright(image)  # values that are no pixels are refused
             found = _look(image) if look else None
     except UserError as error:
         return ImageFacts("unreadable", str(error).removeprefix(": ").rpartition("; ")[0])
+    data += f"#{page.number}".encode() if (page.number or 1) > 1 else b""
     return ImageFacts(None, "", size, orientation, hashlib.blake2b(data, digest_size=16).digest(), found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -29,7 +30,8 @@ def ask_file(
     `error` where the question could not be asked.
 
     Args:
-        questions: records with an image and a question (by their usual names), or items.
+        questions: records with an image and a question (by their usual names), or items. Images of a Parquet file
+            may be in it ({"bytes", "path"}).
         options: of `ask`, for all.
 
     Returns:
@@ -46,7 +48,7 @@ def ask_file(
     out.parent.mkdir(parents=True, exist_ok=True)
     before = {line.get("number"): line for line in read_lines(out)}
     for number, line in before.items():
-        said = asked[number - 1] | {"model": vlm.name} if number in range(1, len(asked) + 1) else {}
+        said = _line(asked[number - 1], vlm.name) if number in range(1, len(asked) + 1) else {}
         if differs := [key for key in _SAME if line.get(key) != said.get(key)]:
             raise UserError(
                 f"{out}: answer {number} has the {differs[0]} {line.get(differs[0])!r}, but it would be "
@@ -65,20 +67,28 @@ def ask_file(
     return done, failed
 
 
-def _questions(path: str | Path) -> Iterator[dict[str, str]]:
+def _questions(path: str | Path) -> Iterator[dict[str, Any]]:
     for record in read_records(path):
         if "messages" in record.value:
             found = item_question(Item.from_dict(record.value, record.where))
             image, text = (None, None) if found is None else (found.image, found.text)
         else:
             image, text = (column(record.value, name, {}) for name in ("image", "question"))
-        if not isinstance(image, str) or not isinstance(text, str) or not text.strip():
+        if not isinstance(image, str | dict) or not isinstance(text, str) or not text.strip():
             raise UserError(f"{record.where}: has the keys {', '.join(record.value)}; expected image and question")
         yield {"image": image, "question": text}
 
 
+def _line(asked: dict[str, Any], model: str) -> dict[str, str]:
+    """What a line says of its question; an image that is in the file itself has the path it came with, or a digest."""
+    image = asked["image"]
+    if isinstance(image, dict):
+        image = image.get("path") or hashlib.sha256(image.get("bytes") or b"").hexdigest()
+    return {"image": image, "question": asked["question"], "model": model}
+
+
 def _answered(
-    vlm: Any, several: list[tuple[int, dict[str, str]]], folder: Path, options: Mapping[str, Any]
+    vlm: Any, several: list[tuple[int, dict[str, Any]]], folder: Path, options: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """The lines of several questions; where one of them cannot be asked, each is asked alone."""
     pairs = [each | {"image": _placed(each["image"], folder)} for _, each in several]
@@ -91,7 +101,7 @@ def _answered(
             return
         answers = [error]
     for (number, each), answer in zip(several, answers, strict=True):
-        line: dict[str, Any] = {"number": number, **each, "model": vlm.name}
+        line: dict[str, Any] = {"number": number, **_line(each, vlm.name)}
         if isinstance(answer, RelookError):
             yield line | {"error": str(answer)}
         else:
@@ -99,5 +109,7 @@ def _answered(
             yield line | {"answer": answer.text, "looks": looks, "finish": answer.finish}
 
 
-def _placed(image: str, folder: Path) -> str:
+def _placed(image: Any, folder: Path) -> Any:
+    if isinstance(image, dict):  # an image column
+        return image["bytes"] if image.get("bytes") is not None else _placed(str(image.get("path")), folder)
     return image if image.startswith(("data:", "http://", "https://")) else str(folder / image)

@@ -294,8 +294,9 @@ class Row:
     def _force_look(self) -> None:
         """The tokens of a look that the options ask for."""
         text = LOOKS[self.options.look].start if self.options.look in LOOKS else ""
-        if self.options.region is not None:
-            text = write_call("region", self.options.region, self.vlm.vocabulary.grid) + IM_END
+        grid = self.vlm.vocabulary.grid
+        if (cells := self.options.region_of(self.conversation.images[self.target].size, grid)) is not None:
+            text = write_call("region", cells, grid) + IM_END
         if text:
             self._check_size(len(self.conversation.ids) + CALL)
         self._forced.extend(self.vlm.processor.tokenizer.encode(text, add_special_tokens=False))

@@ -119,15 +119,18 @@ class VLM:
         """Answer one question about one image, or about several (a list).
 
         Args:
-            image: a path, a PIL image, a numpy array, the bytes of an image file, a data URL, or a list of these. What
-                was given is what is looked at, also when the caller changes it afterwards.
+            image: a path (of one page: "scan.pdf#page=2"), a PIL image, an array or tensor, the bytes of an image file,
+                an open file, a data URL, or a list of these (`relook.views.open_image`). What was given is what is
+                looked at, also when the caller changes it afterwards.
             question: in words; asked as it is.
-            options: see `relook.options.AskOptions`: `look`, `region`, `max_looks`, `max_new_tokens`, `do_sample`,
-                `temperature`, `top_p`, `top_k`, `seed`, `constrain`, `condition`, `blank`, `look_at`, `fetch`.
+            options: see `relook.options.AskOptions`: `look`, `region`, `box`, `max_looks`, `max_new_tokens`,
+                `do_sample`, `temperature`, `top_p`, `top_k`, `seed`, `constrain`, `condition`, `blank`, `look_at`,
+                `fetch`.
 
         Raises:
             UserError: an image that cannot be read, an empty question, an unknown option, a look the model lacks, a
-                region off the grid, a condition or a crop to leave out of a look that has none.
+                region off the grid, a box that leaves the image, a condition or a crop to leave out of a look that has
+                none.
         """
         return last_answer(self.stream(image, question, **options))
 

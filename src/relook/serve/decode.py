@@ -23,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import IO, TYPE_CHECKING
 
 from relook.errors import RelookError, UserError
-from relook.views import open_image, reading
+from relook.files import ONLY_PAGE, Page, reading
+from relook.views import open_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,16 +35,17 @@ SNIFFED = 1024  # leading bytes in which browsers and PDF readers look for what 
 OTHER_FILES = {b"%pdf-": "a PDF", b"<html": "a web page", b"<script": "a script"}
 CHILDREN = 2
 BASE_MEMORY, PIXEL_MEMORY = 2**30, 16  # bytes of address space: Python and its libraries; per pixel that is allowed
-QUESTION, ANSWER = struct.Struct("<QQQd"), struct.Struct("<QQQ")
+QUESTION, ANSWER = struct.Struct("<QQQdQ"), struct.Struct("<QQQ")
 
 
-def opened(data: bytes, seen: int, limit: int) -> Image.Image:
+def opened(data: bytes, seen: int, limit: int, page: Page = ONLY_PAGE) -> Image.Image:
     """The image of a file, upright RGB.
 
     Args:
         data: the file.
         seen: pixels of the request's images before it.
         limit: pixels that the images of a request may have together.
+        page: of several.
 
     Raises:
         UserError: it is no image, or also something else, is cut short, or has too many pixels.
@@ -53,7 +55,7 @@ def opened(data: bytes, seen: int, limit: int) -> Image.Image:
     if other := _other_file(data):
         raise UserError(f"it is {other}, which is not taken; send a JPEG, PNG or WebP file of its own")
     formats = tuple(name for name in FORMATS if name != "AVIF" or features.check("avif"))
-    with reading(io.BytesIO(data), "it", formats) as image:
+    with reading(io.BytesIO(data), "it", formats, page) as image:
         size = image.width * image.height
         if seen + size > limit:
             total = f", {seen + size:,} with the images before it" if seen else ""
@@ -96,7 +98,7 @@ class Decoders:
         for _ in range(count):
             self._free.put(None)
 
-    def open(self, data: bytes, seen: int, limit: int, seconds: float) -> Image.Image:
+    def open(self, data: bytes, seen: int, limit: int, seconds: float, page: Page = ONLY_PAGE) -> Image.Image:
         """As `opened`, in `seconds` of processor time at most."""
         from PIL import Image
 
@@ -106,7 +108,7 @@ class Decoders:
                 child = _start()
             assert child.stdin is not None and child.stdout is not None
             try:
-                child.stdin.write(QUESTION.pack(len(data), seen, limit, seconds) + data)
+                child.stdin.write(QUESTION.pack(len(data), seen, limit, seconds, page.number or 0) + data)
                 child.stdin.flush()
                 width, height, length = ANSWER.unpack(_exactly(child.stdout, ANSWER.size))
                 content = _exactly(child.stdout, length)
@@ -143,16 +145,16 @@ def _exactly(pipe: IO[bytes], count: int) -> bytes:
 def _work(questions: IO[bytes], answers: IO[bytes]) -> None:
     """A child: answers until its parent closes the pipe."""
     while len(head := questions.read(QUESTION.size)) == QUESTION.size:
-        length, seen, limit, seconds = QUESTION.unpack(head)
+        length, seen, limit, seconds, page = QUESTION.unpack(head)
         _bound(seconds, BASE_MEMORY + PIXEL_MEMORY * limit)
-        answers.write(_answer(questions.read(length), seen, limit))
+        answers.write(_answer(questions.read(length), seen, limit, Page(page or None)))
         answers.flush()
 
 
-def _answer(data: bytes, seen: int, limit: int) -> bytes:
+def _answer(data: bytes, seen: int, limit: int, page: Page) -> bytes:
     """Size and pixels; of a refusal no size, and a sentence."""
     try:
-        image = opened(data, seen, limit)
+        image = opened(data, seen, limit, page)
         size, content = image.size, image.tobytes()
     except UserError as error:
         size, content = (0, 0), str(error).removeprefix("it: ").encode("utf-8", "replace")

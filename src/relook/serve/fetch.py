@@ -23,10 +23,10 @@ from anyio import to_thread
 from pydantic import BaseModel, ConfigDict, Field
 
 from relook.errors import UserError
+from relook.files import data_url, split_page
 from relook.perceive.engine import DeadlineExceeded
 from relook.serve.decode import Decoders
 from relook.serve.limits import Limits, hold
-from relook.views import data_url
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,9 +70,10 @@ async def load_images(urls: Iterable[str], limits: Limits, settings: FetchSettin
     with anyio.move_on_after(limits.seconds) as time:
         for number, url in enumerate(urls, 1):
             seen = sum(image.width * image.height for image in opened)
+            url, page = split_page(url)
             try:
                 data = await image_bytes(url, settings)
-                work = partial(DECODERS.open, data, seen, limits.pixels, limits.decode_seconds)
+                work = partial(DECODERS.open, data, seen, limits.pixels, limits.decode_seconds, page)
                 opened.append(await asyncio.get_running_loop().run_in_executor(DECODERS.threads, work))
             except UserError as error:
                 raise UserError(f"image {number}: {error}") from None

@@ -135,7 +135,7 @@ class Conversation:
 def _options(body: ChatRequest, tool: ZoomTool | None, look_at: int | None, default_tokens: int) -> AskOptions:
     """`ask`'s options. Without a temperature the answer is greedy, and what belongs to sampling says nothing."""
     own = body.relook.model_dump(exclude_unset=True, exclude={"boxes"}, exclude_none=True) if body.relook else {}
-    asked = {name: own[name] for name in ("look", "region") if name in own}
+    asked = {name: own[name] for name in ("look", "region", "box") if name in own}
     if tool is not None and body.tool_choice not in (None, "auto") and not asked:
         own["look"] = "region"
     if look_at is not None:

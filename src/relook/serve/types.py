@@ -149,6 +149,7 @@ class LookOptions(BaseModel):
 
     look: str = "auto"
     region: list[int] | None = None
+    box: list[float] | None = None
     max_looks: int | None = None
     look_at: int | None = None
     boxes: Literal["pixels", "0-1000", "0-1"] | None = None

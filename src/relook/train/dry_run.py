@@ -28,6 +28,7 @@ from relook.data.dataset import SampledItems, open_items
 from relook.data.items import Item, LeftOut
 from relook.data.reader import Unreadable
 from relook.errors import UserError
+from relook.files import split_page
 from relook.model.encoders import image_encoder
 from relook.model.start import StartInfo, open_start
 from relook.train.checkpoints import StageModel
@@ -292,7 +293,7 @@ def _missing(item: Item, files: dict[str, bool]) -> Iterator[str]:
     for ref in (ref for refs in item.images.values() for ref in refs if isinstance(ref, str)):
         name = existing_ref(ref)[0]
         if name not in files:
-            files[name] = name.startswith("data:") or Path(name).is_file()
+            files[name] = name.startswith("data:") or Path(split_page(name)[0]).is_file()
         if not files[name]:
             yield name
 

@@ -16,8 +16,8 @@ from typing import Any
 from relook.data.items import COLUMNS, Question, column
 from relook.data.records import import_datasets, is_saved_dataset, saved_dataset
 from relook.errors import RelookError, UserError
+from relook.files import reading
 from relook.io import replacing_file
-from relook.views import reading
 
 
 def row_question(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Question:

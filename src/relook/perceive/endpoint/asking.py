@@ -42,10 +42,11 @@ class Asking:
     def __init__(self, engine: Any, request: Request, before: Asking | None = None):
         self.engine, self.processor, self.options = engine, engine.processor, request.options
         self.request = replace(request, question=checked_question(request.question))
+        self.own = self._own_options()
         self.spelling: ControlTokens | ZoomCalls = (
             ControlTokens(self.processor)
             if engine.dialect == "tokens"
-            else ZoomCalls(DIALECTS[engine.dialect], engine.grid, self._own_options())
+            else ZoomCalls(DIALECTS[engine.dialect], engine.grid, self.own)
         )
         self.messages: list[dict[str, Any]] = list(before.messages) if before else []
         self.sampled: set[int] = set(before.sampled) if before else set()  # numbers of messages that the model wrote
@@ -123,6 +124,9 @@ class Asking:
             if not -len(self.images) <= at < len(self.images):
                 raise UserError(f"look_at={at} names no image; the conversation has {len(self.images)}, counted from 0")
             self.target = at % len(self.images)
+        self.region = self.options.region_of(self.images[self.target].size, self.engine.grid)
+        if self.options.box is not None and self.own is not None:  # images are not sent at their own size
+            self.own["region"] = self.region
         for turn in request.looks:
             self._given(turn)
         self._left = max(0, self._left - len(request.looks))
@@ -169,8 +173,8 @@ class Asking:
         begun = time.perf_counter()
         forced = self.options.first_look == "region" and not self.request.looks and self.engine.dialect != "relook"
         finish: str | None = None
-        if forced and self.options.region is not None:
-            called = [Called("region", self.options.region, self._box(self.options.region))]
+        if forced and self.region is not None:
+            called = [Called("region", self.region, self._box(self.region))]
             self.messages.append(self.spelling.call(called, self.images[self.target].size, self.sent[self.target]))
             finish = yield from self._take(called)
             forced = False
