@@ -8,7 +8,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relook.data.items import Question, from_page, read_questions
+from relook.data.forms import read_questions
+from relook.data.items import Question, from_page
 from relook.errors import UserError
 from relook.evaluate.tasks import Task
 from relook.io import rng

@@ -17,9 +17,9 @@ from support.source_files import (
 
 from relook.data import BuildOptions, Question, build, build_item, read_items
 from relook.data.build import build_items
-from relook.data.items import variant
 from relook.data.remap import remap
 from relook.data.rules import draw, merged
+from relook.data.variants import variant
 from relook.errors import UserError
 from relook.looks import parse_calls
 from relook.regions import iou, split_crop_suffix

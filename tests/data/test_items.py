@@ -311,7 +311,7 @@ def test_build_writes_paths_that_hold_from_the_new_place(tmp_path):
         (line(bboxs=[[1, 2, 3]]), "box [1, 2, 3]"),
         (line(bboxs=[[1, 2, float("inf"), 4]]), "expected [x1, y1, x2, y2]"),
         (line(width=-1), "positive whole numbers"),
-        ({"question": "?"}, "'image' is None"),
+        ({"question": "?"}, "no 'image' among its keys (question); expected one of image, "),
     ],
 )
 def test_wrong_lines_stop_the_build_with_file_and_line_and_leave_nothing(tmp_path, row, words):

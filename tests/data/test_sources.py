@@ -202,7 +202,7 @@ def test_labels_paths_and_several_images_of_a_dataset(tmp_path):
 
 def test_what_only_datasets_have_is_refused_elsewhere_and_a_folder_of_files_is_no_dataset(tmp_path):
     path = write(tmp_path / "q.jsonl", BOXED)
-    assert "has no columns" in refused("data", "build", path, tmp_path / "o.json", "--columns", "image=x")
+    assert "has no 'x'" in refused("data", "build", path, tmp_path / "o.json", "--columns", "image=x")
     assert "has no split" in refused("data", "build", path, tmp_path / "o.json", "--split", "test")
     assert "give one of them: q.jsonl" in refused("data", "build", tmp_path, tmp_path / "o.json")
     assert list(tmp_path.iterdir()) == [path]
@@ -227,7 +227,9 @@ def test_wrong_viscot_records_name_file_and_line(tmp_path, change, words):
 def test_unknown_forms_and_names_are_said(tmp_path):
     path = write(tmp_path / "set.jsonl", {"caption": "x"})
     assert "caption" in refused("data", "build", path, tmp_path / "out.json")
-    assert "expected one of items, viscot" in refused("data", "build", path, tmp_path / "o.json", "--format", "voc")
+    assert "expected one of swift, items, viscot" in refused(
+        "data", "build", path, tmp_path / "o.json", "--format", "pascal"
+    )
     assert "is several files" in refused("data", "build", "viscot_benchmark", tmp_path / "o.json")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["set.jsonl"]
 

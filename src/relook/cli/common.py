@@ -35,7 +35,7 @@ Dtype = Annotated[str | None, Option(metavar="DTYPE", help="float32, bfloat16 or
 AsJson = Annotated[bool, Option("--json", help="Print as JSON.")]
 ResultsAsJson = Annotated[bool, Option("--json", help="Print the results as JSON.")]
 
-LIST_OPTIONS = ("--tasks", "--looks", "--images")
+LIST_OPTIONS = ("--tasks", "--looks", "--images", "--columns")
 
 
 class ListOptions(TyperCommand):

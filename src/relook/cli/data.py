@@ -77,8 +77,14 @@ Images = Annotated[
     list[str] | None, Option(metavar="NAME=FOLDER...", help="Your folders of images, to find published paths in.")
 ]
 ImageRoot = Annotated[Path | None, Option(metavar="FOLDER", help="Folder of the images; default: that of SOURCE.")]
+FormatName = Annotated[str | None, Option(metavar="FORM", help="Form of the file; detected by default.")]
+Split = Annotated[str | None, Option(metavar="NAME", help="Split of a dataset; default: train.")]
 Columns = Annotated[
-    list[str] | None, Option(metavar="OURS=THEIRS", help="Columns of a dataset, such as question=prompt.")
+    list[str] | None,
+    Option(metavar="OURS=THEIRS...", help="Names of columns, keys or attributes, such as question=prompt label=type."),
+]
+Ask = Annotated[
+    str | None, Option(metavar="TEXT", help="Question about an annotated region: 'What is the {label}?' by default.")
 ]
 Paper = Annotated[
     str | None,
@@ -125,9 +131,10 @@ def build(
     ] = 0.0,
     images: Images = None,
     image_root: ImageRoot = None,
-    format: Annotated[str | None, Option(metavar="FORM", help="Format of SOURCE; detected by default.")] = None,
-    split: Annotated[str | None, Option(metavar="NAME", help="Split of a hub dataset; default: train.")] = None,
+    format: FormatName = None,
+    split: Split = None,
     columns: Columns = None,
+    ask: Ask = None,
     limit: Annotated[int | None, Option(min=1, metavar="N", help="Stop after this many items.")] = None,
     paper: Paper = None,
 ) -> None:
@@ -139,13 +146,11 @@ def build(
 
     options = {name: value for name, value in ctx.params.items() if name not in ("source", "target", "paper")}
     options = {name: value for name, value in options.items() if value is not None or name not in SETTINGS}
-    if bad := [text for text in columns or () if "=" not in text]:
-        raise UserError(f"--columns {bad[0]!r}: expected OURS=THEIRS, such as question=prompt")
-    options |= {"images": parse_folders(images or []), "columns": dict(text.split("=", 1) for text in columns or ())}
+    options |= {"images": parse_folders(images or []), "columns": _pairs(columns)}
     if paper is not None:
         options = {name: value for name, value in options.items() if name != "model" or value is not None}
         usual = {parameter.name: parameter.default for parameter in ctx.command.params} | {"columns": {}}
-        fixed = ("look", "align", "outside", "val", "format", "split", "columns")
+        fixed = ("look", "align", "outside", "val", "format", "split", "columns", "ask")
         if given := [f"--{name}" for name in fixed if options.pop(name) != usual[name]]:
             raise UserError(f"{', '.join(given)} beside --paper, which says itself how splits are made; leave one out")
         print(build_splits(source, target, action=paper, **options))
@@ -187,6 +192,10 @@ def check(
         Path | None, Option(metavar="TARGET", help="Where --fix writes; default: NAME.fixed.json(l) beside ITEMS.")
     ] = None,
     report: Annotated[Path | None, Option(metavar="FILE", help="Also write the report as JSON here.")] = None,
+    format: FormatName = None,
+    split: Split = None,
+    columns: Columns = None,
+    ask: Ask = None,
     as_json: AsJson = False,
 ) -> None:
     """Find faults in items (labels off the grid, wrong crops, bad images, duplicates, ...); exit 1 where there are any.
@@ -201,7 +210,8 @@ def check(
     suffix = items.suffix if items.suffix in (".json", ".jsonl") else ".jsonl"
     target = (out or items.with_name(f"{items.stem}.fixed{suffix}")) if fix else None
     found = check_file(items, grid, model=model, images=images, image_root=image_root, against=against or (),
-                       looks=looks, fix=target, progress=_count)  # fmt: skip
+                       looks=looks, fix=target, progress=_count, format=format, split=split, columns=_pairs(columns),
+                       ask=ask)  # fmt: skip
     show_status("")
     if report is not None:
         with replacing(report) as file:
@@ -211,7 +221,7 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command("preview")
+@app.command("preview", cls=ListOptions)
 def preview(
     items: Items,
     page: Annotated[Path, Argument(metavar="PAGE.html", help="Where the page goes.")],
@@ -219,25 +229,34 @@ def preview(
     seed: Annotated[int, Option(metavar="N", help="Seed of the sample.")] = 0,
     grid: Grid = None,
     image_root: Root = None,
+    format: FormatName = None,
+    split: Split = None,
+    columns: Columns = None,
+    ask: Ask = None,
 ) -> None:
     """Write a page of sampled items to look at: image, grid, regions, crops, turns, faults. One file."""
     from relook.data.preview import preview as write
 
-    print(f"written: {write(items, page, n=n, seed=seed, grid=grid, image_root=image_root)}")
+    reading = {"format": format, "split": split, "columns": _pairs(columns), "ask": ask}
+    print(f"written: {write(items, page, n=n, seed=seed, grid=grid, image_root=image_root, **reading)}")
 
 
-@app.command("stats")
+@app.command("stats", cls=ListOptions)
 def stats(
     items: Items,
     grid: Grid = None,
     plot: Annotated[Path | None, Option(metavar="FILE", help="Also draw it: .png, .svg or .pdf.")] = None,
+    format: FormatName = None,
+    split: Split = None,
+    columns: Columns = None,
+    ask: Ask = None,
     as_json: AsJson = False,
 ) -> None:
     """Count looks, region sizes, cells used (a heat map) and lengths."""
     from relook.data.stats import plot as draw
     from relook.data.stats import stats as count
 
-    found = count(items, grid, _count)
+    found = count(items, grid, _count, format=format, split=split, columns=_pairs(columns), ask=ask)
     show_status("")
     if plot is not None:
         draw(found, plot)
@@ -257,6 +276,12 @@ def convert(
     done = write(items, target, image_root=image_root, rows=rows, progress=_count)
     show_status("")
     print(f"written: {done}")
+
+
+def _pairs(columns: list[str] | None) -> dict[str, str]:
+    if bad := [text for text in columns or () if "=" not in text]:
+        raise UserError(f"--columns {bad[0]!r}: expected OURS=THEIRS, such as question=prompt")
+    return dict(text.split("=", 1) for text in columns or ())
 
 
 def _count(items: int) -> None:

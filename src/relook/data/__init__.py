@@ -15,9 +15,9 @@ from relook.data.build import BuildOptions, BuildReport, build, build_item, buil
 from relook.data.check import CheckReport, Finding, check
 from relook.data.collate import Collator, EncodedDataset
 from relook.data.dataset import ItemsDataset, ItemStream, open_items
-from relook.data.forms import read
+from relook.data.forms import read, read_questions
 from relook.data.images import check_copy
-from relook.data.items import Item, Message, Question, from_page, read_items, read_questions, write_items
+from relook.data.items import Item, Message, Question, from_page, read_items, write_items
 from relook.data.paper_splits import build_splits
 from relook.data.preview import preview
 from relook.data.remap import RemapReport, convert, remap

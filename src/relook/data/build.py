@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.faults import TEXT, Context, refuse
-from relook.data.forms import Found, is_dataset, read
+from relook.data.forms import Found, Source
+from relook.data.forms.table import read_hub
 from relook.data.images import ImageFinder, ImageRef, file_size, place_image, relative, split_ref, with_file
-from relook.data.items import IMAGE_KEYS, Item, LeftOut, Message, Question, image_size, naming, variant, write_items
-from relook.data.reader import folder_of, writing_records
+from relook.data.items import IMAGE_KEYS, Item, LeftOut, Message, Question, image_size, naming, write_items
+from relook.data.reader import folder_of, readable, writing_records
 from relook.data.rules import DIRECT, BuildOptions, draw, question_boxes, region_cells, val_path
 from relook.data.settings import BUILT, SETTINGS, model_settings
+from relook.data.variants import variant
 from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX, LOOKS, look_turn, parse_calls, write_call
 from relook.regions import GRID, Cells, cells_to_box, covered, join_crop_suffix, widen
@@ -75,6 +77,7 @@ def build(
     val: float = 0.0,
     split: str | None = None,
     columns: dict[str, str] | None = None,
+    ask: str | None = None,
     model: str | None = None,
     **options: Any,
 ) -> BuildReport:
@@ -88,7 +91,7 @@ def build(
         format: a row of `forms.FORMATS`; recognized from the file unless given.
         images: folders by dataset, in which images are looked up by name (see `images.ImageFinder`).
         val: share of the *images* whose items go to `val_path(dst)` instead; none is in both.
-        split, columns: of a dataset (see `forms.table.read_hub`).
+        split, columns, ask: see `forms.annotated.Reading`. Images of datasets are written beside `dst`.
         model: whose settings decide grid, margin, free_choice and question_first: a model, or a recipe that names one.
         options: the fields of `BuildOptions`.
 
@@ -103,12 +106,12 @@ def build(
     if not 0 <= val < 1:
         raise UserError(f"val is {val}; expected a share of the images, at least 0 and below 1")
     settings, report = BuildOptions(**(options if model is None else _for_model(model, options))), BuildReport()
-    of_dataset = format == "hub" or (format is None and is_dataset(src))
-    place = _Placer(Path(dst).parent if of_dataset else folder_of(src), Path(dst), image_root, images, report)
-    found = read(src, format, image_folder=dst, split=split, columns=columns)
+    source = Source(src, format, image_root=image_root, columns=columns, ask=ask, split=split)
+    home = Path(dst).parent if source.form.name == "hub" else folder_of(source.path)
+    place = _Placer(home, Path(dst), image_root, images, report)
     made = (
         (thing, item)
-        for thing in found
+        for thing in _things(source, Path(dst), report)
         if (placed := place(thing)) is not None
         for item in build_items([placed], settings, report)
     )
@@ -118,6 +121,19 @@ def build(
     else:
         write_items(dst, (item for _, item in pairs))
     return report
+
+
+def _things(source: Source, dst: Path, report: BuildReport) -> Iterator[Found]:
+    """What a source holds; what cannot be used is noted. A dataset's images are written into `NAME_images`."""
+    if source.form.name == "hub":
+        folder, reading = dst.with_name(f"{dst.stem}_images"), source.reading
+        yield from read_hub(source.source, reading.split or "train", reading.columns, folder)
+        return
+    for record in source.scan():
+        try:
+            yield source.thing(readable(record))
+        except LeftOut as error:
+            report.left_out.append(str(error))
 
 
 def _for_model(model: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -200,6 +216,8 @@ def build_item(
     """The item of one question, or None where it is skipped (no usable box; see `BuildOptions.no_box`)."""
     options, note, where = options or BuildOptions(), (report or BuildReport()).note, question.where
     refuse(question, Context())
+    for what in question.notes:
+        note(what, where)
     for spec in LOOKS.values():  # a placeholder in the text would shift every image after it
         if any(spec.placeholder in text for text in (question.text, question.answer)):
             raise LeftOut(where, "unresolved", f"{spec.placeholder} in a text would stand for an image")
@@ -238,6 +256,21 @@ def build_item(
     answer = f"{ANSWER_PREFIX if options.answer_prefix else ''}{question.answer}"
     turns = [first, call, look_turn(parse_calls(call, options.grid)), answer]
     return _item(turns, {"images": [image], spec.item_key: views}, extra)
+
+
+def as_item(thing: Found, options: BuildOptions, context: Context, report: BuildReport | None = None) -> Item:
+    """The item of a thing: of a question, the one that training makes of it (sizes as the context has them)."""
+    if isinstance(thing, Item):
+        return thing
+    known = context.facts(thing.image) if isinstance(thing.image, str) else None
+    if known is not None and known.problem is None:
+        same_size(thing, str(thing.image), known.size)
+        thing = replace(thing, size=known.size, slack=(0, 0))
+    elif thing.size is None and isinstance(thing.image, str):
+        thing = replace(thing, boxes=())  # which name no cells where the image is not there; that is a fault
+    item = build_item(thing, replace(options, no_box="direct"), report)
+    assert item is not None  # no_box="direct" skips nothing
+    return item
 
 
 def _kept(question: Question, options: BuildOptions) -> dict[str, Any]:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from relook.data.build import build_item, same_size
+from relook.data.build import BuildReport, as_item
 from relook.data.faults import RULES, Context, found_faults
-from relook.data.forms.table import row_question
+from relook.data.forms import Source
 from relook.data.images import FactsBelow, near, split_ref
-from relook.data.items import Item, LeftOut, column
-from relook.data.reader import Record, Unreadable, folder_of, read_records, readable, scan, write_records
+from relook.data.items import Item, LeftOut
+from relook.data.reader import folder_of, read_records, readable, write_records
 from relook.data.remap import mover
 from relook.data.rules import BuildOptions
 from relook.data.settings import model_settings, stored_settings
@@ -60,6 +60,7 @@ class CheckReport:
     mended: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
     remaining: Counter[str] = field(default_factory=Counter)
+    notes: BuildReport = field(default_factory=BuildReport)  # of questions: what did not come out as the file has it
 
     @property
     def ok(self) -> bool:
@@ -79,6 +80,7 @@ class CheckReport:
             "against": {"images": self.compared, "unreadable": self.not_compared},
             "ok": self.ok,
             "counts": dict(self.counts),
+            "notes": dict(self.notes.counts),
             "findings": [vars(finding) for finding in self.findings],
         }
         if self.target is not None:
@@ -97,6 +99,9 @@ class CheckReport:
             seen = first[rule]
             place = f"item {seen.item}, line {seen.where.rpartition(':')[2].partition(',')[0]}"
             lines.append(_cut(f"{count:8d} {rule:<17} {place}: {seen.detail}"))
+        lines += [
+            _cut(f"{n:8d} {what} (first: {self.notes.examples[what][0]})") for what, n in self.notes.counts.items()
+        ]
         if self.compared:
             lost = self.not_compared
             but = f"; {len(lost)} could not be read (first: {_printable(lost[0])})" if lost else ""
@@ -123,11 +128,12 @@ def check(
     looks: Sequence[str] | None = None,
     fix: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
+    **reading: Any,
 ) -> CheckReport:
     """Hold every item of a file against the table; write a mended copy where `fix` names a place for it.
 
     Args:
-        path: items: a JSON array, JSON lines, or Parquet written by `relook data convert`.
+        path: items, or a source of any form, of whose questions items are made as training does.
         grid: cells per side; the model's, or what the first item stores, unless given.
         model: that is to learn: its settings and looks are what items must be built for. Without, all items must be
             built as the first one.
@@ -139,13 +145,15 @@ def check(
         fix: where the mended copy goes (`.json`: an array, else JSON lines), written aside and then renamed. Paths in
             it are rewritten to hold from its folder, unless `image_root` is given.
         progress: called with the number of items now and then.
+        reading: of `forms.Source`: format, columns, ask, split.
 
     Raises:
         UserError: a file that is not JSON (file and line), `fix` is the file itself, or nothing would be left in it.
     """
     path, report, strict = Path(path), CheckReport(str(path)), image_root is not None
     root = str(folder_of(path) if image_root is None else image_root)
-    settings, known = (stored_settings(path), None) if model is None else model_settings(model)
+    source = Source(path, image_root=image_root, **reading)
+    settings, known = (stored_settings(source.scan()), None) if model is None else model_settings(model)
     grid = grid or settings.get("grid", GRID)
     context = Context(grid=grid, root=root, strict=strict, looks=looks or known, settings={**settings, "grid": grid})
     facts = FactsBelow(context.root, strict, look=bool(against))
@@ -153,7 +161,7 @@ def check(
         context.facts = facts.__getitem__
     if against:
         context.other_file, context.other_look = _evaluation_images(against, image_root, report)
-    items = _mended(path, report, context, progress)
+    items = _mended(source, report, context, progress)
     if fix is not None:
         report.target = str(fix)
         if Path(fix).resolve() == path.resolve():
@@ -166,19 +174,28 @@ def check(
     return report
 
 
+class _NotAnItem(UserError):
+    """A question where items were to be mended."""
+
+
 def _mended(
-    path: Path, report: CheckReport, context: Context, progress: Callable[[int], None] | None
+    source: Source, report: CheckReport, context: Context, progress: Callable[[int], None] | None
 ) -> Iterator[Item]:
     """The items without their faults, those left out missing; everything is noted in the report on the way."""
-    for record in scan(path):
+    options = BuildOptions(**{"grid": context.grid, **context.settings}, no_box="direct")
+    for record in source.scan():
         report.items += 1
         context.number = report.items
         if progress is not None and report.items % 1000 == 0:
             progress(report.items)
-        if report.target is not None and _is_question(record):
-            raise UserError(f"{record.where}: a question, of which `relook data build` makes an item; mend items")
         try:
-            item = _item(readable(record), context)
+            thing = source.thing(readable(record))
+            if report.target is not None and not isinstance(thing, Item):
+                why = "a question, of which `relook data build` makes an item; mend items"
+                raise _NotAnItem(f"{record.where}: {why}")
+            item = as_item(thing, options, context, report.notes)
+        except _NotAnItem:
+            raise
         except UserError as error:
             rule = error.rule if isinstance(error, LeftOut) else "form"
             report.add(rule, record.where, str(error).removeprefix(f"{record.where}: "))
@@ -189,27 +206,6 @@ def _mended(
         mended = item if report.target is None else _mend(item, report, context)
         if mended is not None:
             yield mended
-
-
-def _is_question(record: Record | Unreadable) -> bool:
-    value = record.value if isinstance(record, Record) else {}
-    return "messages" not in value and column(value, "question", {}) is not None
-
-
-def _item(record: Record, context: Context) -> Item:
-    """The item of a record; of a question, the one that training makes of it."""
-    if not _is_question(record):
-        return Item.from_dict(record.value, record.where)
-    question = row_question(record.value, {}, record.where)
-    known = context.facts(question.image) if isinstance(question.image, str) else None
-    if known is not None and known.problem is None:
-        same_size(question, str(question.image), known.size)
-        question = replace(question, size=known.size, slack=(0, 0))
-    elif question.size is None:
-        question = replace(question, boxes=())  # which name no cells where the image is not there; that is a fault
-    item = build_item(question, BuildOptions(**{"grid": context.grid, **context.settings}, no_box="direct"))
-    assert item is not None  # no_box="direct" skips nothing
-    return item
 
 
 def _mend(item: Item, report: CheckReport, context: Context) -> Item | None:

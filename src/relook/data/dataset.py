@@ -22,14 +22,16 @@ import numpy as np
 
 from relook.data.build import build_item, same_size
 from relook.data.faults import Context, refuse
-from relook.data.forms.table import row_question, stored_image
+from relook.data.forms import Source, record_thing, stored_item
+from relook.data.forms.annotated import Reading
 from relook.data.images import file_size, split_ref
-from relook.data.items import COLUMNS, IMAGE_KEYS, Item, variant
+from relook.data.items import COLUMNS, IMAGE_KEYS, Item, Question
 from relook.data.order import interleaved, windowed
 from relook.data.reader import Record, Unreadable, folder_of, readable
 from relook.data.records import Records, records
 from relook.data.rules import BuildOptions, Data, ItemSource
 from relook.data.settings import SETTINGS, processor_settings, refuse_others
+from relook.data.variants import variant
 from relook.errors import RelookError, UserError
 from relook.io import rng
 
@@ -100,12 +102,8 @@ class ItemStream(ItemsDataset):
 
 def _placed(record: Record, image_root: str | Path | None) -> Item:
     """The item of a record that is one, its image paths below the root, or the folder of the record's file."""
-    value = record.value
-    lists = {key: value[key] for key in IMAGE_KEYS if isinstance(value.get(key), list)}
-    if any(isinstance(ref, dict) for refs in lists.values() for ref in refs):  # an image column of a dataset
-        value = value | {key: [stored_image(ref, record.where) for ref in refs] for key, refs in lists.items()}
     root = folder_of(record.file) if image_root is None else image_root
-    return Item.from_dict(value, record.where).under(root, strict=image_root is not None)
+    return stored_item(record.value, record.where).under(root, strict=image_root is not None)
 
 
 # -- the items of a recipe, by position
@@ -142,17 +140,20 @@ class SampledItems:
         self.sources, self.build = data.all_sources(), build_options(data, processor)
         looks = None if processor is None else processor.looks
         self.context = Context(grid=self.build.grid, looks=looks)
+        own = [open_source(source) for source in self.sources] if sources is None else []
+        self.opened: list[Source | None] = [*own] if sources is None else [None] * len(self.sources)
         if processor is not None and not data.as_built:
             settings = {name: getattr(self.build, name) for name in SETTINGS}
             if data.free_choice:  # the sentences that ask for a look are taken out
                 del settings["free_choice"]
-            for source in self.sources if sources is None else ():
-                refuse_others(source.path, settings)
+            for source in own:
+                if source.streams:
+                    refuse_others(source.path, source.scan(), settings)
             self.context.settings = settings
         weights = [source.weight for source in self.sources]
         self.shares = [weight / sum(weights) for weight in weights]
         self.window = max(1, data.buffer // (1 if data.mix == "concat" else len(weights))) if data.streaming else 0
-        opened = [records(s.path, s.split, self.window) for s in self.sources] if sources is None else sources
+        opened = [source.records(self.window) for source in own] if sources is None else sources
         self.records = list(opened)
         self.held = [records(s.val) if validation and s.val else r for s, r in zip(self.sources, opened, strict=True)]
         self.validation = ValidationSplit(self, self._hold_out(validation))
@@ -213,10 +214,13 @@ class SampledItems:
         for record in records:
             if isinstance(record, Unreadable):
                 continue
-            value = record.value["item"].to_dict() if isinstance(record.value.get("item"), Item) else record.value
+            given = record.value.get("item")
+            value = {"image": given.image} if isinstance(given, Question) else record.value
+            value = given.to_dict() if isinstance(given, Item) else value
             lists = [value[key] for key in columns if value.get(key)]
             refs = [ref for refs in lists for ref in (refs if isinstance(refs, list) else [refs])]
             root = spec.image_root or folder_of(record.file)
+            refs = [ref.partition("###")[0] if isinstance(ref, str) else ref for ref in refs]  # Visual-CoT's boxes
             names = {_image_name(ref, root): None for ref in refs} or [json.dumps(value, default=str).encode()]
             digests = (hashlib.blake2b(name, digest_size=8).digest() for name in names)
             found.append(tuple(int.from_bytes(digest, "big") for digest in digests))
@@ -273,9 +277,12 @@ class SampledItems:
     def item(self, source: int, record: Record | Unreadable) -> Item:
         """The item of a record, its images placed but not opened."""
         given = readable(record).value.get("item")
-        item = given if isinstance(given, Item) else record_item(readable(record), self.sources[source], self.build)
+        item = given if isinstance(given, Item) else self._built(readable(record), source)
         refuse(item, self.context)
         return variant(item, free_choice=True) if self.data.free_choice else item
+
+    def _built(self, record: Record, source: int) -> Item:
+        return record_item(record, self.sources[source], self.build, self.opened[source])
 
     def __iter__(self) -> Iterator[Item]:
         """The items of the first epoch, in order."""
@@ -323,18 +330,27 @@ def open_items(data: Data, seed: int, validation: int = 0, processor: Any = None
     return SampledItems(data, seed, validation, processor)
 
 
-def record_item(record: Record, source: ItemSource, options: BuildOptions) -> Item:
+def open_source(spec: ItemSource) -> Source:
+    """The source that a recipe names. Raises UserError where it is not there, or of no known form."""
+    if not Path(spec.path).exists():
+        raise UserError(f"{spec.path}: no such file or folder; give a file of items or questions, or a saved dataset")
+    split = None if spec.split == "train" else spec.split
+    reading: dict[str, Any] = {"columns": spec.columns, "ask": spec.ask, "split": split}
+    return Source(Path(spec.path), spec.format, image_root=spec.image_root, **reading)
+
+
+def record_item(record: Record, source: ItemSource, options: BuildOptions, opened: Source | None = None) -> Item:
     """The item of a record: a published item as it is; a question with the source's look, built by `options`.
 
     Images are placed below the source's `image_root` (which they may not leave) or the folder of its file; those that a
     dataset holds as bytes stay in memory.
     """
-    if "messages" in record.value:
-        return _placed(record, source.image_root)
+    reading = Reading(columns=source.columns)
+    thing = record_thing(record.value, record.where, reading) if opened is None else opened.thing(record)
     root = folder_of(record.file) if source.image_root is None else source.image_root
-    question = row_question(record.value, source.columns, record.where).under(
-        root, strict=source.image_root is not None
-    )
+    question = thing.under(root, strict=source.image_root is not None)
+    if isinstance(question, Item):
+        return question
     if question.size and isinstance(question.image, str) and (real := file_size(question.image, record.where)):
         same_size(question, question.image, real)
     item = build_item(question, replace(options, look=source.look))

@@ -22,28 +22,27 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from relook.data.images import ImageRef, file_size, place_image
+from relook.data.images import ImageRef, file_size, place_image, split_ref
 from relook.data.reader import read_records, write_records
 from relook.data.settings import BUILT
 from relook.errors import UserError
-from relook.looks import ANSWER_PREFIX, LOOKS, parse_calls, without_triggers, write_call
+from relook.looks import ANSWER_PREFIX, LOOKS, parse_calls
 from relook.regions import GRID, Box, cells_to_box, upright
 
 IMAGE_KEYS: tuple[str, ...] = tuple(LOOKS[name].item_key for name in LOOKS)  # "images", "clip_images", ...
 PLACEHOLDERS: dict[str, str] = {LOOKS[name].item_key: LOOKS[name].placeholder for name in LOOKS}
 ROLES = ("system", "user", "assistant")
 COLUMNS: dict[str, tuple[str, ...]] = {  # of a question: ours, and the names that others give it
-    "image": ("image", "img", "picture"),
+    "image": ("image", "images", "img", "picture", "image_path", "img_path", "image_file", "file_name", "filename"),
     "question": ("question", "query", "text", "caption", "prompt"),
     "answer": ("answer", "answers", "label", "response"),
-    "bboxs": ("bboxs", "bboxes", "bbox", "boxes", "box"),
+    "bboxs": ("bboxs", "bboxes", "bbox", "boxes", "box", "bounding_box", "bounding_boxes"),
 }
 
 
@@ -51,13 +50,14 @@ class LeftOut(UserError):
     """A record of the right form that cannot be used: left out and counted where many are read.
 
     Attributes:
+        where: its place, "file:line".
         rule: the row of `faults.RULES`.
         detail: what was seen, without the place.
     """
 
     def __init__(self, where: str, rule: str, detail: str) -> None:
         super().__init__(f"{where}: {detail}")
-        self.rule, self.detail = rule, detail
+        self.where, self.rule, self.detail = where, rule, detail
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ class Question:
         field: groups scores ("date", "total").
         where: "file:line", for messages.
         slack: by how many pixels each side of `size` may be off; (0, 0) where it is exact.
+        notes: what did not come out as its source has it, each to be counted.
     """
 
     image: ImageRef
@@ -143,6 +144,7 @@ class Question:
     field: str | None = None
     where: str = ""
     slack: tuple[int, int] = (0, 0)
+    notes: tuple[str, ...] = ()
 
     @property
     def answer(self) -> str:
@@ -161,21 +163,23 @@ class Question:
         Raises:
             UserError: not of this form; the message opens with `where`.
         """
-        image, text, answer, boxes = (column(data, ours, columns or {}) for ours in COLUMNS)
+        with naming(where):
+            image, text, answer, boxes = (column(data, ours, columns or {}) for ours in COLUMNS)
+            for ours, value in (("image", image), ("question", text), ("answer", answer)):
+                if value is None and ours not in data:
+                    raise UserError(missing(ours, data))
+        if isinstance(image, list) and len(image) == 1:
+            image = image[0]
         if not image or not (isinstance(image, str) or hasattr(image, "size")):
             raise UserError(f"{where}: 'image' is {image!r}; expected the path of an image")
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: 'question' is {text!r}; expected text")
-        if isinstance(answer, Mapping) and "text" in answer:  # SQuAD's
-            answer = answer["text"]
-        answers = [answer] if isinstance(answer, str) else answer
-        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-            raise UserError(f"{where}: 'answer' is {answer!r}; expected text, or a list of accepted texts")
+        answers = _answers(answer)
+        if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+            raise UserError(f"{where}: 'answer' is {answer!r}; expected text, a number, or a list of accepted ones")
         size = _size(data, where) if isinstance(image, str) else None  # what is in memory has one
         field = data.get("field", data.get("dataset"))
-        return cls(
-            image, text, tuple(answers), _boxes(boxes, where), size, None if field is None else str(field), where
-        )
+        return cls(image, text, answers, _boxes(boxes, where), size, None if field is None else str(field), where)
 
     def under(self, root: str | Path, *, strict: bool = False) -> Question:
         """The same question with its image path below `root` (see `place_image`)."""
@@ -193,21 +197,8 @@ def write_items(path: str | Path, items: Iterable[Item]) -> int:
     return write_records(path, (item.to_dict() for item in items))
 
 
-def read_questions(path: str | Path, image_root: str | Path | None = None) -> Iterator[Question]:
-    """The questions of a file (also of items), lazily; image paths below `image_root`, or the file's folder."""
-    root = Path(path).parent if image_root is None else image_root
-    for record in read_records(path):
-        if "messages" not in record.value:
-            yield Question.from_dict(record.value, record.where).under(root, strict=image_root is not None)
-            continue
-        question = item_question(Item.from_dict(record.value, record.where).under(root, strict=image_root is not None))
-        if question is None:
-            raise UserError(f"{record.where}: an item without a question about an image; expected one to ask")
-        yield question
-
-
 def item_question(item: Item, grid: int | None = None) -> Question | None:
-    """The question of an item: None for one without an image of its own, or that is not answered in words.
+    """The question of an item: None for one of no image or several, or that is not answered in words.
 
     Its boxes are those that the item keeps of its question (`bboxs`), else what its region calls name.
 
@@ -217,7 +208,9 @@ def item_question(item: Item, grid: int | None = None) -> Question | None:
     extra, grid = item.extra, grid or item.extra.get(BUILT, {}).get("grid", GRID)
     asked = next((turn.content for turn in item.messages if turn.role == "user"), "").replace("<image>", "").strip()
     said = [turn.content for turn in item.messages if turn.role == "assistant"]
-    if not asked or not said or not item.images["images"]:
+    whole = [ref for ref in item.images["images"] if not isinstance(ref, tuple)]
+    files = {split_ref(ref)[0] if isinstance(ref, str) else id(ref) for ref in whole}
+    if not asked or not said or len(files) != 1:
         return None
     answers = tuple(extra.get("answers") or [said[-1].removeprefix(ANSWER_PREFIX)])
     question = Question(item.images["images"][0], asked, answers, field=extra.get("field"), where=item.where)
@@ -245,58 +238,6 @@ def image_size(question: Question) -> tuple[int, int]:
     if size is None:
         raise UserError(f"{question.where}: no image at {question.image}; check the path, or give the image root")
     return size
-
-
-# -- published items in another form
-
-
-def variant(item: Item, look: str = "region", *, free_choice: bool = False) -> Item:
-    """The item with its re-encoding looks made by `look`, or with none of its looks for "none".
-
-    "region" and shares of looks leave the looks as they are: an item holds no box that another region could come of.
-    `free_choice` strips the sentences that ask for a look.
-    """
-    if free_choice or look == "none":
-        asked = (replace(t, content=without_triggers(t.content)) if t.role == "user" else t for t in item.messages)
-        item = replace(item, messages=tuple(asked))
-        if free_choice and (built := item.extra.get(BUILT)):
-            item = replace(item, extra=item.extra | {BUILT: {**built, "free_choice": True}})
-    if look == "none":
-        return _without_looks(item)
-    return _with_encoder(item, look) if look in LOOKS and LOOKS[look].reencodes else item
-
-
-def _with_encoder(item: Item, look: str) -> Item:
-    """The item with every re-encoding call, placeholder and image list of another look renamed to `look`."""
-    images = dict(item.images)
-    turns = list(item.messages)
-    for name, spec in LOOKS.items():
-        if not spec.reencodes or name == look or not images.get(spec.item_key):
-            continue
-        own = LOOKS[look]
-        for old, new in ((write_call(name), write_call(look)), (spec.placeholder, own.placeholder)):
-            turns = [Message(turn.role, turn.content.replace(old, new)) for turn in turns]
-        images[own.item_key] = (*images.get(own.item_key, ()), *images[spec.item_key])
-        images[spec.item_key] = ()
-    return replace(item, messages=tuple(turns), images=images)
-
-
-def _without_looks(item: Item) -> Item:
-    """The item with its calls and the turns that show what was looked at taken out: question and answer remain."""
-    turns: list[Message] = []
-    waiting = False  # the turn before was a call: this one shows what it asked for
-    dropped: Counter[str] = Counter()
-    for turn in item.messages:
-        calls = parse_calls(turn.content) if turn.role == "assistant" else []
-        if calls:
-            dropped.update(LOOKS[call.look].item_key for call in calls)
-            waiting = True
-        elif waiting and turn.role == "user":
-            waiting = False
-        else:
-            turns.append(Message(turn.role, turn.content.removeprefix(ANSWER_PREFIX)))
-    images = {key: refs[: max(len(refs) - dropped[key], 0)] for key, refs in item.images.items()}
-    return replace(item, messages=tuple(turns), images=images)
 
 
 # -- checks
@@ -351,9 +292,42 @@ def _size(data: Mapping[str, Any], where: str) -> tuple[int, int] | None:
 
 
 def column(data: Mapping[str, Any], ours: str, columns: Mapping[str, str]) -> Any:
-    """What a row holds under the name given for `ours`, or under the first of the usual names; None for nothing."""
-    names = (columns[ours],) if ours in columns else COLUMNS[ours]
-    return next((data[name] for name in names if data.get(name) is not None), None)
+    """What a row holds under the name given for `ours`, or under one of the usual names; None for nothing.
+
+    Raises:
+        UserError: no such name, or several of the usual ones that hold different things.
+    """
+    if (given := columns.get(ours)) is not None:
+        if given not in data:
+            raise UserError(f"has no {given!r}, which columns names for {ours!r}, among its keys ({', '.join(data)})")
+        return data[given]
+    there = [name for name in COLUMNS[ours] if data.get(name) is not None]
+    if ours not in there and any(data[name] != data[there[0]] for name in there[1:]):
+        raise UserError(f"{ours!r} may be {' or '.join(there)}; say which: --columns {ours}={there[0]}")
+    return data[there[0]] if there else None
+
+
+def missing(ours: str, data: Mapping[str, Any]) -> str:
+    """That a row has nothing for `ours`, what it has, and what to do."""
+    wanted = ", ".join(COLUMNS[ours])
+    return f"no {ours!r} among its keys ({', '.join(data)}); expected one of {wanted}, or --columns {ours}=NAME"
+
+
+def _answers(value: Any) -> tuple[Any, ...]:
+    """Accepted answers as texts, each once: of a text, a number, yes or no, SQuAD's structs, and lists of them."""
+    if isinstance(value, Mapping):
+        value = next((value[key] for key in ("text", "answer") if key in value), value)
+    values = value if isinstance(value, list | tuple) else [value]
+    said = []
+    for each in values:
+        if isinstance(each, Mapping):
+            each = next((each[key] for key in ("text", "answer") if key in each), each)
+        if isinstance(each, bool):
+            each = "yes" if each else "no"
+        elif isinstance(each, int | float) and math.isfinite(each):
+            each = str(each)
+        said.append(each)
+    return tuple(each for number, each in enumerate(said) if each not in said[:number])
 
 
 def _boxes(value: Any, where: str) -> tuple[Box, ...]:

@@ -12,17 +12,21 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from relook.data.build import as_item
 from relook.data.crops import Crop, crops_of
 from relook.data.faults import Context, found_faults
+from relook.data.forms import Source
 from relook.data.images import FactsBelow, place_image, split_ref
 from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item
-from relook.data.reader import Record, folder_of, read_records
+from relook.data.reader import Record, folder_of, readable
+from relook.data.rules import BuildOptions
 from relook.data.settings import stored_settings
 from relook.errors import UserError
 from relook.io import replacing
-from relook.regions import GRID, cells_to_box
+from relook.regions import GRID, cells_to_box, join_crop_suffix, upright
 from relook.views import load_item_image
 
 if TYPE_CHECKING:
@@ -42,25 +46,34 @@ def preview(
     seed: int = 0,
     grid: int | None = None,
     image_root: str | Path | None = None,
+    **reading: Any,
 ) -> str:
-    """Write `page` with `n` items drawn from the whole set (all where there are fewer), in the file's order."""
+    """Write `page` with `n` items drawn from the whole set (all where there are fewer), in the file's order.
+
+    Args:
+        path: items, or a source of any form, of whose questions items are made as training does.
+        reading: of `forms.Source`: format, columns, ask, split.
+    """
     from jinja2 import Environment, FileSystemLoader
 
     path = Path(path)
     if Path(page).resolve() == path.resolve():
         raise UserError(f"{page} is the set itself; give another place for the page")
-    drawn, total = _sampled(read_records(path), n, seed)
+    source = Source(path, image_root=image_root, **reading)
+    drawn, total = _sampled(map(readable, source.scan()), n, seed)
     if not total:
         raise UserError(f"{path}: holds no items; build some with `relook data build`")
     root = str(image_root if image_root is not None else folder_of(path))
-    grid = grid or stored_settings(path).get("grid", GRID)
-    context = Context(grid=grid, root=root, strict=image_root is not None)
+    settings = stored_settings(source.scan())
+    grid = grid or settings.get("grid", GRID)
+    context = Context(grid=grid, root=root, strict=image_root is not None, settings={**settings, "grid": grid})
     context.facts = FactsBelow(root, context.strict).__getitem__
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     environment.filters |= {"marked": _MARKS.split, "controls": _CONTROL.split}
     template = environment.get_template("preview.html.jinja")
-    title, items = f"{path.name}: {len(drawn)} of {total} items", (_shown(record, n, context) for n, record in drawn)
-    with replacing(page) as file:
+    title = f"{path.name}: {len(drawn)} of {total} items"
+    with TemporaryDirectory() as folder, replacing(page) as file:
+        items = (_shown(record, n, context, source, Path(folder)) for n, record in drawn)
         for text in template.generate(title=title, grid=grid, items=items):
             file.write(text.encode("utf-8", "replace").decode())  # half characters
     return f"{page}: {len(drawn)} of {total} items"
@@ -77,16 +90,30 @@ def _sampled(records: Iterable[Record], n: int, seed: int) -> tuple[list[tuple[i
     return sorted(held, key=lambda pair: pair[0]), total
 
 
-def _shown(record: Record, number: int, context: Context) -> dict[str, Any]:
+def _shown(record: Record, number: int, context: Context, source: Source, folder: Path) -> dict[str, Any]:
     """What the template shows of a record: its number, faults, pictures and turns."""
     shown: dict[str, Any] = {"number": number, "line": record.line}
     context.number = number
     try:
-        item = Item.from_dict(record.value, record.where)
+        item = _in_files(as_item(source.thing(record), BuildOptions(**context.settings), context), folder, number)
     except UserError as error:
         return shown | {"faults": [("form", str(error).removeprefix(f"{record.where}: "))]}
     turns = [(turn.role, turn.content) for turn in item.messages]
     return shown | {"faults": list(found_faults(item, context)), "figures": _figures(item, context), "turns": turns}
+
+
+def _in_files(item: Item, folder: Path, number: int) -> Item:
+    """The item with its images in memory (of a dataset) written as files."""
+
+    def written(ref: Any) -> Any:
+        image, box = ref if isinstance(ref, tuple) else (ref, None)
+        if not hasattr(image, "save"):
+            return ref
+        path = folder / f"{number}-{id(image)}.png"
+        upright(image).save(path)
+        return str(path) if box is None else join_crop_suffix(str(path), box)
+
+    return item.map_images(written)
 
 
 def _figures(item: Item, context: Context) -> Iterator[dict[str, Any]]:

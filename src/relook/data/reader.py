@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from relook.io import replacing
 CHUNK = 1 << 20  # bytes read at a time from an array
 LARGEST_RECORD = 64 << 20  # bytes; a longer one means a missing brace, and is reported instead of read to the end
 NO_PYARROW = "Parquet needs pyarrow, which is not installed; pip install 'relook[train]'"
+TABLES = (".csv", ".tsv")
 EXTRA = "extra"  # the Parquet column of the keys of a record that have no column, as JSON
 _TAIL = 16  # characters: an error this near the end of what was read may only mean that more must be read
 _SPACE = " \t\r\n"
@@ -38,6 +40,7 @@ class Record:
         file, line: where it starts; lines count from 1 (of Parquet and datasets: the number of the row).
         entry: its number in the array (from 1) where the line does not tell it from others, else 0.
         start, end: its bytes [start, end) in a JSON file.
+        place: where it is, if that is no line.
     """
 
     value: dict[str, Any]
@@ -46,11 +49,12 @@ class Record:
     entry: int = 0
     start: int = 0
     end: int = 0
+    place: str = ""
 
     @property
     def where(self) -> str:
         """The place that opens every message about this record: "file:line"."""
-        return place_of_record(self.file, self.line, self.entry)
+        return self.place or place_of_record(self.file, self.line, self.entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ def scan(path: str | Path) -> Iterator[Record | Unreadable]:
         return
     with open_input(path) as file:
         first = _first_character(file)
-        if path.suffix == ".csv":
+        if path.suffix in TABLES:
             yield from _scan_csv(path, file)
         elif first == "[":
             yield from JsonScanner(path, file).array()
@@ -164,19 +168,18 @@ def _scan_lines(path: Path, file: IO[bytes]) -> Iterator[Record | Unreadable]:
 
 
 def _scan_csv(path: Path, file: IO[bytes]) -> Iterator[Record | Unreadable]:
-    """Rows as questions: columns x1, y1, x2, y2 are their box; `width`, `height` numbers, all else text."""
+    """Rows as records of text, empty ones left out; they are separated by what the line of names has most of."""
+    lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
     try:
-        rows = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8", newline=""))
+        names = lines.readline()
+        csv.field_size_limit(LARGEST_RECORD)
+        rows = csv.DictReader(itertools.chain([names], lines), delimiter=max(",\t;", key=names.count))
         for row in rows:
-            value: dict[str, Any] = {key: text for key, text in row.items() if key and text}
-            try:
-                value |= {key: int(value[key]) for key in ("width", "height") if key in value}
-                if box := [float(value.pop(key)) for key in ("x1", "y1", "x2", "y2") if key in value]:
-                    value["bboxs"] = [box]
-            except ValueError as error:
-                yield Unreadable(place_of_record(path, rows.line_num), f"{error}; expected numbers")
+            if None in row:
+                why = f"{len(row[None])} values more than the {len(row) - 1} columns; put texts with a comma in quotes"
+                yield Unreadable(place_of_record(path, rows.line_num), why)
             else:
-                yield Record(value, str(path), rows.line_num)
+                yield Record({key: text for key, text in row.items() if key and text}, str(path), rows.line_num)
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not CSV that can be read ({error}); save it as UTF-8 with a line of names") from None
 

@@ -9,12 +9,14 @@ sequence                  items in memory, or anybody's dataset
 from __future__ import annotations
 
 import bisect
+import json
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from relook.data.reader import (
+    TABLES,
     Record,
     Unreadable,
     import_pyarrow,
@@ -194,7 +196,16 @@ def records(path: str | Path, split: str = "train", held: int = 0) -> Records:
         return ParquetRecords(path, held)
     if path.is_dir():
         raise UserError(f"{path}: a folder without Parquet files or a saved dataset; give one of its files")
-    return Records(list(map(readable, scan(path)))) if path.suffix == ".csv" else JsonRecords(path)
+    return Records(list(map(readable, scan(path)))) if path.suffix in TABLES else JsonRecords(path)
+
+
+def saved_columns(path: Path) -> list[str]:
+    """The names of the columns of a dataset that `save_to_disk` wrote."""
+    info = next(iter(sorted(path.rglob("dataset_info.json"))), None)
+    try:
+        return list(json.loads(info.read_text(encoding="utf-8"))["features"]) if info is not None else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # loading it will say so
 
 
 def holds_items(path: Path) -> bool:

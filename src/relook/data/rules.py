@@ -207,6 +207,8 @@ class ItemSource(Strict):
     split: str = Field("train", description="of a saved dataset")
     look: str = Field("region", description="of questions: region, clip, detection, seg, none, or shares of them")
     columns: dict[str, str] = Field({}, description="image, question, answer, bboxs -> the columns' own names")
+    format: str | None = Field(None, description="form of the file (relook data sources); seen from it by default")
+    ask: str | None = Field(None, description="question about a label of annotated regions: 'What is the {label}?'")
 
     @field_validator("path", "image_root")
     @classmethod

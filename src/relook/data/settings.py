@@ -7,11 +7,11 @@ Items of another grid, margin or order have the right form, and teach a model wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from relook.data.reader import Record, scan
+from relook.data.reader import Record, Unreadable
 from relook.errors import UserError
 from relook.io import read_yaml, validate
 from relook.regions import GRID
@@ -56,11 +56,11 @@ def model_settings(name: str | Path) -> tuple[dict[str, Any], list[str]]:
     return processor_settings(info.processor), list(info.processor.looks)
 
 
-def stored_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that the first item of a file stores; {} where it stores none."""
-    first = next(iter(scan(path)), None)
+def stored_settings(records: Iterable[Record | Unreadable]) -> dict[str, Any]:
+    """The settings that the first of these items stores; {} where it stores none."""
+    first = next(iter(records), None)
     found = first.value.get(BUILT) if isinstance(first, Record) else None
-    return found if isinstance(found, dict) else {}
+    return {name: found[name] for name in SETTINGS if name in found} if isinstance(found, dict) else {}
 
 
 def difference(stored: Any, wanted: Mapping[str, Any]) -> str:
@@ -74,9 +74,9 @@ def difference(stored: Any, wanted: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {known[name]} (the model: {wanted[name]})" for name in differ)
 
 
-def refuse_others(path: str | Path, wanted: Mapping[str, Any]) -> None:
-    """Raises UserError where the first item of a file was built for a model of other settings."""
-    if differs := difference(stored_settings(path), wanted):
+def refuse_others(path: str | Path, records: Iterable[Record | Unreadable], wanted: Mapping[str, Any]) -> None:
+    """Raises UserError where the first of these items of a file was built for a model of other settings."""
+    if differs := difference(stored_settings(records), wanted):
         raise UserError(
             f"{path}: its items were built for another model: {differs}; build them again with `relook data build "
             "--for MODEL`, or take them as they are with data.as_built=true"

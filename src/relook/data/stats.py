@@ -1,7 +1,7 @@
 """What a set holds, in numbers: looks, regions and their sizes, the cells they use, lengths.
 
 One pass over the items; what is kept is counts of small whole numbers, so memory does not grow with the set. No image
-is opened and no model asked: sizes are in cells and shares of the image, lengths in characters.
+is decoded and no model asked: sizes are in cells and shares of the image, lengths in characters.
 """
 
 from __future__ import annotations
@@ -9,13 +9,19 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from relook.data.build import as_item
 from relook.data.crops import region_calls
-from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item, read_items
+from relook.data.faults import Context
+from relook.data.forms import Source
+from relook.data.images import file_size, place_image
+from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item, Question
+from relook.data.reader import folder_of, readable
+from relook.data.rules import BuildOptions
 from relook.data.settings import stored_settings
 from relook.errors import UserError
 from relook.io import replacing_file
@@ -122,11 +128,23 @@ class Stats:
         return "\n".join(lines)
 
 
-def stats(path: str | Path, grid: int | None = None, progress: Callable[[int], None] | None = None) -> Stats:
-    """Count the items of a file. Raises UserError for a record that is no item (file and line), or for no items."""
-    found = Stats(str(path), grid or stored_settings(path).get("grid", GRID))
-    for item in read_items(path):
-        found.add(item)
+def stats(
+    path: str | Path, grid: int | None = None, progress: Callable[[int], None] | None = None, **reading: Any
+) -> Stats:
+    """Count the items of a source of any form; of its questions, those that training makes of them.
+
+    Raises:
+        UserError: a record that cannot be used (file and line), or no items.
+    """
+    source = Source(path, **reading)
+    settings = stored_settings(source.scan())
+    found = Stats(str(path), grid or settings.get("grid", GRID))
+    options = BuildOptions(**{**settings, "grid": found.grid})
+    for record in map(readable, source.scan()):
+        thing = source.thing(record)
+        if isinstance(thing, Question) and thing.size is None and isinstance(thing.image, str):
+            thing = replace(thing, size=file_size(place_image(thing.image, folder_of(source.path)), thing.where))
+        found.add(as_item(thing, options, Context()))
         if progress is not None and found.items % 1000 == 0:
             progress(found.items)
     if not found.items:

@@ -8,7 +8,8 @@ YAML file:
 
 `questions` is a file of questions (JSON lines of image, question, answer, bboxs), relative to the YAML file; `scores`
 are rows of `SCORERS` (or of `SPLIT_SCORES`, which bring the item score they sum up). Also: `about`, `images` (a folder
-that image paths are below; else the questions' own), `n` (how many are asked by default).
+that image paths are below; else the questions' own), `n` (how many are asked by default); `format`, `columns` and `ask`
+say how the file is read (`relook data build`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from relook import plugins
-from relook.data.items import Question, read_questions
+from relook.data.forms import read_questions
+from relook.data.items import Question
 from relook.data.rules import draw
 from relook.errors import UserError
 from relook.evaluate import benchmark_readers as readers
@@ -178,12 +180,12 @@ def find_tasks(names: Iterable[str]) -> list[Task]:
     found: list[Task] = []
     for name in dict.fromkeys(names):
         path = Path(name)
-        if not path.is_file():
+        if not path.exists():
             known = plugins.names("task", TASKS)
             if name not in known and name not in plugins.ZOO and ":" not in name:
                 raise UserError(f"{name!r} is neither a task ({', '.join(known)}) nor a file of questions or tasks")
             found.append(plugins.find("task", name, TASKS, fits=lambda row: isinstance(row, Task)))
-        elif path.suffix in (".yaml", ".yml"):
+        elif path.suffix in (".yaml", ".yml") and "names" not in (read_yaml(path) or ()):  # which YOLO's have
             found += tasks_of_yaml(path)
         else:
             found.append(Task(path.stem, str(path), lambda *_, path=path: read_questions(path)))
@@ -201,6 +203,9 @@ class _Line(BaseModel):
     about: str = ""
     images: Path | None = None
     n: int | None = Field(None, ge=1)
+    format: str | None = None
+    columns: dict[str, str] = {}
+    ask: str | None = None
 
 
 def tasks_of_yaml(path: Path) -> list[Task]:
@@ -221,7 +226,7 @@ def _task(path: Path, name: str, raw: Any) -> Task:
         raise UserError(f"{where}: holds {raw!r}; expected {{questions: FILE, scores: [exact, anls]}}")
     line = validate(_Line, raw, where)
     questions = path.parent / line.questions
-    if not questions.is_file():
+    if not questions.exists():
         raise UserError(f"{where}: there is no file {questions}; its path is relative to the YAML file")
     images = None if line.images is None else path.parent / line.images
     scores: list[str] = []
@@ -232,5 +237,6 @@ def _task(path: Path, name: str, raw: Any) -> Task:
             raise UserError(f"{where}: score {score!r} is unknown; {nearest(score, [*SCORERS, *SPLIT_SCORES])}")
         scores.append(score if score in SCORERS else SPLIT_SCORES[score].of)
     about = line.about or str(questions)
-    asked = lambda *_: read_questions(questions, images)  # noqa: E731
+    reading = line.model_dump(include={"format", "columns", "ask"})
+    asked = lambda *_: read_questions(questions, images, **reading)  # noqa: E731
     return Task(name, about, asked, tuple(dict.fromkeys(scores)), line.n, finite=True)

@@ -8,8 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from relook.data.forms import Source
 from relook.data.items import Item, column, item_question
-from relook.data.reader import folder_of, read_records
+from relook.data.reader import folder_of, readable
 from relook.errors import RelookError, UserError
 from relook.io import append_lines, read_lines
 
@@ -68,12 +69,15 @@ def ask_file(
 
 
 def _questions(path: str | Path) -> Iterator[dict[str, Any]]:
-    for record in read_records(path):
-        if "messages" in record.value:
-            found = item_question(Item.from_dict(record.value, record.where))
-            image, text = (None, None) if found is None else (found.image, found.text)
-        else:
+    source = Source(Path(path))
+    rows = source.streams and source.form.name in ("questions", "hub")  # which may have no answers
+    for record in map(readable, source.records() if rows and source.form.name == "hub" else source.scan()):
+        if rows and "messages" not in record.value:
             image, text = (column(record.value, name, {}) for name in ("image", "question"))
+        else:
+            thing = source.thing(record)
+            found = item_question(thing) if isinstance(thing, Item) else thing
+            image, text = (None, None) if found is None else (found.image, found.text)
         if not isinstance(image, str | dict) or not isinstance(text, str) or not text.strip():
             raise UserError(f"{record.where}: has the keys {', '.join(record.value)}; expected image and question")
         yield {"image": image, "question": text}

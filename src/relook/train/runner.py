@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from relook.data.dataset import open_items
-from relook.data.records import records
+from relook.data.dataset import open_items, open_source
 from relook.errors import UserError
 from relook.io import locked_folder, nearest, replacing_folder
 from relook.model.start import Start, StartInfo, describe_start, open_start
@@ -349,5 +348,5 @@ def _check_data(recipe: Recipe, stages: Sequence[Stage]) -> None:
     """
     used = [recipe.data_of(stage) for stage in stages]
     sources = [source for data in used if data.source == "json" for source in data.all_sources()]
-    for path, split in dict.fromkeys((source.path, source.split) for source in sources):
-        records(path, split)
+    for source in {source.model_dump_json(): source for source in sources}.values():
+        open_source(source)

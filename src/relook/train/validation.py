@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from relook.data.collate import SkippedSample
-from relook.data.items import Question, read_questions
+from relook.data.forms import read_questions
+from relook.data.items import Question
 from relook.errors import RelookError, UserError
 from relook.model.segments import ranks_synchronised
 from relook.regions import Box, cells_to_box, iou, union, upright

@@ -1,29 +1,32 @@
 """Input formats: a row for each form of file, from which questions and items are read.
 
-`FORMATS` is the table: how a file is recognized, and the function that reads it. `read` yields the same typed objects
-from every form, one at a time: a `Question` (from which items of any look can be built), or an `Item` where the source
-holds whole conversations.
+`FORMATS` is the table: how a file is recognized, and the function that reads it. A `Source` is a file or folder opened
+by its row, as every command opens it: it gives the same typed objects from every form, one at a time: a `Question`
+(from which items of any look can be built), or an `Item` where the source holds whole conversations.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from relook.data.forms.chat import llava_conversation, pope_question, viscot_question
+from relook.data.forms.annotated import Reading
+from relook.data.forms.chat import llava_conversation, pope_question, swift_record, viscot_question
 from relook.data.forms.detection import VG_LISTS, read_coco, read_visual_genome
-from relook.data.forms.table import read_hub
-from relook.data.items import Item, Question
+from relook.data.forms.detections import read_cvat, read_voc, read_yolo
+from relook.data.forms.documents import read_cord, read_docvqa, read_funsd
+from relook.data.forms.recognize import LIST, Keys, first_record, folder_samples, some_record
+from relook.data.forms.table import class_names, read_hub, row_question, several_images, stored_image
+from relook.data.forms.tools import is_label_studio, is_via, read_label_studio, read_labelme, read_via
+from relook.data.items import IMAGE_KEYS, Item, LeftOut, Question, item_question
 from relook.data.published import fetch
-from relook.data.reader import open_input, parquet_files, read_records
-from relook.data.records import holds_items
+from relook.data.reader import Record, Unreadable, folder_of, parquet_files, readable, scan
+from relook.data.records import Records, holds_items, is_saved_dataset, records, saved_columns
 from relook.errors import UserError
-
-PEEK = 1 << 20  # bytes read to recognize a file
 
 Found = Question | Item
 
@@ -34,117 +37,263 @@ class Format:
 
     Attributes:
         what: the form in a few words, for people.
-        read: yields the questions and items of a file.
-        recognizes: whether a file's first record is of this form (asked in the order of the table).
+        recognizes: whether a file's first record (or the keys of its one object) is of this form; asked in the order
+            of the table.
+        parse: makes one question or item of a record (its place, how it is read), where the file is a list of them.
+        read: yields those of a file or folder, where it is not; what cannot be used is a `LeftOut` in its place.
+        folder: whether a folder of such files is a set.
+        asks: whether its regions become questions, for which `--ask` is a template.
     """
 
     name: str
     what: str
-    read: Callable[[Path], Iterator[Found]]
-    recognizes: Callable[[dict[str, Any]], bool]
+    recognizes: Callable[[Mapping[str, Any]], bool]
+    parse: Callable[[dict[str, Any], str, Reading], Found] | None = None
+    read: Callable[[Path, Reading], Iterator[Found | LeftOut]] | None = None
+    folder: bool = False
+    asks: bool = False
 
 
-def _each(parse: Callable[[dict[str, Any], str], Found]) -> Callable[[Path], Iterator[Found]]:
-    """A reader of a list of records, of which `parse` makes one question or item each."""
-    return lambda path: (parse(record.value, record.where) for record in read_records(path))
+def _parsed(parse: Callable[[dict[str, Any], str], Found]) -> Callable[[dict[str, Any], str, Reading], Found]:
+    return lambda data, where, reading: parse(_renamed(data, reading.columns, where), where)
 
 
-def _is_viscot(data: dict[str, Any]) -> bool:
+def _renamed(data: dict[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
+    """The record with its own keys also under the names that they are given."""
+    if lacking := [theirs for theirs in columns.values() if theirs not in data]:
+        raise UserError(f"{where}: has no {lacking[0]!r}, which columns names, among its keys ({', '.join(data)})")
+    return {**data, **{ours: data[theirs] for ours, theirs in columns.items()}}
+
+
+def record_thing(data: dict[str, Any], where: str, reading: Reading) -> Found:
+    """The item of a published record; of another one the question, or an item where it shows several images."""
+    if "messages" in data:
+        return stored_item(data, where)
+    return several_images(data, reading.columns, where) or row_question(data, reading.columns, where)
+
+
+def stored_item(data: dict[str, Any], where: str) -> Item:
+    """The item of a record, whose images may be those of an undecoded column."""
+    lists = {key: data[key] for key in IMAGE_KEYS if isinstance(data.get(key), list)}
+    if any(isinstance(ref, dict) for refs in lists.values() for ref in refs):  # an image column of a dataset
+        data = data | {key: [stored_image(ref, where) for ref in refs] for key, refs in lists.items()}
+    return Item.from_dict(data, where)
+
+
+def _is_viscot(data: Mapping[str, Any]) -> bool:
     images = data.get("image")
     return isinstance(images, list) and len(images) == 2 and "###" in str(images[1])
 
 
-def _has(*keys: str) -> Callable[[dict[str, Any]], bool]:
+def _has(*keys: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda data: any(key in data for key in keys)
+
+
+def _lists(*keys: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a list of objects has one of these names: of a whole file it is `LIST`, not read."""
+    return lambda data: any(data.get(key) is LIST or _of_objects(data.get(key)) for key in keys)
+
+
+def _of_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _all(*keys: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda data: {*keys} <= {*data}
+
+
+def _is_coco(data: Mapping[str, Any]) -> bool:
+    return "annotations" in data or data.get("images") is LIST
 
 
 # fmt: off
 _ROWS = (
-    Format("items", '{"messages", "images", ...}', _each(Item.from_dict), _has("messages")),
-    Format("viscot", '{"image": [path, path###[box]], "conversations"}', _each(viscot_question), _is_viscot),
-    Format("llava", '{"image", "conversations"}', _each(llava_conversation), _has("conversations")),
-    Format("coco", '{"images", "annotations", "categories"}', read_coco, _has("annotations")),
-    Format("vg", '{"regions"}, {"objects"} or {"qas"}', read_visual_genome, _has(*VG_LISTS)),
-    Format("pope", '{"image", "text", "label"}', _each(pope_question), lambda data: {"text", "label"} <= {*data}),
-    Format("questions", '{"image", "question", "answer", "bboxs"}', _each(Question.from_dict), _has("question")),
-    Format("hub", "a dataset with an image column: hub id, folder, parquet", read_hub, lambda data: False),
+    Format("swift", '{"messages", "objects": {"ref", "bbox"}} of ms-swift', _all("messages", "objects"),
+           _parsed(swift_record)),
+    Format("items", '{"messages", "images", ...}', _has("messages"), record_thing),
+    Format("viscot", '{"image": [path, path###[box]], "conversations"}', _is_viscot, _parsed(viscot_question)),
+    Format("llava", '{"image", "conversations"}', _has("conversations"), _parsed(llava_conversation)),
+    Format("label-studio", "Label Studio's JSON or JSON-MIN", is_label_studio, read=read_label_studio, asks=True),
+    Format("labelme", '{"shapes", "imagePath"}: a file or a folder of LabelMe', _lists("shapes"), read=read_labelme,
+           folder=True, asks=True),
+    Format("funsd", '{"form": [{"box", "text", "linking"}]}: a file or a folder', _lists("form"), read=read_funsd,
+           folder=True, asks=True),
+    Format("cord", '{"valid_line": [{"words", "category"}]}: a file or a folder', _lists("valid_line"), read=read_cord,
+           folder=True, asks=True),
+    Format("docvqa", '{"data": [{"question", "image", "answers"}]}', _lists("data"), read=read_docvqa),
+    Format("via", '{NAME: {"filename", "regions"}}: a project or annotations of VIA', is_via, read=read_via, asks=True),
+    Format("coco", '{"images", "annotations", "categories"}', _is_coco, read=read_coco, asks=True),
+    Format("vg", '{"regions"}, {"objects"} or {"qas"}', _has(*VG_LISTS), read=read_visual_genome),
+    Format("voc", "XML of Pascal VOC: a file or a folder", _has("<annotation>"), read=read_voc, folder=True, asks=True),
+    Format("cvat", "XML of CVAT for images", _has("<annotations>"), read=read_cvat, asks=True),
+    Format("yolo", "YOLO's data.yaml, or its folder", _has("names", "classes.txt"), read=read_yolo, folder=True,
+           asks=True),
+    Format("pope", '{"image", "text", "label"}', _all("text", "label"), _parsed(pope_question)),
+    Format("questions", '{"image", "question", "answer", "bboxs"}, CSV, TSV', _has("question", "query", "prompt"),
+           record_thing),
+    Format("hub", "a dataset with an image column: hub id, folder, parquet", lambda data: False),
 )
 # fmt: on
 FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
 
 
-def read(
-    source: str | Path,
-    format: str | None = None,
-    *,
-    image_folder: str | Path | None = None,
-    split: str | None = None,
-    columns: dict[str, str] | None = None,
-) -> Iterator[Found]:
-    """The questions and items of a source, one at a time; images with paths as written.
+class Source:
+    """A source as every command reads it: its form, its records from front to back or by number, and their things.
 
     Args:
-        source: a file, a dataset (see `table.read_hub`), or the name of a published set, which is then downloaded.
-        format: a row of `FORMATS`; recognized from the file unless given.
-        image_folder: the items file of a build; images of datasets are written beside it, into `NAME_images`. Without
-            it they stay in memory.
-        split ("train" unless given), columns: of a dataset, and of nothing else.
+        source: a file, a folder of annotations or a dataset (see `table.read_hub`), or the name of a published set,
+            which is then downloaded.
+        format: a row of `FORMATS`; recognized unless given.
+        image_root: the folder that paths of images hold from; that of the file unless given.
+        columns, ask, split: see `annotated.Reading`.
 
     Raises:
-        UserError: no such file, an unknown form, or a record that is not of it; with file and line.
+        UserError: no such file, an unknown form, or an option that its form does not have.
     """
-    if format is not None and format not in FORMATS:
-        raise UserError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
-    path = fetch(source)
-    name = format or recognize(path)
-    if name == "hub":
-        beside = None if image_folder is None else Path(image_folder)
-        folder = None if beside is None else beside.with_name(f"{beside.stem}_images")
-        return read_hub(path, split or "train", columns, folder)
-    if split or columns:
-        raise UserError(f"{path}: read as {name}, which has no {'split' if split else 'columns'}; only datasets have")
-    return FORMATS[name].read(Path(path))
+
+    def __init__(
+        self,
+        source: str | Path,
+        format: str | None = None,
+        *,
+        image_root: str | Path | None = None,
+        columns: Mapping[str, str] | None = None,
+        ask: str | None = None,
+        split: str | None = None,
+    ) -> None:
+        if format is not None and format not in FORMATS:
+            raise UserError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
+        self.source = fetch(source)
+        self.path = Path(self.source)
+        self.form = FORMATS[format or recognize(self.source, columns)]
+        name = self.form.name
+        if split and name not in ("hub", "yolo") and not is_saved_dataset(self.path):
+            raise UserError(f"{self.path}: read as {name}, which has no split; only datasets have")
+        if ask and not self.form.asks:
+            raise UserError(f"{self.path}: read as {name}, whose questions are its own; leave out --ask")
+        self.reading = Reading(Path(image_root or folder_of(self.path)), dict(columns or {}), ask, split)
+
+    @property
+    def streams(self) -> bool:
+        """Whether it is a list of records that can be read one at a time, and again by number."""
+        here = is_saved_dataset(self.path) or bool(parquet_files(self.path))
+        return self.form.parse is not None or (self.form.name == "hub" and here)
+
+    def scan(self) -> Iterator[Record | Unreadable]:
+        """The records, from front to back; `thing` says what they hold."""
+        if self.form.parse is None:
+            return self._made()
+        return iter(self.records()) if is_saved_dataset(self.path) else scan(self.path)
+
+    def records(self, held: int = 0) -> Records:
+        """The records by number; of a form that is no list of records, all its questions are held in memory."""
+        if self.streams:
+            return records(self.path, self.reading.split or "train", held)
+        return Records(list(self._made()))
+
+    def _made(self) -> Iterator[Record]:
+        if self.form.read is None:
+            found: Iterator[Any] = read_hub(self.source, self.reading.split or "train", self.reading.columns)
+        else:
+            found = self.form.read(self.path, self.reading)
+        for thing in found:
+            where = thing.where
+            line = where.rpartition(":")[2].partition(",")[0]
+            yield Record({"item": thing}, str(self.path), int(line) if line.isdigit() else 0, place=where)
+
+    def thing(self, record: Record) -> Found:
+        """The question or item of a record, its images with paths as written.
+
+        Raises:
+            LeftOut: it is of the form and cannot be used.
+            UserError: it is not of the form.
+        """
+        given = record.value.get("item")
+        if isinstance(given, LeftOut):
+            raise given
+        if isinstance(given, Question | Item):
+            return given
+        parse, value = self.form.parse or record_thing, record.value
+        for name, labels in self._labels.items():
+            if isinstance(value.get(name), int) and 0 <= value[name] < len(labels):
+                value = {**value, name: labels[value[name]]}
+        return parse(value, record.where, self.reading)
+
+    @cached_property
+    def _labels(self) -> dict[str, list[str]]:
+        """Columns of a dataset that hold class labels, and the names of the classes."""
+        return class_names(self.path, self.reading.split or "train") if self.form.name == "hub" else {}
 
 
-def recognize(source: str | Path) -> str:
-    """The form of a source, from its first record (a megabyte at most is read)."""
+def read(source: str | Path, format: str | None = None, **reading: Any) -> Iterator[Found]:
+    """The questions and items of a source, one at a time; images with paths as written. Arguments: see `Source`.
+
+    Raises:
+        UserError: no such file, an unknown form, or a record that is not of it or cannot be used; with file and line.
+    """
+    opened = Source(source, format, **reading)
+    return map(opened.thing, map(readable, opened.scan()))
+
+
+def read_questions(path: str | Path, image_root: str | Path | None = None, **reading: Any) -> Iterator[Question]:
+    """The questions of a source of any form (of items: those they were built from), lazily.
+
+    Image paths are placed below `image_root`, or the file's folder.
+    """
+    opened = Source(path, image_root=image_root, **reading)
+    root = folder_of(opened.path) if image_root is None else image_root
+    for record in map(readable, opened.scan()):
+        thing = opened.thing(record).under(root, strict=image_root is not None)
+        question = item_question(thing) if isinstance(thing, Item) else thing
+        if question is None:
+            raise UserError(f"{record.where}: an item without a question about one image; expected one to ask")
+        yield question
+
+
+def recognize(source: str | Path, columns: Mapping[str, str] | None = None) -> str:
+    """The form of a source, from its first record or the files in a folder (a megabyte of a file at most is read)."""
+    path = Path(source)
+    if path.is_dir() and not is_saved_dataset(path) and not parquet_files(path):
+        for file in folder_samples(path):
+            found = _row(first_record(file, lambda seen: _row(seen) is not None), {})
+            if found is not None and found.folder:
+                return found.name
+    if is_saved_dataset(path):
+        return "items" if "messages" in saved_columns(path) else "hub"
     if is_dataset(source):
         return "hub"
-    path = Path(source)
     if parquet_files(path):
         return "items"
-    first = _first_record(path)
-    for row in FORMATS.values():
-        if row.recognizes(first):
-            return row.name
+    first = first_record(path, lambda seen: _row(seen, columns) is not None)
+    found = _row(first, columns)
+    if found is not None and found.parse is not None and isinstance(first, Keys):
+        found = _row(some_record(path), columns)  # lines, of which the first is broken?
+        if found is None:
+            raise UserError(
+                f"{path}: is one JSON object over several lines; put each object on a line of its own, or all in [ ]"
+            )
+    if found is not None:
+        return found.name
+    if not first:
+        return "items"  # an empty file: who reads it says so
+    keys = ", ".join(list(first)[:12])
     raise UserError(
-        f"{path}: not of a known form (its first record has {', '.join(first) or 'nothing'}); "
-        f"known: {'; '.join(f'{row.name} {row.what}' for row in FORMATS.values())}"
+        f"{path}: not of a known form (its first record has {keys}); name its columns with --columns question=NAME, "
+        f"or give one of the forms: {'; '.join(f'{row.name} {row.what}' for row in FORMATS.values())}"
     )
 
 
+def _row(first: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> Format | None:
+    named = {**first, **{ours: first[theirs] for ours, theirs in (columns or {}).items() if theirs in first}}
+    return next((row for row in FORMATS.values() if row.recognizes(named)), None)
+
+
 def is_dataset(source: str | Path) -> bool:
-    """Whether a source is a dataset: a folder, a Parquet file, or what looks like a hub id and is no file.
+    """Whether a source is a dataset: a folder, a Parquet file, or text that looks like a hub id and is no file.
 
     Parquet of items, as `relook data convert` writes it, is none.
     """
     path = Path(source)
-    if path.exists():
+    if path.exists() or isinstance(source, Path):
         return (path.is_dir() or path.suffix == ".parquet") and not holds_items(path)
     return re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None and not path.suffix.startswith(".json")
-
-
-def _first_record(path: Path) -> dict[str, Any]:
-    with open_input(path) as file:
-        head = file.read(PEEK)
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if text.startswith(b"{"):
-        line, newline, _ = text.partition(b"\n")
-        if newline or len(head) < PEEK:
-            try:
-                return dict(json.loads(line))
-            except ValueError:
-                pass
-        if b'"annotations"' in head or b'"images"' in head:
-            return {"annotations": None}  # one object over many lines, or one line longer than this: COCO's form
-    return next((record.value for record in read_records(path)), {})

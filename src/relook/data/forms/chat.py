@@ -2,12 +2,17 @@
 
     llava       {"image" or "images", "conversations": [{"from", "value"}], "system": "..."}
     pope        {"image", "text", "label"}
+    swift       {"messages", "images", "objects": {"ref": ["a dog"], "bbox": [[x1, y1, x2, y2]]}} (ms-swift)
     viscot      {"dataset": "gqa", "image": ["cot/gqa/2316539.jpg", "cot/gqa/2316539.jpg###[217, 343, 242, 393]"],
                  "conversations": [question and sentence that asks for coordinates, "[0.542, 0.686, 0.592, 0.786]",
                                    "<image>", "window"]}
 
 A conversation of one exchange about one image is a `Question`, from which any look can be built; another stays the
 `Item` it is.
+
+Marks of other tools for places in a text (`<ref-object>` and `<bbox>` of ms-swift, `<ref>...</ref><box>...</box>` of
+InternVL and Qwen-VL, in thousandths of the image) are resolved in an answer: the words stay, the boxes become those of
+the question. A question that points at a place in this way, or an answer that is nothing but boxes, is left out.
 
 Visual-CoT's box after `###` is x1, y1, x2, y2 in pixels of the image. The fractions of the second turn are *not* of the
 image: they are of the square that holds it, with equal bands on both sides of its shorter axis. So the two together say
@@ -24,9 +29,9 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from relook.data.items import IMAGE_KEYS, Item, Message, Question
+from relook.data.items import IMAGE_KEYS, Item, LeftOut, Message, Question
 from relook.errors import UserError
-from relook.regions import Box
+from relook.regions import Box, read_box
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PLACEHOLDER = "<image>"
@@ -34,6 +39,8 @@ ASKS_FOR_BOX = re.compile(
     r"\s*Please provide the bounding box coordinate of the region that can help you answer the question better\.\s*$"
 )
 _BOX = re.compile(r"(?P<path>.*)###\[(?P<box>[^\]]*)\]", re.DOTALL)
+_TAGGED = re.compile(r"<ref>(?P<name>.*?)</ref>|<box>(?P<box>[^<]*\d[^<]*)</box>", re.DOTALL)
+_MARKS = re.compile("<ref-object>|<bbox>")
 _HALF_DIGIT = 0.0005  # fractions are written with three decimals
 LARGEST_SIDE = 1e5  # pixels; what a box at the very edge would otherwise leave open
 
@@ -58,10 +65,81 @@ def llava_conversation(data: Mapping[str, Any], where: str) -> Question | Item:
     if len(images) == 1 and marks <= 1 and [turn.role for turn in messages] == ["user", "assistant"]:
         text = messages[0].content.replace(PLACEHOLDER, "").strip()
         if text and messages[1].content.strip():
-            return Question(images[0], text, (messages[1].content,), where=where)
+            return _tagged(data, Question(images[0], text, (messages[1].content,), where=where))
+    said = " ".join(turn.content for turn in messages)
+    if "<video>" in said and not (data.get("video") or data.get("videos")):
+        raise LeftOut(where, "unresolved", "<video> in a text, and the record has none")
+    if any(found["box"] for found in _TAGGED.finditer(said)):
+        raise LeftOut(where, "unresolved", "<box> in a conversation of several turns or images")
     keys = ("id", "conversations", "image", "images", "system", *IMAGE_KEYS)
     extra = {key: value for key, value in data.items() if key not in keys}
     return Item(tuple(messages), {key: tuple(images) if key == "images" else () for key in IMAGE_KEYS}, extra, where)
+
+
+def _tagged(data: Mapping[str, Any], question: Question) -> Question:
+    """The question with <ref> and <box> in its texts resolved."""
+    where, answer = question.where, question.answer
+    found = [match["box"] for match in _TAGGED.finditer(answer) if match["box"]]
+    if any(match["box"] for match in _TAGGED.finditer(question.text)):
+        raise LeftOut(where, "unresolved", "<box> in a question points at a place, which words cannot")
+    if "<video>" in question.text + answer and not (data.get("video") or data.get("videos")):
+        raise LeftOut(where, "unresolved", "<video> in a text, and the record has none")
+    if not found:
+        return question
+    if not all(isinstance(data.get(side), int) for side in ("width", "height")):
+        raise LeftOut(where, "unresolved", "<box> counts in thousandths of the image; add its width and height")
+    size = int(data["width"]), int(data["height"])
+    values = [float(number) for box in found for number in re.findall(r"\d+(?:\.\d+)?", box)]
+    quads = [values[i : i + 4] for i in range(0, len(values), 4)]
+    if len(values) % 4:
+        raise LeftOut(where, "unresolved", f"<box>{found[0]}</box> is no box; expected x1, y1, x2, y2")
+    return _resolved(
+        {"image": question.image, "question": question.text, "width": size[0], "height": size[1]},
+        _TAGGED.sub(lambda match: match["name"] or "", answer),
+        [list(read_box(quad, size, "0-1000")) for quad in quads],
+        where,
+    )
+
+
+def _resolved(line: dict[str, Any], answer: str, boxes: list[list[float]], where: str) -> Question:
+    """The question whose answer has had its boxes taken out of the text."""
+    words = re.sub(r"\s+([,.;])", r"\1", " ".join(answer.split()))
+    if not any(character.isalnum() for character in words):
+        raise LeftOut(where, "unresolved", "the answer is nothing but boxes, which no text of it remains without")
+    return Question.from_dict({**line, "answer": words, "bboxs": boxes}, where)
+
+
+def swift_record(data: Mapping[str, Any], where: str) -> Question | Item:
+    """A conversation of ms-swift: `<ref-object>` becomes the words it stands for, `<bbox>` a box of the question."""
+    item, objects = Item.from_dict(data, where), data.get("objects")
+    if not objects:
+        return item
+    names, boxes = ([*(objects.get(key) or ())] if isinstance(objects, Mapping) else [] for key in ("ref", "bbox"))
+    taken: list[Any] = []
+
+    def resolve(role: str, match: re.Match[str]) -> str:
+        if match[0] == "<bbox>" and role != "assistant":
+            raise LeftOut(where, "unresolved", "<bbox> in a question points at a place, which words cannot")
+        left = boxes if match[0] == "<bbox>" else names
+        if not left:
+            raise LeftOut(where, "unresolved", f"more {match[0]} than 'objects' has")
+        if match[0] == "<bbox>":
+            taken.append(left.pop(0))
+            return ""
+        return str(left.pop(0))
+
+    turns = [_MARKS.sub(lambda match, role=turn.role: resolve(role, match), turn.content) for turn in item.messages]  # type: ignore[misc]
+    extra = {key: value for key, value in item.extra.items() if key != "objects"}
+    if not taken:
+        messages = tuple(Message(turn.role, text) for turn, text in zip(item.messages, turns, strict=True))
+        return Item(messages, item.images, extra, where)
+    images = item.images["images"]
+    if [turn.role for turn in item.messages] != ["user", "assistant"] or len(images) != 1:
+        raise LeftOut(where, "unresolved", "<bbox> in a conversation of several turns or images")
+    if objects.get("bbox_type", "real") != "real":
+        raise LeftOut(where, "unresolved", f"boxes of the type {objects['bbox_type']!r}; expected 'real', in pixels")
+    asked = turns[0].replace(PLACEHOLDER, "").strip()
+    return _resolved({"image": images[0], "question": asked}, turns[1], taken, where)
 
 
 def pope_question(data: Mapping[str, Any], where: str) -> Question:

@@ -16,28 +16,33 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from relook.data.forms.annotated import AROUND, HOW_MANY, Found, Reading, Region, around, page_questions, turned
 from relook.data.items import Question
 from relook.data.reader import Record, read_members, read_records
 from relook.errors import UserError
 
-HOW_MANY = 'How many objects of the kind "{name}" are in the image? Answer with a number.'
 WHERE = 'Where in the image is this: "{name}"? Answer with a place such as "top left".'
 VG_LISTS = ("regions", "objects", "qas")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 
 
-def read_coco(path: Path) -> Iterator[Question]:
+def read_coco(path: Path, reading: Reading) -> Iterator[Found]:
     """Questions of a COCO file. Boxes are held as numbers, some 30 bytes each, since COCO does not sort them by image.
 
-    Kinds of an image that are annotated as a crowd have no count, and so no question.
+    Kinds of an image that are annotated as a crowd have no count, and so no question. Annotations with a text (among
+    their keys, or the attributes that CVAT writes) ask for it.
     """
     names = {_number(r.value, "id", r.where): str(r.value.get("name", "")) for r in read_members(path, "categories")}
     counted: dict[int, dict[int, array[float]]] = {}  # image -> category -> its boxes
+    made: Counter[tuple[int, int]] = Counter()  # boxes around something else
     crowds: set[tuple[int, int]] = set()
+    said: dict[int, list[Region]] = {}  # image -> annotations with a text
     asked: dict[int, list[Record]] = {}  # image -> annotations with a question of their own
     for record in read_members(path, "annotations"):
         value, where = record.value, record.where
@@ -50,24 +55,49 @@ def read_coco(path: Path) -> Iterator[Question]:
             raise UserError(f"{where}: category_id {category} is not among the {len(names)} categories")
         if value.get("iscrowd"):
             crowds.add((image, category))
+        x1, y1, x2, y2, is_made = _coco_box(value, where)
+        attributes = value.get("attributes")
+        text = reading.attribute({**value, **attributes} if isinstance(attributes, dict) else value, "text")
+        if text or reading.ask:
+            said.setdefault(image, []).append(Region(names[category], (x1, y1, x2, y2), text, is_made))
+            continue
+        made[image, category] += is_made
         boxes = counted.setdefault(image, {}).setdefault(category, array("d"))
-        boxes.extend(_wide(value.get("bbox"), where))
+        boxes.extend((x1, y1, x2 - x1, y2 - y1))
     for record in read_members(path, "images"):
-        image = _number(record.value, "id", record.where)
-        head = {"image": record.value.get("file_name")} | _sides(record.value)
+        image, where = _number(record.value, "id", record.where), record.where
+        name = record.value.get("file_name")
+        head = {"image": reading.image(path, name) if isinstance(name, str) else name} | _sides(record.value)
         for category, numbers in counted.pop(image, {}).items():
             if (image, category) not in crowds:
-                found, name = _boxes(numbers), names[category]
-                question = HOW_MANY.format(name=name)
-                yield _question(head | {"field": name}, question, str(len(found)), found, record.where)
+                found, kind = _boxes(numbers), names[category]
+                question = _question(head | {"field": kind}, HOW_MANY.format(label=kind), str(len(found)), found, where)
+                yield replace(question, notes=(AROUND,) * made[image, category])
         for own in asked.pop(image, ()):
             found = _boxes(_wide(own.value.get("bbox"), own.where))
             yield _question(head, own.value["question"], own.value.get("answer"), found, own.where)
-    if lost := sorted({*counted, *asked}):
+        if regions := said.pop(image, ()):
+            size = Question.from_dict(head | {"question": "-", "answer": "-"}, where).size
+            yield from page_questions(str(head["image"]), size, regions, where, reading)
+    if lost := sorted({*counted, *asked, *said}):
         raise UserError(f"{path}: annotations of {len(lost)} images that 'images' does not list (first: id {lost[0]})")
 
 
-def read_visual_genome(path: Path) -> Iterator[Question]:
+def _coco_box(value: Mapping[str, Any], where: str) -> tuple[float, float, float, float, bool]:
+    """x1, y1, x2, y2 of an annotation, and whether they are around a turned box or an outline."""
+    attributes, outline = value.get("attributes"), value.get("segmentation")
+    if not value.get("bbox") and isinstance(outline, list) and outline:
+        points = [part[i : i + 2] for part in outline for i in range(0, len(part), 2)]
+        return (*around(points), True)  # type: ignore[return-value]
+    x, y, width, height = _wide(value.get("bbox"), where)
+    angle = attributes.get("rotation") if isinstance(attributes, dict) else None
+    if angle:
+        corners = turned((x, y, x + width, y + height), float(angle), (x + width / 2, y + height / 2))
+        return (*around(corners), True)  # type: ignore[return-value]
+    return x, y, x + width, y + height, False
+
+
+def read_visual_genome(path: Path, reading: Reading) -> Iterator[Question]:
     """Questions of a Visual Genome file of regions, of objects or of question-answer pairs."""
     beside = path.parent / "image_data.json"
     known = {}

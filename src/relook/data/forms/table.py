@@ -8,25 +8,83 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from relook.data.items import COLUMNS, Question, column
+from relook.data.items import COLUMNS, IMAGE_KEYS, Item, LeftOut, Message, Question, column, missing, naming
+from relook.data.reader import import_pyarrow, parquet_files
 from relook.data.records import import_datasets, is_saved_dataset, saved_dataset
 from relook.errors import RelookError, UserError
 from relook.files import reading
 from relook.io import replacing_file
 
+CORNERS = (  # columns (or keys of a box) that are x1, y1, x2, y2
+    ("x1", "y1", "x2", "y2"),
+    ("xmin", "ymin", "xmax", "ymax"),
+    ("left", "top", "right", "bottom"),
+)
+
 
 def row_question(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Question:
     """The question of a row (or record); its image may be an undecoded column, which stays in memory."""
-    for ours in COLUMNS:
-        if ours != "bboxs" and column(row, ours, columns) is None:
-            raise UserError(f"{where}: has no {ours!r} among {', '.join(row)}; name it under columns:")
-    image = stored_image(column(row, "image", columns), where)
-    return Question.from_dict({**row, "image": image}, where, {k: v for k, v in columns.items() if k != "image"})
+    with naming(where):
+        image, boxes = (column(row, ours, columns) for ours in ("image", "bboxs"))
+        if image is None and "image" not in row:
+            raise UserError(missing("image", row))
+        if isinstance(image, list):
+            if len(image) != 1:
+                raise LeftOut(where, "form", f"{len(image)} images, and which one its boxes are of is not said")
+            (image,) = image
+        boxes = _boxes(row if boxes is None else boxes)
+        sides = {key: _number(row[key]) for key in ("width", "height") if isinstance(row.get(key), str)}
+    line = {**row, **sides, "image": stored_image(image, where)} | ({} if boxes is None else {"bboxs": boxes})
+    return Question.from_dict(line, where, {k: v for k, v in columns.items() if k not in ("image", "bboxs")})
+
+
+def several_images(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Item | None:
+    """The item of a row with several images and no box: all of them, the question, the answer; None for other rows."""
+    with naming(where):
+        images, boxes = (column(row, ours, columns) for ours in ("image", "bboxs"))
+    if not isinstance(images, list) or len(images) < 2 or boxes:
+        return None
+    first = {k: v for k, v in columns.items() if k != "image"}
+    question = Question.from_dict({**row, "image": stored_image(images[0], where)}, where, first)
+    turns = (Message("user", f"{'<image>' * len(images)}\n{question.text}"), Message("assistant", question.answer))
+    shown = tuple(stored_image(image, where) for image in images)
+    return Item(turns, {key: shown if key == "images" else () for key in IMAGE_KEYS}, {}, where)
+
+
+def _boxes(value: Any) -> Any:
+    """Boxes as lists of numbers: of a row's own corners, of objects with corners, of text ("[1, 2, 3, 4]", "1 2 3 4").
+
+    None for a row without corners; what is no box comes out as it is.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = [_number(part) for part in re.split(r"[\s,;]+", value.strip())]
+    if isinstance(value, Mapping):
+        names = next((names for names in CORNERS if all(name in value for name in names)), None)
+        return None if names is None else [[_number(value[name]) for name in names]]
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        found = [_boxes(each) for each in value]
+        return value if None in found else [box for (box,) in found]
+    return value
+
+
+def _number(value: Any) -> Any:
+    """A number that is written as text; other things as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(value) if value.strip().isdigit() else float(value)
+    except ValueError as error:
+        raise UserError(f"{error}; expected a number") from None
 
 
 def stored_image(value: Any, where: str) -> Any:
@@ -78,18 +136,30 @@ def read_hub(
         answer = line["answer"]
         if isinstance(labels, datasets.ClassLabel) and isinstance(answer, int) and 0 <= answer < labels.num_classes:
             line["answer"] = labels.int2str(answer)
-        elif isinstance(answer, int | float):
-            line["answer"] = str(answer)
         data = _bytes(line["image"], Path(source), where)
         image = _pil(data, where)
         question = Question.from_dict(line | {"image": image}, where)
         yield question if folder is None else replace(question, image=_written(data, image, folder))
 
 
+def class_names(path: Path, split: str) -> dict[str, list[str]]:
+    """The columns of a dataset (Parquet, or a saved one) that hold class labels, with the classes' names."""
+    datasets = import_datasets(path)
+    if is_saved_dataset(path):
+        features = saved_dataset(path, split).features
+    elif files := parquet_files(path):
+        features = datasets.Features.from_arrow_schema(import_pyarrow()[1].read_schema(files[0]))
+    else:
+        return {}
+    return {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+
+
 def _load(datasets: Any, source: str | Path, split: str) -> Any:
     _refuse_json(Path(source))
     try:
         if Path(source).is_file():
+            if Path(source).suffix != ".parquet":
+                raise UserError(f"{source}: is no dataset but a {Path(source).suffix} file; leave out --format hub")
             return datasets.load_dataset("parquet", data_files=str(source), split="train", streaming=True)
         if is_saved_dataset(Path(source)):
             return saved_dataset(Path(source), split).to_iterable_dataset()
