@@ -21,6 +21,7 @@ from relook.errors import RelookError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    from filelock import FileLock
     from pydantic import BaseModel
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what writing to a full disk, or beyond a quota or limit, raises
@@ -98,17 +99,8 @@ def locked_folder(folder: str | Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    from filelock import FileLock, Timeout
-
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"{folder}: another run is writing here; wait for its end, or choose another folder") from error
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another place") from error
+    lock = _acquired(folder / ".lock", folder)
     try:
         yield
     finally:
@@ -117,6 +109,37 @@ def locked_folder(folder: str | Path) -> Iterator[None]:
             if [path.name for path in folder.iterdir()] == [".lock"]:
                 (folder / ".lock").unlink()
                 folder.rmdir()
+
+
+@contextmanager
+def locked_file(path: str | Path) -> Iterator[None]:
+    """As `locked_folder`, of a file that lines are appended to; the lock is `.NAME.lock` beside it.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    path = Path(path)
+    lock = _acquired(path.with_name(f".{path.name}.lock"), path)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file
+            Path(lock.lock_file).unlink()
+        lock.release()
+
+
+def _acquired(place: Path, path: Path) -> FileLock:
+    from filelock import FileLock, Timeout
+
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place, timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{path}: another run is writing here; wait for its end, or choose another place") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    return lock
 
 
 # -- what a run is about

@@ -50,6 +50,12 @@ def serve(
     crops_in_text: Annotated[
         bool, Option("--crops-in-text", help="Show crops in the answer's text, for chat front ends.")
     ] = False,
+    collect: Annotated[
+        Path | None, Option(metavar="FILE", help="Append what is answered by hand on the page: JSON lines.")
+    ] = None,
+    queue: Annotated[
+        Path | None, Option(metavar="FILE", help="With --collect: questions to answer, the least sure first.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     base_url: BaseUrl = None,
@@ -63,6 +69,7 @@ def serve(
     from relook.errors import UserError
 
     try:
+        from relook.serve.collect import collecting
         from relook.serve.run import bind, serve
         from relook.serve.security import LOOPBACK, read_keys
         from relook.serve.settings import ServeSettings
@@ -89,17 +96,19 @@ def serve(
     settings = validate(ServeSettings, stated, "serve", "option")
     bound = bind(host, port)
     if host not in LOOPBACK and not settings.security.keys:
-        print(f"relook: whoever reaches {host} may ask; --keys FILE asks for a key", file=sys.stderr)
+        more = "" if collect is None else f", and write to {collect}"
+        print(f"relook: whoever reaches {host} may ask{more}; --keys FILE asks for a key", file=sys.stderr)
 
     from relook.perceive.local import LocalEngine
 
-    vlm = open_model(model, base_url, processor, dialect, device=device, dtype=dtype)
-    if base_url is None:
-        vlm.context_limit = settings.limits.context_tokens
-        engine = LocalEngine(vlm, max_rows=rows, max_waiting=waiting, cache_bytes=cache * 2**20)
-    else:  # which has its own limits and cache
-        engine = vlm.engine
-        engine.max_rows = rows + waiting
-    for warning in engine.warnings:
-        print(f"relook: {warning}", file=sys.stderr)
-    serve(engine, settings, bound, drain)
+    with collecting(collect, queue) as collection:
+        vlm = open_model(model, base_url, processor, dialect, device=device, dtype=dtype)
+        if base_url is None:
+            vlm.context_limit = settings.limits.context_tokens
+            engine = LocalEngine(vlm, max_rows=rows, max_waiting=waiting, cache_bytes=cache * 2**20)
+        else:  # which has its own limits and cache
+            engine = vlm.engine
+            engine.max_rows = rows + waiting
+        for warning in engine.warnings:
+            print(f"relook: {warning}", file=sys.stderr)
+        serve(engine, settings, bound, drain, collection)

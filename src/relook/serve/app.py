@@ -22,7 +22,7 @@ from relook.errors import RelookError, UserError
 from relook.io import checkpoint_name
 from relook.options import AskOptions
 from relook.perceive import engine as seam
-from relook.serve import page
+from relook.serve import collect, page
 from relook.serve.completions import Reply
 from relook.serve.fetch import load_images
 from relook.serve.messages import check, read_messages
@@ -44,8 +44,10 @@ class UnknownModel(UserError):
     """A request for a model that this server does not have."""
 
 
-def create_app(engine: seam.Engine, settings: ServeSettings | None = None) -> FastAPI:
-    """The ASGI app over an engine.
+def create_app(
+    engine: seam.Engine, settings: ServeSettings | None = None, collection: collect.Collection | None = None
+) -> FastAPI:
+    """The ASGI app over an engine; with a `collection` its page saves answers by hand.
 
     Whoever runs it sets `app.state.draining` before it closes the engine, so that `/health/ready` says so.
     """
@@ -62,6 +64,9 @@ def create_app(engine: seam.Engine, settings: ServeSettings | None = None) -> Fa
     app.add_exception_handler(HTTPException, _refuse)
     _answering(app, server)
     _monitoring(app, server)
+    if collection is not None:
+        server.collects = True
+        collect.mount(app, server, collection)
     page.mount(app)
     protect(app, settings.limits, settings.security)
     app.add_middleware(CountRequests, metrics=server.metrics)
@@ -75,6 +80,7 @@ class Server:
         self.engine, self.settings, self.metrics = engine, settings, Metrics(engine)
         self.name = settings.name or checkpoint_name(engine.name)
         self.created = int(time.time())
+        self.collects = False
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, self.name):
@@ -84,6 +90,7 @@ class Server:
         """The entry of `/v1/models`."""
         engine = self.engine
         own = {"looks": engine.looks, "grid": engine.grid, "domain": engine.domain, "warnings": engine.warnings}
+        own |= {"collects": True} if self.collects else {}
         named = {"id": self.name, "object": "model", "created": self.created, "owned_by": "relook"}
         return {**named, "relook": {**own, "context_window": engine.context}}
 

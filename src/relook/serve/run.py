@@ -19,6 +19,7 @@ from relook.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
     from relook.perceive.engine import Engine
+    from relook.serve.collect import Collection
 
 LEFT_SECONDS = 5  # for responses that are still being sent when the engine has closed
 
@@ -43,9 +44,11 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def serve(engine: Engine, settings: ServeSettings, bound: socket.socket, drain: float) -> None:
+def serve(
+    engine: Engine, settings: ServeSettings, bound: socket.socket, drain: float, collection: Collection | None = None
+) -> None:
     """Serve until SIGTERM or Ctrl-C; then running answers get `drain` seconds, and new requests a 503."""
-    app = create_app(engine, settings)
+    app = create_app(engine, settings, collection)
     config = uvicorn.Config(
         app, http=Connection, log_config=log_config(), access_log=False, server_header=False,
         ws="none", proxy_headers=False,  # what is refused there is logged with its query; who asks is who connects

@@ -11,7 +11,7 @@ export class Failure extends Error {
   }
 }
 
-async function request(path, key, options = {}) {
+export async function request(path, key, options = {}) {
   const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
   let response;
   try {

@@ -1,19 +1,20 @@
 // The page: picks an image, asks, and keeps what was asked (in memory, until the tab is closed).
 
 import { Failure, answer, models } from "./api.js";
+import { Collector } from "./collect.js";
 import { Run, describe, legend, title } from "./exchange.js";
-import { Stage, el, named, still } from "./stage.js";
+import { Stage, el, still, touch } from "./stage.js";
 
 const $ = (id) => document.getElementById(id);
 const state = { model: null, key: null, talk: null, talks: [], running: null };
 try { state.key = sessionStorage.getItem("relook-key"); } catch { /* storage is switched off: the key is asked for again */ }
 
-const touch = () => matchMedia("(pointer: coarse)").matches;
 const say = (text) => { $("status").textContent = text; };
 function complain(text) { $("problem").textContent = text; $("problem").hidden = !text; }
-const stage = new Stage((region) => { $("marked").firstElementChild.textContent = region ? `In your region: ${named(region)}` : "";
-  if (region) say(`Region: ${named(region)}`);
+const stage = new Stage((region) => { $("marked").firstElementChild.textContent = region ? `In your region: ${stage.named(region)}` : "";
+  if (region) say(`Region: ${stage.named(region)}`);
   refresh(); });
+const collector = new Collector({ stage, key: () => state.key, say, complain, begin: takeQueued, end: welcome, refused: lock });
 
 // ---- the model and the key
 
@@ -31,10 +32,11 @@ async function begin() {
   $("model").textContent = name;
   document.title = `${name} · relook`;
   $("look").replaceChildren(...["auto", "none", ...looks].map((look) => el("option", { value: look }, title(look))));
-  $("follow").checked = !domain; // the small models that ship were trained on single questions
+  $("follow").checked = !domain && !state.model.collects; // single questions: the small models' training, and collected lines
   for (const each of document.querySelectorAll(".warnings")) each.textContent = warnings.join(" ");
   $("compare").hidden = !looks.length;
   stage.setModel(state.model);
+  if (state.model.collects) await collector.attempt(() => collector.poll());
   if (!state.talk) await welcome();
 }
 
@@ -56,6 +58,7 @@ $("unlock").addEventListener("submit", async (event) => {
 
 async function welcome() {
   state.running?.abort();
+  collector.show(null);
   state.talk = null;
   document.body.dataset.view = "welcome";
   for (const id of ["stage", "talk", "new"]) $(id).hidden = true;
@@ -83,8 +86,8 @@ function dataUrl(blob) {
   });
 }
 
-// Begins a conversation about an image file; false where it is none.
-async function take(blob, name, alt = "", questions = []) {
+// Begins a conversation about an image file (of `entry` of a queue, which history does not list); false where it is none.
+async function take(blob, name, alt = "", questions = [], entry = null) {
   await state.ready;
   if (!state.model) return false;
   complain("");
@@ -97,14 +100,22 @@ async function take(blob, name, alt = "", questions = []) {
     return false;
   }
   const image = { name, alt: alt || `The image ${name}`, shown, url: await dataUrl(blob), width: probe.naturalWidth, height: probe.naturalHeight };
-  const talk = { image, questions, runs: [], active: null, list: el("div") };
-  state.talks.unshift(talk);
+  const talk = { image, questions, entry, runs: [], active: null };
+  if (!entry) state.talks.unshift(talk);
   open(talk);
   return true;
 }
 
+// A question of the queue: what the model said of it, or it is asked now.
+async function takeQueued(entry, blob) {
+  state.running?.abort();
+  if (state.talk?.entry) URL.revokeObjectURL(state.talk.image.shown);
+  if (await take(blob, entry.name, "", [], entry)) ask(entry.question, [{ look: "auto", region: null }], entry.reply);
+}
+
 function open(talk) {
   state.running?.abort();
+  collector.show(null);
   state.talk = talk;
   document.body.dataset.view = "talk";
   $("welcome").hidden = true;
@@ -158,13 +169,14 @@ function select(run) {
   for (const each of talk.runs) each.shown(each === run);
   stage.show(run.looks, legend(run.looks)
     || (run.state === "done" ? "It answered from the first look at the whole image." : ""));
+  if (state.model.collects) collector.show(run, talk);
 }
 
 const lookAt = (run) => { if (state.talk?.active === run) select(run); };
 const near = (element, block = "nearest") => element.scrollIntoView({ block, behavior: still() ? "auto" : "smooth" });
 
-// Asks `question`, or the shown one again, once for each of `ways` ({look, region}).
-async function ask(question, ways = [{ look: $("look").value, region: stage.region }]) {
+// Asks `question`, or the shown one again, once for each of `ways` ({look, region}); `reply` is known already.
+async function ask(question, ways = [{ look: $("look").value, region: stage.cells }], reply = null) {
   const { talk, model } = state, again = !question;
   if (state.running || (again && !talk.active)) return;
   const before = talk.active?.state === "done" ? talk.active : talk.active?.context.parent ?? null;
@@ -181,22 +193,22 @@ async function ask(question, ways = [{ look: $("look").value, region: stage.regi
   $("exchanges").append(element);
   $("question").value = "";
   if (touch()) $("question").blur(); // the keyboard on the screen would hide the answer
-  stage.mark(null);
+  if (!stage.pixels) stage.mark(null);
   stage.marking(false);
   state.running = new AbortController();
   select(runs[1] ?? runs[0]);
   refresh();
   near(element);
   say("Reading the image.");
-  await Promise.all(runs.map((run) => follow(run, state.running.signal)));
+  await Promise.all(runs.map((run) => follow(run, state.running.signal, reply)));
   state.running = null;
   refresh();
   if (runs.length > 1) near(element, "start"); else { near($("warnings")); near(runs[0].answer); }
 }
 
-async function follow(run, signal) {
+async function follow(run, signal, reply) {
   try {
-    for await (const event of answer(body(run), state.key, signal)) {
+    for await (const event of reply ? run.known(reply) : answer(body(run), state.key, signal)) {
       if (event.text) run.add(event.text);
       if (event.look) {
         run.addLook(event.look);
@@ -212,6 +224,7 @@ async function follow(run, signal) {
     if (error.name === "AbortError") run.fail("Stopped.", "stopped");
     else run.fail(error instanceof Failure ? error.message : `Something went wrong in this page: ${error.message}`);
     say(run.note.textContent);
+    lookAt(run);
     if (error.status === 401) lock();
   }
 }
@@ -219,10 +232,11 @@ async function follow(run, signal) {
 // Labels and switches that follow from the state.
 function refresh() {
   const empty = !$("question").value.trim(), asked = state.talk?.active != null;
-  $("marked").hidden = !stage.region;
+  $("marked").hidden = !stage.region || collector.shown;
+  if (collector.shown) collector.refresh();
   $("continue").hidden = !asked;
-  $("look").disabled = stage.region != null;
-  $("send").textContent = state.running ? "Stop" : empty && asked ? (stage.region ? "Ask again here" : "Ask again") : "Ask";
+  $("look").disabled = stage.cells != null;
+  $("send").textContent = state.running ? "Stop" : empty && asked ? (stage.cells ? "Ask again here" : "Ask again") : "Ask";
   $("send").disabled = $("compare").disabled = !state.running && empty && !asked;
   $("compare").disabled ||= state.running != null;
   const open = (state.talk?.questions ?? []).filter((text) => !state.running && !state.talk.runs.some((run) => run.context.question === text));
@@ -236,7 +250,7 @@ $("ask").addEventListener("submit", (event) => {
   if (state.running) state.running.abort(); else ask($("question").value.trim());
 });
 $("compare").addEventListener("click", () => {
-  const ways = ["none", ...state.model.looks].map((look) => ({ look, region: look === "region" ? stage.region : null }));
+  const ways = ["none", ...state.model.looks].map((look) => ({ look, region: look === "region" ? stage.cells : null }));
   ask($("question").value.trim(), ways);
 });
 $("question").addEventListener("input", refresh);

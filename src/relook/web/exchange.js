@@ -97,6 +97,15 @@ export class Run {
     }, () => {});
   }
 
+  // The events of an answer that was given before, a `chat.completion`; its time is that of the model.
+  async* known({ choices: [{ message, finish_reason: finish }], relook }) {
+    for (const look of relook.looks) yield { look };
+    if (message.content) yield { text: message.content };
+    this.begun = performance.now() - 1000 * Object.values(relook.usage.seconds).reduce((sum, s) => sum + s, 0);
+    this.first = null;
+    yield { result: relook, kept: message.relook, finish };
+  }
+
   finish({ result, kept, finish }) {
     Object.assign(this, { result, kept, state: "done" });
     const extra = (result.warnings ?? []).filter((each) => !this.context.known.includes(each));

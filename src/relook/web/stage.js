@@ -1,4 +1,5 @@
-// The image with what lies over it: the grid, the boxes and maps of looks, and the region a person marks.
+// The image with what lies over it: the grid, the boxes and maps of looks, and the region a person marks: in cells of
+// the model's grid, or, where answers are collected, in cells of one pixel.
 
 const SVG = "http://www.w3.org/2000/svg";
 const $ = (id) => document.getElementById(id);
@@ -22,8 +23,8 @@ function shape(tag, attributes) {
 
 // [x, y, width, height] in pixels of a box (its right and lower edge exclusive), and of cells (both ends inclusive).
 const ofBox = ([x1, y1, x2, y2]) => [x1, y1, x2 - x1, y2 - y1];
-const ofCells = ([x0, y0, x1, y1], size, grid) => ofBox([x0, y0, x1 + 1, y1 + 1]
-  .map((at, i) => Math.floor((at * (i % 2 ? size.height : size.width)) / grid)));
+const ofCells = ([x0, y0, x1, y1], { width, height }, [across, down]) => ofBox([x0, y0, x1 + 1, y1 + 1]
+  .map((at, i) => Math.floor(i % 2 ? (at * height) / down : (at * width) / across)));
 const rect = (kind, [x, y, width, height]) => shape("rect", { class: kind, x, y, width, height });
 
 function gridPath({ width, height }, grid) {
@@ -33,7 +34,8 @@ function gridPath({ width, height }, grid) {
 }
 
 // Draws what `looks` saw over an image of `size`: a region's box lit up in its grid, a re-encoding's map as heat.
-export function overlay(svg, size, grid, looks, marked = null) {
+// `marked` counts in `counts` cells across and down.
+export function overlay(svg, size, grid, looks, marked = null, counts = [grid, grid]) {
   const { width, height } = size;
   const seen = looks.filter((look) => look.box && !look.problem);
   const boxes = seen.filter((look) => look.kind === "region");
@@ -47,12 +49,12 @@ export function overlay(svg, size, grid, looks, marked = null) {
     const holes = boxes.map(({ box: [x1, y1, x2, y2] }) => `M${x1} ${y1}V${y2}H${x2}V${y1}Z`).join("");
     parts.push(shape("path", { class: "dim", d: `M0 0H${width}V${height}H0Z${holes}` }));
   }
-  if (boxes.length || marked) parts.push(gridPath(size, grid));
+  if (boxes.length || (marked && counts[0] === grid)) parts.push(gridPath(size, grid));
   for (const { cells, box } of boxes) {
-    if (cells) parts.push(rect("cells", ofCells(cells, size, grid)));
+    if (cells) parts.push(rect("cells", ofCells(cells, size, [grid, grid])));
     parts.push(rect("halo", ofBox(box)), rect("box", ofBox(box)));
   }
-  if (marked) parts.push(rect("mark-halo", ofCells(marked, size, grid)), rect("mark", ofCells(marked, size, grid)));
+  if (marked) parts.push(...["mark-halo", "mark"].map((kind) => rect(kind, ofCells(marked, size, counts))));
   svg.replaceChildren(...parts);
 }
 
@@ -62,12 +64,13 @@ export function named([x0, y0, x1, y1]) {
   return `${span("column", x0, x1)}, ${span("row", y0, y1)}`;
 }
 
+export const touch = () => matchMedia("(pointer: coarse)").matches;
 export const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
 // The large image. `changed(cells | null)` is called when the marked region changes.
 export class Stage {
   constructor(changed) {
-    Object.assign(this, { changed, image: null, looks: [], caption: "", region: null, grid: 8, takes: false });
+    Object.assign(this, { changed, image: null, looks: [], caption: "", region: null, grid: 8, takes: false, pixels: false });
     this.inputs = [...$("region").querySelectorAll("input")];
     $("mark").addEventListener("click", () => this.marking(!this.open));
     for (const input of this.inputs) input.addEventListener("input", () => this.typed());
@@ -75,17 +78,32 @@ export class Stage {
     $("frame").addEventListener("keydown", (event) => this.key(event));
   }
 
-  setModel({ grid, looks }) {
-    Object.assign(this, { grid, takes: looks.includes("region") });
-    $("marking").hidden = !this.takes;
-    $("frame").tabIndex = this.takes ? 0 : -1;
-    for (const input of this.inputs) input.max = grid - 1;
+  setModel({ grid, looks, collects = false }) {
+    Object.assign(this, { grid, takes: looks.includes("region"), pixels: collects });
+    $("marking").hidden = !this.marks;
+    $("frame").tabIndex = this.marks ? 0 : -1;
+    if (collects) $("region").firstElementChild.textContent = "Pixels of the image, both ends included";
   }
+
+  get marks() { return this.takes || this.pixels; }
+
+  // How many cells a region counts in, across and down.
+  get counts() { return this.pixels ? [this.image.width, this.image.height] : [this.grid, this.grid]; }
+
+  // The marked region in cells of the model's grid; null where there is none, or the model looks at no regions.
+  get cells() {
+    if (!this.region || !this.takes) return null;
+    return this.region.map((at, i) => (this.pixels ? Math.floor(((at + 1) * this.grid - 1) / this.counts[i % 2]) : at));
+  }
+
+  // In words.
+  named(region) { return (this.pixels ? `pixels ${region[0]}–${region[2]} across, ${region[1]}–${region[3]} down` : named(region)); }
 
   openImage(image) {
     this.image = image;
     $("picture").src = image.shown;
     $("picture").alt = image.alt;
+    this.inputs.forEach((input, i) => { input.max = this.counts[i % 2] - 1; });
     this.marking(false);
     this.mark(null);
     this.show([], "");
@@ -97,15 +115,15 @@ export class Stage {
   }
 
   draw() {
-    if (this.image) overlay($("overlay"), this.image, this.grid, this.region ? [] : this.looks, this.region);
-    $("caption").textContent = this.region ? `Marked: ${named(this.region)}` : this.caption;
+    if (this.image) overlay($("overlay"), this.image, this.grid, this.region ? [] : this.looks, this.region, this.counts);
+    $("caption").textContent = this.region ? `Marked: ${this.named(this.region)}` : this.caption;
   }
 
   get open() { return $("mark").getAttribute("aria-expanded") === "true"; }
 
   marking(open) {
     $("mark").setAttribute("aria-expanded", open);
-    $("mark").textContent = open ? "Done" : "Mark a region";
+    $("mark").textContent = open ? "Done" : this.pixels ? "Mark the right box" : "Mark a region";
     $("region").hidden = !open;
     document.body.classList.toggle("marking", open); // on a phone the image grows, and dragging marks
   }
@@ -119,7 +137,7 @@ export class Stage {
 
   typed() {
     const cells = this.inputs.map((input) => input.valueAsNumber);
-    const fits = cells.every((v) => Number.isInteger(v) && v >= 0 && v < this.grid);
+    const fits = cells.every((v) => Number.isInteger(v) && v >= 0) && cells.every((v, i) => v < this.counts[i % 2]);
     if (fits && cells[0] <= cells[2] && cells[1] <= cells[3]) this.mark(cells);
     else if (this.region) this.mark(null);
   }
@@ -139,14 +157,14 @@ export class Stage {
   cellAt(event) {
     const { scale, left, top } = this.area(), { width, height } = this.image;
     return [(event.clientX - left) / width, (event.clientY - top) / height]
-      .map((at) => Math.min(Math.max(Math.floor((at / scale) * this.grid), 0), this.grid - 1));
+      .map((at, i) => Math.min(Math.max(Math.floor((at / scale) * this.counts[i]), 0), this.counts[i] - 1));
   }
 
   pointers() {
     let from = null, begun = false, start = null;
     const frame = $("frame");
     frame.addEventListener("pointerdown", (event) => {
-      if (!this.takes || event.button !== 0 || (event.pointerType === "touch" && !this.open)) return;
+      if (!this.marks || event.button !== 0 || (event.pointerType === "touch" && !this.open)) return;
       [from, begun, start] = [this.cellAt(event), this.open, [event.clientX, event.clientY]];
       frame.setPointerCapture(event.pointerId);
       if (begun) this.mark([...from, ...from]);
@@ -163,14 +181,15 @@ export class Stage {
   key(event) {
     const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
     if (event.key === "Escape" && this.region) return this.mark(null);
-    if (!step || !this.takes || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (!step || !this.marks || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
-    const last = this.grid - 1, third = Math.floor(this.grid / 3);
-    if (!this.region) return this.mark([third, third, last - third, last - third]);
+    const [right, bottom] = this.counts.map((count) => count - 1), [x, y] = this.counts.map((count) => Math.floor(count / 3));
+    if (!this.region) return this.mark([x, y, right - x, bottom - y]);
     const [x0, y0, x1, y1] = this.region;
+    step.forEach((way, i) => { step[i] = way * Math.max(1, Math.round(this.counts[i] / 64)); });
     const within = (value, low, high) => Math.min(Math.max(value, low), high);
-    if (event.shiftKey) return this.mark([x0, y0, within(x1 + step[0], x0, last), within(y1 + step[1], y0, last)]);
-    const dx = within(step[0], -x0, last - x1), dy = within(step[1], -y0, last - y1);
+    if (event.shiftKey) return this.mark([x0, y0, within(x1 + step[0], x0, right), within(y1 + step[1], y0, bottom)]);
+    const dx = within(step[0], -x0, right - x1), dy = within(step[1], -y0, bottom - y1);
     this.mark([x0 + dx, y0 + dy, x1 + dx, y1 + dy]);
   }
 }

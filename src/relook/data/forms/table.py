@@ -139,7 +139,7 @@ def read_hub(
         data = _bytes(line["image"], Path(source), where)
         image = _pil(data, where)
         question = Question.from_dict(line | {"image": image}, where)
-        yield question if folder is None else replace(question, image=_written(data, image, folder))
+        yield question if folder is None else replace(question, image=write_image(data, image, folder))
 
 
 def class_names(path: Path, split: str) -> dict[str, list[str]]:
@@ -209,7 +209,7 @@ def _bytes(value: Any, source: Path, where: str) -> bytes:
         raise UserError(f"{where}: no image at {path} ({' '.join(str(error).split())[:100]})") from None
 
 
-def _written(data: bytes, image: Any, folder: Path) -> str:
+def write_image(data: bytes, image: Any, folder: Path) -> str:
     """The path, from beside `folder`, of the file that holds these bytes; it is named by them and written once."""
     name = f"{hashlib.sha256(data).hexdigest()[:20]}.{(image.format or 'png').lower()}"
     if not (folder / name).exists():
