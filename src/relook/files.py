@@ -11,12 +11,13 @@ import os
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote, unquote_to_bytes
 
 from relook.errors import UserError
@@ -133,7 +134,10 @@ def reading(
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with _opened(file, formats, page) as image:
+        with (
+            open(file, "rb") if isinstance(file, (str, os.PathLike)) else nullcontext(file) as opened,
+            _opened(opened, formats, page) as image,
+        ):
             yield image
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
@@ -147,18 +151,20 @@ def reading(
         raise UserError(f"{name}: the image is damaged or cut short ({error}); give a complete file") from error
 
 
-def _opened(file: Any, formats: tuple[str, ...] | None, page: Page) -> Image.Image:
+def _opened(file: IO[bytes], formats: tuple[str, ...] | None, page: Page) -> Image.Image:
     from PIL import Image, UnidentifiedImageError
 
     try:
         image: Image.Image = Image.open(file, formats=formats)
     except UnidentifiedImageError:
-        head = _head(file)
+        file.seek(0)
+        head = file.read(1024)
         if formats is None and b"%PDF-" in head:
-            return _pdf_page(file, page)
+            dpi = DPI if page.dpi is None else page.dpi
+            return _library("relook.pdf", "a PDF", "pypdfium2").PdfPage(file, partial(check_page, page), dpi)
         if formats is not None or head[4:8] != b"ftyp" or head[8:12] not in HEIF:
             raise
-        _register_heif()
+        _library("pillow_heif", "a HEIC image", "pillow-heif").register_heif_opener()
         image = Image.open(file)
     if page.dpi is not None:
         raise UserError(f"dpi={page.dpi} is for a PDF, and this is {image.format}; leave it out")
@@ -173,7 +179,7 @@ def check_page(page: Page, pages: int) -> int:
     """The index of a page among so many."""
     named = "#page=1" if pages == 1 else f"#page=1 to #page={pages}"
     if page.number is None and pages > 1:
-        raise UserError(f"has {pages} pages, of which one can be shown; add {named} to its path or address")
+        raise UserError(f"has {pages} pages, of which one can be shown: add {named} to its path or address")
     number = 1 if page.number is None else page.number
     if not 1 <= number <= pages:
         raise UserError(f"has no page {number}; expected {named}")
@@ -193,29 +199,10 @@ def _pages(image: Any) -> list[int]:
     return found or [0]
 
 
-def _head(file: Any) -> bytes:
-    if isinstance(file, (str, os.PathLike)):
-        with open(file, "rb") as opened:
-            return opened.read(1024)
-    file.seek(0)
-    return file.read(1024)
-
-
-def _register_heif() -> None:
+def _library(module: str, what: str, package: str) -> Any:
     try:
-        from pillow_heif import register_heif_opener
+        return import_module(module)
     except ImportError:
-        raise UserError(_needs("a HEIC image", "pillow-heif")) from None
-    register_heif_opener()
-
-
-def _pdf_page(file: Any, page: Page) -> Image.Image:
-    try:
-        from relook.pdf import PdfPage
-    except ImportError:
-        raise UserError(_needs("a PDF", "pypdfium2")) from None
-    return PdfPage(file, partial(check_page, page), DPI if page.dpi is None else page.dpi)
-
-
-def _needs(what: str, package: str) -> str:
-    return f"is {what}, which needs {package}, which is not installed; pip install 'relook[files]'"
+        raise UserError(
+            f"is {what}, which needs {package}, which is not installed; pip install 'relook[files]'"
+        ) from None

@@ -1,7 +1,7 @@
 """The options of `ask`: one checked model for Python, the command line and servers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -36,33 +36,24 @@ def _flag(value: Any) -> bool:
     return bool(value)
 
 
-def _parts(value: Any) -> Any:
-    return value.split(",") if isinstance(value, str) else value
+def _four(number: Callable[[Any], float], wanted: str) -> BeforeValidator:
+    """Four numbers, also as the text "2,5,6,6"; None stays."""
+
+    def read(value: Any) -> Any:
+        if value is None:
+            return None
+        try:
+            if isinstance(value, (bytes, Mapping, set, frozenset)):
+                raise TypeError
+            a, b, c, d = map(number, map(float, value.split(",")) if isinstance(value, str) else value)
+        except (TypeError, ValueError):
+            raise ValueError(f"expected {wanted}") from None
+        return a, b, c, d
+
+    return BeforeValidator(read)
 
 
-def _cells(value: Any) -> Any:
-    """Four cells, also as the text "2,5,6,6"."""
-    try:
-        if isinstance(value, (bytes, Mapping, set, frozenset)):
-            raise TypeError
-        cells = [int(v) if isinstance(value, str) else _whole(v) for v in _parts(value)]
-        x0, y0, x1, y1 = cells
-    except (TypeError, ValueError):
-        raise ValueError("expected four whole cells x0,y0,x1,y1, both ends inclusive, such as 2,5,6,6") from None
-    return x0, y0, x1, y1
-
-
-def _box(value: Any) -> Any:
-    """Four numbers, also as the text "120,80,410,200"."""
-    try:
-        if isinstance(value, (bytes, Mapping, set, frozenset)):
-            raise TypeError
-        x1, y1, x2, y2 = (_number(float(v) if isinstance(value, str) else v) for v in _parts(value))
-    except (TypeError, ValueError):
-        raise ValueError("expected four numbers x1,y1,x2,y2 in pixels of the upright image") from None
-    return x1, y1, x2, y2
-
-
+PixelBox = tuple[float, float, float, float]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
@@ -79,11 +70,9 @@ class AskOptions(BaseModel):
     question alone. (A question that holds such a sentence keeps it for a prompted model, and loses it where another or
     none belongs.) "none": no sentence, and no look. A look's name ("region", "clip", "detection", "seg"): its sentence,
     and the call's first token is written for the model."""
-    region: Annotated[Cells | None, BeforeValidator(lambda value: None if value is None else _cells(value))] = None
+    region: Annotated[Cells | None, _four(_whole, "four whole cells x0,y0,x1,y1, both ends inclusive")] = None
     """(x0, y0, x1, y1) grid cells, both ends inclusive: the model is made to look there."""
-    box: Annotated[
-        tuple[float, float, float, float] | None, BeforeValidator(lambda value: None if value is None else _box(value))
-    ] = None
+    box: Annotated[PixelBox | None, _four(_number, "four numbers x1,y1,x2,y2 in pixels of the upright image")] = None
     """In place of `region`, (x1, y1, x2, y2) pixels of the upright original, x2 and y2 exclusive: the model is made to
     look at the cells that cover it."""
     max_looks: Whole = Field(1, ge=0)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any
+from typing import IO, Any
 
 import pypdfium2
 from PIL import Image, ImageFile
@@ -22,17 +21,16 @@ class PdfPage(ImageFile.ImageFile):
     """A page as people see it: turned as it says, on white, with what forms were filled in.
 
     Args:
-        file: a path, or a binary file.
+        file: binary, and open until the page is drawn.
         index_of: the index of the page, of so many.
         dpi: dots per inch.
     """
 
     format, format_description = "PDF", "Portable Document Format"
 
-    def __init__(self, file: Any, index_of: Callable[[int], int], dpi: int):
+    def __init__(self, file: IO[bytes], index_of: Callable[[int], int], dpi: int):
         self.index_of, self.dpi = index_of, dpi
         self.scale = self.dpi / 72 * _EXACT
-        self.source = os.fspath(file) if isinstance(file, (str, os.PathLike)) else file.getvalue()
         super().__init__(file)
 
     def _open(self) -> None:
@@ -54,7 +52,7 @@ class PdfPage(ImageFile.ImageFile):
     def _opened(self) -> Iterator[Any]:
         with _LOCK:
             try:
-                pdf = pypdfium2.PdfDocument(self.source)
+                pdf = pypdfium2.PdfDocument(self.fp)
             except pypdfium2.PdfiumError as error:
                 locked = "password" in str(error).lower()
                 why = "is locked with a password; save it without" if locked else f"is a damaged PDF ({error})"

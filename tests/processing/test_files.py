@@ -220,7 +220,7 @@ def test_a_page_of_a_tiff(folder):
         url,
         {"bytes": None, "path": f"{folder}/scan.tif"},
     ):
-        with pytest.raises(UserError, match=r"has 3 pages, of which one can be shown; add #page=1 to #page=3"):
+        with pytest.raises(UserError, match=r"has 3 pages, of which one can be shown: add #page=1 to #page=3"):
             open_image(source)
     with pytest.raises(UserError, match=r"scan.tif: has no page 4; expected #page=1 to #page=3"):
         open_image(f"{folder}/scan.tif#page=4")

@@ -408,7 +408,7 @@ def test_a_page_of_a_tiff_is_named_by_its_address(served) -> None:
     crop = served.vlm.ask(picture(2), QUESTION, region=(1, 2, 3, 4), max_new_tokens=6).looks[0].image
     assert opened(reply.relook["looks"][0]["crop"]).tobytes() == crop.tobytes()
     for image, said in (
-        (url, "has 2 pages, of which one can be shown; add #page=1 to #page=2"),
+        (url, "has 2 pages, of which one can be shown: add #page=1 to #page=2"),
         (f"{url}#page=3", "has no page 3"),
     ):
         body = {"image": image, "question": QUESTION}

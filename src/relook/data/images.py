@@ -178,7 +178,7 @@ def read_facts(path: str, *, look: bool = False) -> ImageFacts:
                 upright(image)  # values that are no pixels are refused
             found = _look(image) if look else None
     except UserError as error:
-        return ImageFacts("unreadable", str(error).removeprefix(": ").rpartition("; ")[0])
+        return ImageFacts("unreadable", str(error).removeprefix(": ").rsplit("; ", 1)[0])
     data += f"#{page.number}".encode() if (page.number or 1) > 1 else b""
     return ImageFacts(None, "", size, orientation, hashlib.blake2b(data, digest_size=16).digest(), found)
 
