@@ -165,7 +165,7 @@ def open_image(source: Any, fetch: bool = False) -> Image.Image:
         data, path = source.get("bytes"), source.get("path")
         return open_image(path if data is None else data, fetch)
     if isinstance(source, (str, os.PathLike)):
-        return _open_named(str(source), fetch)
+        return _open_named(os.fsdecode(source), fetch)
     if isinstance(source, Image.Image):
         if 0 in source.size:
             raise UserError(
