@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from support import ROOT
 from support.source_files import call, picture, refused, write
 
 from relook.data import Item, read, read_items, read_questions
@@ -15,6 +17,7 @@ from relook.data.forms import FORMATS, recognize
 from relook.data.items import LeftOut
 from relook.data.rules import Data
 
+RECEIPTS = ROOT / "../shared/data/receipts"
 ASK = ["--ask", "What is the {label}?"]
 SIDES = {"original_width": 600, "original_height": 400, "image_rotation": 0}
 
@@ -188,7 +191,7 @@ TEXTS = {  # form, file, boxes that are around others, the box of the shop
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_tools_labels_and_texts_become_questions_for_every_command(tmp_path, monkeypatch, name) -> None:
+def test_a_tools_labels_and_texts_become_questions_for_every_command(tmp_path, monkeypatch, caplog, name) -> None:
     make, turned, shop = TEXTS[name]
     monkeypatch.chdir(tmp_path)
     path = make(tmp_path / "ann").relative_to(tmp_path)
@@ -209,9 +212,10 @@ def test_a_tools_labels_and_texts_become_questions_for_every_command(tmp_path, m
     assert sum(report["notes"].values()) == turned
     call("data", "preview", path, "page.html")
     assert "data:image/jpeg" in Path("page.html").read_text() and "9.30" in Path("page.html").read_text()
+    assert {q.answer: q.boxes[0] for q in read_questions(path)} == kept
+    assert (f"{path}: 1 records left out, the first: " in caplog.text) is (name in left)
     if name not in left:
         assert f"{len(items)} items" in call("data", "stats", path).stdout
-        assert {q.answer: q.boxes[0] for q in read_questions(path)} == kept
     data = Data.model_validate({"path": str(path), "max_broken": 1})
     taught = open_items(data, 1)
     (record,) = [each for each in taught.records[0] if getattr(each.value["item"], "answer", "") == "9.30"]
@@ -269,6 +273,32 @@ def test_the_same_boxes_as_supervision_reads(tmp_path) -> None:
     theirs = supervision.DetectionDataset.from_pascal_voc(str(folder / "JPEGImages"), str(folder / "Annotations"))
     found = {tuple(map(round, box)) for _, _, found in theirs for box in found.xyxy}
     assert {(x1, y1, x2 - 1, y2 - 1) for q in read(folder) for x1, y1, x2, y2 in q.boxes} == found
+
+
+@pytest.mark.skipif(not RECEIPTS.is_dir(), reason="../shared/data/receipts is not there")
+def test_real_receipts_come_back_from_percent_fractions_and_corners(tmp_path) -> None:
+    """The boxes of 60 receipts, written as Label Studio, YOLO and Pascal VOC do, are the same pixels again."""
+    tasks, kept = [], []
+    for number, question in enumerate(islice(read(RECEIPTS / "val_qa.jsonl"), 60)):
+        (width, height), (x1, y1, x2, y2) = question.size, question.boxes[0]
+        kept.append((x1, y1, x2, y2))
+        value = {"x": 100 * x1 / width, "y": 100 * y1 / height, "rotation": 0, "rectanglelabels": ["box"]}
+        value |= {"width": 100 * (x2 - x1) / width, "height": 100 * (y2 - y1) / height}
+        sides = {"original_width": width, "original_height": height}
+        placed = {"id": "r", "type": "rectanglelabels", "from_name": "l", "to_name": "image", "value": value}
+        tasks.append({"data": {"image": f"{number}.png"}, "annotations": [{"result": [placed | sides]}]})
+        Image.new("L", question.size).save(tmp_path / f"{number:02d}.png")
+        fractions = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height
+        text(tmp_path / f"labels/{number:02d}.txt", "0 " + " ".join(f"{value:.6f}" for value in fractions))
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / f"{number:02d}.png").rename(tmp_path / f"images/{number:02d}.png")
+    text(tmp_path / "classes.txt", "box\n")
+    assert [q.boxes[0] for q in read(dump(tmp_path / "ls.json", tasks))] == kept
+    near = [
+        max(abs(a - b) for a, b in zip(q.boxes[0], box, strict=True))
+        for q, box in zip(read(tmp_path), kept, strict=True)
+    ]
+    assert max(near) <= 1  # six decimals are what YOLO writes
 
 
 def test_questions_in_label_studio_keep_their_answers_and_several_images_are_told_apart(tmp_path) -> None:

@@ -7,10 +7,11 @@ by its row, as every command opens it: it gives the same typed objects from ever
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from relook.data.published import fetch
 from relook.data.reader import Record, Unreadable, folder_of, parquet_files, readable, scan
 from relook.data.records import Records, holds_items, is_saved_dataset, records, saved_columns
 from relook.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Found = Question | Item
 
@@ -238,16 +241,29 @@ def read(source: str | Path, format: str | None = None, **reading: Any) -> Itera
 def read_questions(path: str | Path, image_root: str | Path | None = None, **reading: Any) -> Iterator[Question]:
     """The questions of a source of any form (of items: those they were built from), lazily.
 
-    Image paths are placed below `image_root`, or the file's folder.
+    Image paths are placed below `image_root`, or the file's folder. Records that cannot be used are left out, and
+    how many is logged.
     """
     opened = Source(path, image_root=image_root, **reading)
     root = folder_of(opened.path) if image_root is None else image_root
+    lost: list[LeftOut] = []
     for record in map(readable, opened.scan()):
-        thing = opened.thing(record).under(root, strict=image_root is not None)
+        try:
+            thing = opened.thing(record).under(root, strict=image_root is not None)
+        except LeftOut as error:
+            lost.append(error)
+            continue
         question = item_question(thing) if isinstance(thing, Item) else thing
         if question is None:
             raise UserError(f"{record.where}: an item without a question about one image; expected one to ask")
         yield question
+    if lost:
+        _say_once(f"{path}: {len(lost)} records left out, the first: {lost[0]}")
+
+
+@cache
+def _say_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def recognize(source: str | Path, columns: Mapping[str, str] | None = None) -> str:
