@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from itertools import islice
 from pathlib import Path
@@ -214,8 +215,7 @@ def test_a_tools_labels_and_texts_become_questions_for_every_command(tmp_path, m
     assert "data:image/jpeg" in Path("page.html").read_text() and "9.30" in Path("page.html").read_text()
     assert {q.answer: q.boxes[0] for q in read_questions(path)} == kept
     assert (f"{path}: 1 records left out, the first: " in caplog.text) is (name in left)
-    if name not in left:
-        assert f"{len(items)} items" in call("data", "stats", path).stdout
+    assert f"{len(items)} items" in call("data", "stats", path).stdout
     data = Data.model_validate({"path": str(path), "max_broken": 1})
     taught = open_items(data, 1)
     (record,) = [each for each in taught.records[0] if getattr(each.value["item"], "answer", "") == "9.30"]
@@ -527,3 +527,12 @@ def test_a_table_is_no_dataset_and_a_template_needs_its_label(tmp_path) -> None:
 
 def test_the_table_names_every_form_of_the_tests() -> None:
     assert {name.removesuffix("-min") for name in TEXTS} | {"yolo", "voc", "docvqa", "swift", "hub"} <= {*FORMATS}
+
+
+def test_a_region_of_an_image_in_a_data_url_is_left_out_and_other_looks_are_built(tmp_path) -> None:
+    url = "data:image/png;base64," + base64.b64encode(picture(tmp_path / "a.png").read_bytes()).decode()
+    line = {"image": url, "question": "What?", "answer": "a"}
+    path = write(tmp_path / "q.jsonl", line | {"bbox": [1, 2, 30, 40]}, line)
+    said = call("data", "build", path, tmp_path / "out/o.jsonl", "--no-box", "clip").stdout
+    (item,) = read_items(tmp_path / "out/o.jsonl")
+    assert item.images["clip_images"] == (url,) and "save it as a file" in said

@@ -228,6 +228,8 @@ def build_item(
     if look == "region":
         if boxes := question_boxes(question, options, note):
             size, grid = image_size(question), options.grid
+            if isinstance(image, str) and image.startswith("data:"):
+                raise LeftOut(where, "form", "an image in a data URL has no name for its crop; save it as a file")
             cells = region_cells(boxes, question, grid, note)
             call = "".join(write_call("region", each, grid) for each in cells)
             views += [crop_ref(image, each, size, grid=grid, margin=options.margin) for each in cells]
@@ -348,6 +350,8 @@ class _Placer:
 
     def paths(self, file: str) -> tuple[str, str]:
         """Where an image file is from here, and its path in the target."""
+        if file.startswith("data:"):
+            return file, file
         if found := self.finder.find(file):
             return found, relative(found, self.target.parent)
         here = str(place_image(file, self.root, strict=self.strict))

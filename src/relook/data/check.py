@@ -21,7 +21,7 @@ from relook.data.items import Item, LeftOut
 from relook.data.reader import folder_of, read_records, readable, write_records
 from relook.data.remap import mover
 from relook.data.rules import BuildOptions
-from relook.data.settings import model_settings, stored_settings
+from relook.data.settings import model_settings
 from relook.errors import UserError
 from relook.regions import GRID
 
@@ -153,7 +153,7 @@ def check(
     path, report, strict = Path(path), CheckReport(str(path)), image_root is not None
     root = str(folder_of(path) if image_root is None else image_root)
     source = Source(path, image_root=image_root, **reading)
-    settings, known = (stored_settings(source.scan()), None) if model is None else model_settings(model)
+    settings, known = (source.settings(), None) if model is None else model_settings(model)
     grid = grid or settings.get("grid", GRID)
     context = Context(grid=grid, root=root, strict=strict, looks=looks or known, settings={**settings, "grid": grid})
     facts = FactsBelow(context.root, strict, look=bool(against))

@@ -23,7 +23,6 @@ from relook.data.images import FactsBelow, place_image, split_ref
 from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item
 from relook.data.reader import Record, folder_of, readable
 from relook.data.rules import BuildOptions
-from relook.data.settings import stored_settings
 from relook.errors import UserError
 from relook.io import replacing
 from relook.regions import GRID, cells_to_box, join_crop_suffix, upright
@@ -64,7 +63,7 @@ def preview(
     if not total:
         raise UserError(f"{path}: holds no items; build some with `relook data build`")
     root = str(image_root if image_root is not None else folder_of(path))
-    settings = stored_settings(source.scan())
+    settings = source.settings()
     grid = grid or settings.get("grid", GRID)
     context = Context(grid=grid, root=root, strict=image_root is not None, settings={**settings, "grid": grid})
     context.facts = FactsBelow(root, context.strict).__getitem__

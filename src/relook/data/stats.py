@@ -20,9 +20,8 @@ from relook.data.faults import Context
 from relook.data.forms import Source
 from relook.data.images import file_size, place_image
 from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item, Question
-from relook.data.reader import folder_of, readable
+from relook.data.reader import folder_of
 from relook.data.rules import BuildOptions
-from relook.data.settings import stored_settings
 from relook.errors import UserError
 from relook.io import replacing_file
 from relook.looks import ANSWER_PREFIX, LOOKS, parse_calls, strip_calls
@@ -137,11 +136,10 @@ def stats(
         UserError: a record that cannot be used (file and line), or no items.
     """
     source = Source(path, **reading)
-    settings = stored_settings(source.scan())
+    settings = source.settings()
     found = Stats(str(path), grid or settings.get("grid", GRID))
     options = BuildOptions(**{**settings, "grid": found.grid})
-    for record in map(readable, source.scan()):
-        thing = source.thing(record)
+    for thing in source.things():
         if isinstance(thing, Question) and thing.size is None and isinstance(thing.image, str):
             thing = replace(thing, size=file_size(place_image(thing.image, folder_of(source.path)), thing.where))
         found.add(as_item(thing, options, Context()))

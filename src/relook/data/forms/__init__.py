@@ -27,6 +27,7 @@ from relook.data.items import IMAGE_KEYS, Item, LeftOut, Question, item_question
 from relook.data.published import fetch
 from relook.data.reader import Record, Unreadable, folder_of, parquet_files, readable, scan
 from relook.data.records import Records, holds_items, is_saved_dataset, records, saved_columns
+from relook.data.settings import stored_settings
 from relook.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -194,6 +195,10 @@ class Source:
             return records(self.path, self.reading.split or "train", held)
         return Records(list(self._made()))
 
+    def settings(self) -> dict[str, Any]:
+        """How its items were built, as the first of them stores it; {} for other forms."""
+        return stored_settings(self.scan()) if self.form.parse is not None else {}
+
     def _made(self) -> Iterator[Record]:
         if self.form.read is None:
             found: Iterator[Any] = read_hub(self.source, self.reading.split or "train", self.reading.columns)
@@ -222,6 +227,17 @@ class Source:
                 value = {**value, name: labels[value[name]]}
         return parse(value, record.where, self.reading)
 
+    def things(self) -> Iterator[Found]:
+        """What all records hold; those that cannot be used are left out, and how many is logged."""
+        lost: list[LeftOut] = []
+        for record in map(readable, self.scan()):
+            try:
+                yield self.thing(record)
+            except LeftOut as error:
+                lost.append(error)
+        if lost:
+            _say_once(f"{self.path}: {len(lost)} records left out, the first: {lost[0]}")
+
     @cached_property
     def _labels(self) -> dict[str, list[str]]:
         """Columns of a dataset that hold class labels, and the names of the classes."""
@@ -246,19 +262,12 @@ def read_questions(path: str | Path, image_root: str | Path | None = None, **rea
     """
     opened = Source(path, image_root=image_root, **reading)
     root = folder_of(opened.path) if image_root is None else image_root
-    lost: list[LeftOut] = []
-    for record in map(readable, opened.scan()):
-        try:
-            thing = opened.thing(record).under(root, strict=image_root is not None)
-        except LeftOut as error:
-            lost.append(error)
-            continue
+    for found in opened.things():
+        thing = found.under(root, strict=image_root is not None)
         question = item_question(thing) if isinstance(thing, Item) else thing
         if question is None:
-            raise UserError(f"{record.where}: an item without a question about one image; expected one to ask")
+            raise UserError(f"{thing.where}: an item without a question about one image; expected one to ask")
         yield question
-    if lost:
-        _say_once(f"{path}: {len(lost)} records left out, the first: {lost[0]}")
 
 
 @cache

@@ -214,8 +214,6 @@ def read_labelme(path: Path, reading: Reading) -> Iterator[Found]:
             continue
         name = str(value.get("imagePath") or f"{file.stem}.jpg").replace("\\", "/")
         image = reading.image(file, name, name.rpartition("/")[2])
-        if value.get("imageData") and not (reading.root / image).is_file():
-            image = f"data:image/png;base64,{value['imageData']}"
         size = (value.get("imageWidth"), value.get("imageHeight"))
         known = size if all(isinstance(side, int) for side in size) else None
         regions = [_shape(shape, where, reading) for shape in object_list(value["shapes"], "shapes", where)]
