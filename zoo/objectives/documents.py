@@ -342,15 +342,15 @@ def snip(teller: Teller, page: Page, qa: QA, random: np.random.Generator) -> Con
 KINDS.update(snip=snip, line=snip)
 
 
-def scan_page(scan: Scan, random: np.random.Generator, resize: float = 0.0) -> Page:
+def scan_page(scan: Scan, random: np.random.Generator | None, resize: float = 0.0) -> Page:
     """A scan as a page: up to 6 % cut from each side, another exposure, letters spaced evenly in their lines.
 
     `resize` draws another size, width and height apart (letters then lie on other pixels, wider or narrower); none is
-    drawn at 0.
+    drawn at 0. Without `random` it is the scan as it is.
     """
-    frame = cut(scan.image.size, random)
-    image = shade(scan.image.crop(frame), random).convert("RGB")
-    across, down = random.uniform(1 - resize, 1 + resize, 2) if resize else (1.0, 1.0)
+    frame = (0, 0, *scan.image.size) if random is None else cut(scan.image.size, random)
+    image = (scan.image if random is None else shade(scan.image.crop(frame), random)).convert("RGB")
+    across, down = random.uniform(1 - resize, 1 + resize, 2) if random is not None and resize else (1.0, 1.0)
     if resize:
         image = image.resize((round(image.width * across), round(image.height * down)), Image.Resampling.BICUBIC)
 

@@ -13,6 +13,7 @@ from zoo.worlds.base import QA, Area, Box, Glyph, Page, World
 WORLDS: dict[str, tuple[str, str]] = {
     "cards": ("zoo.worlds.cards", "Cards"),
     "receipts": ("zoo.worlds.receipts", "Receipts"),
+    "notes": ("zoo.worlds.notes", "Notes"),
 }
 
 
