@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image, TiffImagePlugin
 from support.scripted_model import picture
-from support.small_processors import page
+from support.small_processors import page, processor_of
 
 from relook.cli.app import app
 from relook.data.images import file_size, read_facts
@@ -278,16 +278,17 @@ def test_a_page_of_a_pdf(folder):
     assert "\n" not in str(caught.value)
 
 
-def pdf(*, turn: int = 0, content: bytes = b"", trailer: bytes = b"") -> bytes:
+def pdf(*more: bytes, turn: int = 0, content: bytes = b"", trailer: bytes = b"", root: bytes = b"", own: bytes = b""):
     """A page of 72 x 36 points, by hand from ISO 32000: without a table of objects, which readers then make."""
     objects = [
-        b"<</Type/Catalog/Pages 2 0 R>>",
+        b"<</Type/Catalog/Pages 2 0 R%s>>" % root,
         b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
-        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 72 36]/Rotate %d/Contents 4 0 R>>" % turn,
+        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 72 36]/Rotate %d/Contents 4 0 R%s>>" % (turn, own),
         b"<</Length %d>>stream\n%s\nendstream" % (len(content), content),
+        *more,
     ]
     body = b"".join(b"%d 0 obj\n%s\nendobj\n" % pair for pair in enumerate(objects, 1))
-    return b"%PDF-1.4\n" + body + b"trailer<</Root 1 0 R/Size 5" + trailer + b">>\n%%EOF"
+    return b"%PDF-1.4\n" + body + b"trailer<</Root 1 0 R/Size 9" + trailer + b">>\n%%EOF"
 
 
 def test_a_pdf_is_drawn_on_white_and_turned_as_it_says():
@@ -298,6 +299,17 @@ def test_a_pdf_is_drawn_on_white_and_turned_as_it_says():
     assert (upright[:, :49] == 0).all() and (upright[:, 51:] == 255).all()
     turned = pixels(pdf(content=black, turn=90))
     assert turned.shape == (200, 100, 3) and (turned[:49] == 0).all() and (turned[51:] == 255).all()
+
+
+def test_what_was_filled_into_a_form_is_drawn():
+    pytest.importorskip("pypdfium2")
+    form = b"/AcroForm<</Fields[5 0 R]/DR<</Font<</F 6 0 R>>>>/DA(/F 12 Tf 0 g)>>"
+    field = b"<</Type/Annot/Subtype/Widget/FT/Tx/T(name)/Rect[4 4 68 32]/P 3 0 R/F 4/DA(/F 12 Tf 0 g)%s>>"
+    font = b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>"
+    empty, filled = (
+        pixels(pdf(field % value, font, root=form, own=b"/Annots[5 0 R]")).astype(int) for value in (b"", b"/V(ACME)")
+    )
+    assert (filled.sum(2) < 150).sum() > 100 > (empty.sum(2) < 150).sum()
 
 
 def test_a_locked_pdf_says_so():
@@ -335,6 +347,26 @@ def test_a_real_receipt_in_a_pdf(tmp_path):
     scan = Image.open(RECEIPTS / "images/000.jpg")
     scan.save(tmp_path / "receipt.pdf", resolution=200)
     assert near(open_image(tmp_path / "receipt.pdf"), scan, 3)
+
+
+def test_transformers_doors_take_pages_tensors_and_columns(folder):
+    processor, (_, second, _) = processor_of(first_look=None), pages()
+    pad, options = (
+        "<|vision_start|><|image_pad|><|vision_end|>",
+        dict(tokenize=True, return_dict=True, return_tensors="np"),
+    )
+    wanted = processor(images=[second], text=[pad], return_tensors="np")["pixel_values"]
+    tensor, column = torch.tensor(np.asarray(second)).permute(2, 0, 1), {"bytes": saved(second), "path": None}
+    for source in (f"{folder}/scan.tif#page=2", tensor, tensor[None], [column], io.BytesIO(saved(second))):
+        found = processor(images=source, text=[pad], return_tensors="np")["pixel_values"]
+        assert np.array_equal(found, wanted)
+    for part in ({"path": f"{folder}/scan.tif#page=2"}, {"image": tensor}, {"image": column}):
+        chat = [{"role": "user", "content": [{"type": "image", **part}]}]
+        assert np.array_equal(processor.apply_chat_template(chat, **options)["pixel_values"], wanted)
+    item = {"messages": [{"role": "user", "content": "<image>Q"}, {"role": "assistant", "content": "A"}]}
+    for source in ("scan.tif#page=2", tensor, (tensor, (0, 0, 200, 120))):
+        found = processor.encode_item(item | {"images": [source]}, image_root=folder)["pixel_values"]
+        assert np.array_equal(found, wanted)
 
 
 # -- HEIC

@@ -150,6 +150,7 @@ class LookOptions(BaseModel):
     look: str = "auto"
     region: list[int] | None = None
     box: list[float] | None = None
+    """In place of `region`: x1, y1, x2, y2 in pixels of the upright image, x2 and y2 exclusive."""
     max_looks: int | None = None
     look_at: int | None = None
     boxes: Literal["pixels", "0-1000", "0-1"] | None = None
