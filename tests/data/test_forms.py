@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from random import Random
 
 import pytest
 from PIL import Image
@@ -14,9 +16,11 @@ from support.source_files import call, picture, refused, write
 
 from relook.data import Item, read, read_items, read_questions
 from relook.data.dataset import open_items
-from relook.data.forms import FORMATS, recognize
+from relook.data.forms import FORMATS, Source, recognize
 from relook.data.items import LeftOut
+from relook.data.reader import readable
 from relook.data.rules import Data
+from relook.errors import UserError
 
 RECEIPTS = ROOT / "../shared/data/receipts"
 ASK = ["--ask", "What is the {label}?"]
@@ -272,7 +276,7 @@ def test_the_same_boxes_as_supervision_reads(tmp_path) -> None:
     folder = voc(tmp_path / "voc")
     theirs = supervision.DetectionDataset.from_pascal_voc(str(folder / "JPEGImages"), str(folder / "Annotations"))
     found = {tuple(map(round, box)) for _, _, found in theirs for box in found.xyxy}
-    assert {(x1, y1, x2 - 1, y2 - 1) for q in read(folder) for x1, y1, x2, y2 in q.boxes} == found
+    assert {box for question in read(folder) for box in question.boxes} == found
 
 
 @pytest.mark.skipif(not RECEIPTS.is_dir(), reason="../shared/data/receipts is not there")
@@ -330,6 +334,62 @@ def test_docvqa_is_read_and_its_test_set_left_out(tmp_path) -> None:
     (tmp_path / "test.json").write_text(json.dumps(head | {"data": [row]}))
     with pytest.raises(LeftOut, match="has no 'answers'"):
         next(read(tmp_path / "test.json"))
+
+
+def places(value, place=()):
+    """The places of all values in nested lists and objects."""
+    if place:
+        yield place
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield from places(child, (*place, key))
+
+
+JUNK = (None, "x", "", [], {}, [None], -1, 1.5, True, {"a": 1}, float("nan"))
+SWIFT = {
+    "messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "<ref-object><bbox>"}],
+    "images": ["a.png"],
+    "objects": {"ref": ["a dog"], "bbox": [[1, 2, 3, 4]]},
+}
+BOXED_TALK = {
+    "image": "a.png", "width": 600, "height": 400,
+    "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "<box>[[1, 2, 3, 4]]</box> x"}],
+}  # fmt: skip
+ROW = {"images": ["a.png"], "question": "?", "answers": [{"text": "x"}], "bbox": {"x1": 1, "y1": 2, "x2": 3, "y2": 4}}
+
+
+@pytest.mark.parametrize("name", [*TEXTS, "swift", "llava", "questions"])
+def test_whatever_is_wrong_in_a_file_is_one_sentence_that_names_it(tmp_path, name) -> None:
+    """Files with one value at a random place taken out or replaced are read, or refused with their place."""
+    rows = {"swift": SWIFT, "llava": BOXED_TALK, "questions": ROW}
+    source = dump(tmp_path / "a.json", [rows[name]]) if name in rows else TEXTS[name][0](tmp_path / "ann")
+    if name == "cvat":
+        good = source.read_text()
+        spoiled = [
+            good.replace(f'"{value}"', '"x"') for value in ("60.00", "600", "90", "0.00,0.00;60.00,0.00;30.00,40.00")
+        ]
+    else:
+        file, draw = source if source.is_file() else next(source.rglob("*.json")), Random(name)
+        good, spoiled = file.read_text(), []
+        for _ in range(80):
+            value = json.loads(good)
+            *path, last = draw.choice(list(places(value)))
+            parent = value
+            for key in path:
+                parent = parent[key]
+            parent[last] = draw.choice(JUNK)
+            if draw.random() < 0.3:
+                del parent[last]
+            spoiled.append(json.dumps(value))
+    for content in spoiled:
+        (file if name != "cvat" else source).write_text(content)
+        try:
+            opened = Source(source, name.removesuffix("-min"))
+            for record in map(readable, opened.scan()):
+                with suppress(LeftOut):
+                    opened.thing(record)
+        except UserError as error:
+            assert str(error).startswith(str(tmp_path)) and len(str(error).splitlines()) == 1, error
 
 
 # -- tables and near misses

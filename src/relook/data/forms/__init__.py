@@ -15,7 +15,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from relook.data.forms.annotated import Reading
+from relook.data.forms.annotated import Reading, shaped
 from relook.data.forms.chat import llava_conversation, pope_question, swift_record, viscot_question
 from relook.data.forms.detection import VG_LISTS, read_coco, read_visual_genome
 from relook.data.forms.detections import read_cvat, read_voc, read_yolo
@@ -225,7 +225,8 @@ class Source:
         for name, labels in self._labels.items():
             if isinstance(value.get(name), int) and 0 <= value[name] < len(labels):
                 value = {**value, name: labels[value[name]]}
-        return parse(value, record.where, self.reading)
+        with shaped(record.where, self.form.name):
+            return parse(value, record.where, self.reading)
 
     def things(self) -> Iterator[Found]:
         """What all records hold; those that cannot be used are left out, and how many is logged."""

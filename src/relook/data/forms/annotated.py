@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,18 @@ def json_object(path: Path) -> Record:
     with open_input(path) as file:
         data = file.read().removeprefix(b"\xef\xbb\xbf")
     return readable(parse_record(path, data, 1, 0, len(data)))
+
+
+@contextmanager
+def shaped(where: str, tool: str) -> Iterator[None]:
+    """A context in which values of another shape than a tool writes are an error with their place."""
+    try:
+        yield
+    except UserError:  # which is a ValueError
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        seen = f"{type(error).__name__}: {error}"
+        raise UserError(f"{where}: not as {tool} writes it ({seen}); export it again, or remove the entry") from error
 
 
 def object_list(value: Any, key: str, where: str) -> list[dict[str, Any]]:

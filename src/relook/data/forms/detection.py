@@ -22,7 +22,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from relook.data.forms.annotated import AROUND, HOW_MANY, Found, Reading, Region, around, page_questions, turned
+from relook.data.forms.annotated import (
+    AROUND,
+    HOW_MANY,
+    Found,
+    Reading,
+    Region,
+    around,
+    numbers,
+    page_questions,
+    shaped,
+    turned,
+)
 from relook.data.items import Question
 from relook.data.reader import Record, read_members, read_records
 from relook.errors import UserError
@@ -55,7 +66,8 @@ def read_coco(path: Path, reading: Reading) -> Iterator[Found]:
             raise UserError(f"{where}: category_id {category} is not among the {len(names)} categories")
         if value.get("iscrowd"):
             crowds.add((image, category))
-        x1, y1, x2, y2, is_made = _coco_box(value, where)
+        with shaped(where, "COCO"):
+            x1, y1, x2, y2, is_made = _coco_box(value, where)
         attributes = value.get("attributes")
         text = reading.attribute({**value, **attributes} if isinstance(attributes, dict) else value, "text")
         if text or reading.ask:
@@ -68,9 +80,9 @@ def read_coco(path: Path, reading: Reading) -> Iterator[Found]:
         image, where = _number(record.value, "id", record.where), record.where
         name = record.value.get("file_name")
         head = {"image": reading.image(path, name) if isinstance(name, str) else name} | _sides(record.value)
-        for category, numbers in counted.pop(image, {}).items():
+        for category, sides in counted.pop(image, {}).items():
             if (image, category) not in crowds:
-                found, kind = _boxes(numbers), names[category]
+                found, kind = _boxes(sides), names[category]
                 question = _question(head | {"field": kind}, HOW_MANY.format(label=kind), str(len(found)), found, where)
                 yield replace(question, notes=(AROUND,) * made[image, category])
         for own in asked.pop(image, ()):
@@ -87,7 +99,7 @@ def _coco_box(value: Mapping[str, Any], where: str) -> tuple[float, float, float
     """x1, y1, x2, y2 of an annotation, and whether they are around a turned box or an outline."""
     attributes, outline = value.get("attributes"), value.get("segmentation")
     if not value.get("bbox") and isinstance(outline, list) and outline:
-        points = [part[i : i + 2] for part in outline for i in range(0, len(part), 2)]
+        points = [numbers(part[i : i + 2], where) for part in outline for i in range(0, len(part), 2)]
         return (*around(points), True)  # type: ignore[return-value]
     x, y, width, height = _wide(value.get("bbox"), where)
     angle = attributes.get("rotation") if isinstance(attributes, dict) else None

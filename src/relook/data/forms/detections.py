@@ -27,6 +27,7 @@ from relook.data.forms.annotated import (
     around,
     numbers,
     page_questions,
+    shaped,
     turned,
 )
 from relook.data.images import PICTURES, file_size
@@ -69,9 +70,10 @@ def read_voc(path: Path, reading: Reading) -> Iterator[Found]:
     for file in annotation_files(path, ".xml"):
         for page in _elements(file, "annotation"):
             name = page.findtext("filename") or f"{file.stem}.jpg"
-            sides = [int(page.findtext(f"size/{side}") or 0) for side in ("width", "height")]
-            size = (sides[0], sides[1]) if all(sides) else None
-            regions = [_object(each, f"{file}:1", reading) for each in page.iter("object")]
+            with shaped(f"{file}:1", "Pascal VOC"):
+                sides = [int(page.findtext(f"size/{side}") or 0) for side in ("width", "height")]
+                size = (sides[0], sides[1]) if all(sides) else None
+                regions = [_object(each, f"{file}:1", reading) for each in page.iter("object")]
             yield from page_questions(reading.image(file, name), size, regions, f"{file}:1", reading)
 
 
@@ -109,9 +111,10 @@ def read_cvat(path: Path, reading: Reading) -> Iterator[Found]:
         empty = False
         name = str(page.get("name"))
         where = f"{path}: image {name}"
-        size = [int(page.get(side) or 0) for side in ("width", "height")]
-        kinds = [shape for shape in page if shape.get("label") is not None]
-        regions = [region for shape in kinds for region in _shape(shape, where, reading)]
+        with shaped(where, "CVAT"):
+            size = [int(page.get(side) or 0) for side in ("width", "height")]
+            kinds = [shape for shape in page if shape.get("label") is not None]
+            regions = [region for shape in kinds for region in _shape(shape, where, reading)]
         image = reading.image(path, name, name.rpartition("/")[2])
         yield from page_questions(image, (size[0], size[1]) if all(size) else None, regions, where, reading)
     if empty:

@@ -26,6 +26,7 @@ from relook.data.forms.annotated import (
     numbers,
     object_list,
     page_questions,
+    shaped,
 )
 from relook.data.items import LeftOut, Question
 from relook.data.reader import read_members
@@ -54,16 +55,17 @@ def read_funsd(path: Path, reading: Reading) -> Iterator[Found]:
         if "form" not in record.value:
             yield LeftOut(where, "form", f"has {', '.join(record.value)}; expected the 'form' of FUNSD")
             continue
-        entities = {each.get("id"): each for each in object_list(record.value["form"], "form", where)}
-        regions = []
-        for key, entity in entities.items():
-            links = [pair[1] for pair in entity.get("linking") or () if pair[0] == key and pair[1] in entities]
-            answers = [entities[to] for to in links if entities[to].get("label") == "answer"]
-            text = " ".join(str(answer.get("text", "")) for answer in answers).strip()
-            if entity.get("label") == "question" and text:
-                label = str(entity.get("text", "")).strip().rstrip(":").strip()
-                box = around([numbers(a["box"], where)[at : at + 2] for a in answers for at in (0, 2)])
-                regions.append(Region(label, box, text))
+        with shaped(where, "FUNSD"):
+            entities = {each.get("id"): each for each in object_list(record.value["form"], "form", where)}
+            regions = []
+            for key, entity in entities.items():
+                links = [pair[1] for pair in entity.get("linking") or () if pair[0] == key and pair[1] in entities]
+                answers = [entities[to] for to in links if entities[to].get("label") == "answer"]
+                text = " ".join(str(answer.get("text", "")) for answer in answers).strip()
+                if entity.get("label") == "question" and text:
+                    label = str(entity.get("text", "")).strip().rstrip(":").strip()
+                    box = around([numbers(a["box"], where)[at : at + 2] for a in answers for at in (0, 2)])
+                    regions.append(Region(label, box, text))
         yield from page_questions(_page(reading, file), None, regions, where, reading)
 
 
@@ -74,12 +76,16 @@ def read_cord(path: Path, reading: Reading) -> Iterator[Found]:
         if "valid_line" not in record.value:
             yield LeftOut(record.where, "form", f"has {', '.join(record.value)}; expected the 'valid_line' of CORD")
             continue
-        regions = [_line(line, record.where) for line in object_list(record.value["valid_line"], "valid_line", "")]
-        size = (record.value.get("meta") or {}).get("image_size") or {}
-        sides = (size.get("width"), size.get("height"))
-        known = sides if all(isinstance(side, int) for side in sides) else None
-        asked = [region for region in regions if region.text]
-        yield from page_questions(_page(reading, file), known, asked, record.where, reading)  # type: ignore[arg-type]
+        with shaped(record.where, "CORD"):
+            regions = [
+                _line(line, record.where)
+                for line in object_list(record.value["valid_line"], "valid_line", record.where)
+            ]
+            size = (record.value.get("meta") or {}).get("image_size") or {}
+            sides = (size.get("width"), size.get("height"))
+            known = sides if all(isinstance(side, int) for side in sides) else None
+            asked = [region for region in regions if region.text]
+            yield from page_questions(_page(reading, file), known, asked, record.where, reading)  # type: ignore[arg-type]
 
 
 def _line(line: Mapping[str, Any], where: str) -> Region:

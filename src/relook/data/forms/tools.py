@@ -32,6 +32,7 @@ from relook.data.forms.annotated import (
     numbers,
     object_list,
     page_questions,
+    shaped,
     turned,
 )
 from relook.data.items import COLUMNS, LeftOut, Question, column
@@ -61,8 +62,9 @@ def read_label_studio(path: Path, reading: Reading) -> Iterator[Found]:
         value, where = record.value, record.where
         data = value["data"] if isinstance(value.get("data"), Mapping) else value
         try:
-            results = _results(value, where) if "data" in value else _min_results(value)
-            yield from _task(data, results, path, where, reading)
+            with shaped(where, "Label Studio"):
+                results = _results(value, where) if "data" in value else _min_results(value)
+                yield from _task(data, results, path, where, reading)
         except LeftOut as error:
             yield error
 
@@ -212,12 +214,13 @@ def read_labelme(path: Path, reading: Reading) -> Iterator[Found]:
         if "shapes" not in value:
             yield LeftOut(where, "form", f"has {', '.join(value)}; expected the 'shapes' of LabelMe")
             continue
-        name = str(value.get("imagePath") or f"{file.stem}.jpg").replace("\\", "/")
-        image = reading.image(file, name, name.rpartition("/")[2])
-        size = (value.get("imageWidth"), value.get("imageHeight"))
-        known = size if all(isinstance(side, int) for side in size) else None
-        regions = [_shape(shape, where, reading) for shape in object_list(value["shapes"], "shapes", where)]
-        yield from page_questions(image, known, regions, where, reading)  # type: ignore[arg-type]
+        with shaped(where, "LabelMe"):
+            name = str(value.get("imagePath") or f"{file.stem}.jpg").replace("\\", "/")
+            image = reading.image(file, name, name.rpartition("/")[2])
+            size = (value.get("imageWidth"), value.get("imageHeight"))
+            known = size if all(isinstance(side, int) for side in size) else None
+            regions = [_shape(shape, where, reading) for shape in object_list(value["shapes"], "shapes", where)]
+            yield from page_questions(image, known, regions, where, reading)  # type: ignore[arg-type]
 
 
 def _shape(shape: Mapping[str, Any], where: str, reading: Reading) -> Region:
@@ -245,15 +248,17 @@ def is_via(data: Mapping[str, Any]) -> bool:
 def read_via(path: Path, reading: Reading) -> Iterator[Found]:
     """Questions of a project or of exported annotations of VIA."""
     whole = json_object(path).value
-    for key, entry in whole.get("_via_img_metadata", whole).items():
+    entries = whole.get("_via_img_metadata", whole)
+    for key, entry in entries.items() if isinstance(entries, dict) else ():
         where = f"{path}: {key}"
         if not isinstance(entry, Mapping) or not isinstance(entry.get("filename"), str):
             raise UserError(f"{where}: expected an object with 'filename' and 'regions'")
-        given = entry.get("regions") or []
-        shapes = object_list(list(given.values()) if isinstance(given, dict) else given, "regions", where)
-        regions = [_via_region(shape, where, reading) for shape in shapes]
-        name = entry["filename"]
-        yield from page_questions(reading.image(path, name, name.rpartition("/")[2]), None, regions, where, reading)
+        with shaped(where, "VIA"):
+            given = entry.get("regions") or []
+            shapes = object_list(list(given.values()) if isinstance(given, dict) else given, "regions", where)
+            regions = [_via_region(shape, where, reading) for shape in shapes]
+            name = entry["filename"]
+            yield from page_questions(reading.image(path, name, name.rpartition("/")[2]), None, regions, where, reading)
 
 
 def _via_region(region: Mapping[str, Any], where: str, reading: Reading) -> Region:
