@@ -18,8 +18,6 @@ always covers the box.
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING, TypeAlias
 
 from relook.errors import UserError
@@ -34,7 +32,7 @@ Cells: TypeAlias = tuple[int, int, int, int]
 Box: TypeAlias = tuple[int, int, int, int]
 
 
-def check_cells(cells: Sequence[int], grid: int = GRID) -> Cells:
+def check_cells(cells: Sequence[float], grid: int = GRID) -> Cells:
     """`cells` as plain ints. Raises UserError unless 0 <= x0 <= x1 < grid and 0 <= y0 <= y1 < grid."""
     wanted = f"expected x0,y0,x1,y1 with 0 <= x0 <= x1 <= {grid - 1} and 0 <= y0 <= y1 <= {grid - 1}"
     if len(cells) != 4 or any(int(value) != value for value in cells):
@@ -135,68 +133,6 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
     shared = _overlap(a, b)
     union = _area(a) + _area(b) - shared
     return shared / union if union else 0.0
-
-
-@dataclass(frozen=True)
-class BoxForm:
-    """How other models and tools write a box x1, y1, x2, y2 of the whole upright image.
-
-    side   what the image's whole width, and its whole height, count as; None: pixels
-    said   regular expression that finds this form in a tool's description
-    """
-
-    side: int | None
-    said: str = ""
-
-
-BOX_FORMS = {  # in the order in which a description is read
-    "0-1000": BoxForm(1000, r"1,?000|relative"),  # Qwen3-VL
-    "0-1": BoxForm(1, r"\b0(\.0)?\s*(-|–|to|and|,|\.\.)\s*1(\.0)?\b|normali[sz]ed"),
-    "pixels": BoxForm(None),  # Qwen2.5-VL, DeepEyes
-}
-
-
-def write_box(box: Box, size: tuple[int, int], form: str = "pixels", whole: bool = False) -> list[float]:
-    """The numbers of a pixel box in a form of `BOX_FORMS`; `whole`: as whole numbers, grown outwards.
-
-    Where division leaves less than the pixel, the seventh digit is raised: whoever rounds or truncates what he computes
-    from the numbers has the same pixels again.
-
-    >>> write_box((80, 100, 320, 250), (640, 400), "0-1000")
-    [125, 250, 500, 625]
-    """
-    side = BOX_FORMS[form].side
-    if side is None:
-        return list(box)
-    exact = [(value, length, Fraction(value * side, length)) for value, length in zip(box, (*size, *size), strict=True)]
-    if whole:
-        return [math.floor(units) if i < 2 else math.ceil(units) for i, (_, _, units) in enumerate(exact)]
-    fine = 10**6 // side
-    return [
-        int(units)
-        if units.denominator == 1 and int(int(units) / side * length) == value
-        else (math.floor(units * fine) + 1) / fine
-        for value, length, units in exact
-    ]
-
-
-def read_box(values: Sequence[float], size: tuple[int, int], form: str = "pixels") -> tuple[float, float, float, float]:
-    """The inverse of `write_box`, in pixels: whole ones where the form's rounding allows it.
-
-    >>> read_box((125, 250, 500, 625), (640, 400), "0-1000")
-    (80.0, 100.0, 320.0, 250.0)
-    """
-    side, lengths = BOX_FORMS[form].side, (*size, *size)
-    if len(values) != 4:
-        raise UserError(f"box {tuple(values)} is not four numbers: expected x1,y1,x2,y2")
-    if side is not None:
-        pixels = [value * length / side for value, length in zip(values, lengths, strict=True)]
-        values = [
-            round(pixel) if abs(pixel - round(pixel)) <= 2e-6 * length else pixel
-            for pixel, length in zip(pixels, lengths, strict=True)
-        ]
-    x1, y1, x2, y2 = (float(value) for value in values)
-    return x1, y1, x2, y2
 
 
 def union(boxes: Sequence[tuple[int, int, int, int]]) -> Box:

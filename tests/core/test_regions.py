@@ -17,7 +17,6 @@ from support import TESTS
 from relook.errors import UserError
 from relook.looks import parse_calls
 from relook.regions import (
-    BOX_FORMS,
     box_to_cells,
     cells_to_box,
     clamp_box,
@@ -25,12 +24,10 @@ from relook.regions import (
     crop,
     iou,
     join_crop_suffix,
-    read_box,
     split_crop_suffix,
     token_area,
     upright,
     widen,
-    write_box,
 )
 
 PUBLISHED = json.loads((TESTS / "fixtures/parity/data/data_pipeline.json").read_text())
@@ -305,21 +302,3 @@ def test_other_paths_are_left_alone(path: str) -> None:
 )
 def test_token_area(extent: str, size: tuple, area: tuple) -> None:
     assert token_area(extent, size) == area
-
-
-# -- how others write boxes --------------------------------------------------------------------------
-
-
-@given(SIZES, st.data())
-def test_written_boxes_come_back(size: tuple[int, int], data: st.DataObject) -> None:
-    """Also where whoever reads them scales as Qwen-Agent does and then rounds, or truncates."""
-    (x1, x2), (y1, y2) = (sorted(data.draw(st.integers(0, side)) for _ in range(2)) for side in size)
-    box, lengths = (x1, y1, x2, y2), (*size, *size)
-    for form, row in BOX_FORMS.items():
-        written = write_box(box, size, form)
-        assert read_box(written, size, form) == box
-        if row.side is not None:
-            scaled = [v / row.side * n for v, n in zip(written, lengths, strict=True)]
-            assert tuple(map(round, scaled)) == tuple(map(int, scaled)) == box
-            left, top, right, bottom = read_box(write_box(box, size, form, whole=True), size, form)
-            assert left <= x1 and top <= y1 and right >= x2 and bottom >= y2

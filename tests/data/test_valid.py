@@ -250,13 +250,13 @@ def test_a_system_prompt_beside_the_conversation_is_kept(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("fractions.jsonl", "look like fractions of the image's sides"),
-        ("fractions2.jsonl", "look like fractions of the image's sides"),
-        ("xywh-flat.jsonl", "if it is x, y, width, height, add them"),
+        ("fractions.jsonl", '--units "0-1" .* smaller than a pixel'),
+        ("fractions2.jsonl", '--units "0-1" .* smaller than a pixel'),
+        ("xywh-flat.jsonl", '--units "pixels xywh" .* run backwards'),
     ],
 )
 def test_boxes_in_other_units_are_refused_with_a_guess(tmp_path, name, why) -> None:
-    with pytest.raises(UserError, match=rf"{name}:1: box.*{why}"):
+    with pytest.raises(UserError, match=rf"{name}: boxes look like {why} .*{name}:1: "):
         built(case(tmp_path, name))
 
 

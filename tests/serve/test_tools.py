@@ -10,9 +10,9 @@ from support.synthetic import QUESTION as CODE
 from support.synthetic import Pages
 
 import relook
+from relook.boxes import read_box
 from relook.looks import IM_END, LOOKS, write_call
 from relook.perceive.local import LocalEngine
-from relook.regions import read_box
 
 IMAGE = Pages(1).sample(3)
 ASKED = CODE.format(IMAGE.qas[0].field)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -86,6 +86,14 @@ Columns = Annotated[
 Ask = Annotated[
     str | None, Option(metavar="TEXT", help="Question about an annotated region: 'What is the {label}?' by default.")
 ]
+Units = Annotated[
+    str | None,
+    Option(
+        metavar="DIALECT",
+        help="How boxes are counted: pixels, 0-1, 0-1000, percent, ...; with xywh, cxcywh or yxyx where they are not "
+        "x1, y1, x2, y2 (docs/data.md).",
+    ),
+]
 Paper = Annotated[
     str | None,
     Option(
@@ -135,6 +143,7 @@ def build(
     split: Split = None,
     columns: Columns = None,
     ask: Ask = None,
+    units: Units = None,
     limit: Annotated[int | None, Option(min=1, metavar="N", help="Stop after this many items.")] = None,
     paper: Paper = None,
 ) -> None:
@@ -150,7 +159,7 @@ def build(
     if paper is not None:
         options = {name: value for name, value in options.items() if name != "model" or value is not None}
         usual = {parameter.name: parameter.default for parameter in ctx.command.params} | {"columns": {}}
-        fixed = ("look", "align", "outside", "val", "format", "split", "columns", "ask")
+        fixed = ("look", "align", "outside", "val", "format", "split", "columns", "ask", "units")
         if given := [f"--{name}" for name in fixed if options.pop(name) != usual[name]]:
             raise UserError(f"{', '.join(given)} beside --paper, which says itself how splits are made; leave one out")
         print(build_splits(source, target, action=paper, **options))
@@ -196,6 +205,7 @@ def check(
     split: Split = None,
     columns: Columns = None,
     ask: Ask = None,
+    units: Units = None,
     as_json: AsJson = False,
 ) -> None:
     """Find faults in items (labels off the grid, wrong crops, bad images, duplicates, ...); exit 1 where there are any.
@@ -211,7 +221,7 @@ def check(
     target = (out or items.with_name(f"{items.stem}.fixed{suffix}")) if fix else None
     found = check_file(items, grid, model=model, images=images, image_root=image_root, against=against or (),
                        looks=looks, fix=target, progress=_count, format=format, split=split, columns=_pairs(columns),
-                       ask=ask)  # fmt: skip
+                       ask=ask, units=units)  # fmt: skip
     show_status("")
     if report is not None:
         with replacing(report) as file:
@@ -233,11 +243,12 @@ def preview(
     split: Split = None,
     columns: Columns = None,
     ask: Ask = None,
+    units: Units = None,
 ) -> None:
     """Write a page of sampled items to look at: image, grid, regions, crops, turns, faults. One file."""
     from relook.data.preview import preview as write
 
-    reading = {"format": format, "split": split, "columns": _pairs(columns), "ask": ask}
+    reading = {"format": format, "split": split, "columns": _pairs(columns), "ask": ask, "units": units}
     print(f"written: {write(items, page, n=n, seed=seed, grid=grid, image_root=image_root, **reading)}")
 
 
@@ -250,29 +261,49 @@ def stats(
     split: Split = None,
     columns: Columns = None,
     ask: Ask = None,
+    units: Units = None,
     as_json: AsJson = False,
 ) -> None:
     """Count looks, region sizes, cells used (a heat map) and lengths."""
     from relook.data.stats import plot as draw
     from relook.data.stats import stats as count
 
-    found = count(items, grid, _count, format=format, split=split, columns=_pairs(columns), ask=ask)
+    found = count(items, grid, _count, format=format, split=split, columns=_pairs(columns), ask=ask, units=units)
     show_status("")
     if plot is not None:
         draw(found, plot)
     print_result(found, as_json)
 
 
-@app.command("convert")
+@app.command("convert", cls=ListOptions)
 def convert(
     items: Items,
-    target: Annotated[Path, Argument(metavar="FOLDER", help="Where the Parquet files go.")],
+    target: Annotated[
+        Path, Argument(metavar="TARGET", help="Folder of the Parquet files; of questions, a .json or .jsonl file.")
+    ],
     image_root: Root = None,
     rows: Annotated[int, Option(min=1, metavar="N", help="Items per file.")] = 50_000,
+    format: FormatName = None,
+    split: Split = None,
+    columns: Columns = None,
+    ask: Ask = None,
+    units: Units = None,
+    to: Annotated[str, Option(metavar="DIALECT", help="How the boxes of written questions are counted.")] = "pixels",
 ) -> None:
-    """Write items as Parquet files, which load faster; a rerun continues an interrupted conversion."""
-    from relook.data.remap import convert as write
+    """Write items as Parquet files, which load faster; a rerun continues an interrupted conversion.
 
+    Questions of any form are written as plain ones, into one file, with their boxes in pixels.
+    """
+    from relook.data.remap import convert as write
+    from relook.data.remap import convert_questions
+
+    reading: dict[str, Any] = {"format": format, "split": split, "columns": _pairs(columns), "ask": ask, "units": units}
+    if target.suffix in (".json", ".jsonl"):
+        report = convert_questions(items, target, image_root=image_root, to=to, **reading)
+        print(str(report).replace(" items", " questions", 1) + f"\nwritten: {target}")
+        return
+    if any(reading.values()) or to != "pixels":
+        raise UserError(f"{target}: items are written as they are; other options are for questions and a .jsonl file")
     done = write(items, target, image_root=image_root, rows=rows, progress=_count)
     show_status("")
     print(f"written: {done}")

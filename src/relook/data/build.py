@@ -23,14 +23,16 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from relook.data.dialect import BoxFit
 from relook.data.faults import TEXT, Context, refuse
 from relook.data.forms import Found, Source
 from relook.data.forms.table import read_hub
-from relook.data.images import ImageFinder, ImageRef, file_size, place_image, relative, split_ref, with_file
-from relook.data.items import IMAGE_KEYS, Item, LeftOut, Message, Question, image_size, naming, write_items
+from relook.data.images import ImageRef, split_ref
+from relook.data.items import IMAGE_KEYS, Item, LeftOut, Message, Question, image_size, write_items
+from relook.data.placing import Placer, same_size
 from relook.data.reader import folder_of, readable, writing_records
 from relook.data.rules import DIRECT, BuildOptions, draw, question_boxes, region_cells, val_path
-from relook.data.settings import BUILT, SETTINGS, model_settings
+from relook.data.settings import BUILT, SETTINGS, model_settings, view_of
 from relook.data.variants import variant
 from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX, LOOKS, look_turn, parse_calls, write_call
@@ -43,7 +45,7 @@ SHOWN = 20  # records left out that a report names
 class BuildReport:
     """What a build did: items written, and every question or box that did not come out as given, with examples.
 
-    `left_out` names each record that could not be used: "file:line: why".
+    `left_out` names each record that could not be used: "file:line: why". `fit` counts the boxes as they are written.
     """
 
     items: int = 0
@@ -51,6 +53,7 @@ class BuildReport:
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    fit: BoxFit = field(default_factory=BoxFit)
 
     def note(self, what: str, where: str) -> None:
         self.counts[what] += 1
@@ -78,6 +81,7 @@ def build(
     split: str | None = None,
     columns: dict[str, str] | None = None,
     ask: str | None = None,
+    units: str | None = None,
     model: str | None = None,
     **options: Any,
 ) -> BuildReport:
@@ -91,7 +95,7 @@ def build(
         format: a row of `forms.FORMATS`; recognized from the file unless given.
         images: folders by dataset, in which images are looked up by name (see `images.ImageFinder`).
         val: share of the *images* whose items go to `val_path(dst)` instead; none is in both.
-        split, columns, ask: see `forms.annotated.Reading`. Images of datasets are written beside `dst`.
+        split, columns, ask, units: see `forms.Source`. Images of datasets are written beside `dst`.
         model: whose settings decide grid, margin, free_choice and question_first: a model, or a recipe that names one.
         options: the fields of `BuildOptions`.
 
@@ -106,12 +110,14 @@ def build(
     if not 0 <= val < 1:
         raise UserError(f"val is {val}; expected a share of the images, at least 0 and below 1")
     settings, report = BuildOptions(**(options if model is None else _for_model(model, options))), BuildReport()
-    source = Source(src, format, image_root=image_root, columns=columns, ask=ask, split=split)
+    source = Source(src, format, image_root=image_root, columns=columns, ask=ask, split=split, units=units)
+    report.fit = source.fit
+    view = view_of(model) if model is not None and "resized" in (units or "") else None
     home = Path(dst).parent if source.form.name == "hub" else folder_of(source.path)
-    place = _Placer(home, Path(dst), image_root, images, report)
+    place = Placer(home, Path(dst), image_root, images, report, view)
     made = (
         (thing, item)
-        for thing in _things(source, Path(dst), report)
+        for thing in things(source, Path(dst), report)
         if (placed := place(thing)) is not None
         for item in build_items([placed], settings, report)
     )
@@ -123,11 +129,11 @@ def build(
     return report
 
 
-def _things(source: Source, dst: Path, report: BuildReport) -> Iterator[Found]:
+def things(source: Source, dst: Path, report: BuildReport) -> Iterator[Found]:
     """What a source holds; what cannot be used is noted. A dataset's images are written into `NAME_images`."""
     if source.form.name == "hub":
         folder, reading = dst.with_name(f"{dst.stem}_images"), source.reading
-        yield from read_hub(source.source, reading.split or "train", reading.columns, folder)
+        yield from map(source.stated, read_hub(source.source, reading.split or "train", reading.columns, folder))
         return
     for record in source.scan():
         try:
@@ -201,6 +207,7 @@ def build_items(
                 refuse(thing, Context(), TEXT)  # `data check` mends or finds the others
                 item: Item | None = variant(thing, options.look, free_choice=options.free_choice)
             else:
+                thing = thing.in_pixels(report.fit)
                 item = build_item(thing, options, report)
         except LeftOut as error:
             report.left_out.append(str(error))
@@ -223,6 +230,7 @@ def build_item(
             raise LeftOut(where, "unresolved", f"{spec.placeholder} in a text would stand for an image")
     if not question.answer.strip():
         note("questions with an empty answer", where)
+    question = question.in_pixels()
     look, image, extra = options.look_of(question), question.image, {}
     call, views = "", [image]
     if look == "region":
@@ -268,8 +276,11 @@ def as_item(thing: Found, options: BuildOptions, context: Context, report: Build
     if known is not None and known.problem is None:
         same_size(thing, str(thing.image), known.size)
         thing = replace(thing, size=known.size, slack=(0, 0))
-    elif thing.size is None and isinstance(thing.image, str):
-        thing = replace(thing, boxes=())  # which name no cells where the image is not there; that is a fault
+    sized = thing.size is not None or not isinstance(thing.image, str)
+    if sized or "pixels" in thing.units:
+        thing = thing.in_pixels(None if report is None else report.fit, None if known is None else known.orientation)
+    if not sized:
+        thing = replace(thing, boxes=(), written=())  # name no cells where the image is not there; that is a fault
     item = build_item(thing, replace(options, no_box="direct"), report)
     assert item is not None  # no_box="direct" skips nothing
     return item
@@ -279,6 +290,7 @@ def _kept(question: Question, options: BuildOptions) -> dict[str, Any]:
     """What an item keeps beside its turns: how it was built, and of the question what turns cannot say."""
     kept: dict[str, Any] = {BUILT: {name: getattr(options, name) for name in SETTINGS}}
     if question.boxes:
+        kept[BUILT] |= {} if question.units in ("", "pixels") else {"units": question.units}
         kept["bboxs"] = [list(box) for box in question.boxes]
     if len(question.answers) > 1:
         kept["answers"] = list(question.answers)
@@ -304,89 +316,9 @@ def _item(texts: Sequence[str], images: dict[str, list[ImageRef]], extra: dict[s
 def _some(pairs: Iterator[tuple[Found, Item]], src: str | Path, report: BuildReport) -> Iterator[tuple[Found, Item]]:
     """The items, or an error where there is none: nobody wants an empty set written without a word."""
     yield from pairs
+    report.fit.refuse(src)
     if not report.items:
         whys = [f"{n} {what}" for what, n in report.counts.items()]
         whys += [f"{len(report.left_out)} left out, the first: {report.left_out[0]}"] if report.left_out else []
         why = "; ".join(whys) or "the file is empty"
         raise UserError(f"{src}: no item came out ({why}); nothing was written")
-
-
-# -- image paths and sizes
-
-
-class _Placer:
-    """Gives questions and items the image paths and sizes that they have in the built file.
-
-    Args:
-        home: folder of the source's relative paths.
-        target: the built file; paths are rewritten to hold from its folder, unless there is an `image_root`.
-        images: folders by dataset, in which images are looked up by name first.
-    """
-
-    def __init__(
-        self, home: Path, target: Path, image_root: str | Path | None, images: dict[str, Path] | None, to: BuildReport
-    ) -> None:
-        self.root, self.target, self.strict, self.report = Path(image_root or home), target, image_root is not None, to
-        self.finder = ImageFinder(images or {})
-        self.sizes: dict[str, tuple[int, int] | None] = {}
-        self.absent: set[str] = set()
-
-    def __call__(self, thing: Found) -> Found | None:
-        """The same with paths for the target; None for a question whose image is not the one its boxes are of."""
-        with naming(thing.where):
-            if isinstance(thing, Item):
-                return thing.map_images(lambda ref: with_file(ref, lambda file: self.paths(file)[1]))
-            if not isinstance(thing.image, str):
-                return thing
-            here, written = self.paths(thing.image)
-        try:
-            if here not in self.sizes:
-                self.sizes[here] = file_size(here)
-        except UserError as error:
-            self.report.left_out.append(f"{thing.where}: {error}")
-            return None
-        sized = self.sized(thing, here)
-        return None if sized is None else replace(sized, image=written)
-
-    def paths(self, file: str) -> tuple[str, str]:
-        """Where an image file is from here, and its path in the target."""
-        if file.startswith("data:"):
-            return file, file
-        if found := self.finder.find(file):
-            return found, relative(found, self.target.parent)
-        here = str(place_image(file, self.root, strict=self.strict))
-        return here, file if self.strict or os.path.isabs(file) else relative(here, self.target.parent)
-
-    def sized(self, question: Question, here: str) -> Question | None:
-        """The question with the size of its image file, where that is at hand."""
-        real, stated, note = self.sizes[here], question.size, self.report.note
-        if real is None:
-            if here not in self.absent:
-                note("images not at hand, sizes not held against them", f"{question.where}: {here}")
-                self.absent.add(here)
-            if stated is None and question.boxes:
-                raise UserError(
-                    f"{question.where}: no image at {here} and no width and height; give the images, or state the size"
-                )
-            return question
-        if not same_size(question, here, real):
-            note("images of another size than their boxes were drawn on, left out", f"{question.where}: {here}")
-            return None
-        return replace(question, size=real, slack=(0, 0))
-
-
-def same_size(question: Question, here: str, real: tuple[int, int]) -> bool:
-    """Whether the image at `here` has the size that a question states.
-
-    Raises:
-        UserError: it has another one, and the question does not say that it may.
-    """
-    stated = question.size or real
-    if all(abs(r - s) <= off for r, s, off in zip(real, stated, question.slack, strict=True)):
-        return True
-    if question.slack == (0, 0):
-        raise UserError(
-            f"{question.where}: {here} is {real[0]} x {real[1]}, but width and height say {stated[0]} x {stated[1]}; "
-            "boxes of another size would name the wrong cells"
-        )
-    return False

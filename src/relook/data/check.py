@@ -67,10 +67,10 @@ class CheckReport:
         """True where nothing is wrong, in the mended copy where there is one."""
         return not self.counts if self.target is None else not self.remaining
 
-    def add(self, rule: str, where: str, detail: str) -> None:
+    def add(self, rule: str, where: str, detail: str, item: int | None = None) -> None:
         self.counts[rule] += 1
         if self.counts[rule] <= KEPT:
-            self.findings.append(Finding(rule, where, self.items, _printable(detail)))
+            self.findings.append(Finding(rule, where, item or self.items, _printable(detail)))
 
     def to_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -145,7 +145,7 @@ def check(
         fix: where the mended copy goes (`.json`: an array, else JSON lines), written aside and then renamed. Paths in
             it are rewritten to hold from its folder, unless `image_root` is given.
         progress: called with the number of items now and then.
-        reading: of `forms.Source`: format, columns, ask, split.
+        reading: of `forms.Source`: format, columns, ask, split, units.
 
     Raises:
         UserError: a file that is not JSON (file and line), `fix` is the file itself, or nothing would be left in it.
@@ -161,6 +161,7 @@ def check(
         context.facts = facts.__getitem__
     if against:
         context.other_file, context.other_look = _evaluation_images(against, image_root, report)
+    report.notes.fit = source.fit
     items = _mended(source, report, context, progress)
     if fix is not None:
         report.target = str(fix)
@@ -170,6 +171,8 @@ def check(
         report.written = write_records(fix, (move(item).to_dict() for item in _some(items, path, report)))
     for _ in items:
         pass
+    if why := source.fit.verdict():
+        report.add("box-units", source.fit.where, why, source.fit.at)
     report.images = sum(found is not None for found in facts.values())
     return report
 
@@ -185,7 +188,7 @@ def _mended(
     options = BuildOptions(**{"grid": context.grid, **context.settings}, no_box="direct")
     for record in source.scan():
         report.items += 1
-        context.number = report.items
+        context.number = source.fit.number = report.items
         if progress is not None and report.items % 1000 == 0:
             progress(report.items)
         try:

@@ -13,6 +13,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,13 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from relook.data.build import build_item, same_size
+from relook.data.build import build_item
 from relook.data.faults import Context, refuse
 from relook.data.forms import Source, record_thing, stored_item
 from relook.data.forms.annotated import Reading
 from relook.data.images import file_size, split_ref
 from relook.data.items import COLUMNS, IMAGE_KEYS, Item, Question
 from relook.data.order import interleaved, windowed
+from relook.data.placing import same_size
 from relook.data.reader import Record, Unreadable, folder_of, readable
 from relook.data.records import Records, records
 from relook.data.rules import BuildOptions, Data, ItemSource
@@ -39,6 +41,7 @@ Found = tuple[int, Record]  # number of the source, record of it
 
 BUFFER = 16384  # records of a window that a stream shuffles, as in the published training
 EARLY = 200  # samples: a share of unreadable ones is not judged on fewer
+TRIED = 200  # questions of a source whose boxes are looked at before anything is learnt
 
 
 # -- one file
@@ -155,6 +158,8 @@ class SampledItems:
         self.window = max(1, data.buffer // (1 if data.mix == "concat" else len(weights))) if data.streaming else 0
         opened = [source.records(self.window) for source in own] if sources is None else sources
         self.records = list(opened)
+        for spec, source, found in zip(self.sources, own, self.records, strict=False):
+            _refuse_dialect(spec, source, found)
         self.held = [records(s.val) if validation and s.val else r for s, r in zip(self.sources, opened, strict=True)]
         self.validation = ValidationSplit(self, self._hold_out(validation))
         self._drawn = [np.zeros(len(weights), dtype=np.int64)]  # of each source, before each epoch that is known
@@ -335,7 +340,7 @@ def open_source(spec: ItemSource) -> Source:
     if not Path(spec.path).exists():
         raise UserError(f"{spec.path}: no such file or folder; give a file of items or questions, or a saved dataset")
     split = None if spec.split == "train" else spec.split
-    reading: dict[str, Any] = {"columns": spec.columns, "ask": spec.ask, "split": split}
+    reading: dict[str, Any] = {"columns": spec.columns, "ask": spec.ask, "split": split, "units": spec.units}
     return Source(Path(spec.path), spec.format, image_root=spec.image_root, **reading)
 
 
@@ -356,6 +361,18 @@ def record_item(record: Record, source: ItemSource, options: BuildOptions, opene
     item = build_item(question, replace(options, look=source.look))
     assert item is not None  # no_box="direct" skips nothing
     return item
+
+
+def _refuse_dialect(spec: ItemSource, source: Source, found: Records) -> None:
+    """Raises UserError where the first questions of a source have boxes of another dialect."""
+    for number in range(min(len(found), TRIED)):
+        with suppress(UserError):  # which is told when its turn comes
+            thing = source.thing(found[number])
+            if isinstance(thing, Item):
+                return
+            root = folder_of(found[number].file) if spec.image_root is None else spec.image_root
+            thing.under(root, strict=spec.image_root is not None).in_pixels(source.fit)
+    source.fit.refuse(spec.path)
 
 
 def build_options(data: Data, processor: Any = None) -> BuildOptions:

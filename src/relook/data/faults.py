@@ -272,6 +272,7 @@ def _nearly_evaluated(item: Item, context: Context) -> Iterator[str]:
 
 RULES: dict[str, Rule] = {  # in the order in which faults are mended
     "form": Rule(None),  # a record that is broken, or is not an item
+    "box-units": Rule(None),  # boxes of questions that only make sense in other units or another order
     "half-character": Rule(_half_characters),
     "unresolved": Rule(_unresolved),  # a placeholder in an answer; a video, audio or object of other forms
     "role-order": Rule(_role_order, _mend_roles),  # or no answer at the end

@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
+from relook.boxes import turned_box
 from relook.data.published import IMAGE_SETS, dataset_of
 from relook.errors import UserError
 from relook.files import data_url, reading, split_page
@@ -126,6 +127,17 @@ def file_size(path: str, where: str = "", *, header_only: bool = False) -> tuple
         return None
 
 
+def file_turn(image: ImageRef) -> int:
+    """The EXIF orientation of an image file (or of one in memory), 1 where there is none."""
+    if not isinstance(image, str):
+        return orientation_of(image)
+    try:
+        with reading(io.BytesIO(data_url(image)) if image.startswith("data:") else image, image) as opened:
+            return orientation_of(opened)
+    except FileNotFoundError:
+        raise UserError(f"{image}: no such image; boxes of the file as stored need its EXIF orientation") from None
+
+
 # -- facts
 
 
@@ -195,14 +207,10 @@ def near(look: bytes, others: np.ndarray) -> int | None:
 
 
 def turned_cells(cells: Cells, orientation: int, grid: int) -> Cells:
-    """Cells of the stored picture as cells of the upright one, for the EXIF orientations that swap the sides."""
+    """Cells of the stored picture as cells of the upright one."""
     x0, y0, x1, y1 = cells
-    xs, ys = (y0, y1), (x0, x1)  # 5: mirrored along the diagonal; the others mirror that once more
-    if orientation in (6, 7):
-        xs = (grid - 1 - y1, grid - 1 - y0)
-    if orientation in (7, 8):
-        ys = (grid - 1 - x1, grid - 1 - x0)
-    return xs[0], ys[0], xs[1], ys[1]
+    x0, y0, x1, y1 = map(int, turned_box((x0, y0, x1 + 1, y1 + 1), (grid, grid), orientation))
+    return x0, y0, x1 - 1, y1 - 1
 
 
 class FactsBelow(dict[str, ImageFacts | None]):

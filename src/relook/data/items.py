@@ -22,13 +22,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from relook.data.images import ImageRef, file_size, place_image, split_ref
+from relook.boxes import Numbers, parse_units, read_box
+from relook.data.dialect import HELD, BoxFit
+from relook.data.images import ImageRef, file_size, file_turn, place_image, split_ref
 from relook.data.reader import read_records, write_records
 from relook.data.settings import BUILT
 from relook.errors import UserError
@@ -134,6 +136,9 @@ class Question:
         where: "file:line", for messages.
         slack: by how many pixels each side of `size` may be off; (0, 0) where it is exact.
         notes: what did not come out as its source has it, each to be counted.
+        units: the dialect in which the source writes boxes ("0-1000 xywh", see `relook.boxes`); "" for none of these.
+        written: the boxes as the source has them, until `in_pixels` has seen to them.
+        view: (width, height) of the resized view that "resized" boxes are of, where the source states it.
     """
 
     image: ImageRef
@@ -145,6 +150,9 @@ class Question:
     where: str = ""
     slack: tuple[int, int] = (0, 0)
     notes: tuple[str, ...] = ()
+    units: str = ""
+    written: tuple[Numbers, ...] = ()
+    view: tuple[int, int] | None = None
 
     @property
     def answer(self) -> str:
@@ -178,8 +186,47 @@ class Question:
         if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
             raise UserError(f"{where}: 'answer' is {answer!r}; expected text, a number, or a list of accepted ones")
         size = _size(data, where) if isinstance(image, str) else None  # what is in memory has one
-        field = data.get("field", data.get("dataset"))
-        return cls(image, text, answers, _boxes(boxes, where), size, None if field is None else str(field), where)
+        group = data.get("field", data.get("dataset"))
+        question = cls(image, text, answers, (), size, None if group is None else str(group), where)
+        return question.boxed(_boxes(boxes, where), "pixels", _size(data, where, "resized_"))
+
+    def boxed(self, written: Sequence[Numbers], units: str, view: tuple[int, int] | None = None) -> Question:
+        """The same question with boxes as written in a dialect; in pixels at once where that takes no size."""
+        kind, order = parse_units(units)
+        found = (read_box(each, (1, 1), kind, order) for each in written if kind == "pixels")
+        return replace(self, boxes=tuple(map(_outwards, found)), units=units, written=tuple(written), view=view)
+
+    def counted_in(self, units: str) -> Question:
+        """The same question with its boxes read in a dialect that somebody states, in place of its form's."""
+        if self.boxes and not self.written:
+            raise UserError(f"{self.where}: boxes of this form are not in {units}, it defines what they are in")
+        return self.boxed(self.written, units, self.view)
+
+    def in_pixels(self, fit: BoxFit | None = None, turn: int | None = None) -> Question:
+        """The same question with its boxes in pixels, whatever they are written in; `fit` counts them.
+
+        Args:
+            turn: EXIF orientation of the image, where it is at hand; else read from the file.
+
+        Raises:
+            UserError: the image is needed (for its size) and not there; a number that its units do not have.
+        """
+        if not self.written:
+            return self
+        units, order = parse_units(self.units)
+        size = self.size if units == "pixels" else image_size(self)
+        if size is None and fit is not None and fit.boxes < HELD and isinstance(self.image, str):
+            with suppress(UserError):
+                size = file_size(self.image)
+        turn = file_turn(self.image) if units == "stored" and turn is None else turn or 1
+        boxes = []
+        with naming(self.where):
+            for values in self.written:
+                box = read_box(values, size or (1, 1), units, order, view=self.view, turn=turn)
+                if fit is not None:
+                    fit.add((units, order), values, box, size, self.where)
+                boxes.append(_outwards(box))
+        return replace(self, boxes=tuple(boxes), written=())
 
     def under(self, root: str | Path, *, strict: bool = False) -> Question:
         """The same question with its image path below `root` (see `place_image`)."""
@@ -216,7 +263,7 @@ def item_question(item: Item, grid: int | None = None) -> Question | None:
     question = Question(item.images["images"][0], asked, answers, field=extra.get("field"), where=item.where)
     cells = [call.cells for text in said for call in parse_calls(text, grid) if call.cells and call.problem is None]
     if extra.get("bboxs"):
-        return replace(question, boxes=_boxes(extra["bboxs"], item.where))
+        return replace(question, boxes=tuple(map(_outwards, _boxes(extra["bboxs"], item.where))))
     size = image_size(question) if cells else (1, 1)
     return replace(question, boxes=tuple(cells_to_box(each, size, grid) for each in cells))
 
@@ -224,7 +271,7 @@ def item_question(item: Item, grid: int | None = None) -> Question | None:
 def from_page(page: Any, index: int, where: str = "") -> Question:
     """Question `index` of a page of a synthetic dataset (`.image`, `.qas` with question, answer, boxes, field)."""
     qa = page.qas[index]
-    boxes = tuple(_box(box, where) for box in qa.boxes)
+    boxes = tuple(_outwards(_numbers(box, where)) for box in qa.boxes)
     return Question(page.image, qa.question, (qa.answer,), boxes, page.image.size, getattr(qa, "field", None), where)
 
 
@@ -281,13 +328,14 @@ def _images(value: Any, key: str, where: str) -> tuple[ImageRef, ...]:
     return tuple(value)
 
 
-def _size(data: Mapping[str, Any], where: str) -> tuple[int, int] | None:
-    sides = data.get("width"), data.get("height")
+def _size(data: Mapping[str, Any], where: str, of: str = "") -> tuple[int, int] | None:
+    sides = data.get(f"{of}width"), data.get(f"{of}height")
     if sides == (None, None):
         return None
     width, height = (side if isinstance(side, int) and not isinstance(side, bool) and side > 0 else 0 for side in sides)
     if not width or not height:
-        raise UserError(f"{where}: width and height are {sides[0]!r} and {sides[1]!r}; expected positive whole numbers")
+        seen = f"{of}width and {of}height are {sides[0]!r} and {sides[1]!r}"
+        raise UserError(f"{where}: {seen}; expected positive whole numbers")
     return width, height
 
 
@@ -330,26 +378,23 @@ def _answers(value: Any) -> tuple[Any, ...]:
     return tuple(each for number, each in enumerate(said) if each not in said[:number])
 
 
-def _boxes(value: Any, where: str) -> tuple[Box, ...]:
-    """Boxes of a question, or its only box; those that are not in pixels, or not corners, are refused with a guess."""
+def _boxes(value: Any, where: str) -> tuple[Numbers, ...]:
+    """Boxes as written: a list of them, or the only one."""
     if value is None or value == []:
         return ()
     if not isinstance(value, list):
         raise UserError(f"{where}: 'bboxs' is {value!r}; expected a list of [x1, y1, x2, y2] in pixels")
-    quads = value if isinstance(value[0], list | tuple) else [value]
-    boxes = tuple(_box(quad, where) for quad in quads)
-    wanted = "expected [x1, y1, x2, y2] in pixels"
-    if all(0 <= v <= 1 for quad in quads for v in quad) and any(v % 1 for quad in quads for v in quad):
-        raise UserError(f"{where}: boxes {value!r} look like fractions of the image's sides; {wanted}: multiply them")
-    if bad := [quad for quad in quads if quad[2] < quad[0] or quad[3] < quad[1]]:
-        raise UserError(f"{where}: box {bad[0]!r} runs backwards; if it is x, y, width, height, add them: {wanted}")
-    return boxes
+    return tuple(_numbers(each, where) for each in (value if isinstance(value[0], list | tuple) else [value]))
 
 
-def _box(value: Any, where: str) -> Box:
-    """A box in whole pixels, rounded outwards so that it still covers what a fractional one covered."""
+def _numbers(value: Any, where: str) -> Numbers:
     numbers = isinstance(value, list | tuple) and len(value) == 4
     if not numbers or not all(isinstance(v, int | float) and math.isfinite(v) for v in value):
         raise UserError(f"{where}: box {value!r}; expected [x1, y1, x2, y2] in pixels")
-    x1, y1, x2, y2 = value
+    return value[0], value[1], value[2], value[3]
+
+
+def _outwards(box: Numbers) -> Box:
+    """A box in whole pixels that still covers what a fractional one covered."""
+    x1, y1, x2, y2 = box
     return math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)

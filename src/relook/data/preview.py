@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from relook.data.build import as_item
+from relook.data.build import BuildReport, as_item
 from relook.data.crops import Crop, crops_of
 from relook.data.faults import Context, found_faults
 from relook.data.forms import Source
@@ -51,7 +51,7 @@ def preview(
 
     Args:
         path: items, or a source of any form, of whose questions items are made as training does.
-        reading: of `forms.Source`: format, columns, ask, split.
+        reading: of `forms.Source`: format, columns, ask, split, units.
     """
     from jinja2 import Environment, FileSystemLoader
 
@@ -75,6 +75,7 @@ def preview(
         items = (_shown(record, n, context, source, Path(folder)) for n, record in drawn)
         for text in template.generate(title=title, grid=grid, items=items):
             file.write(text.encode("utf-8", "replace").decode())  # half characters
+        source.fit.refuse(path)
     return f"{page}: {len(drawn)} of {total} items"
 
 
@@ -94,7 +95,11 @@ def _shown(record: Record, number: int, context: Context, source: Source, folder
     shown: dict[str, Any] = {"number": number, "line": record.line}
     context.number = number
     try:
-        item = _in_files(as_item(source.thing(record), BuildOptions(**context.settings), context), folder, number)
+        item = _in_files(
+            as_item(source.thing(record), BuildOptions(**context.settings), context, BuildReport(fit=source.fit)),
+            folder,
+            number,
+        )
     except UserError as error:
         return shown | {"faults": [("form", str(error).removeprefix(f"{record.where}: "))]}
     turns = [(turn.role, turn.content) for turn in item.messages]

@@ -18,11 +18,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from relook.boxes import parse_units, write_box
+from relook.data.build import BuildReport, things
 from relook.data.faults import Context, refuse
+from relook.data.forms import Source
 from relook.data.images import ImageFinder, relative, with_file
-from relook.data.items import IMAGE_KEYS, Item, read_items, write_items
+from relook.data.items import IMAGE_KEYS, Item, Question, read_items, write_items
+from relook.data.placing import Placer
 from relook.data.published import dataset_of
-from relook.data.reader import EXTRA, import_pyarrow, open_input
+from relook.data.reader import EXTRA, folder_of, import_pyarrow, open_input, write_records
 from relook.errors import RelookError, UserError
 from relook.io import replacing, replacing_file
 
@@ -147,6 +151,62 @@ def mover(source: Path, target: Path) -> Callable[[Item], Item]:
         return file if os.path.isabs(file) else os.path.relpath(os.path.join(start, file), end)
 
     return lambda item: item.map_images(lambda ref: with_file(ref, moved))
+
+
+# -- questions
+
+
+def convert_questions(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    image_root: str | Path | None = None,
+    units: str | None = None,
+    to: str = "pixels",
+    **reading: Any,
+) -> BuildReport:
+    """Write the questions of any form as plain ones (`.json`: an array, else JSON lines), with paths as `build` does.
+
+    Args:
+        units: dialect of the boxes of `src` (`relook.boxes`), where its form does not say it.
+        to: dialect of the boxes of `dst`.
+        reading: of `forms.Source`: format, columns, ask, split.
+
+    Raises:
+        UserError: as `build`; a record that is an item.
+    """
+    kind, order = parse_units(to)
+    if kind in ("resized", "stored"):
+        raise UserError(
+            f"boxes are not written as {to}, which depends on the file; give pixels, 0-1, 0-1000 or the like"
+        )
+    source = Source(src, image_root=image_root, units=units, **reading)
+    report = BuildReport(fit=source.fit)
+    home = Path(dst).parent if source.form.name == "hub" else folder_of(source.path)
+    place = Placer(home, Path(dst), image_root, None, report)
+
+    def lines() -> Iterator[dict[str, Any]]:
+        for thing in things(source, Path(dst), report):
+            if not isinstance(thing, Question):
+                raise UserError(f"{thing.where}: an item, whose boxes stay as they are; convert files of questions")
+            question = place(thing)
+            if isinstance(question, Question):
+                report.items += 1
+                yield _line(question, kind, order)
+        report.fit.refuse(src)
+
+    write_records(dst, lines())
+    return report
+
+
+def _line(question: Question, units: str, order: str) -> dict[str, Any]:
+    """The JSON object of a question."""
+    size, answers = question.size or (1, 1), [*question.answers]
+    line = {"image": question.image, "question": question.text, "answer": answers if len(answers) > 1 else answers[0]}
+    line |= {} if question.size is None else {"width": size[0], "height": size[1]}
+    line |= {} if question.field is None else {"field": question.field}
+    boxes = [write_box(box, size, units, order) for box in question.boxes]
+    return line | ({"bboxs": boxes} if boxes else {})
 
 
 # -- Parquet

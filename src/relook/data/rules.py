@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from relook.boxes import parse_units
 from relook.data.items import Question, image_size
 from relook.errors import UserError
 from relook.looks import LOOKS
@@ -208,6 +209,7 @@ class ItemSource(Strict):
     look: str = Field("region", description="of questions: region, clip, detection, seg, none, or shares of them")
     columns: dict[str, str] = Field({}, description="image, question, answer, bboxs -> the columns' own names")
     format: str | None = Field(None, description="form of the file (relook data sources); seen from it by default")
+    units: str | None = Field(None, description="of questions' boxes, such as 0-1000 xywh; pixels unless the form says")
     ask: str | None = Field(None, description="question about a label of annotated regions: 'What is the {label}?'")
 
     @field_validator("path", "image_root")
@@ -220,6 +222,11 @@ class ItemSource(Strict):
         """The validation items that `relook data build --val` wrote beside these; None where there is no such file."""
         beside = val_path(self.path)
         return str(beside) if beside.is_file() else None
+
+    @field_validator("units")
+    @classmethod
+    def _dialect(cls, value: str | None) -> str | None:
+        return value if value is None else " ".join(parse_units(value))
 
     @field_validator("look")
     @classmethod

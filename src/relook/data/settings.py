@@ -7,7 +7,7 @@ Items of another grid, margin or order have the right form, and teach a model wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,9 @@ def model_settings(name: str | Path) -> tuple[dict[str, Any], list[str]]:
         UserError: no such model or recipe.
     """
     from relook.model.published import PUBLISHED
-    from relook.model.start import Start, describe_start
+    from relook.model.start import describe_start
 
-    start = Start.model_validate({"start": str(name)})
-    if str(name).endswith((".yaml", ".yml")):
-        raw = read_yaml(Path(name))
-        start = validate(Start, raw.get("model") or {} if isinstance(raw, dict) else {}, f"{name}: model")
+    start = _start(name)
     short = str(start.start).removeprefix("rp-yu/")
     if short in PUBLISHED and not Path(str(start.start)).is_dir():
         return {**PUBLISHED_SETTINGS, "free_choice": short.endswith("NoPrompt")}, ["region", PUBLISHED[short].look]
@@ -54,6 +51,26 @@ def model_settings(name: str | Path) -> tuple[dict[str, Any], list[str]]:
     if info.processor is None:
         return PUBLISHED_SETTINGS, info.config.looks
     return processor_settings(info.processor), list(info.processor.looks)
+
+
+def view_of(name: str | Path) -> Callable[[tuple[int, int]], tuple[int, int]]:
+    """The function from the size of an image to the size at which a model (named as above) sees it first."""
+    from relook.model.start import describe_start
+    from relook.processing.pixels import vit_size
+
+    processor: Any = describe_start(_start(name)).processor
+    if processor is None:
+        raise UserError(f"{name}: has no processor here to say at which size it sees images; give a model that is here")
+    return lambda size: vit_size(processor.image_processor, processor.first_look.target(size, processor.min_side))
+
+
+def _start(name: str | Path) -> Any:
+    from relook.model.start import Start
+
+    if not str(name).endswith((".yaml", ".yml")):
+        return Start.model_validate({"start": str(name)})
+    raw = read_yaml(Path(name))
+    return validate(Start, raw.get("model") or {} if isinstance(raw, dict) else {}, f"{name}: model")
 
 
 def stored_settings(records: Iterable[Record | Unreadable]) -> dict[str, Any]:

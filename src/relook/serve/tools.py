@@ -12,8 +12,9 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from relook.boxes import BOX_FORMS, read_box, write_box
 from relook.errors import UserError
-from relook.regions import BOX_FORMS, Box, Cells, box_to_cells, check_cells, read_box, write_box
+from relook.regions import Box, Cells, box_to_cells, check_cells
 from relook.serve.types import BadField, ChatRequest, ToolCall, ToolFunction
 
 ZOOM = "image_zoom_in_tool"
@@ -70,7 +71,7 @@ class ZoomTool:
             image: its number among the user's images.
             size: (width, height) of that image.
         """
-        values = {"bbox_2d": write_box(box, size, self.form, self.whole), "label": "region", "img_idx": image}
+        values = {"bbox_2d": write_box(box, size, self.form, whole=self.whole), "label": "region", "img_idx": image}
         arguments = {name: value for name, value in values.items() if name in self.properties}
         name = "_".join(map(str, ("call_look", *cells, uuid.uuid4().hex[:12])))
         return {"id": name, "type": "function", "function": {"name": ZOOM, "arguments": json.dumps(arguments)}}

@@ -15,6 +15,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from relook.boxes import parse_units
+from relook.data.dialect import BoxFit
 from relook.data.forms.annotated import Reading, shaped
 from relook.data.forms.chat import llava_conversation, pope_question, swift_record, viscot_question
 from relook.data.forms.detection import VG_LISTS, read_coco, read_visual_genome
@@ -150,6 +152,7 @@ class Source:
         format: a row of `FORMATS`; recognized unless given.
         image_root: the folder that paths of images hold from; that of the file unless given.
         columns, ask, split: see `annotated.Reading`.
+        units: dialect of all boxes ("0-1000 xywh", see `relook.boxes`); None: as the form has it.
 
     Raises:
         UserError: no such file, an unknown form, or an option that its form does not have.
@@ -164,7 +167,9 @@ class Source:
         columns: Mapping[str, str] | None = None,
         ask: str | None = None,
         split: str | None = None,
+        units: str | None = None,
     ) -> None:
+        self.units, self.fit = units, BoxFit(said=parse_units(units or "pixels") and units is not None)
         if format is not None and format not in FORMATS:
             raise UserError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
         self.source = fetch(source)
@@ -220,13 +225,17 @@ class Source:
         if isinstance(given, LeftOut):
             raise given
         if isinstance(given, Question | Item):
-            return given
+            return self.stated(given)
         parse, value = self.form.parse or record_thing, record.value
         for name, labels in self._labels.items():
             if isinstance(value.get(name), int) and 0 <= value[name] < len(labels):
                 value = {**value, name: labels[value[name]]}
         with shaped(record.where, self.form.name):
-            return parse(value, record.where, self.reading)
+            return self.stated(parse(value, record.where, self.reading))
+
+    def stated(self, thing: Found) -> Found:
+        """The thing with its boxes in the units that are stated."""
+        return thing if self.units is None or isinstance(thing, Item) else thing.counted_in(self.units)
 
     def things(self) -> Iterator[Found]:
         """What all records hold; those that cannot be used are left out, and how many is logged."""
@@ -268,7 +277,8 @@ def read_questions(path: str | Path, image_root: str | Path | None = None, **rea
         question = item_question(thing) if isinstance(thing, Item) else thing
         if question is None:
             raise UserError(f"{thing.where}: an item without a question about one image; expected one to ask")
-        yield question
+        yield question.in_pixels(opened.fit)
+    opened.fit.refuse(path)
 
 
 @cache

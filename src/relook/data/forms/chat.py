@@ -29,9 +29,10 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+from relook.boxes import read_box
 from relook.data.items import IMAGE_KEYS, Item, LeftOut, Message, Question
 from relook.errors import UserError
-from relook.regions import Box, read_box
+from relook.regions import Box
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PLACEHOLDER = "<image>"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from relook.boxes import read_box
 from relook.data.forms.annotated import (
     Found,
     Reading,
@@ -34,7 +35,6 @@ from relook.data.images import PICTURES, file_size
 from relook.data.items import LeftOut
 from relook.errors import UserError
 from relook.io import read_yaml
-from relook.regions import read_box
 
 Element = ElementTree.Element
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from PIL import Image
 
+from relook.boxes import BOX_FORMS, read_box, write_box
 from relook.errors import UserError
 from relook.looks import (
     DEFAULT_SYSTEM,
@@ -33,7 +34,7 @@ from relook.looks import (
     write_call,
 )
 from relook.looks import Call as TokenCall
-from relook.regions import BOX_FORMS, Box, Cells, box_to_cells, clamp_box, read_box, write_box
+from relook.regions import Box, Cells, box_to_cells, clamp_box
 from relook.views import View
 
 ZOOM = "image_zoom_in_tool"
@@ -52,7 +53,7 @@ class Dialect:
 
     Attributes:
         models: regular expression for the ids of its models.
-        boxes: what `bbox_2d` counts, a name of `relook.regions.BOX_FORMS`, of the image as it was sent; None: no boxes
+        boxes: what `bbox_2d` counts, a name of `relook.boxes.BOX_FORMS`, of the image as it was sent; None: no boxes
             but control tokens.
         prompted: the tool is described in the system prompt, and calls are text (chat templates without tools).
         side: pixels of a merged token. Images are sent in multiples of it, so that the server does not resize them and
