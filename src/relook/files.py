@@ -7,6 +7,7 @@ A page of a PDF or TIFF is named by the fragment of its path or address, as brow
 from __future__ import annotations
 
 import base64
+import io
 import os
 import re
 import struct
@@ -149,6 +150,17 @@ def reading(
         raise UserError(f"{name}: {error}; give a smaller image") from error
     except DAMAGED as error:
         raise UserError(f"{name}: the image is damaged or cut short ({error}); give a complete file") from error
+
+
+@contextmanager
+def reading_named(path: str, where: str = "") -> Iterator[Image.Image]:
+    """As `reading`, of a file (one of its pages) by its path or data URL; messages open with `where`."""
+    path, page = split_page(path)
+    held, name = path.startswith("data:"), f"{where}: {path}".removeprefix(": ")
+    if not held and os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{name}: not a file; give the path of an image")
+    with reading(io.BytesIO(data_url(path)) if held else path, name, page=page) as image:
+        yield image
 
 
 def _opened(file: IO[bytes], formats: tuple[str, ...] | None, page: Page) -> Image.Image:

@@ -425,6 +425,9 @@ def test_pages_in_a_file_of_questions(folder, name, capsys):
         assert app(["data", *command], standalone_mode=False) in (0, None), capsys.readouterr()
     items = json.loads((folder / "items.json").read_text())
     assert items[1]["images"][0] == f"{name}#page=2" and "#page=2_" in items[1]["images"][1]
+    command = ["build", where[0], str(folder / "stored.json"), "--units", "stored"]  # which reads every file's turn
+    assert app(["data", *command], standalone_mode=False) in (0, None), capsys.readouterr()
+    assert [item["images"] for item in json.loads((folder / "stored.json").read_text())] == [i["images"] for i in items]
     assert len({read_facts(f"{folder}/{name}#page={n}").digest for n in (1, 2, 3)}) == 3
     assert read_facts(f"{folder}/{name}#page=3").size == (200, 120)
     assert "has 3 pages" in read_facts(f"{folder}/{name}").detail

@@ -25,7 +25,7 @@ from unicodedata import normalize
 from relook.boxes import turned_box
 from relook.data.published import IMAGE_SETS, dataset_of
 from relook.errors import UserError
-from relook.files import data_url, reading, split_page
+from relook.files import data_url, reading, reading_named, split_page
 from relook.regions import Box, Cells, join_crop_suffix, split_crop_suffix, upright
 from relook.views import existing_ref
 
@@ -116,12 +116,8 @@ def orientation_of(image: Image.Image) -> int:
 
 def file_size(path: str, where: str = "", *, header_only: bool = False) -> tuple[int, int] | None:
     """The size of an image file once upright, from its header; None where there is no such file."""
-    path, page = split_page(path)
-    file = io.BytesIO(data_url(path)) if path.startswith("data:") else path
-    if file is path and os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{where}: {path}: not a file; give the path of an image".removeprefix(": "))
     try:
-        with reading(file, f"{where}: {path}".removeprefix(": "), page=page) as image:
+        with reading_named(path, where) as image:
             return upright_size(image, header_only=header_only)
     except FileNotFoundError:
         return None
@@ -132,7 +128,7 @@ def file_turn(image: ImageRef) -> int:
     if not isinstance(image, str):
         return orientation_of(image)
     try:
-        with reading(io.BytesIO(data_url(image)) if image.startswith("data:") else image, image) as opened:
+        with reading_named(image) as opened:
             return orientation_of(opened)
     except FileNotFoundError:
         raise UserError(f"{image}: no such image; boxes of the file as stored need its EXIF orientation") from None
