@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from relook.cli.common import AsJson, ListOptions, print_result, show_status
+from relook.cli.common import AsJson, ListOptions, print_result, progress_bars, show_status
 from relook.errors import UserError
 
 app = typer.Typer(help="Training items: where they come from, building and checking them.")
@@ -166,6 +166,37 @@ def build(
     else:
         print(build_file(source, target, **options))
     print(f"written: {target}")
+
+
+@app.command("locate", cls=ListOptions)
+def locate(
+    questions: Annotated[Path, Argument(metavar="QUESTIONS", help="Questions and answers, with or without boxes.")],
+    target: Annotated[
+        Path, Argument(metavar="TARGET", help="Where a line goes for each (JSON lines); a rerun continues.")
+    ],
+    by: Annotated[
+        str, Option(metavar="NAME", help="ocr, or the folder of a detector (OWLv2, Grounding DINO) for photos.")
+    ] = "ocr",
+    threshold: Annotated[float, Option(min=0, max=1, metavar="SCORE", help="Least score of a detection.")] = 0.3,
+    image_root: ImageRoot = None,
+    format: FormatName = None,
+    split: Split = None,
+    columns: Columns = None,
+    ask: Ask = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find where answers stand, for questions without boxes: words of documents by OCR, objects by a detector.
+
+    Boxes that are there stay. An answer at several equally good places is listed, and no box is chosen.
+    """
+    from relook.data.locate import locate as find
+
+    with progress_bars() as progress:
+        report = find(questions, target, by, threshold=threshold, progress=progress, image_root=image_root,
+                      format=format, split=split, columns=_pairs(columns), ask=ask)  # fmt: skip
+    print_result(report, as_json)
+    if not as_json:
+        print(f"written: {target}")
 
 
 # -- items

@@ -32,7 +32,7 @@ from relook.data.items import IMAGE_KEYS, Item, LeftOut, Message, Question, imag
 from relook.data.placing import Placer, same_size
 from relook.data.reader import folder_of, readable, writing_records
 from relook.data.rules import DIRECT, BuildOptions, draw, question_boxes, region_cells, val_path
-from relook.data.settings import BUILT, SETTINGS, model_settings, view_of
+from relook.data.settings import BUILT, LOCATED, SETTINGS, model_settings, view_of
 from relook.data.variants import variant
 from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX, LOOKS, look_turn, parse_calls, write_call
@@ -139,7 +139,7 @@ def things(source: Source, dst: Path, report: BuildReport) -> Iterator[Found]:
         try:
             yield source.thing(readable(record))
         except LeftOut as error:
-            report.left_out.append(str(error))
+            left_out.append(str(error))
 
 
 def _for_model(model: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def as_item(thing: Found, options: BuildOptions, context: Context, report: Build
         thing = replace(thing, boxes=(), written=())  # name no cells where the image is not there; that is a fault
     item = build_item(thing, replace(options, no_box="direct"), report)
     assert item is not None  # no_box="direct" skips nothing
-    return item
+    return replace(item, extra=item.extra | _kept(thing, options))
 
 
 def _kept(question: Question, options: BuildOptions) -> dict[str, Any]:
@@ -292,6 +292,8 @@ def _kept(question: Question, options: BuildOptions) -> dict[str, Any]:
     if question.boxes:
         kept[BUILT] |= {} if question.units in ("", "pixels") else {"units": question.units}
         kept["bboxs"] = [list(box) for box in question.boxes]
+        if question.located is not None:
+            kept[LOCATED] = dict(question.located)
     if len(question.answers) > 1:
         kept["answers"] = list(question.answers)
     return kept | ({} if question.field is None else {"field": question.field})

@@ -32,7 +32,7 @@ from relook.boxes import Numbers, parse_units, read_box
 from relook.data.dialect import HELD, BoxFit
 from relook.data.images import ImageRef, file_size, file_turn, place_image, split_ref
 from relook.data.reader import read_records, write_records
-from relook.data.settings import BUILT
+from relook.data.settings import BUILT, located_by
 from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX, LOOKS, parse_calls
 from relook.regions import GRID, Box, cells_to_box, upright
@@ -139,6 +139,7 @@ class Question:
         units: the dialect in which the source writes boxes ("0-1000 xywh", see `relook.boxes`); "" for none of these.
         written: the boxes as the source has them, until `in_pixels` has seen to them.
         view: (width, height) of the resized view that "resized" boxes are of, where the source states it.
+        located: how its boxes were found, where nobody annotated them: {"by": "ocr", "with": "...", "score": 0.97}.
     """
 
     image: ImageRef
@@ -153,6 +154,7 @@ class Question:
     units: str = ""
     written: tuple[Numbers, ...] = ()
     view: tuple[int, int] | None = None
+    located: Mapping[str, Any] | None = None
 
     @property
     def answer(self) -> str:
@@ -187,7 +189,8 @@ class Question:
             raise UserError(f"{where}: 'answer' is {answer!r}; expected text, a number, or a list of accepted ones")
         size = _size(data, where) if isinstance(image, str) else None  # what is in memory has one
         group = data.get("field", data.get("dataset"))
-        question = cls(image, text, answers, (), size, None if group is None else str(group), where)
+        group = None if group is None else str(group)
+        question = cls(image, text, answers, (), size, group, where, located=located_by(data))
         return question.boxed(_boxes(boxes, where), "pixels", _size(data, where, "resized_"))
 
     def boxed(self, written: Sequence[Numbers], units: str, view: tuple[int, int] | None = None) -> Question:
@@ -263,7 +266,8 @@ def item_question(item: Item, grid: int | None = None) -> Question | None:
     question = Question(item.images["images"][0], asked, answers, field=extra.get("field"), where=item.where)
     cells = [call.cells for text in said for call in parse_calls(text, grid) if call.cells and call.problem is None]
     if extra.get("bboxs"):
-        return replace(question, boxes=tuple(map(_outwards, _boxes(extra["bboxs"], item.where))))
+        boxes = tuple(map(_outwards, _boxes(extra["bboxs"], item.where)))
+        return replace(question, boxes=boxes, located=located_by(extra))
     size = image_size(question) if cells else (1, 1)
     return replace(question, boxes=tuple(cells_to_box(each, size, grid) for each in cells))
 
@@ -285,9 +289,6 @@ def image_size(question: Question) -> tuple[int, int]:
     if size is None:
         raise UserError(f"{question.where}: no image at {question.image}; check the path, or give the image root")
     return size
-
-
-# -- checks
 
 
 @contextmanager
@@ -396,5 +397,4 @@ def _numbers(value: Any, where: str) -> Numbers:
 
 def _outwards(box: Numbers) -> Box:
     """A box in whole pixels that still covers what a fractional one covered."""
-    x1, y1, x2, y2 = box
-    return math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)
+    return math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])

@@ -20,7 +20,7 @@ from relook.data.crops import Crop, crops_of
 from relook.data.faults import Context, found_faults
 from relook.data.forms import Source
 from relook.data.images import FactsBelow, place_image, split_ref
-from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item
+from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item, item_question
 from relook.data.reader import Record, folder_of, readable
 from relook.data.rules import BuildOptions
 from relook.errors import UserError
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 SIDE, CROP_SIDE = 640, 300  # longest side in pixels of pictures in the page
 COLORS = ("#e6541c", "#00897b", "#5e35b1", "#c2185b", "#0277bd", "#797900")
+ANNOTATED, FOUND = "#2e7d32", {"ocr": "#f9a825", "detector": "#8e24aa"}  # of a question's boxes, by what found them
 _CONTROL = re.compile(r"(<\|[^<>|\s]*\|>)")
 _MARKS = re.compile("(" + "|".join(re.escape(mark) for mark in PLACEHOLDERS.values()) + ")")
 
@@ -129,9 +130,24 @@ def _figures(item: Item, context: Context) -> Iterator[dict[str, Any]]:
             yield _figure(str(ref), context, f"region {i}") | {"color": COLORS[i % len(COLORS)]}
         else:
             shown = [(i, crop) for i, crop in enumerate(crops) if crop.file == ref]
-            yield _figure(str(ref), context, "image", shown)
+            yield _figure(str(ref), context, "image", shown) | (_boxes(item) if index == 0 else {})
     for key in IMAGE_KEYS[1:]:
         yield from (_figure(str(ref), context, f"encoded again ({key[:-7]})") for ref in item.images[key])
+
+
+def _boxes(item: Item) -> dict[str, Any]:
+    """The boxes that the item keeps of its question, their color, and in words where they come from."""
+    try:
+        question = item_question(item) if item.extra.get("bboxs") else None
+    except UserError:
+        question = None
+    if question is None:
+        return {}
+    said, color = "annotated", ANNOTATED
+    if found := question.located:
+        said = f"found by {found.get('by')} ({found.get('with')}), score {found.get('score')}"
+        color = FOUND.get(str(found.get("by")), COLORS[0])
+    return {"boxes": question.boxes, "source": said, "source_color": color}
 
 
 def _figure(ref: str, context: Context, what: str, crops: list[tuple[int, Crop]] | None = None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from relook.io import read_yaml, validate
 from relook.regions import GRID
 
 BUILT = "built"  # the key of an item
+LOCATED = "located"  # the key of an item or question: by what its boxes were found (`data.locate`)
 SETTINGS = {  # fields of `BuildOptions` -> attributes of the processor
     "grid": "grid_size",
     "margin": "region_margin",
@@ -78,6 +79,12 @@ def stored_settings(records: Iterable[Record | Unreadable]) -> dict[str, Any]:
     first = next(iter(records), None)
     found = first.value.get(BUILT) if isinstance(first, Record) else None
     return {name: found[name] for name in SETTINGS if name in found} if isinstance(found, dict) else {}
+
+
+def located_by(data: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """How the boxes of a record were found: {"by": "ocr", "with": "...", "score": 0.97}; None where it does not say."""
+    found = data.get(LOCATED)
+    return found if isinstance(found, Mapping) else None
 
 
 def difference(stored: Any, wanted: Mapping[str, Any]) -> str:

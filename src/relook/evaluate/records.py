@@ -38,6 +38,7 @@ class Record(TypedDict):  # annotations of this module are not postponed: NotReq
     question: str
     accepted: list[str]
     boxes: NotRequired[list[list[int]]]
+    located: NotRequired[dict[str, Any]]  # how the boxes were found, where they were not annotated
     size: NotRequired[list[int] | None]  # width, height of the upright image
     grid: NotRequired[int | None]
     answer: NotRequired[str | None]

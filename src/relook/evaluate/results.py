@@ -80,6 +80,7 @@ class Evaluation:
             parts += [published.text(), "published: " + "; ".join(PAPER["caveats"])]
         drawn = self.run.get("drawn") or []
         parts += ["drawn: " + "; ".join(drawn)] if drawn else []
+        parts += dict.fromkeys(result.found for result in self.results if result.found)
         return "\n\n".join(parts + [f"failed: {error}" for r in self.results for error in r.errors[:1]])
 
 

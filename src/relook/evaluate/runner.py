@@ -253,21 +253,25 @@ def _time(runner: Runner, task: Task, questions: Sequence[Question]) -> float:
 
 
 def _unanswered(task: str, look: str, number: int, question: Question) -> Record:
-    record: Any = dict.fromkeys(name for name in Record.__annotations__ if name not in ("judged", "pixels"))
-    return record | {
-        "task": task,
-        "look": look,
-        "index": number,
-        "where": question.where,
-        **_image_of(question),
-        "field": question.field,
-        "question": question.text,
-        "accepted": list(question.answers),
-        "boxes": [list(box) for box in question.boxes],
-        "scores": {},
-        "looks": [],
-        "transcript": [],
-    }
+    record: Any = dict.fromkeys(name for name in Record.__annotations__ if name not in ("judged", "pixels", "located"))
+    return (
+        record
+        | {
+            "task": task,
+            "look": look,
+            "index": number,
+            "where": question.where,
+            **_image_of(question),
+            "field": question.field,
+            "question": question.text,
+            "accepted": list(question.answers),
+            "boxes": [list(box) for box in question.boxes],
+            "scores": {},
+            "looks": [],
+            "transcript": [],
+        }
+        | ({} if question.located is None else {"located": dict(question.located)})
+    )
 
 
 def _image_of(question: Question) -> dict[str, str | None]:

@@ -24,6 +24,7 @@ Key = tuple[int, str, tuple[str, ...]]  # number of the question in its task, it
 RIGHT = 0.5  # a score from which an answer counts as right
 BY_FIELD = ("recall", "iou")  # measures given by field beside the scores: regions depend on what is asked
 NONE = "none"
+ANNOTATED = "annotated"
 # what each look is compared with, besides `none`: the same look with a part of it taken away
 WITHOUT = ("blank", "random", "oracle", "clip-unconditioned", "detection-unconditioned", "seg-unconditioned")
 
@@ -121,6 +122,7 @@ class Summary:
     errors     the first few failures in words
     seeds      by folder: the plain means of the scores
     uneven     whether the folders asked different questions
+    located    how many questions have boxes, by what found them ("annotated" where people drew them)
     """
 
     task: str
@@ -137,6 +139,7 @@ class Summary:
     errors: list[str]
     seeds: dict[str, dict[str, float]]
     uneven: bool
+    located: dict[str, int]
 
     @property
     def asked(self) -> int:
@@ -148,10 +151,32 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """What results.json says of it."""
-        names = ("task", "look", "answered", "failed", "skipped", "unscored", "measures", "fields", "kinds", "errors")
+        names = (
+            "task",
+            "look",
+            "answered",
+            "failed",
+            "skipped",
+            "unscored",
+            "measures",
+            "fields",
+            "kinds",
+            "errors",
+            "located",
+        )
         plain = {name: getattr(self, name) for name in (*names, "asked")}
         fields = {name: _plain(each) for name, each in self.fields.items()}
         return plain | {"measures": _plain(self.measures), "fields": fields}
+
+    @property
+    def found(self) -> str:
+        """A sentence on boxes that were found and not annotated; "" where there are none."""
+        found = {by: n for by, n in self.located.items() if by != ANNOTATED}
+        if not found:
+            return ""
+        by = ", ".join(f"{n} by {name}" for name, n in found.items())
+        every, number = sum(self.located.values()), sum(found.values())
+        return f"{self.task}: of {every} questions with boxes, those of {number} were found ({by}), not annotated"
 
 
 def _plain(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
@@ -186,6 +211,7 @@ def summarize(
         fields[name] = {each: estimate(there, measure_of(each), seed) for each in (*scores, *by_field)}
     missing = {name: sum(name not in record["scores"] for record in answers) for name in scores}
     kinds = Counter(look["kind"] for record in answers for look in record["looks"] if look["problem"] is None)
+    located = {_key(each): (each.get("located") or {}).get("by", ANNOTATED) for each in every if each.get("boxes")}
     return Summary(
         task,
         look,
@@ -201,6 +227,7 @@ def summarize(
         errors=[f"{record['where']}: {record['failed']}" for record in failed[:5]],
         seeds={name: _means(records[name], scores) for name in sorted(records) if records[name]},
         uneven=len({frozenset(map(_key, each)) for each in records.values()}) > 1,
+        located=dict(Counter(located.values())),
     )
 
 

@@ -144,6 +144,8 @@ def _row_notes(report: Report, row: Row, task: str) -> Iterator[str]:
         )
     for score, count in result.missing.items():
         yield f"{row.name}, {task}: {count} answers have no {score_name(score)} score; its means leave them out."
+    if result.found:
+        yield f"{row.name}, {result.found}."
     if result.uneven:
         yield f"{row.name}, {task}: the seeds were asked different questions, so their means do not compare."
     main = result.measures.get(report.scores(task)[0])
