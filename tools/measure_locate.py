@@ -3,8 +3,8 @@
     python tools/measure_locate.py ../shared/data/receipts/train_qa.jsonl --images 24 --seed 0
     python tools/measure_locate.py photos.jsonl --by DETECTOR
 
-Images are drawn by the seed; all of their questions with boxes are located as if they had none. A place counts as on the
-box where half of the smaller of the two lies in the other. Intervals are of images drawn with replacement (2000 draws).
+Images are drawn by the seed; all of their questions with boxes are located as if they had none. A place is on the box
+where half of the smaller of the two lies in the other. Intervals are of images drawn with replacement (2000 draws).
 """
 
 from __future__ import annotations

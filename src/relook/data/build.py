@@ -139,7 +139,7 @@ def things(source: Source, dst: Path, report: BuildReport) -> Iterator[Found]:
         try:
             yield source.thing(readable(record))
         except LeftOut as error:
-            left_out.append(str(error))
+            report.left_out.append(str(error))
 
 
 def _for_model(model: str, options: dict[str, Any]) -> dict[str, Any]:
