@@ -167,6 +167,8 @@ def test_boxes_are_added_with_their_source_and_nothing_is_replaced(own, tmp_path
         "image": "../own/images/0.png",
         "question": "Who?",
         "answer": "one",
+        "width": 640,
+        "height": 400,
         "bboxs": [[10, 20, 60, 40]],
         "located": {"by": "ocr", "with": "fake 1", "score": 0.9},
     }

@@ -183,6 +183,7 @@ def locate(
     split: Split = None,
     columns: Columns = None,
     ask: Ask = None,
+    units: Units = None,
     as_json: AsJson = False,
 ) -> None:
     """Find where answers stand, for questions without boxes: words of documents by OCR, objects by a detector.
@@ -193,7 +194,7 @@ def locate(
 
     with progress_bars() as progress:
         report = find(questions, target, by, threshold=threshold, progress=progress, image_root=image_root,
-                      format=format, split=split, columns=_pairs(columns), ask=ask)  # fmt: skip
+                      format=format, split=split, columns=_pairs(columns), ask=ask, units=units)  # fmt: skip
     print_result(report, as_json)
     if not as_json:
         print(f"written: {target}")

@@ -27,6 +27,7 @@ from relook.data.items import IMAGE_KEYS, Item, Question, read_items, write_item
 from relook.data.placing import Placer
 from relook.data.published import dataset_of
 from relook.data.reader import EXTRA, folder_of, import_pyarrow, open_input, write_records
+from relook.data.settings import LOCATED
 from relook.errors import RelookError, UserError
 from relook.io import replacing, replacing_file
 
@@ -192,21 +193,22 @@ def convert_questions(
             question = place(thing)
             if isinstance(question, Question):
                 report.items += 1
-                yield _line(question, kind, order)
+                yield question_line(question, kind, order)
         report.fit.refuse(src)
 
     write_records(dst, lines())
     return report
 
 
-def _line(question: Question, units: str, order: str) -> dict[str, Any]:
+def question_line(question: Question, units: str = "pixels", order: str = "xyxy") -> dict[str, Any]:
     """The JSON object of a question."""
     size, answers = question.size or (1, 1), [*question.answers]
     line = {"image": question.image, "question": question.text, "answer": answers if len(answers) > 1 else answers[0]}
     line |= {} if question.size is None else {"width": size[0], "height": size[1]}
     line |= {} if question.field is None else {"field": question.field}
     boxes = [write_box(box, size, units, order) for box in question.boxes]
-    return line | ({"bboxs": boxes} if boxes else {})
+    found = {} if question.located is None else {LOCATED: dict(question.located)}
+    return line | ({"bboxs": boxes} if boxes else {}) | found
 
 
 # -- Parquet

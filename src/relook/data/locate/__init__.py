@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from relook.data.build import found_things
+from relook.data.build import BuildReport, things
 from relook.data.forms import Source
-from relook.data.images import relative
-from relook.data.items import LOCATED, Item, Question, item_question
+from relook.data.items import Item, Question, item_question
 from relook.data.locate.locators import OCR, Locator, find_locator
+from relook.data.placing import Placer
+from relook.data.remap import question_line
+from relook.data.settings import LOCATED
 from relook.errors import RelookError, UserError
 from relook.io import append_lines, locked_file
 
@@ -35,7 +37,7 @@ class LocateReport:
     path: str
     counts: Counter[str] = field(default_factory=Counter)
     named: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)  # records that are no question that can be asked
+    read: BuildReport = field(default_factory=BuildReport)  # on records that could not be used
 
     def add(self, line: dict[str, Any], where: str) -> None:
         """Count a line of the output."""
@@ -70,8 +72,8 @@ class LocateReport:
         said = ", ".join(f"{self.counts[kind]} {words}" for kind, words in kinds.items() if self.counts[kind])
         lines = [f"{self.counts.total()} questions: {said}", *(f"    {each}" for each in self.named[:SHOWN])]
         lines += ["    ..."] * (len(self.named) > SHOWN)
-        if self.left_out:
-            lines.append(f"{len(self.left_out)} records left out, the first: {self.left_out[0]}")
+        if left := self.read.left_out:
+            lines.append(f"{len(left)} records left out, the first: {left[0]}")
         return "\n".join(lines)
 
 
@@ -91,7 +93,7 @@ def locate(
         by: "ocr", the folder of a detector, or a locator.
         threshold: least score of a detection.
         progress: called with a name, the number of questions done and how many there are.
-        reading: of `forms.Source`: image_root, format, columns, ask, split.
+        reading: of `forms.Source`: image_root, format, columns, ask, split, units.
 
     Raises:
         UserError: a file that cannot be read, lines in `dst` of other questions, another run that writes there.
@@ -100,7 +102,7 @@ def locate(
     if src.resolve() == dst.resolve():
         raise UserError(f"{dst} is the file of questions; give another place for those with boxes")
     report = LocateReport(str(dst))
-    asked = list(_questions(Source(src, **reading), dst, report.left_out))
+    asked = list(_questions(Source(src, **reading), dst, report.read))
     with locked_file(dst):
         before = _written(dst, asked)
         locator = by if not isinstance(by, str) else find_locator(by, threshold) if len(before) < len(asked) else None
@@ -126,17 +128,18 @@ def _located(question: Question, locator: Locator) -> dict[str, Any]:
     return {LOCATED: locator.source | ({"candidates": several} if several else {})}
 
 
-def _questions(source: Source, dst: Path, left_out: list[str]) -> Iterator[tuple[Question, dict[str, Any]]]:
+def _questions(source: Source, dst: Path, report: BuildReport) -> Iterator[tuple[Question, dict[str, Any]]]:
     """Each question with its image as it is found from here, and its line with the image as it is found from `dst`."""
-    root = dst.parent if source.form.name == "hub" else source.reading.root
-    for thing in found_things(source, dst, left_out):
+    report.fit = source.fit
+    of_dataset, root = source.form.name == "hub", source.reading.root
+    place = Placer(dst.parent if of_dataset else root, dst, None, None, report)
+    for thing in things(source, dst, report):
         question = item_question(thing) if isinstance(thing, Item) else thing
         if question is None or not isinstance(question.image, str):
-            left_out.append(f"{thing.where}: no question about an image that is a file")
-            continue
-        image, here = question.image, question.under(root)
-        stays = image.startswith("data:") or Path(image).is_absolute()
-        yield here, question.to_dict() | {"image": image if stays else relative(str(here.image), dst.parent)}
+            report.left_out.append(f"{thing.where}: no question about an image that is a file")
+        elif isinstance(placed := place(question), Question):
+            yield placed.under(dst.parent), question_line(placed)
+    source.fit.refuse(source.path)
 
 
 def _written(dst: Path, asked: list[tuple[Question, dict[str, Any]]]) -> list[dict[str, Any]]:
