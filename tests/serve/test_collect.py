@@ -15,6 +15,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
+import pyarrow
+import pyarrow.parquet
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -372,21 +374,40 @@ def test_answers_boxes_and_fields_of_the_queue_are_kept(tmp_path):
     }
 
 
-@pytest.mark.parametrize("form", ["csv", "items"])
+@pytest.mark.parametrize("form", ["csv", "items", "parquet"])
 def test_the_queue_may_be_of_other_forms(tmp_path, form):
     folder = tmp_path / "in"
     folder.mkdir()
     picture().save(folder / "a.png")
-    (folder / "q.csv").write_text("image,question,answer,x1,y1,x2,y2\na.png,Who?,ACME,10,20,40,50\n")
-    path = folder / "q.csv"
+    path, expected = folder / "q.csv", os.path.join("in", "a.png")
+    path.write_text("image,question,answer,x1,y1,x2,y2\na.png,Who?,ACME,10,20,40,50\n")
     if form == "items":
         path = folder / "items.json"
         assert CliRunner().invoke(cli, ["data", "build", str(folder / "q.csv"), str(path)]).exit_code == 0
+    if form == "parquet":  # with the image in it, which is then written beside the file
+        path = folder / "q.parquet"
+        image = {"bytes": (folder / "a.png").read_bytes(), "path": None}
+        row = {"image": image, "question": "Who?", "answer": "ACME", "bboxs": [[10, 20, 40, 50]]}
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
     client = client_of(tmp_path / "own.jsonl", path)
     entry = client.get("/v1/collect/next").json()
     assert (entry["question"], entry["answers"], entry["bboxs"]) == ("Who?", ["ACME"], [[10, 20, 40, 50]])
     client.post("/v1/collect", json={"number": 1, "question": "Who?", "answer": "ACME", "bboxs": entry["bboxs"]})
-    assert lines(tmp_path / "own.jsonl")[0]["image"] == os.path.join("in", "a.png")
+    (line,) = lines(tmp_path / "own.jsonl")
+    if form == "parquet":
+        expected = f"own_images/{next((tmp_path / 'own_images').iterdir()).name}"
+        assert (tmp_path / expected).read_bytes() == (folder / "a.png").read_bytes()
+    assert line == {"image": expected, "question": "Who?", "answer": "ACME", "bboxs": [[10, 20, 40, 50]]}
+
+
+def test_what_the_queue_has_besides_is_named_and_left_out(tmp_path):
+    picture().save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "question": "q \ud83d"}, {"image": "a.png", "question": "q"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    client = client_of(tmp_path / "own.jsonl", tmp_path / "q.jsonl")
+    assert asked_all(client)["total"] == 1 and client.get("/v1/collect/next").json()["question"] == "q"
+    (sentence,) = client.collection.left_out
+    assert "q.jsonl:1" in sentence
 
 
 def test_how_sure_a_real_model_is_comes_of_the_probabilities_that_the_api_gives(tmp_path):
@@ -404,5 +425,5 @@ def test_how_sure_a_real_model_is_comes_of_the_probabilities_that_the_api_gives(
     product = 1.0
     for each in logprobs:
         product *= 2.718281828459045**each
-    assert entry["sure"] == pytest.approx(product ** (1 / len(logprobs)), rel=1e-4)
+    assert entry["sure"] == pytest.approx(product, rel=1e-4)
     assert entry["reply"]["choices"][0]["message"]["content"] == answer.choices[0].message.content == "164"

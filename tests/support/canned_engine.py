@@ -16,7 +16,7 @@ class CannedEngine:
     """Answers "<question in capitals>" after a look at `CELLS`.
 
     Args:
-        sure: probability of each token of the answer to a question, by the question; None: no probabilities.
+        sure: probability of the answer to a question, by the question; None: no probabilities.
         silent: questions that are answered with nothing.
         busy: how many requests are refused before the first is taken.
 
@@ -51,7 +51,7 @@ class CannedEngine:
         text = "" if request.question in self.silent else request.question.upper()
         tokens = ()
         if self.sure is not None and text and request.logprobs is not None:
-            tokens = tuple(Token(each, math.log(self.sure[request.question])) for each in text)
+            tokens = tuple(Token(each, math.log(self.sure[request.question]) / len(text)) for each in text)
         running.put(LookTaken(look))
         if text:
             running.put(TextDelta(text, tokens))

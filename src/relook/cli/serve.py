@@ -102,6 +102,8 @@ def serve(
     from relook.perceive.local import LocalEngine
 
     with collecting(collect, queue) as collection:
+        if collection and (left := collection.left_out):
+            print(f"relook: {len(left)} records of the queue left out; the first: {left[0]}", file=sys.stderr)
         vlm = open_model(model, base_url, processor, dialect, device=device, dtype=dtype)
         if base_url is None:
             vlm.context_limit = settings.limits.context_tokens

@@ -2,7 +2,8 @@
 
 `relook serve MODEL --collect own.jsonl --queue questions.jsonl`. A line of the file is a question with its answer and
 boxes, as `relook data build` takes it. The model answers the queue in the background, one question after the other, and
-those come first of whose answers it was least sure: with the lowest mean log probability of a token.
+those come first of whose answers it was least sure. How sure is the probability of the answer: the product of those of
+its tokens, which tells wrong answers better than their mean does, or the least of them.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from fastapi import FastAPI, Query, Response
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from relook.data.build import BuildOptions, build_item
-from relook.data.forms import read, recognize
+from relook.data.build import BuildOptions, BuildReport, build_item, things
+from relook.data.forms import Found, Source
 from relook.data.forms.table import write_image
-from relook.data.items import Item, Question, column, image_size, item_question
-from relook.data.reader import folder_of, read_records
+from relook.data.items import Item, LeftOut, Question, column, image_size, item_question
+from relook.data.reader import folder_of, readable
 from relook.errors import RelookError, UserError
 from relook.files import reading
 from relook.io import append_lines, locked_file, read_lines, replacing_file
@@ -70,7 +71,7 @@ class Queued:
         question: its image can be opened; no `answers` where the file has none.
         name: of the image, from the folder of the collection.
         reply: the model's, as a `chat.completion` without pictures; None: not asked yet.
-        sure: geometric mean of the probabilities of its answer's tokens; None where an engine names none.
+        sure: probability of its answer's text; None where an engine names none.
         problem: why it could not be asked.
     """
 
@@ -92,7 +93,7 @@ class Queued:
             self.problem = str(error)
             return
         logprobs = [token.logprob for token in answer.tokens]
-        self.sure = math.exp(sum(logprobs) / len(logprobs)) if logprobs else None if answer.text else 0.0
+        self.sure = math.exp(sum(logprobs)) if logprobs else None if answer.text else 0.0
         body = ChatRequest.model_validate({"messages": [{"role": "user", "content": self.question.text}]})
         reply = Reply(body, server.name).whole(answer)
         for look in reply["relook"]["looks"]:  # which would fill the memory
@@ -137,7 +138,9 @@ class Collection:
         self._read()
         if queue is not None and Path(queue).resolve() == self.path.resolve():
             raise UserError(f"{queue} is the queue; give another place for the answers")
-        self.queue = [] if queue is None else list(_read_queue(Path(queue), self.path))
+        report = BuildReport()
+        self.queue = [] if queue is None else list(_read_queue(Path(queue), self.path, report))
+        self.left_out = report.left_out  # sentences about what the queue has besides
         if queue is not None and not self.queue:
             raise UserError(f"{queue}: has no question about an image; give one with questions")
         self._asking: threading.Thread | None = None
@@ -341,29 +344,37 @@ def _check_boxes(boxes: list[list[int]], size: tuple[int, int]) -> None:
             raise BadField("bboxs", f"box {x1}, {y1}, {x2}, {y2} is not inside the image of {width} x {height} pixels")
 
 
-def _read_queue(path: Path, beside: Path) -> Iterator[Queued]:
-    """The questions of a file; images of datasets are written beside the collection."""
-    form = recognize(path)
-    root, here = (beside.parent if form == "hub" else folder_of(path)), beside.parent
+def _read_queue(path: Path, beside: Path, report: BuildReport) -> Iterator[Queued]:
+    """The questions of a file of any form; images of datasets are written beside the collection."""
+    source, here = Source(path), beside.parent
+    root = here if source.form.name == "hub" else folder_of(source.path)
     one_folder = os.path.realpath(root) == os.path.realpath(here)
-    for thing in _questions(path) if form == "questions" else read(path, form, image_folder=beside):
+    for thing in (_questions if source.form.name == "questions" else things)(source, beside, report):
         name = thing.image if isinstance(thing, Question) else next(iter(thing.images["images"]), None)
         placed = thing.under(root)
         question = item_question(placed) if isinstance(placed, Item) else placed
         if question is None or not isinstance(name, str):
             continue
         question = replace(question, text=without_triggers(question.text))  # the sentences that a build adds
+        try:
+            build_item(replace(question, answers=question.answers or ("?",)), BuildOptions("none"))
+        except LeftOut as error:
+            report.left_out.append(str(error))
+            continue
         moved = not (one_folder or os.path.isabs(name) or name.startswith("data:"))
         yield Queued(question, os.path.relpath(question.image, here) if moved else name)
 
 
-def _questions(path: Path) -> Iterator[Question]:
-    """The questions of records that need no answer."""
-    for record in read_records(path):
-        if column(record.value, "answer", {}) is not None:
-            yield Question.from_dict(record.value, record.where)
-        else:
-            yield replace(Question.from_dict({**record.value, "answer": "?"}, record.where), answers=())
+def _questions(source: Source, beside: Path, report: BuildReport) -> Iterator[Found]:
+    """As `things`, of records that need no answer."""
+    for record in map(readable, source.scan()):
+        without = column(record.value, "answer", {}) is None
+        try:
+            thing = source.thing(replace(record, value={**record.value, "answer": "?"}) if without else record)
+        except LeftOut as error:
+            report.left_out.append(str(error))
+            continue
+        yield replace(thing, answers=()) if without and isinstance(thing, Question) else thing
 
 
 def _answer(engine: seam.Engine, request: seam.Request) -> Answer:
