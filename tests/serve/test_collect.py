@@ -410,6 +410,15 @@ def test_what_the_queue_has_besides_is_named_and_left_out(tmp_path):
     assert "q.jsonl:1" in sentence
 
 
+def test_boxes_of_the_queue_that_are_not_in_pixels_are_refused(tmp_path):
+    picture().save(tmp_path / "a.png")
+    boxes = [[0.1, 0.2, 0.5, 0.75], [0.25, 0.5, 0.6, 0.9], [0.3, 0.3, 0.4, 0.8]]
+    rows = [{"image": "a.png", "question": f"{n}?", "answer": "a", "bboxs": [box]} for n, box in enumerate(boxes)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="0-1"):
+        Collection(tmp_path / "own.jsonl", tmp_path / "q.jsonl")
+
+
 def test_how_sure_a_real_model_is_comes_of_the_probabilities_that_the_api_gives(tmp_path):
     question = "Which code does the blue box show?"
     (tmp_path / "card.webp").write_bytes((FOLDER / "examples/card-1.webp").read_bytes())

@@ -357,12 +357,14 @@ def _read_queue(path: Path, beside: Path, report: BuildReport) -> Iterator[Queue
             continue
         question = replace(question, text=without_triggers(question.text))  # the sentences that a build adds
         try:
+            question = question.in_pixels(source.fit)
             build_item(replace(question, answers=question.answers or ("?",)), BuildOptions("none"))
-        except LeftOut as error:
+        except UserError as error:
             report.left_out.append(str(error))
             continue
         moved = not (one_folder or os.path.isabs(name) or name.startswith("data:"))
         yield Queued(question, os.path.relpath(question.image, here) if moved else name)
+    source.fit.refuse(path)  # boxes that are not in pixels
 
 
 def _questions(source: Source, beside: Path, report: BuildReport) -> Iterator[Found]:
