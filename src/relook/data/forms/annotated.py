@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,10 +90,15 @@ class Region:
 
 
 def page_questions(
-    image: str, size: tuple[int, int] | None, regions: Sequence[Region], where: str, reading: Reading
+    image: str, size: Sequence[Any] | None, regions: Sequence[Region], where: str, reading: Reading
 ) -> Iterator[Found]:
-    """The questions of a page: for each label the text of its regions, or how many there are."""
-    head = {"image": image} | ({} if size is None else {"width": size[0], "height": size[1]})
+    """The questions of a page: for each label the text of its regions, or how many there are.
+
+    Args:
+        size: width and height, where they are whole numbers; else those of the file hold.
+    """
+    known = size is not None and all(isinstance(side, int) and side for side in size)
+    head = {"image": image} | (dict(zip(("width", "height"), size or (), strict=True)) if known else {})
     groups: dict[str, list[Region]] = {}
     for region in regions:
         groups.setdefault(region.label, []).append(region)
@@ -158,6 +163,24 @@ def json_object(path: Path) -> Record:
     with open_input(path) as file:
         data = file.read().removeprefix(b"\xef\xbb\xbf")
     return readable(parse_record(path, data, 1, 0, len(data)))
+
+
+def json_pages(
+    key: str, tool: str, page: Callable[[Record, Path, Reading], Iterator[Found]]
+) -> Callable[[Path, Reading], Iterator[Found]]:
+    """A reader of a file an image, or of a folder of them, each with one object that has this key."""
+
+    def read(path: Path, reading: Reading) -> Iterator[Found]:
+        for file in annotation_files(path, ".json"):
+            record = json_object(file)
+            if key not in record.value:
+                seen = ", ".join(list(record.value)[:12])
+                yield LeftOut(record.where, "form", f"has {seen}; expected the {key!r} of {tool}")
+                continue
+            with shaped(record.where, tool):
+                yield from page(record, file, reading)
+
+    return read
 
 
 @contextmanager

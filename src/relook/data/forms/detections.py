@@ -72,9 +72,8 @@ def read_voc(path: Path, reading: Reading) -> Iterator[Found]:
             name = page.findtext("filename") or f"{file.stem}.jpg"
             with shaped(f"{file}:1", "Pascal VOC"):
                 sides = [int(page.findtext(f"size/{side}") or 0) for side in ("width", "height")]
-                size = (sides[0], sides[1]) if all(sides) else None
                 regions = [_object(each, f"{file}:1", reading) for each in page.iter("object")]
-            yield from page_questions(reading.image(file, name), size, regions, f"{file}:1", reading)
+            yield from page_questions(reading.image(file, name), sides, regions, f"{file}:1", reading)
 
 
 def _object(entry: Element, where: str, reading: Reading) -> Region:
@@ -116,7 +115,7 @@ def read_cvat(path: Path, reading: Reading) -> Iterator[Found]:
             kinds = [shape for shape in page if shape.get("label") is not None]
             regions = [region for shape in kinds for region in _shape(shape, where, reading)]
         image = reading.image(path, name, name.rpartition("/")[2])
-        yield from page_questions(image, (size[0], size[1]) if all(size) else None, regions, where, reading)
+        yield from page_questions(image, size, regions, where, reading)
     if empty:
         raise UserError(f"{path}: holds no <image>; export the task as 'CVAT for images 1.1' (tracks are of videos)")
 

@@ -20,16 +20,14 @@ from relook.data.forms.annotated import (
     Found,
     Reading,
     Region,
-    annotation_files,
     around,
-    json_object,
+    json_pages,
     numbers,
     object_list,
     page_questions,
-    shaped,
 )
 from relook.data.items import LeftOut, Question
-from relook.data.reader import read_members
+from relook.data.reader import Record, read_members
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 
@@ -47,45 +45,34 @@ def read_docvqa(path: Path, reading: Reading) -> Iterator[Found]:
         yield Question.from_dict({**data, "image": image}, where, columns)
 
 
-def read_funsd(path: Path, reading: Reading) -> Iterator[Found]:
-    """The linked questions and answers of pages of FUNSD: a file, or a folder of them."""
-    for file in annotation_files(path, ".json"):
-        record = json_object(file)
-        where = record.where
-        if "form" not in record.value:
-            yield LeftOut(where, "form", f"has {', '.join(record.value)}; expected the 'form' of FUNSD")
-            continue
-        with shaped(where, "FUNSD"):
-            entities = {each.get("id"): each for each in object_list(record.value["form"], "form", where)}
-            regions = []
-            for key, entity in entities.items():
-                links = [pair[1] for pair in entity.get("linking") or () if pair[0] == key and pair[1] in entities]
-                answers = [entities[to] for to in links if entities[to].get("label") == "answer"]
-                text = " ".join(str(answer.get("text", "")) for answer in answers).strip()
-                if entity.get("label") == "question" and text:
-                    label = str(entity.get("text", "")).strip().rstrip(":").strip()
-                    box = around([numbers(a["box"], where)[at : at + 2] for a in answers for at in (0, 2)])
-                    regions.append(Region(label, box, text))
-        yield from page_questions(_page(reading, file), None, regions, where, reading)
+def _funsd_page(record: Record, file: Path, reading: Reading) -> Iterator[Found]:
+    """The questions of a page with the answers that are linked to them."""
+    where = record.where
+    entities = {each.get("id"): each for each in object_list(record.value["form"], "form", where)}
+    regions = []
+    for key, entity in entities.items():
+        links = [pair[1] for pair in entity.get("linking") or () if pair[0] == key and pair[1] in entities]
+        answers = [entities[to] for to in links if entities[to].get("label") == "answer"]
+        text = " ".join(str(answer.get("text", "")) for answer in answers).strip()
+        if entity.get("label") == "question" and text:
+            label = str(entity.get("text", "")).strip().rstrip(":").strip()
+            box = around([numbers(a["box"], where)[at : at + 2] for a in answers for at in (0, 2)])
+            regions.append(Region(label, box, text))
+    yield from page_questions(_image(reading, file), None, regions, where, reading)
 
 
-def read_cord(path: Path, reading: Reading) -> Iterator[Found]:
-    """The fields of receipts of CORD: a file, or a folder of them."""
-    for file in annotation_files(path, ".json"):
-        record = json_object(file)
-        if "valid_line" not in record.value:
-            yield LeftOut(record.where, "form", f"has {', '.join(record.value)}; expected the 'valid_line' of CORD")
-            continue
-        with shaped(record.where, "CORD"):
-            regions = [
-                _line(line, record.where)
-                for line in object_list(record.value["valid_line"], "valid_line", record.where)
-            ]
-            size = (record.value.get("meta") or {}).get("image_size") or {}
-            sides = (size.get("width"), size.get("height"))
-            known = sides if all(isinstance(side, int) for side in sides) else None
-            asked = [region for region in regions if region.text]
-            yield from page_questions(_page(reading, file), known, asked, record.where, reading)  # type: ignore[arg-type]
+def _cord_page(record: Record, file: Path, reading: Reading) -> Iterator[Found]:
+    """The fields of a receipt."""
+    where = record.where
+    regions = [_line(line, where) for line in object_list(record.value["valid_line"], "valid_line", where)]
+    size = (record.value.get("meta") or {}).get("image_size") or {}
+    asked = [region for region in regions if region.text]
+    sides = (size.get("width"), size.get("height"))
+    yield from page_questions(_image(reading, file), sides, asked, where, reading)
+
+
+read_funsd = json_pages("form", "FUNSD", _funsd_page)
+read_cord = json_pages("valid_line", "CORD", _cord_page)
 
 
 def _line(line: Mapping[str, Any], where: str) -> Region:
@@ -98,6 +85,6 @@ def _line(line: Mapping[str, Any], where: str) -> Region:
     return Region(str(line.get("category") or ""), around(corners) if corners else None, text)
 
 
-def _page(reading: Reading, file: Path) -> str:
+def _image(reading: Reading, file: Path) -> str:
     """The image of a file of annotations: the one of its name."""
     return reading.image(file, *(f"{file.stem}{suffix}" for suffix in PICTURES))

@@ -26,9 +26,9 @@ from relook.data.forms.annotated import (
     Found,
     Reading,
     Region,
-    annotation_files,
     around,
     json_object,
+    json_pages,
     numbers,
     object_list,
     page_questions,
@@ -36,7 +36,7 @@ from relook.data.forms.annotated import (
     turned,
 )
 from relook.data.items import COLUMNS, LeftOut, Question, column
-from relook.data.reader import read_records
+from relook.data.reader import Record, read_records
 from relook.errors import UserError
 
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")  # what Label Studio puts before the name of an uploaded file
@@ -206,21 +206,16 @@ def _answer(data: Mapping[str, Any], loose: Mapping[str, str], where: str, readi
 # -- LabelMe
 
 
-def read_labelme(path: Path, reading: Reading) -> Iterator[Found]:
-    """Questions of a file of LabelMe, or of a folder of them."""
-    for file in annotation_files(path, ".json"):
-        record = json_object(file)
-        value, where = record.value, record.where
-        if "shapes" not in value:
-            yield LeftOut(where, "form", f"has {', '.join(value)}; expected the 'shapes' of LabelMe")
-            continue
-        with shaped(where, "LabelMe"):
-            name = str(value.get("imagePath") or f"{file.stem}.jpg").replace("\\", "/")
-            image = reading.image(file, name, name.rpartition("/")[2])
-            size = (value.get("imageWidth"), value.get("imageHeight"))
-            known = size if all(isinstance(side, int) for side in size) else None
-            regions = [_shape(shape, where, reading) for shape in object_list(value["shapes"], "shapes", where)]
-            yield from page_questions(image, known, regions, where, reading)  # type: ignore[arg-type]
+def _labelme_page(record: Record, file: Path, reading: Reading) -> Iterator[Found]:
+    """The questions of an image."""
+    value, where = record.value, record.where
+    name = str(value.get("imagePath") or f"{file.stem}.jpg").replace("\\", "/")
+    size = (value.get("imageWidth"), value.get("imageHeight"))
+    regions = [_shape(shape, where, reading) for shape in object_list(value["shapes"], "shapes", where)]
+    yield from page_questions(reading.image(file, name, name.rpartition("/")[2]), size, regions, where, reading)
+
+
+read_labelme = json_pages("shapes", "LabelMe", _labelme_page)
 
 
 def _shape(shape: Mapping[str, Any], where: str, reading: Reading) -> Region:
