@@ -102,6 +102,7 @@ WRONG = [  # of a file, read as, images, the guess
     ("0-1000 xywh", None, ("a.png", "b.png"), '"0-1000 xywh"'),
     ("0-999", None, ("b.png",), '"0-1000"'),
     ("percent", None, ("a.png", "d.png"), '"percent"'),  # which might be pixels of one corner
+    ("percent xywh", None, ("a.png", "d.png"), '"percent xywh"'),
     ("stored", None, (TURNED,), '"stored"'),
     ("pixels", "0-1", tuple(SIZES), '"pixels"'),
     ("pixels", "percent xywh", tuple(SIZES), '"pixels"'),

@@ -366,6 +366,8 @@ def record_item(record: Record, source: ItemSource, options: BuildOptions, opene
 def _refuse_dialect(spec: ItemSource, source: Source, found: Records) -> None:
     """Raises UserError where the first questions of a source have boxes of another dialect."""
     for number in range(min(len(found), TRIED)):
+        if "messages" in found[number].value:
+            return
         with suppress(UserError):  # which is told when its turn comes
             thing = source.thing(found[number])
             if isinstance(thing, Item):

@@ -92,6 +92,8 @@ class BoxFit:
     def _guesses(self) -> list[str]:
         """The dialects of the first units in which all but a few of the boxes are possible."""
         for units, largest in LARGEST.items():
+            if units == "pixels" and self._scale(0.5):
+                continue
             found = [order for order in ORDERS if self._possible(units, order)] if self.most <= largest else []
             if found:
                 turned = ["stored"] if (units, found[0]) == ("pixels", "yxyx") else []  # sides swapped, either way
@@ -105,10 +107,13 @@ class BoxFit:
         return bad <= FEW * len(self.held)
 
     def _unlikely(self) -> list[str]:
-        """Units whose whole scale the numbers use, and end there, though every image is larger."""
-        if self.said or self.boxes < UNLIKELY or self.dialect[0] != "pixels":
-            return []
-        ends = [(units, LARGEST[units]) for units in ("percent", "0-1000")]
-        return [
-            f"{u} {self.dialect[1]}" for u, end in ends if 0.8 * end < self.reach <= self.most <= end < self.least / 1.3
-        ]
+        """The dialect of pixels that are all in one corner, where nobody said that they are pixels."""
+        scale = "" if self.said or self.dialect[0] != "pixels" else self._scale(0.8)
+        return [f"{scale} {self.dialect[1]}"] if scale else []
+
+    def _scale(self, share: float) -> str:
+        """The scale of which the numbers use a share, and with which they end, though images do not; "" for none."""
+        if self.boxes < UNLIKELY:
+            return ""
+        ends = ((units, LARGEST[units]) for units in ("percent", "0-1000"))
+        return next((u for u, end in ends if share * end < self.reach <= self.most <= end < self.least / 1.3), "")
