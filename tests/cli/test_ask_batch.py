@@ -75,6 +75,32 @@ def test_answers_to_other_questions_are_not_gone_on_with(questions, tmp_path):
         ask_file(Parrot(), questions, out)
 
 
+def test_answers_with_other_options_are_not_gone_on_with(questions, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    ask_file(Parrot(), questions, out, box=(1, 2, 30, 40))
+    assert read(out)[0]["options"] == {"box": [1.0, 2.0, 30.0, 40.0]}
+    ask_file(Parrot(stop_after=0), questions, out, box="1,2,30,40")  # the same
+    with pytest.raises(UserError, match=r"answer 1 has the options \{'box'.*but it would be None"):
+        ask_file(Parrot(), questions, out)
+    with pytest.raises(UserError, match=r"would be \{'look': 'none'\}; give another place"):
+        ask_file(Parrot(), questions, out, look="none")
+
+
+def test_a_list_of_one_image_is_one_and_errors_name_no_other_question(tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    lines = [{"image": ["a.png"], "question": "Q?"}, {"image": "gone.png", "question": "Q?"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["ask", "-m", "cards-tiny", "--batch", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "answers.jsonl")]
+    done = CliRunner().invoke(app, [*words, "--max-new-tokens", "2"])
+    assert done.exit_code == 0, done.output
+    first, second = read(tmp_path / "answers.jsonl")
+    assert (first["image"], second["number"]) == ("a.png", 2)
+    assert second["error"].startswith(str(tmp_path / "gone.png"))
+    (tmp_path / "q.jsonl").write_text('{"image": ["a.png", "b.png"], "question": "Q?"}\n')
+    with pytest.raises(UserError, match=r"q.jsonl:1: has 2 images, and the keys image, question"):
+        ask_file(Parrot(), tmp_path / "q.jsonl", tmp_path / "more.jsonl")
+
+
 def test_the_command_asks_a_csv_of_a_real_model(tmp_path):
     picture(0).save(tmp_path / "a.png")
     (tmp_path / "q.csv").write_text("image,question\na.png,What is the total?\na.png,Who?\n")

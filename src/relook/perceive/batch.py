@@ -13,9 +13,10 @@ from relook.data.items import Item, column, item_question
 from relook.data.reader import folder_of, readable
 from relook.errors import RelookError, UserError
 from relook.io import append_lines, read_lines
+from relook.options import AskOptions
 
 AT_ONCE = 8
-_SAME = ("image", "question", "model")  # of a line that was answered before
+_SAME = ("image", "question", "model", "options")  # of a line that was answered before
 
 
 def ask_file(
@@ -27,8 +28,8 @@ def ask_file(
 ) -> tuple[int, int]:
     """Ask every question of a file and append each answer to `out` (JSON lines); what is there already is not asked.
 
-    A line of `out` has `number` (from 1), `image`, `question`, `model`, and `answer` with its `looks` and `finish`, or
-    `error` where the question could not be asked.
+    A line of `out` has `number` (from 1), `image`, `question`, `model`, `options` (what is not left to the model), and
+    `answer` with its `looks` and `finish`, or `error` where the question could not be asked.
 
     Args:
         questions: records with an image and a question (by their usual names), or items. Images of a Parquet file
@@ -45,21 +46,21 @@ def ask_file(
     out = Path(out)
     if out.resolve() == Path(questions).resolve():
         raise UserError(f"{out} is the file of questions; give another place for the answers")
-    asked = list(_questions(questions))
+    asked, said = list(_questions(questions)), _said(options)
     out.parent.mkdir(parents=True, exist_ok=True)
     before = {line.get("number"): line for line in read_lines(out)}
     for number, line in before.items():
-        said = _line(asked[number - 1], vlm.name) if number in range(1, len(asked) + 1) else {}
-        if differs := [key for key in _SAME if line.get(key) != said.get(key)]:
+        now = _line(asked[number - 1], vlm.name) | said if number in range(1, len(asked) + 1) else {}
+        if differs := [key for key in _SAME if line.get(key) != now.get(key)]:
             raise UserError(
                 f"{out}: answer {number} has the {differs[0]} {line.get(differs[0])!r}, but it would be "
-                f"{said.get(differs[0])!r}; give another place for the answers"
+                f"{now.get(differs[0])!r}; give another place for the answers"
             )
     waiting = iter([(number, each) for number, each in enumerate(asked, 1) if number not in before])
     failed, done = sum("error" in line for line in before.values()), len(before)
     while several := list(islice(waiting, AT_ONCE)):
         progress(Path(questions).name, done, len(asked))
-        lines = list(_answered(vlm, several, folder_of(questions), options))
+        lines = [line | said for line in _answered(vlm, several, folder_of(questions), options)]
         append_lines(out, lines)
         failed, done = failed + sum("error" in line for line in lines), done + len(lines)
     progress(Path(questions).name, done, len(asked))
@@ -74,13 +75,23 @@ def _questions(path: str | Path) -> Iterator[dict[str, Any]]:
     for record in map(readable, source.records() if rows and source.form.name == "hub" else source.scan()):
         if rows and "messages" not in record.value:
             image, text = (column(record.value, name, {}) for name in ("image", "question"))
+            image = image[0] if isinstance(image, list) and len(image) == 1 else image
         else:
             thing = source.thing(record)
             found = item_question(thing) if isinstance(thing, Item) else thing
             image, text = (None, None) if found is None else (found.image, found.text)
         if not isinstance(image, str | dict) or not isinstance(text, str) or not text.strip():
-            raise UserError(f"{record.where}: has the keys {', '.join(record.value)}; expected image and question")
+            several = f"{len(image)} images, and" if isinstance(image, list) else ""
+            raise UserError(
+                f"{record.where}: has {several} the keys {', '.join(record.value)}; expected an image and a question"
+            )
         yield {"image": image, "question": text}
+
+
+def _said(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a line says of the options that differ from those of every question; nothing where none does."""
+    given = AskOptions.of(options).model_dump(exclude_defaults=True, exclude={"fetch"}, mode="json")
+    return {"options": given} if given else {}
 
 
 def _line(asked: dict[str, Any], model: str) -> dict[str, str]:
@@ -107,7 +118,7 @@ def _answered(
     for (number, each), answer in zip(several, answers, strict=True):
         line: dict[str, Any] = {"number": number, **_line(each, vlm.name)}
         if isinstance(answer, RelookError):
-            yield line | {"error": str(answer)}
+            yield line | {"error": str(answer).removeprefix("question 0: ")}  # of one that was asked alone
         else:
             looks = [look.to_dict(False) for look in answer.looks]
             yield line | {"answer": answer.text, "looks": looks, "finish": answer.finish}
