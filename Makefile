@@ -41,7 +41,7 @@ $(VENV)/.dev: $(VENV)/.core zoo/pyproject.toml
 
 $(VENV)/.slow: $(VENV)/.dev
 	@echo "installing what the long tests need besides"
-	$(PIP) -e ".[dev,serve,ray-serve,deepspeed,qlora,captions]"
+	$(PIP) -e ".[dev,serve,ray-serve,deepspeed,qlora,captions,notebook]"
 	@touch $@
 
 setup: $(VENV)/.dev  ## a virtual environment with everything, in .venv

@@ -1,9 +1,14 @@
-"""docs/own-data.md: its commands run in order, on a few pages and two training steps."""
+"""docs/own-data.md: its commands run in order, on a CSV, a few pages and two training steps."""
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import re
+import subprocess
+import sys
+import urllib.request
 
 import pytest
 from support import ROOT
@@ -20,7 +25,7 @@ QUICK = {"train": SHORT, "evaluate": ["--n", "2"]}
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """The folder of somebody with ten receipts and questions about them."""
+    """The folder of somebody with ten receipts and a CSV of questions about them."""
     (tmp_path / "own/images").mkdir(parents=True)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     world, lines = Pages(5), []
@@ -28,9 +33,10 @@ def own(tmp_path, monkeypatch):
         page = world.sample(number)
         page.image.save(tmp_path / f"own/images/{number}.png")
         for qa in page.qas[:2]:
-            line = {"image": f"images/{number}.png", "question": qa.question, "answer": qa.answer, "field": qa.field}
-            lines.append(json.dumps(line | {"bboxs": [list(box) for box in qa.boxes]}) + "\n")
-    (tmp_path / "own/questions.jsonl").write_text("".join(lines))
+            lines.append({"image": f"images/{number}.png", "question": qa.question, "answer": qa.answer})
+    with (tmp_path / "own/questions.csv").open("w", newline="") as file:
+        (table := csv.DictWriter(file, [*lines[0]])).writeheader()
+        table.writerows(lines)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "own"
 
@@ -41,14 +47,27 @@ def commands() -> list[list[str]]:
     return [[part.strip('"') for part in re.findall(r'"[^"]*"|\S+', line)] for line in lines]
 
 
+def serve(words: list[str]) -> str:
+    """The page that a server shows, which is then stopped."""
+    command = [sys.executable, "-m", "relook", *words, "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as running:
+        try:
+            address = next(found.group() for line in running.stderr if (found := re.search(r"http://[\d.]+:\d+", line)))
+            return urllib.request.urlopen(address, timeout=60).read().decode()
+        finally:
+            running.kill()
+
+
 def test_the_page_as_written(own):
-    said = {}
+    pytest.importorskip("rapidocr_onnxruntime", reason="needs relook[ocr]", exc_type=ImportError)
     for words in commands():
+        if words[0] == "serve":
+            assert "<title>" in serve(words)
+            continue
         done = CliRunner().invoke(app, [*words, *QUICK.get(words[0], [])])
         assert done.exit_code == 0, (words, done.output)
-        said[" ".join(words[:2])] = done.stdout
     items, kept = (json.loads((own / name).read_text()) for name in ("items.json", "items.val.json"))
-    assert len(items) + len(kept) == 20 and kept
+    assert len(items) + len(kept) >= 16 and kept, "OCR finds nearly all of the 20 answers"
     names = [{item["images"][0] for item in part} for part in (items, kept)]
     assert not names[0] & names[1]
     assert "data:image" in (own / "preview.html").read_text()
