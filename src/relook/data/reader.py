@@ -170,17 +170,32 @@ def _scan_lines(path: Path, file: IO[bytes]) -> Iterator[Record | Unreadable]:
 def _scan_csv(path: Path, file: IO[bytes]) -> Iterator[Record | Unreadable]:
     """Rows as records of text, empty ones left out; they are separated by what the line of names has most of."""
     lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    at = 0
     try:
-        names = lines.readline()
+        for at, names in enumerate(lines, start=1):  # noqa: B007
+            if names.strip():
+                break
+        else:
+            return
+        head = at
         csv.field_size_limit(LARGEST_RECORD)
-        rows = csv.DictReader(itertools.chain([names], lines), delimiter=max(",\t;", key=names.count))
+        mark = max(",\t;", key=names.count)
+        rows = csv.DictReader(itertools.chain([names], lines), delimiter=mark, skipinitialspace=True, strict=True)
+        columns = [name.strip() for name in rows.fieldnames or ()]
+        if twice := [name for name in columns if name and columns.count(name) > 1]:
+            raise UserError(f"{path}:{head}: has two columns called {twice[0]!r}; rename one of them")
+        rows.fieldnames = columns
         for row in rows:
+            at = head - 1 + rows.line_num
             if None in row:
                 why = f"{len(row[None])} values more than the {len(row) - 1} columns; put texts with a comma in quotes"
-                yield Unreadable(place_of_record(path, rows.line_num), why)
+                yield Unreadable(place_of_record(path, at), why)
             else:
-                yield Record({key: text for key, text in row.items() if key and text}, str(path), rows.line_num)
-    except (csv.Error, UnicodeDecodeError) as error:
+                yield Record({key: text for key, text in row.items() if key and text}, str(path), at)
+    except csv.Error as error:
+        why = f"a quote that does not close, or that opens in front of only a part of a value ({error})"
+        raise UserError(f"{path}:{at + 1}: {why}; put the whole value in quotes, and double those in it") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: not CSV that can be read ({error}); save it as UTF-8 with a line of names") from None
 
 

@@ -23,9 +23,9 @@ from relook.data.forms.detection import VG_LISTS, read_coco, read_visual_genome
 from relook.data.forms.detections import read_cvat, read_voc, read_yolo
 from relook.data.forms.documents import read_cord, read_docvqa, read_funsd
 from relook.data.forms.recognize import LIST, Keys, first_record, folder_samples, some_record
-from relook.data.forms.table import class_names, read_hub, row_question, several_images, stored_image
+from relook.data.forms.table import class_names, has_corners, read_hub, row_question, several_images, stored_image
 from relook.data.forms.tools import is_label_studio, is_via, read_label_studio, read_labelme, read_via
-from relook.data.items import IMAGE_KEYS, Item, LeftOut, Question, item_question
+from relook.data.items import COLUMNS, IMAGE_KEYS, Item, LeftOut, Question, item_question
 from relook.data.published import fetch
 from relook.data.reader import Record, Unreadable, folder_of, parquet_files, readable, scan
 from relook.data.records import Records, holds_items, is_saved_dataset, records, saved_columns
@@ -112,6 +112,12 @@ def _is_coco(data: Mapping[str, Any]) -> bool:
     return "annotations" in data or data.get("images") is LIST
 
 
+def _is_question(data: Mapping[str, Any]) -> bool:
+    """Whether a record has a question, whatever else it has; a text with its label only beside a box."""
+    boxed = _has(*COLUMNS["bboxs"])(data) or has_corners(data)
+    return _has("question", "query", "prompt")(data) or (boxed and _all("text", "label")(data))
+
+
 # fmt: off
 _ROWS = (
     Format("swift", '{"messages", "objects": {"ref", "bbox"}} of ms-swift', _all("messages", "objects"),
@@ -120,6 +126,7 @@ _ROWS = (
     Format("viscot", '{"image": [path, path###[box]], "conversations"}', _is_viscot, _parsed(viscot_question)),
     Format("llava", '{"image", "conversations"}', _has("conversations"), _parsed(llava_conversation)),
     Format("label-studio", "Label Studio's JSON or JSON-MIN", is_label_studio, read=read_label_studio, asks=True),
+    Format("questions", '{"image", "question", "answer", "bboxs"}, CSV, TSV', _is_question, record_thing),
     Format("labelme", '{"shapes", "imagePath"}: a file or a folder of LabelMe', _lists("shapes"), read=read_labelme,
            folder=True, asks=True),
     Format("funsd", '{"form": [{"box", "text", "linking"}]}: a file or a folder', _lists("form"), read=read_funsd,
@@ -135,8 +142,6 @@ _ROWS = (
     Format("yolo", "YOLO's data.yaml, or its folder", _has("names", "classes.txt"), read=read_yolo, folder=True,
            asks=True),
     Format("pope", '{"image", "text", "label"}', _all("text", "label"), _parsed(pope_question)),
-    Format("questions", '{"image", "question", "answer", "bboxs"}, CSV, TSV', _has("question", "query", "prompt"),
-           record_thing),
     Format("hub", "a dataset with an image column: hub id, folder, parquet", lambda data: False),
 )
 # fmt: on

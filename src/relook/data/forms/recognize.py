@@ -31,6 +31,8 @@ _SEEN = (  # how a file begins, what that is, and what to do
     (b"PK\x03\x04", "a ZIP archive or a spreadsheet", "unpack it, or save the sheet as CSV"),
     (b"\xd0\xcf\x11\xe0", "an old Office document", "save the sheet as CSV"),
     (b"\x1f\x8b", "a gzip archive", "unpack it"),
+    (b"\xff\xfe", "text in UTF-16", "save it as UTF-8"),
+    (b"\xfe\xff", "text in UTF-16", "save it as UTF-8"),
     (b"PAR1", "Parquet", "let its name end in .parquet"),
     (b"SQLite format 3", "a SQLite database", "export the table as CSV"),
     (b"version https://git-lfs", "a pointer of Git LFS", "get the file itself (git lfs pull)"),
@@ -62,7 +64,7 @@ def first_record(path: Path, enough: Callable[[Mapping[str, Any]], bool]) -> dic
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     for start, seen, cure in _SEEN:
         if text[:40].lower().startswith(start.lower()):
-            raise UserError(f"{path}: looks like {seen}, which holds no questions; {cure}")
+            raise UserError(f"{path}: looks like {seen}, which holds no questions as it is; {cure}")
     if path.suffix in (".yaml", ".yml"):
         raw = read_yaml(path)
         return raw if isinstance(raw, dict) else {}

@@ -25,8 +25,11 @@ from relook.io import replacing_file
 CORNERS = (  # columns (or keys of a box) that are x1, y1, x2, y2
     ("x1", "y1", "x2", "y2"),
     ("xmin", "ymin", "xmax", "ymax"),
+    ("x_min", "y_min", "x_max", "y_max"),
     ("left", "top", "right", "bottom"),
 )
+
+SIDES = ("width", "height", "resized_width", "resized_height")
 
 
 def row_question(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Question:
@@ -39,8 +42,8 @@ def row_question(row: Mapping[str, Any], columns: Mapping[str, str], where: str)
             if len(image) != 1:
                 raise LeftOut(where, "form", f"{len(image)} images, and which one its boxes are of is not said")
             (image,) = image
-        boxes = _boxes(row if boxes is None else boxes)
-        sides = {key: _number(row[key]) for key in ("width", "height") if isinstance(row.get(key), str)}
+        boxes = _row_box(row) if boxes is None else _boxes(boxes)
+        sides = {key: _number(row[key]) for key in SIDES if isinstance(row.get(key), str)}
     line = {**row, **sides, "image": stored_image(image, where)} | ({} if boxes is None else {"bboxs": boxes})
     return Question.from_dict(line, where, {k: v for k, v in columns.items() if k not in ("image", "bboxs")})
 
@@ -56,6 +59,26 @@ def several_images(row: Mapping[str, Any], columns: Mapping[str, str], where: st
     turns = (Message("user", f"{'<image>' * len(images)}\n{question.text}"), Message("assistant", question.answer))
     shown = tuple(stored_image(image, where) for image in images)
     return Item(turns, {key: shown if key == "images" else () for key in IMAGE_KEYS}, {}, where)
+
+
+def has_corners(row: Mapping[str, Any]) -> bool:
+    """Whether a row has columns that are a box."""
+    return any(all(name in row for name in names) for names in CORNERS)
+
+
+def _row_box(row: Mapping[str, Any]) -> Any:
+    """The box in a row's own columns, None where it has none. What is half a box, or no corners, is refused."""
+    if not has_corners(row):
+        for names in CORNERS:
+            there = [name for name in names if row.get(name) is not None]
+            if len(there) > 1:
+                lacking = ", ".join(name for name in names if name not in there)
+                raise UserError(f"has {', '.join(there)} and no {lacking}; give all four, or none of them")
+        for names in (("x", "y", "w", "h"), ("x", "y", "width", "height")):
+            if all(name in row for name in names):
+                units = "x1, y1, x2, y2 and say --units xywh"
+                raise UserError(f"{', '.join(names)} are no corners; call these columns {units}")
+    return _boxes(row)
 
 
 def _boxes(value: Any) -> Any:
