@@ -373,7 +373,7 @@ def _answers(value: Any) -> tuple[Any, ...]:
             each = next((each[key] for key in ("text", "answer") if key in each), each)
         if isinstance(each, bool):
             each = "yes" if each else "no"
-        elif isinstance(each, int | float) and math.isfinite(each):
+        elif isinstance(each, int | float) and abs(each) < math.inf:
             each = str(each)
         said.append(each)
     return tuple(each for number, each in enumerate(said) if each not in said[:number])
@@ -390,7 +390,7 @@ def _boxes(value: Any, where: str) -> tuple[Numbers, ...]:
 
 def _numbers(value: Any, where: str) -> Numbers:
     numbers = isinstance(value, list | tuple) and len(value) == 4
-    if not numbers or not all(isinstance(v, int | float) and math.isfinite(v) for v in value):
+    if not numbers or not all(isinstance(v, int | float) and abs(v) < 1e9 for v in value):
         raise UserError(f"{where}: box {value!r}; expected [x1, y1, x2, y2] in pixels")
     return value[0], value[1], value[2], value[3]
 

@@ -74,7 +74,9 @@ def _renamed(data: dict[str, Any], columns: Mapping[str, str], where: str) -> di
 def record_thing(data: dict[str, Any], where: str, reading: Reading) -> Found:
     """The item of a published record; of another one the question, or an item where it shows several images."""
     if "messages" in data:
-        return stored_item(data, where)
+        objects = data.get("objects")
+        is_swift = isinstance(objects, Mapping) and bool({"ref", "bbox"} & {*objects})
+        return swift_record(data, where) if is_swift else stored_item(data, where)
     return several_images(data, reading.columns, where) or row_question(data, reading.columns, where)
 
 
@@ -146,6 +148,7 @@ _ROWS = (
 )
 # fmt: on
 FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
+COUNTED = ("label-studio", "yolo")  # forms whose boxes are shares of the image
 
 
 class Source:
@@ -183,6 +186,10 @@ class Source:
         name = self.form.name
         if split and name not in ("hub", "yolo") and not is_saved_dataset(self.path):
             raise UserError(f"{self.path}: read as {name}, which has no split; only datasets have")
+        if units and self.form.read is not None and (name in COUNTED or parse_units(units)[1] != "xyxy"):
+            raise UserError(
+                f"{self.path}: read as {name}, which says itself what a box's numbers are; leave out --units"
+            )
         if ask and not self.form.asks:
             raise UserError(f"{self.path}: read as {name}, whose questions are its own; leave out --ask")
         self.reading = Reading(Path(image_root or folder_of(self.path)), dict(columns or {}), ask, split)

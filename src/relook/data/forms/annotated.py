@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ NAMES = {  # of attributes: ours, and the names that people give them
     "label": ("label", "class", "name", "type", "category", "key", "field"),
     "text": ("text", "transcription", "value", "utf8_string", "ocr", "description"),
 }
+_SPELT = re.compile(r"_|(?<=\w\w)\.(?=\w\w)")  # what stands for a space in a label without one
 PLACES = ("", "images", "image", "JPEGImages", "../images", "../image", "../JPEGImages")
 
 Found = Question | LeftOut
@@ -57,7 +59,7 @@ class Reading:
         given = self.columns.get(ours) or (self.columns.get("answer") if ours == "text" else None)
         names = (given,) if given else NAMES[ours]
         value = next((data[name] for name in names if data.get(name)), None)
-        if value is None and ours == "label" and not given and len(data) == 1:
+        if value is None and ours == "label" and not given and len(data) == 1 and not {*data} & {*NAMES["text"]}:
             (value,) = data.values()
         if isinstance(value, Mapping):  # the boxes that are checked: {"dog": true}
             value = ", ".join(str(key) for key, checked in value.items() if checked)
@@ -103,7 +105,7 @@ def page_questions(
     for region in regions:
         groups.setdefault(region.label, []).append(region)
     for label, group in groups.items():
-        name = " ".join(label.replace("_", " ").replace(".", " ").split())
+        name = " ".join((label if " " in label.strip() else _SPELT.sub(" ", label)).split())
         texts = list(dict.fromkeys(region.text for region in group if region.text))
         if not name:
             yield LeftOut(where, "form", f"{len(group)} regions of {image} have no label")
@@ -113,8 +115,8 @@ def page_questions(
         else:
             asked, answer = (reading.ask or WHAT_IS).replace("{label}", name), texts[0] if texts else ""
             group = [region for region in group if region.text]
-        if len(texts) > 1 or not answer:
-            seen = "say different things" if texts else "have no text"
+        if len(texts) > 1 or not answer or (texts and len(group) < len(groups[label])):
+            seen = "have no text" if not texts else "say different things" if len(texts) > 1 else "not all have a text"
             why = f"{len(groups[label])} regions of {image} are called {label!r} and {seen}"
             yield LeftOut(where, "form", f"{why}, so {asked!r} has no answer")
             continue
@@ -139,11 +141,18 @@ def turned(box: Sequence[float], degrees: float, center: Sequence[float]) -> lis
     return [[round(center[0] + x * cos - y * sin, 6), round(center[1] + x * sin + y * cos, 6)] for x, y in offsets]
 
 
+def ellipse(x: float, y: float, wide: float, high: float, degrees: float = 0) -> list[float]:
+    """The box around an ellipse of these radii about (x, y), after a clockwise turn."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    across, down = math.hypot(wide * cos, high * sin), math.hypot(wide * sin, high * cos)
+    return [round(value, 6) for value in (x - across, y - down, x + across, y + down)]
+
+
 def numbers(values: Sequence[Any], where: str) -> list[float]:
     """The numbers of these values. Raises UserError where one is none."""
     try:
         found = [float(value) for value in values]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = [math.nan]
     if not all(map(math.isfinite, found)):
         raise UserError(f"{where}: {list(values)} are no numbers; expected coordinates")
@@ -190,7 +199,7 @@ def shaped(where: str, tool: str) -> Iterator[None]:
         yield
     except UserError:  # which is a ValueError
         raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
         seen = f"{type(error).__name__}: {error}"
         raise UserError(f"{where}: not as {tool} writes it ({seen}); export it again, or remove the entry") from error
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -40,7 +41,8 @@ ASKS_FOR_BOX = re.compile(
     r"\s*Please provide the bounding box coordinate of the region that can help you answer the question better\.\s*$"
 )
 _BOX = re.compile(r"(?P<path>.*)###\[(?P<box>[^\]]*)\]", re.DOTALL)
-_TAGGED = re.compile(r"<ref>(?P<name>.*?)</ref>|<box>(?P<box>[^<]*\d[^<]*)</box>", re.DOTALL)
+_REF = re.compile(r"<ref>(.*?)</ref>", re.DOTALL)
+_TAGGED = re.compile(r"<box>(?P<box>[^<]*\d[^<]*)</box>")
 _MARKS = re.compile("<ref-object>|<bbox>")
 _HALF_DIGIT = 0.0005  # fractions are written with three decimals
 LARGEST_SIDE = 1e5  # pixels; what a box at the very edge would otherwise leave open
@@ -70,7 +72,7 @@ def llava_conversation(data: Mapping[str, Any], where: str) -> Question | Item:
     said = " ".join(turn.content for turn in messages)
     if "<video>" in said and not (data.get("video") or data.get("videos")):
         raise LeftOut(where, "unresolved", "<video> in a text, and the record has none")
-    if any(found["box"] for found in _TAGGED.finditer(said)):
+    if _TAGGED.search(said):
         raise LeftOut(where, "unresolved", "<box> in a conversation of several turns or images")
     keys = ("id", "conversations", "image", "images", "system", *IMAGE_KEYS)
     extra = {key: value for key, value in data.items() if key not in keys}
@@ -78,10 +80,10 @@ def llava_conversation(data: Mapping[str, Any], where: str) -> Question | Item:
 
 
 def _tagged(data: Mapping[str, Any], question: Question) -> Question:
-    """The question with <ref> and <box> in its texts resolved."""
+    """The question with the <box> of its answer resolved, whose numbers are thousandths whatever others are."""
     where, answer = question.where, question.answer
-    found = [match["box"] for match in _TAGGED.finditer(answer) if match["box"]]
-    if any(match["box"] for match in _TAGGED.finditer(question.text)):
+    found = [match["box"] for match in _TAGGED.finditer(answer)]
+    if _TAGGED.search(question.text):
         raise LeftOut(where, "unresolved", "<box> in a question points at a place, which words cannot")
     if "<video>" in question.text + answer and not (data.get("video") or data.get("videos")):
         raise LeftOut(where, "unresolved", "<video> in a text, and the record has none")
@@ -90,16 +92,14 @@ def _tagged(data: Mapping[str, Any], question: Question) -> Question:
     if not all(isinstance(data.get(side), int) for side in ("width", "height")):
         raise LeftOut(where, "unresolved", "<box> counts in thousandths of the image; add its width and height")
     size = int(data["width"]), int(data["height"])
-    values = [float(number) for box in found for number in re.findall(r"\d+(?:\.\d+)?", box)]
+    values = [float(number) for box in found for number in re.findall(r"-?\d*\.?\d+", box)]
     quads = [values[i : i + 4] for i in range(0, len(values), 4)]
-    if len(values) % 4:
-        raise LeftOut(where, "unresolved", f"<box>{found[0]}</box> is no box; expected x1, y1, x2, y2")
-    return _resolved(
-        {"image": question.image, "question": question.text, "width": size[0], "height": size[1]},
-        _TAGGED.sub(lambda match: match["name"] or "", answer),
-        [list(read_box(quad, size, "0-1000")) for quad in quads],
-        where,
-    )
+    inside = all(0 <= value <= 1000 for value in values) and max(values) > 1
+    if len(values) % 4 or not inside or any(x1 > x2 or y1 > y2 for x1, y1, x2, y2 in quads):
+        raise LeftOut(where, "unresolved", f"<box>{found[0]}</box> is no box; expected x1, y1, x2, y2 in thousandths")
+    asked = {"image": question.image, "question": question.text, "width": size[0], "height": size[1]}
+    boxes = [list(read_box(quad, size, "0-1000")) for quad in quads]
+    return replace(_resolved(asked, _TAGGED.sub("", answer), boxes, where), written=())
 
 
 def _resolved(line: dict[str, Any], answer: str, boxes: list[list[float]], where: str) -> Question:
@@ -114,6 +114,8 @@ def swift_record(data: Mapping[str, Any], where: str) -> Question | Item:
     """A conversation of ms-swift: `<ref-object>` becomes the words it stands for, `<bbox>` a box of the question."""
     item, objects = Item.from_dict(data, where), data.get("objects")
     if not objects:
+        if any(_MARKS.search(turn.content) for turn in item.messages):
+            raise LeftOut(where, "unresolved", "<bbox> or <ref-object> in a text, and the record has no 'objects'")
         return item
     names, boxes = ([*(objects.get(key) or ())] if isinstance(objects, Mapping) else [] for key in ("ref", "bbox"))
     taken: list[Any] = []
@@ -158,7 +160,7 @@ def _turn(turn: Any, index: int, where: str) -> Message:
         raise UserError(
             f"{where}: conversations[{index}] is {str(turn)[:80]}; expected {{'from', 'value'}} by {', '.join(ROLES)}"
         )
-    return Message(ROLES[speaker], content)
+    return Message(ROLES[speaker], _REF.sub(r"\1", content))
 
 
 def viscot_question(data: Mapping[str, Any], where: str) -> Question:

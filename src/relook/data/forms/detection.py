@@ -14,7 +14,6 @@ No sentence here needs a model: counts and places follow from the boxes. Boxes b
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,8 +79,11 @@ def read_coco(path: Path, reading: Reading) -> Iterator[Found]:
         image, where = _number(record.value, "id", record.where), record.where
         name = record.value.get("file_name")
         head = {"image": reading.image(path, name) if isinstance(name, str) else name} | _sides(record.value)
+        named = {region.label for region in said.get(image, ())}
         for category, sides in counted.pop(image, {}).items():
-            if (image, category) not in crowds:
+            if names[category] in named:  # some have a text, so their number is not that of the kind
+                said[image] += [Region(names[category], box) for box in _boxes(sides)]
+            elif (image, category) not in crowds:
                 found, kind = _boxes(sides), names[category]
                 question = _question(head | {"field": kind}, HOW_MANY.format(label=kind), str(len(found)), found, where)
                 yield replace(question, notes=(AROUND,) * made[image, category])
@@ -183,7 +185,7 @@ def _sides(data: Mapping[str, Any]) -> dict[str, Any]:
 def _wide(value: Any, where: str) -> list[float]:
     """[x, y, width, height] checked: four finite numbers."""
     numbers: list[Any] = value if isinstance(value, list) and len(value) == 4 else [None]
-    if not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers):
+    if not all(isinstance(v, int | float) and abs(v) < 1e9 for v in numbers):
         raise UserError(f"{where}: box {value!r}; expected [x, y, width, height] in pixels")
     return [float(v) for v in numbers]
 

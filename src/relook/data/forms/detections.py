@@ -26,6 +26,7 @@ from relook.data.forms.annotated import (
     Region,
     annotation_files,
     around,
+    ellipse,
     numbers,
     page_questions,
     shaped,
@@ -43,7 +44,7 @@ def root_tag(path: Path) -> str:
     """The name of the outermost element of an XML file; "" where it is none."""
     try:
         return next((element.tag for _, element in ElementTree.iterparse(path, ["start"])), "")
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise _broken(path, error) from None
 
 
@@ -54,11 +55,13 @@ def _elements(path: Path, tag: str) -> Iterator[Element]:
             if element.tag == tag:
                 yield element
                 element.clear()
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise _broken(path, error) from None
 
 
-def _broken(path: Path, error: ElementTree.ParseError) -> UserError:
+def _broken(path: Path, error: Exception) -> UserError:
+    if not isinstance(error, ElementTree.ParseError):  # an encoding that the parser does not have
+        return UserError(f"{path}:1: XML that cannot be read ({error}); save it as UTF-8, and say so in its first line")
     return UserError(f"{path}:{error.position[0]}: broken XML ({str(error).partition(':')[0]}); export it again")
 
 
@@ -131,13 +134,14 @@ def _shape(shape: Element, where: str, reading: Reading) -> Iterator[Region]:
         box = numbers([shape.get(key) for key in ("xtl", "ytl", "xbr", "ybr")], where)
     elif shape.tag == "ellipse":
         x, y, wide, high = numbers([shape.get(key) for key in ("cx", "cy", "rx", "ry")], where)
-        box = [x - wide, y - high, x + wide, y + high]
+        box = ellipse(x, y, wide, high, angle)
     elif shape.get("points"):
         box = around([numbers(point.split(","), where) for point in str(shape.get("points")).split(";")])
     else:
         raise UserError(f"{where}: a <{shape.tag}> has no box; expected box, polygon, polyline, points or ellipse")
     center = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
-    yield Region(label, around(turned(box, angle, center)) if angle else box, text, bool(angle) or shape.tag != "box")
+    box = around(turned(box, angle, center)) if angle and shape.tag == "box" else box
+    yield Region(label, box, text, bool(angle) or shape.tag != "box")
 
 
 # -- YOLO
@@ -145,7 +149,7 @@ def _shape(shape: Element, where: str, reading: Reading) -> Iterator[Region]:
 
 def read_yolo(path: Path, reading: Reading) -> Iterator[Found]:
     """Questions of a set of YOLO: its data.yaml, or the folder that holds it or `classes.txt`."""
-    names, images = _yolo_set(path, reading.split or "train")
+    names, images, is_pose = _yolo_set(path, reading.split or "train")
     for image in images:
         labels = _labels_of(image)
         if labels is None:
@@ -154,37 +158,48 @@ def read_yolo(path: Path, reading: Reading) -> Iterator[Found]:
         if size is None:
             yield LeftOut(where, "form", f"no image at {image}, whose size the fractions need")
             continue
-        lines = labels.read_text(encoding="utf-8").splitlines()
-        regions = [_yolo_box(line, names, size, f"{labels}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+        lines = [line.split() for line in _lines(labels)]
+        regions = [_yolo_box(line, names, size, is_pose, f"{labels}:{n}") for n, line in enumerate(lines, 1) if line]
         yield from page_questions(reading.image(labels, str(image.absolute())), size, regions, where, reading)
 
 
-def _yolo_set(path: Path, split: str) -> tuple[dict[int, str], list[Path]]:
-    """The names of the classes, and the images of a split."""
+def _yolo_set(path: Path, split: str) -> tuple[dict[int, str], list[Path], bool]:
+    """The names of the classes, the images of a split, and whether boxes are followed by the key points of a pose."""
     folder = path if path.is_dir() else path.parent
-    if (file := next(iter(sorted(folder.glob("*.yaml"))), None) if path.is_dir() else path) is not None:
-        raw: Any = read_yaml(file)
-        names, given = raw.get("names"), raw.get(split)
-        names = dict(enumerate(names)) if isinstance(names, list) else names
-        if not isinstance(names, dict) or not given:
-            splits = ", ".join(key for key in ("train", "val", "test") if raw.get(key))
-            raise UserError(f"{file}: has no 'names' or no split {split!r}; its splits: {splits or 'none'}")
+    file = next(iter(sorted(folder.glob("*.yaml"))), None) if path.is_dir() else path
+    if file is None or file.name == "classes.txt":
+        names = {number: line.strip() for number, line in enumerate(_lines(folder / "classes.txt")) if line.strip()}
+        return names, _images(folder / "images", folder), False
+    raw: Any = read_yaml(file)
+    names, given = raw.get("names"), raw.get(split)
+    names = dict(enumerate(names)) if isinstance(names, list) else names
+    if not isinstance(names, dict) or not given:
+        splits = ", ".join(key for key in ("train", "val", "test") if raw.get(key))
+        raise UserError(f"{file}: has no 'names' or no split {split!r}; its splits: {splits or 'none'}")
+    images = []
+    for part in map(str, given if isinstance(given, list) else [given]):
         base = folder / str(raw.get("path") or "")
-        tried = [
-            base / str(given),
-            folder / str(given),
-            folder / str(given).removeprefix("../"),
-            folder / "images" / split,
-        ]
+        tried = [base / part, folder / part, folder / part.removeprefix("../")]
+        tried += [] if isinstance(given, list) else [folder / "images" / split]
         place = next((each for each in tried if each.exists()), None)
         if place is None:
             raise UserError(f"{file}: there is no {tried[0]}; put the images of the split {split!r} there")
-    else:
-        lines = (folder / "classes.txt").read_text(encoding="utf-8").splitlines()
-        names, place = dict(enumerate(line.strip() for line in lines if line.strip())), folder / "images"
+        images += _images(place, folder)
+    return names, images, "kpt_shape" in raw
+
+
+def _images(place: Path, folder: Path) -> list[Path]:
+    """The images in a folder, or that a list names."""
     if place.is_file():
-        return names, [folder / line.strip() for line in place.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return names, [file for file in sorted(place.rglob("*")) if file.suffix.lower() in PICTURES]
+        return [folder / line.strip() for line in _lines(place) if line.strip()]
+    return [file for file in sorted(place.rglob("*")) if file.suffix.lower() in PICTURES]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 ({error.reason}); save it as UTF-8") from None
 
 
 def _labels_of(image: Path) -> Path | None:
@@ -194,12 +209,14 @@ def _labels_of(image: Path) -> Path | None:
     return next((file for file in (Path(swapped), beside) if file.is_file()), None)
 
 
-def _yolo_box(line: str, names: dict[int, str], size: tuple[int, int], where: str) -> Region:
-    kind, *rest = numbers(line.split(), where)
-    if int(kind) not in names:
-        raise UserError(f"{where}: class {int(kind)} is not among the {len(names)} names")
+def _yolo_box(words: list[str], names: dict[int, str], size: tuple[int, int], is_pose: bool, where: str) -> Region:
+    kind, *rest = numbers(words, where)
+    if kind not in names:
+        raise UserError(f"{where}: class {kind:g} is not among the {len(names)} names (0, 1, ...)")
+    rest = rest[:4] if is_pose else rest
     if any(not 0 <= value <= 1.001 for value in rest) or len(rest) < 4 or (len(rest) > 5 and len(rest) % 2):
-        raise UserError(f"{where}: {line[:60]!r}; expected class, center x, center y, width, height, in fractions 0-1")
+        seen = " ".join(words)[:60]
+        raise UserError(f"{where}: {seen!r}; expected class, center x, center y, width, height, in fractions 0-1")
     if len(rest) > 5:
         corners = around([rest[i : i + 2] for i in range(0, len(rest), 2)])
     else:

@@ -16,10 +16,12 @@ https://www.robots.ox.ac.uk/~vgg/software/via/
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from relook.data.forms.annotated import (
     AROUND,
@@ -27,6 +29,7 @@ from relook.data.forms.annotated import (
     Reading,
     Region,
     around,
+    ellipse,
     json_object,
     json_pages,
     numbers,
@@ -50,20 +53,18 @@ def is_label_studio(data: Mapping[str, Any]) -> bool:
     """Whether a record is a task, or a line of JSON-MIN (some of its lists hold boxes with the image's size)."""
     if isinstance(data.get("data"), Mapping):
         return "annotations" in data or "completions" in data
-    return any(
-        isinstance(value, list) and value and isinstance(value[0], Mapping) and "original_width" in value[0]
-        for value in data.values()
-    )
+    return any(map(_is_boxes, data.values()))
 
 
 def read_label_studio(path: Path, reading: Reading) -> Iterator[Found]:
     """Questions of an export of Label Studio."""
     for record in read_records(path):
         value, where = record.value, record.where
-        data = value["data"] if isinstance(value.get("data"), Mapping) else value
+        own = {name: given for name, given in value.items() if not _is_boxes(given)}
+        data = value["data"] if isinstance(value.get("data"), Mapping) else own
         try:
             with shaped(where, "Label Studio"):
-                results = _results(value, where) if "data" in value else _min_results(value)
+                results = _results(value, where) if "data" in value else _min_results(value, where, reading)
                 yield from _task(data, results, path, where, reading)
         except LeftOut as error:
             yield error
@@ -78,19 +79,37 @@ def _results(task: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     return object_list(max(done, key=lambda each: bool(each.get("ground_truth")))["result"], "result", where)
 
 
-def _min_results(line: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The results of a line of JSON-MIN: boxes in the same place are one region, and lists of texts go with them."""
+def _min_results(line: Mapping[str, Any], where: str, reading: Reading) -> list[dict[str, Any]]:
+    """The results of a line of JSON-MIN: boxes in the same place are one region, and lists of texts go with them.
+
+    A list of one text is that text here.
+    """
     results: list[dict[str, Any]] = []
-    boxes = [value for value in line.values() if isinstance(value, list) and value and isinstance(value[0], Mapping)]
-    boxes = [value for value in boxes if "original_width" in value[0]]
-    for group in boxes:
-        results += [{**box, "id": str(number), "value": box} for number, box in enumerate(group)]
+    places: dict[str, None] = {}
+    for group in filter(_is_boxes, line.values()):
+        met: Counter[str] = Counter()
+        for box in group:
+            place = repr([(key, box[key]) for key in sorted(_PLACE & {*box})])
+            met[place] += 1
+            places[key := f"{place} {met[place]}"] = None
+            results.append({**box, "id": key, "value": box})
+    given = reading.columns.get("text", reading.columns.get("answer", "transcription"))
     for name, value in line.items():
-        if isinstance(value, list) and value not in boxes and len(value) == len(boxes[0]):
-            results += [{"id": str(number), "value": {"text": text}} for number, text in enumerate(value)]
+        texts = [value] if isinstance(value, str) and name == given else value
+        if name in (given, "text", "ocr") and isinstance(texts, list) and not _is_boxes(texts):
+            if len(texts) == len(places):
+                results += [{"id": key, "value": {"text": text}} for key, text in zip(places, texts, strict=True)]
+            elif name == given and places:
+                why = f"{len(texts)} texts {name!r} for {len(places)} regions, and for which is not said; export JSON"
+                raise LeftOut(where, "form", why)
         elif name not in COLUMNS["question"] and isinstance(value, Mapping) and "choices" in value:
             results.append({"from_name": name, "value": value})
     return results
+
+
+def _is_boxes(value: Any) -> bool:
+    """Whether a value of JSON-MIN is the regions of a control."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "original_width" in value[0]
 
 
 def _task(
@@ -116,20 +135,21 @@ def _task(
     for ref, shapes in pages.items():
         image = reading.image(path, *_names(ref))
         size = _size(shapes[0]) if shapes else None
-        regions = [_region(shape, where) for shape in shapes]
+        regions = [region for shape in shapes for region in _regions(shape, where)]
         if asked is None:
             regions += [Region(name, None, text) for name, text in loose.items() if text]
             yield from page_questions(image, size, regions, where, reading)
             continue
         line = {"image": image, "question": asked, "answer": _answer(data, loose, where, reading)}
         line |= {} if size is None else {"width": size[0], "height": size[1]}
-        line["bboxs"] = [list(region.box) for region in regions if region.box is not None]
+        line["bboxs"] = [list(box) for box in dict.fromkeys(tuple(r.box) for r in regions if r.box is not None)]
         notes = (AROUND,) * sum(region.around for region in regions)
         yield replace(Question.from_dict(line, where), notes=notes)
 
 
 _PLACED = ("original_width", "original_height", "image_rotation", "to_name", "item_index", "type")
 _PLACES = {"x", "points", "rle"}
+_PLACE = {"x", "y", "width", "height", "rotation", "radiusX", "radiusY", "points", "item_index"}
 
 
 def _asks(data: Mapping[str, Any], reading: Reading) -> bool:
@@ -153,9 +173,11 @@ def _image(data: Mapping[str, Any], part: Mapping[str, Any], where: str, reading
 def _names(ref: str) -> list[str]:
     """The names by which an image of Label Studio may lie here: local files, uploads (whose names get a prefix)."""
     if "/local-files/?d=" in ref:
-        return [ref.partition("?d=")[2]]
-    name = ref.rpartition("/")[2]
-    return [ref.removeprefix("/data/").lstrip("/"), name, _UPLOAD.sub("", name)] if "/" in ref else [ref]
+        names = [ref.partition("?d=")[2]]
+    else:
+        name = ref.rpartition("/")[2]
+        names = [ref.removeprefix("/data/").lstrip("/"), name, _UPLOAD.sub("", name)] if "/" in ref else [ref]
+    return [*names, *map(unquote, names)]
 
 
 def _size(part: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -163,32 +185,33 @@ def _size(part: Mapping[str, Any]) -> tuple[int, int] | None:
     return (width, height) if isinstance(width, int) and isinstance(height, int) else None
 
 
-def _region(part: Mapping[str, Any], where: str) -> Region:
-    """A region of merged results; percent become pixels."""
+def _regions(part: Mapping[str, Any], where: str) -> Iterator[Region]:
+    """The region of merged results, once for each of its labels; percent become pixels."""
     size, kind = _size(part), part.get("type")
     if size is None or part.get("image_rotation") or "rle" in part:
         seen = "is of a turned image" if part.get("image_rotation") else "has no box"
         raise LeftOut(where, "form", f"a region of Label Studio ({kind}) {seen}; expected boxes, polygons or ellipses")
     wide, high = size[0] / 100, size[1] / 100
-    label = next((value[0] for key, value in part.items() if key.endswith("labels") and value), "")
+    angle, is_box = float(part.get("rotation") or 0), not {"points", "radiusX"} & {*part}
     if "points" in part:
-        points = [numbers(point, where) for point in part["points"]]
-        return Region(label, around([[x * wide, y * high] for x, y in points]), _said(part), True)
-    names = ("x", "y", "radiusX", "radiusY") if "radiusX" in part else ("x", "y", "width", "height")
-    x, y, width, height = numbers([part.get(name) for name in names], where)
-    box = [x * wide, y * high, (x + width) * wide, (y + height) * high]
-    if "radiusX" in part:
-        box[:2] = [(x - width) * wide, (y - height) * high]
-    angle = float(part.get("rotation") or 0)
-    corners = turned(box, angle, box[:2]) if angle else [box[:2], box[2:]]
-    rounded = [[round(value, 6) for value in corner] for corner in corners]
-    return Region(label, around(rounded), _said(part), bool(angle) or "radiusX" in part)
+        box = around([(x * wide, y * high) for x, y in (numbers(point, where) for point in part["points"])])
+    else:
+        names = ("x", "y", "width", "height") if is_box else ("x", "y", "radiusX", "radiusY")
+        x, y, width, height = numbers([part.get(name) for name in names], where)
+        box = [x * wide, y * high, (x + width) * wide, (y + height) * high]
+        if not is_box:
+            box = ellipse(x * wide, y * high, width * wide, height * high, angle)
+        elif angle:
+            box = around(turned(box, angle, box[:2]))
+    rounded = [round(value, 6) for value in box]
+    labels = next((value for key, value in part.items() if key.endswith("labels") and value), [""])
+    yield from (Region(label, rounded, _said(part), bool(angle) or not is_box) for label in labels)
 
 
 def _said(part: Mapping[str, Any]) -> str:
-    """What a result says: a transcription, a choice, a number; "" for none."""
+    """What a result says: a transcription, a choice, a number, the last of a path of a taxonomy; "" for none."""
     value = next((part[key] for key in SAID if part.get(key) is not None), "")
-    values = value if isinstance(value, list) else [value]
+    values = [each[-1] if isinstance(each, list) else each for each in (value if isinstance(value, list) else [value])]
     return " ".join(" ".join(map(str, values)).split())
 
 
@@ -227,7 +250,9 @@ def _shape(shape: Mapping[str, Any], where: str, reading: Reading) -> Region:
         points = [[x - radius, y - radius], [x + radius, y + radius]]
     if len(points) < 2:
         raise UserError(f"{where}: a {kind} of {len(points)} points has no box; remove it")
-    text = {**shape.get("flags", {}), **shape} if isinstance(shape.get("flags"), dict) else shape
+    flags = shape.get("flags")
+    told = flags.items() if isinstance(flags, dict) else ()
+    text = {**{name: flag for name, flag in told if not isinstance(flag, bool)}, **shape}
     label = str(shape.get(reading.columns.get("label", "label")) or "")
     return Region(label, around(points), reading.attribute(text, "text"), kind != "rectangle")
 
@@ -266,8 +291,7 @@ def _via_region(region: Mapping[str, Any], where: str, reading: Reading) -> Regi
     if kind in ("circle", "ellipse"):
         radii = ("r", "r") if kind == "circle" else ("rx", "ry")
         x, y, wide, high = numbers([shape.get(key) for key in ("cx", "cy", *radii)], where)
-        box = [x - wide, y - high, x + wide, y + high]
-        return Region(label, around(turned(box, 57.29578 * float(shape.get("theta") or 0), (x, y))), text, True)
+        return Region(label, ellipse(x, y, wide, high, 57.29578 * float(shape.get("theta") or 0)), text, True)
     xs, ys = (numbers(shape.get(f"all_points_{axis}") or [], where) for axis in "xy")
     if len(xs) < 2 or len(xs) != len(ys):
         raise UserError(f"{where}: a region of the shape {kind!r} has no box; expected rect, circle, ellipse, polygon")
