@@ -128,6 +128,15 @@ def test_validation_and_training_share_no_image(tmp_path):
     assert 0 <= draw("") < 1
 
 
+def test_pages_of_one_document_are_in_one_part(tmp_path):
+    rows = [BOXED | {"image": f"{i // 5}.pdf#page={i % 5 + 1}", "question": f"Number {i}?"} for i in range(100)]
+    report = build(write(tmp_path / "q.jsonl", *rows), tmp_path / "items.json", val=0.3)
+    parts = [read_items(tmp_path / name) for name in ("items.json", "items.val.json")]
+    documents = [{item.images["images"][0].partition("#")[0] for item in part} for part in parts]
+    assert report.items == 100 and not documents[0] & documents[1] and all(documents)
+    assert len(documents[0] | documents[1]) == 20
+
+
 def test_items_of_several_images_are_in_one_part_only_if_all_their_images_are(tmp_path):
     turns = [{"from": "human", "value": "<image><image>Same?"}, {"from": "gpt", "value": "No."}]
     pairs = [(f"{i % 30}.jpg", f"./{(i * 7 + 1) % 30}.jpg") for i in range(60)]

@@ -35,6 +35,7 @@ from relook.data.rules import DIRECT, BuildOptions, draw, question_boxes, region
 from relook.data.settings import BUILT, LOCATED, SETTINGS, model_settings, view_of
 from relook.data.variants import variant
 from relook.errors import UserError
+from relook.files import split_page
 from relook.looks import ANSWER_PREFIX, LOOKS, look_turn, parse_calls, write_call
 from relook.regions import GRID, Cells, cells_to_box, covered, join_crop_suffix, widen
 
@@ -94,7 +95,7 @@ def build(
     Args:
         format: a row of `forms.FORMATS`; recognized from the file unless given.
         images: folders by dataset, in which images are looked up by name (see `images.ImageFinder`).
-        val: share of the *images* whose items go to `val_path(dst)` instead; none is in both.
+        val: share of the *images* whose items go to `val_path(dst)` instead; none is in both, and no document.
         split, columns, ask, units: see `forms.Source`. Images of datasets are written beside `dst`.
         model: whose settings decide grid, margin, free_choice and question_first: a model, or a recipe that names one.
         options: the fields of `BuildOptions`.
@@ -187,9 +188,9 @@ def _write_parts(
 
 
 def _drawn_by(thing: Found) -> set[str]:
-    """The image files of a thing, each by one name; its text where it has none."""
+    """The image files of a thing, each by one name (of a page, its document); its text where it has none."""
     refs = [thing.image] if isinstance(thing, Question) else [ref for refs in thing.images.values() for ref in refs]
-    files = {os.path.normpath(split_ref(ref)[0]) for ref in refs if isinstance(ref, str)}
+    files = {os.path.normpath(split_page(split_ref(ref)[0])[0]) for ref in refs if isinstance(ref, str)}
     return files or {thing.text if isinstance(thing, Question) else thing.messages[0].content}
 
 

@@ -35,6 +35,7 @@ from relook.data.rules import BuildOptions, Data, ItemSource
 from relook.data.settings import SETTINGS, processor_settings, refuse_others
 from relook.data.variants import variant
 from relook.errors import RelookError, UserError
+from relook.files import split_page
 from relook.io import rng
 
 Found = tuple[int, Record]  # number of the source, record of it
@@ -298,14 +299,14 @@ _real_folder = lru_cache(os.path.realpath)
 
 
 def _image_name(ref: Any, root: str | Path) -> bytes:
-    """What tells an image from others: the path of its file from here, links followed, or its bytes."""
+    """What tells an image from others: the path of its file from here (of a page, its document's), or its bytes."""
     if isinstance(ref, dict) and ref.get("bytes") is not None:
         return ref["bytes"] if isinstance(ref["bytes"], bytes) else str(ref["bytes"]).encode("utf-8", "surrogatepass")
     ref = ref.get("path") if isinstance(ref, dict) else ref
     if isinstance(ref, tuple):  # (image, box)
         ref = ref[0]
     if isinstance(ref, str):
-        folder, name = os.path.split(os.path.abspath(os.path.join(root, split_ref(ref)[0])))
+        folder, name = os.path.split(os.path.abspath(os.path.join(root, split_page(split_ref(ref)[0])[0])))
         path = os.path.join(_real_folder(folder), name)
         path = os.path.relpath(os.path.realpath(path) if os.path.islink(path) else path)
         return unicodedata.normalize("NFC", path).encode("utf-8", "surrogatepass")
