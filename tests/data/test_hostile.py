@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support.source_files import picture, refused, write
 
-from relook.data import read
+from relook.data import build, check, read, read_items
 from relook.data.forms import Source, recognize
 from relook.data.items import LeftOut
 from relook.data.reader import readable
@@ -227,3 +229,36 @@ def test_units_of_a_form_that_says_its_own_are_refused(tmp_path: Path) -> None:
     for path, units in ((coco, "xywh"), (task, "percent"), (task, "percent xywh")):
         assert "leave out --units" in refused("data", "build", path, tmp_path / "no.jsonl", "--units", units)
     assert asked(coco, units="pixels") == [("a", "1", (BOX,))]
+
+
+# -- datasets
+
+
+def parquet(path: Path, *rows: dict) -> Path:
+    datasets = pytest.importorskip("datasets")
+    held = BytesIO()
+    Image.new("RGB", (640, 400)).save(held, "PNG")
+    datasets.Dataset.from_list([{"image": {"bytes": held.getvalue(), "path": None}} | row for row in rows]).to_parquet(
+        path
+    )
+    return path
+
+
+CORNERS = {"x1": 10, "y1": 20, "x2": 100, "y2": 60}
+
+
+@pytest.mark.parametrize(
+    "box", [CORNERS, {"bbox": "[10, 20, 100, 60]"}, {"bbox": CORNERS}, {"boxes": [[10, 20, 100, 60]]}]
+)
+def test_rows_of_parquet_are_those_of_a_table(tmp_path: Path, box: dict) -> None:
+    path = parquet(tmp_path / "q.parquet", {"question": "Total?", "answer": "9.30", "field": "total"} | box)
+    assert asked(path) == [("total", "9.30", (BOX,))]
+    report = build(path, tmp_path / "items.jsonl")
+    (item,) = read_items(tmp_path / "items.jsonl")
+    assert report.items == 1 and (item.extra["field"], item.extra["bboxs"]) == ("total", [[*BOX]])
+    assert check(path).ok and check(tmp_path / "items.jsonl").ok  # its crop is in memory
+
+
+def test_names_that_differ_are_asked_about_in_parquet_too(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "q.parquet", {"query": "Total?", "text": "all of the page", "answer": "9.30"})
+    assert "--columns question=query" in refused("data", "build", path, tmp_path / "no.jsonl")

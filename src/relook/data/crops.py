@@ -175,10 +175,11 @@ def crop_faults(item: Item, grid: int, facts_of: FactsOf) -> Iterator[tuple[str,
     Calls that cannot be read are another row's fault, and are counted as calls.
     """
     found, calls = crops_of(item, grid, facts_of)
-    if calls != len(found):
+    crops = len(found) + sum(isinstance(ref, tuple) for ref in item.images["images"])  # of images in memory
+    if calls != crops:
         said = (call for turn in item.messages if turn.role == "assistant" for call in parse_calls(turn.content, grid))
-        if len(found) != sum(call.look == "region" for call in said):
-            yield "crop-region", f"{calls} region calls that can be read for {len(found)} crops"
+        if crops != sum(call.look == "region" for call in said):
+            yield "crop-region", f"{calls} region calls that can be read for {crops} crops"
     yield from filter(None, (crop.fault() for crop in found))
 
 

@@ -147,7 +147,9 @@ def read_hub(
     rows = _load(datasets, source, split)
     names = {ours: _column(ours, rows.column_names or [], columns or {}, source) for ours in COLUMNS}
     features = rows.features or {}
-    feature, labels = features.get(names["image"]), features.get(names["answer"])
+    own = {ours: name for ours, name in (columns or {}).items() if ours != "image"}
+    labels = {name: kind for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+    feature = features.get(names["image"])
     if feature is not None and not isinstance(feature, datasets.Image | datasets.Value | dict):
         raise UserError(
             f"{source}: column {names['image']!r} is {type(feature).__name__}; expected one image a row; "
@@ -155,14 +157,16 @@ def read_hub(
         )
     for number, row in enumerate(rows.cast_column(names["image"], datasets.Image(decode=False)), start=1):
         where = f"{source}: row {number}"
-        line = {ours: row[name] for ours, name in names.items() if name}
-        answer = line["answer"]
-        if isinstance(labels, datasets.ClassLabel) and isinstance(answer, int) and 0 <= answer < labels.num_classes:
-            line["answer"] = labels.int2str(answer)
-        data = _bytes(line["image"], Path(source), where)
+        data = _bytes(row[names["image"]], Path(source), where)
         image = _pil(data, where)
-        question = Question.from_dict(line | {"image": image}, where)
+        classes = {name: _class_name(kind, row[name]) for name, kind in labels.items()}
+        question = row_question({**row, **classes, "image": image}, own, where)
         yield question if folder is None else replace(question, image=write_image(data, image, folder))
+
+
+def _class_name(kind: Any, value: Any) -> Any:
+    """The name of a class label; what is none (-1, null) as it is."""
+    return kind.int2str(value) if isinstance(value, int) and 0 <= value < kind.num_classes else value
 
 
 def class_names(path: Path, split: str) -> dict[str, list[str]]:
