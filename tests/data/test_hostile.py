@@ -262,3 +262,23 @@ def test_rows_of_parquet_are_those_of_a_table(tmp_path: Path, box: dict) -> None
 def test_names_that_differ_are_asked_about_in_parquet_too(tmp_path: Path) -> None:
     path = parquet(tmp_path / "q.parquet", {"query": "Total?", "text": "all of the page", "answer": "9.30"})
     assert "--columns question=query" in refused("data", "build", path, tmp_path / "no.jsonl")
+
+
+def test_columns_of_no_use_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", ASKED)
+    assert "--columns foo=...: read as questions, which has image, question" in refused(
+        "data", "build", path, tmp_path / "no.jsonl", "--columns", "foo=answer"
+    )
+
+
+def test_images_of_every_form_are_held_against_the_items(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", (640, 400))
+    build(write(tmp_path / "q.jsonl", ASKED), items := tmp_path / "items.jsonl")
+    box = {"name": "rect", "x": 10, "y": 20, "width": 90, "height": 40}
+    others = [
+        dump(tmp_path / "v.json", via(box, {"name": "total"})),
+        table(tmp_path / "q.csv", "image_path,query,answer\na.png,Total?,9.30\n"),
+        write(tmp_path / "asked.jsonl", {"image": "a.png"}),
+    ]
+    for other in others:
+        assert check(items, against=[other]).counts == {"evaluated": 1}, other

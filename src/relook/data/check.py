@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from relook.data.build import BuildReport, as_item
 from relook.data.faults import RULES, Context, found_faults
 from relook.data.forms import Source
 from relook.data.images import FactsBelow, near, split_ref
-from relook.data.items import Item, LeftOut
+from relook.data.items import COLUMNS, Item, LeftOut, Question
 from relook.data.reader import folder_of, read_records, readable, write_records
 from relook.data.remap import mover
 from relook.data.rules import BuildOptions
@@ -265,16 +266,26 @@ def _evaluation_images(
 
 
 def _image_files(path: Path) -> Iterator[str]:
-    """The image files that items or questions name, each once; Visual-CoT's "image" is a path and a path###box."""
+    """The image files that a file of any form names, each once; of records, those without a question, too."""
     met: set[str] = set()
+    for ref in _image_refs(path):
+        file = split_ref(ref.partition("###")[0])[0] if isinstance(ref, str) else None  # Visual-CoT: path###box
+        if file and file not in met:
+            met.add(file)
+            yield file
+
+
+def _image_refs(path: Path) -> Iterator[Any]:
+    source = None
+    with suppress(UserError):  # of no known form, it may name images all the same
+        source = Source(path)
+    if source is not None and source.form.read is not None:
+        yield from (thing.image for thing in source.things() if isinstance(thing, Question))
+        return
     for record in read_records(path):
-        lists = (value for key, value in record.value.items() if key == "image" or key.endswith("images"))
-        refs = [ref for value in lists for ref in (value if isinstance(value, list) else [value])]
-        for ref in refs:
-            file = split_ref(ref.partition("###")[0])[0] if isinstance(ref, str) else None
-            if file and file not in met:
-                met.add(file)
-                yield file
+        for key, value in record.value.items():
+            if key in COLUMNS["image"] or key.endswith("images"):
+                yield from value if isinstance(value, list) else [value]
 
 
 def _some(items: Iterator[Item], path: Path, report: CheckReport) -> Iterator[Item]:

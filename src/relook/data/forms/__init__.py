@@ -190,6 +190,9 @@ class Source:
             raise UserError(
                 f"{self.path}: read as {name}, which says itself what a box's numbers are; leave out --units"
             )
+        known = [*COLUMNS, *(("label", "text") if self.form.asks else ())]
+        if self.form.parse in (None, record_thing) and (other := [ours for ours in columns or {} if ours not in known]):
+            raise UserError(f"{self.path}: --columns {other[0]}=...: read as {name}, which has {', '.join(known)}")
         if ask and not self.form.asks:
             raise UserError(f"{self.path}: read as {name}, whose questions are its own; leave out --ask")
         self.reading = Reading(Path(image_root or folder_of(self.path)), dict(columns or {}), ask, split)
