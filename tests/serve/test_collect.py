@@ -195,6 +195,8 @@ def test_a_line_cut_by_the_end_of_its_writer_is_cut_off(tmp_path):
     line = {"image": "a.png", "question": "r", "answer": "c", "bboxs": []}
     assert Collection(path).save(line) == (2, "new")
     assert lines(path) == [json.loads(whole), line] and path.read_text(encoding="utf-8").startswith(f"{whole}\n")
+    path.write_text('{"image": "a.png", "que')  # the very first
+    assert Collection(path).save(line) == (1, "new") and lines(path) == [line]
     path.write_text(whole, encoding="utf-8")  # whole, but for its end
     assert Collection(path).save(line) == (2, "new")
     assert lines(path) == [json.loads(whole), line]
@@ -208,6 +210,9 @@ def test_what_somebody_else_edits_meanwhile_stays(tmp_path):
     assert client.post("/v1/collect", json=LINE | {"answer": "b"}).json() == {"line": 1, "saved": "corrected"}
     assert [line["answer"] for line in lines(own)] == ["b", "a"]
     assert client.post("/v1/collect", json=LINE | {"question": "r"}).json() == {"line": 3, "saved": "new"}
+    own.write_text(own.read_text().replace('"answer": "a"', '"answer": "c"'))  # as long as it was
+    assert client.post("/v1/collect", json=LINE | {"answer": "d"}).json() == {"line": 1, "saved": "corrected"}
+    assert [line["answer"] for line in lines(own)][:2] == ["d", "c"]
 
 
 def test_a_full_disk_is_said_and_leaves_whole_lines(tmp_path, monkeypatch):
@@ -250,7 +255,7 @@ def test_wrong_options_are_one_line(tmp_path, questions):
     for arguments, sentence in (
         (["--queue", questions], "give that, too"),
         (["--collect", questions, "--queue", questions], "is the queue; give another place"),
-        (["--collect", tmp_path / "in"], "is a directory"),
+        (["--collect", tmp_path / "in"], "not a file"),
         (["--collect", tmp_path / "own.jsonl", "--queue", tmp_path / "gone.jsonl"], "gone.jsonl: no such file"),
     ):
         done = CliRunner().invoke(cli, ["serve", "cards-tiny", "--port", "0", *map(str, arguments)])

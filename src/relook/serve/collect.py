@@ -9,13 +9,10 @@ its tokens, which tells wrong answers better than their mean does, or the least 
 from __future__ import annotations
 
 import io
-import math
 import os
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,22 +21,18 @@ from fastapi import FastAPI, Query, Response
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from relook.data.build import BuildOptions, BuildReport, build_item, things
-from relook.data.forms import Found, Source
+from relook.data.build import BuildOptions, BuildReport, build_item
 from relook.data.forms.table import write_image
-from relook.data.items import Item, LeftOut, Question, column, image_size, item_question
-from relook.data.reader import folder_of, readable
+from relook.data.items import Question, image_size
+from relook.data.reader import TABLES
 from relook.errors import RelookError, UserError
-from relook.files import reading
+from relook.files import reading, split_page
 from relook.io import append_lines, locked_file, read_lines, replacing_file
-from relook.looks import without_triggers
-from relook.options import AskOptions
 from relook.perceive import engine as seam
-from relook.serve.completions import Reply, png_url
 from relook.serve.decode import FORMATS
 from relook.serve.fetch import image_bytes, load_images
-from relook.serve.types import BadField, ChatRequest
-from relook.trace import Answer, Finished
+from relook.serve.queued import Queued, read_queue
+from relook.serve.types import BadField
 from relook.views import load_item_image
 
 if TYPE_CHECKING:
@@ -63,61 +56,6 @@ class Answered(BaseModel):
     """Where the answer stands: x1, y1, x2, y2 in pixels of the upright image, x2 and y2 exclusive. None: nowhere."""
 
 
-@dataclass(eq=False)
-class Queued:
-    """A question of the queue.
-
-    Attributes:
-        question: its image can be opened; no `answers` where the file has none.
-        name: of the image, from the folder of the collection.
-        reply: the model's, as a `chat.completion` without pictures; None: not asked yet.
-        sure: probability of its answer's text; None where an engine names none.
-        problem: why it could not be asked.
-    """
-
-    question: Question
-    name: str
-    reply: dict[str, Any] | None = None
-    sure: float | None = None
-    problem: str | None = None
-
-    def ask(self, server: Server) -> None:
-        """Let the model answer. Raises EngineClosed."""
-        try:
-            image = load_item_image(self.question.image)
-            options = AskOptions.of({"max_new_tokens": server.settings.max_tokens})
-            answer = _answer(server.engine, seam.Request(self.question.text, (image,), options, logprobs=0))
-        except seam.EngineClosed:
-            raise
-        except RelookError as error:
-            self.problem = str(error)
-            return
-        logprobs = [token.logprob for token in answer.tokens]
-        self.sure = math.exp(sum(logprobs)) if logprobs else None if answer.text else 0.0
-        body = ChatRequest.model_validate({"messages": [{"role": "user", "content": self.question.text}]})
-        reply = Reply(body, server.name).whole(answer)
-        for look in reply["relook"]["looks"]:  # which would fill the memory
-            look |= {"crop": None, "map": None, "attention": None}
-        self.reply = reply
-
-    def kept(self, line: dict[str, Any]) -> dict[str, Any]:
-        """What a line about it keeps of it: its field, and the other accepted answers where the answer is one."""
-        if line["question"] != self.question.text:
-            return {}
-        known, answer = self.question.answers, line["answer"]
-        others = [each for each in known if each != answer]
-        kept = {"answer": [answer, *others]} if others and answer in known else {}
-        return kept | ({} if self.question.field is None else {"field": self.question.field})
-
-    def shown(self) -> dict[str, Any] | None:
-        """The reply, with the crops of its regions."""
-        if self.reply is None:
-            return None
-        image, looks = load_item_image(self.question.image), self.reply["relook"]["looks"]
-        looks = [look | {"crop": png_url(image.crop(look["box"]))} if look["cells"] else look for look in looks]
-        return self.reply | {"relook": self.reply["relook"] | {"looks": looks}}
-
-
 class Collection:
     """A file of questions answered by hand, one line for each question about an image, and a queue of others.
 
@@ -131,6 +69,10 @@ class Collection:
 
     def __init__(self, path: str | Path, queue: str | Path | None = None):
         self.path, self._lock = Path(path), threading.Lock()
+        if self.path.suffix in (*TABLES, ".parquet"):
+            raise UserError(f"{path}: lines of JSON are written there; give it a name that ends in .jsonl")
+        if self.path.exists() and not self.path.is_file():
+            raise UserError(f"{path}: not a file; choose another place")
         try:
             self.path.open("ab").close()
         except OSError as error:
@@ -139,7 +81,7 @@ class Collection:
         if queue is not None and Path(queue).resolve() == self.path.resolve():
             raise UserError(f"{queue} is the queue; give another place for the answers")
         report = BuildReport()
-        self.queue = [] if queue is None else list(_read_queue(Path(queue), self.path, report))
+        self.queue = [] if queue is None else list(read_queue(Path(queue), self.path, report))
         self.left_out = report.left_out  # sentences about what the queue has besides
         if queue is not None and not self.queue:
             raise UserError(f"{queue}: has no question about an image; give one with questions")
@@ -147,11 +89,12 @@ class Collection:
 
     # -- the file
 
-    def save(self, line: dict[str, Any], image: bytes | None = None) -> tuple[int, str]:
+    def save(self, line: dict[str, Any], image: bytes | None = None, page: int | None = None) -> tuple[int, str]:
         """Append a line, or correct that of the same image and question; on the disk when this returns.
 
         Args:
             image: a file for its `image`, which is written beside the collection, once.
+            page: of that file.
 
         Returns:
             Its number, and "new", "corrected" or "same" (it was there).
@@ -161,14 +104,15 @@ class Collection:
         """
         with self._lock:
             try:
-                return self._save(line if image is None else {"image": self._keep_image(image), **line})
+                kept = {} if image is None else {"image": self._keep_image(image) + (f"#page={page}" if page else "")}
+                return self._save(kept | line)
             except OSError as error:
                 raise RelookError(f"{self.path.name}: cannot be written ({error.strerror}); make room first") from error
 
     def _save(self, line: dict[str, Any]) -> tuple[int, str]:
-        if self.path.stat().st_size != self._size:  # somebody has edited it
+        if self._state() != self._seen:  # somebody has edited it
             self._read()
-        asked = line["image"], line["question"]
+        asked = _asked(line)
         number = self._numbers.get(asked, len(self.lines))
         if number == len(self.lines):
             self._append(line)
@@ -179,14 +123,19 @@ class Collection:
         self._write([*self.lines[:number], line, *self.lines[number + 1 :]])
         return number + 1, "corrected"
 
+    def _state(self) -> tuple[int, int]:
+        state = self.path.stat()
+        return state.st_size, state.st_mtime_ns
+
     def _read(self) -> None:
+        self._seen = self._state()
         data, lines = self.path.read_bytes(), read_lines(self.path)
         unread = len([line for line in data.splitlines() if line.strip()]) - len(lines)
-        cut = bool(lines) and not data.endswith(b"\n")  # where a process that was writing has ended
+        begun = lines or data.startswith(b'{"image": ')
+        cut = bool(begun) and not data.endswith(b"\n")  # where a process that was writing has ended
         if unread > cut or not all(isinstance(line, dict) and "question" in line for line in lines):
             raise UserError(f"{self.path}: not a file of questions, a JSON object a line; give another place")
-        self.lines, self._size = lines, len(data)
-        self._numbers = {(line.get("image"), line["question"]): number for number, line in enumerate(lines)}
+        self.lines, self._numbers = lines, {_asked(line): number for number, line in enumerate(lines)}
         if unread:
             self._write(lines)
 
@@ -194,14 +143,14 @@ class Collection:
         try:
             append_lines(self.path, [line])
         except OSError:
-            os.truncate(self.path, self._size)
+            os.truncate(self.path, self._seen[0])
             raise
-        self.lines, self._size = [*self.lines, line], self.path.stat().st_size
+        self.lines, self._seen = [*self.lines, line], self._state()
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
-        with replacing_file(self.path) as aside:
+        with replacing_file(self.path.resolve()) as aside:  # what a link leads to
             append_lines(aside, lines)
-        self.lines, self._size = lines, self.path.stat().st_size
+        self.lines, self._seen = lines, self._state()
 
     def check(self, line: dict[str, Any]) -> None:
         """Refuse texts that `relook data build` would leave out."""
@@ -230,7 +179,7 @@ class Collection:
                     return
 
     def is_saved(self, each: Queued) -> bool:
-        return (each.name, each.question.text) in self._numbers
+        return _asked({"image": each.name, "question": each.question.text}) in self._numbers
 
     def entry(self, number: int) -> Queued:
         """A question of the queue by its number, from 1."""
@@ -320,7 +269,7 @@ def mount(app: FastAPI, server: Server, collection: Collection) -> None:
         server.settings.limits.check([body.question, body.answer], 0)
         line: dict[str, Any] = {"question": body.question.strip(), "answer": body.answer.strip(), "bboxs": body.bboxs}
         collection.check(line)
-        data = None
+        data, number = None, None
         if body.number is not None and body.image is None:
             each = collection.entry(body.number)
             _check_boxes(body.bboxs, await to_thread.run_sync(image_size, each.question))
@@ -328,13 +277,24 @@ def mount(app: FastAPI, server: Server, collection: Collection) -> None:
         elif body.image is not None and body.image.startswith("data:") and body.number is None:
             (opened,) = await load_images([body.image], server.settings.limits, server.settings.fetch)
             _check_boxes(body.bboxs, opened.size)
-            data = await image_bytes(body.image, server.settings.fetch)
+            url, page = split_page(body.image)
+            data, number = await image_bytes(url, server.settings.fetch), page.number
         else:
             raise BadField("image", "image: expected a data URL, or the number of a question of the queue in its place")
-        number, how = await to_thread.run_sync(collection.save, line, data)
-        return {"line": number, "saved": how}
+        at, how = await to_thread.run_sync(collection.save, line, data, number)
+        return {"line": at, "saved": how}
 
     collection.start(server)
+
+
+def _asked(line: dict[str, Any]) -> tuple[str, str]:
+    """What tells the line of a question from others: its image and its words, however they are written."""
+    image, question = line.get("image"), line["question"]
+    if isinstance(image, list) and len(image) == 1:
+        (image,) = image
+    if isinstance(image, str) and not image.startswith("data:"):
+        image = os.path.normpath(image)
+    return str(image), str(question).strip()
 
 
 def _check_boxes(boxes: list[list[int]], size: tuple[int, int]) -> None:
@@ -342,49 +302,3 @@ def _check_boxes(boxes: list[list[int]], size: tuple[int, int]) -> None:
     for x1, y1, x2, y2 in boxes:
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
             raise BadField("bboxs", f"box {x1}, {y1}, {x2}, {y2} is not inside the image of {width} x {height} pixels")
-
-
-def _read_queue(path: Path, beside: Path, report: BuildReport) -> Iterator[Queued]:
-    """The questions of a file of any form; images of datasets are written beside the collection."""
-    source, here = Source(path), beside.parent
-    root = here if source.form.name == "hub" else folder_of(source.path)
-    one_folder = os.path.realpath(root) == os.path.realpath(here)
-    for thing in (_questions if source.form.name == "questions" else things)(source, beside, report):
-        name = thing.image if isinstance(thing, Question) else next(iter(thing.images["images"]), None)
-        placed = thing.under(root)
-        question = item_question(placed) if isinstance(placed, Item) else placed
-        if question is None or not isinstance(name, str):
-            continue
-        question = replace(question, text=without_triggers(question.text))  # the sentences that a build adds
-        try:
-            question = question.in_pixels(source.fit)
-            build_item(replace(question, answers=question.answers or ("?",)), BuildOptions("none"))
-        except UserError as error:
-            report.left_out.append(str(error))
-            continue
-        moved = not (one_folder or os.path.isabs(name) or name.startswith("data:"))
-        yield Queued(question, os.path.relpath(question.image, here) if moved else name)
-    source.fit.refuse(path)  # boxes that are not in pixels
-
-
-def _questions(source: Source, beside: Path, report: BuildReport) -> Iterator[Found]:
-    """As `things`, of records that need no answer."""
-    for record in map(readable, source.scan()):
-        without = column(record.value, "answer", {}) is None
-        try:
-            thing = source.thing(replace(record, value={**record.value, "answer": "?"}) if without else record)
-        except LeftOut as error:
-            report.left_out.append(str(error))
-            continue
-        yield replace(thing, answers=()) if without and isinstance(thing, Question) else thing
-
-
-def _answer(engine: seam.Engine, request: seam.Request) -> Answer:
-    while True:
-        try:
-            for event in engine.submit(request):
-                if isinstance(event, Finished):
-                    return event.answer
-            raise RelookError("the engine ended without an answer")
-        except seam.EngineBusy as busy:
-            time.sleep(busy.retry_after)
