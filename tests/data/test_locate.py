@@ -62,7 +62,15 @@ def seen(page: Page, answer: str, question: str = "What is it?") -> list[str]:
         ("ACME Corp.", "acme  corp"),
         ("KEDAI PAPAN YEW CHUAN", "KEDAI PAPAN YEW CHUAM"),  # one letter misread
         ("Café Müller", "CAFE\u0301 MÜLLER"),
-        ("No", "no"),
+        ("10AM", "10 am"),
+        ("2nd", "2nd"),
+        ("5.00 EUR", "5.00"),
+        ("007", "007"),
+        ("03-1234 5678", "0312345678"),
+        ("12:30", "12:30"),
+        ("1,234,567", "1.234.567"),
+        ("12 Long Street, 40150 Kuala Lumpur", "12 Long Street, 4010 Kuala Lumpur"),
+        ("ACME ROAD 10 EAST", "ACME ROAD 1O EAST"),  # a digit read as a letter
     ],
 )
 def test_an_answer_is_found_however_it_is_written(answer, written):
@@ -90,6 +98,19 @@ def test_an_answer_is_found_however_it_is_written(answer, written):
         ("no", "notice"),
         ("INV 12345", "INV 12346"),  # digits are not letters that were misread
         ("yes", "a table and a chair"),
+        ("No", "Invoice No 123"),  # what a page is asked about, and does not say
+        ("true", "True Value Store"),
+        ("Street 12", "Street 13"),
+        ("Street 12", "Street 1"),
+        ("12 Long Street, Kuala Lumpur Selangor", "13 Long Street, Kuala Lumpur Selangor"),
+        ("2nd", "Qty 2"),
+        ("10am", "10 apples"),
+        ("3 kg", "3 pcs"),
+        ("5%", "5 items"),
+        ("1.2.3", "123"),
+        ("1,2,3", "123"),
+        ("192.168.1.1", "19216811"),
+        ("007", "7 pieces"),
         ("...", "..."),
     ],
 )
@@ -107,6 +128,15 @@ def test_words_of_the_question_decide_between_equal_amounts_and_nothing_else_doe
     # the way it is written comes after where it stands
     assert [place.box[1] for place in places(page("QTY 5", "TOTAL 5.00"), ("5",), "What is the total?")] == [ROW]
     assert seen(page("QTY 5", "SUM 5.00"), "5", "How many?") == ["5"]
+
+
+def test_what_stands_there_as_it_is_written_is_the_one():
+    assert seen(page("10 apples for opening", "Open 10am"), "10am", "When is the opening?") == ["10"]
+    found = places(page("10 apples for opening", "Open 10am"), ("10am",), "When is the opening?")
+    assert [place.box[1] for place in found] == [ROW]
+    dates = page("Due 02/01/2018", "Issued 01/02/2018")
+    assert seen(dates, "01/02/2018", "What is the due date?") == ["01/02/2018"]
+    assert seen(page("Due 02/01/2018"), "01/02/2018") == ["02/01/2018"]  # in the other order
 
 
 def test_an_answer_of_several_lines_has_the_box_around_them():

@@ -19,6 +19,7 @@ from relook.errors import UserError
 from relook.regions import Box, iou, union
 
 ALIKE, LONG = 85.0, 6  # least similarity in percent, and least length, of a text that was read with errors
+ADDRESS = 24  # letters and digits of a text in which the reader may have left a digit out
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}"
 _ALONE, _ENDS = r"(?<!\d)(?<!\d[/:.,-])", r"(?!\d|[/:-]\d|[.,]\d)"
@@ -32,7 +33,7 @@ _NUMBERS = tuple(
     )
 )
 _SIGNS = re.compile(
-    r"[-+~]?\s*(?:rm|rs|[a-z]{3}|[^\w\s])?\.?\s*[-+]?\s*(\d.*?\d|\d)\s*(?:%|[a-z]{1,3}|[^\w\s])?", re.IGNORECASE
+    r"[-+~]?\s*(?:rm|rs|[a-z]{3}|[^\w\s])?\.?\s*[-+]?\s*(\d.*?\d|\d)\s*(%|[a-z]{1,3}|[^\w\s])?", re.IGNORECASE
 )
 _DATES = tuple(
     re.compile(rf"(?<!\d)(?:{body})(?:(?!\d)|(?=\d{{1,2}}[:.]\d\d))", re.IGNORECASE)  # a time may touch it
@@ -45,6 +46,9 @@ _DATES = tuple(
         r"((?:19|20)\d\d)([01]\d)([0-3]\d)",
     )
 )
+_GROUPS = re.compile(r"(?!0)\d{1,3}(?:[.,]\d{2,3})*[.,]\d{3}")  # of thousands, or lakhs
+_NO_TEXT = {"yes", "no", "true", "false"}  # which say of a page what does not stand on it: "Invoice No"
+_CURRENCIES = {"rm", "rs", "kr", "zł"}
 _PLAIN = {*("the", "and", "for", "what", "which", "when", "this", "that", "are", "was", "does", "how", "much", "many")}
 
 
@@ -126,11 +130,26 @@ def places(page: Page, answers: Sequence[str], question: str) -> list[Place]:
 
 def _matches(page: Page, answer: str) -> list[_Match]:
     answer = unicodedata.normalize("NFKC", answer).strip()
+    if _key(answer) in _NO_TEXT:
+        return []
     if dates := _dates(answer, whole=True):
         return _equal(page, answer, dates, _dates)
-    if (number := _SIGNS.fullmatch(answer)) and (values := _numbers(number[1], whole=True)):
-        return _equal(page, number[1], values, _numbers)
+    number = _SIGNS.fullmatch(answer)
+    if number and not re.match(r"0\d", number[1]) and (values := _numbers(number[1], whole=True)):
+        found = _equal(page, number[1], values, _numbers)
+        return [match for match in found if _followed(page.text[match.end : match.end + 6], number[2] or "")]
     return _texts(page, answer)
+
+
+def _followed(text: str, unit: str) -> bool:
+    """Whether a text opens with what an answer's number has after it ("2nd", "10 am", "5%"), and ends there.
+
+    A currency need not stand there: a sign, or three capitals.
+    """
+    if (unit.isupper() and len(unit) == 3) or unit.casefold() in _CURRENCIES or not (unit == "%" or unit.isalpha()):
+        return True
+    rest = text.lstrip(" ").casefold()
+    return rest.startswith(unit.casefold()) and not rest[len(unit) : len(unit) + 1].isalnum()
 
 
 _Found = list[tuple[int, int, set[Any]]]  # characters [start, end), and what they may mean
@@ -143,6 +162,9 @@ def _equal(page: Page, answer: str, wanted: _Found, read: Callable[[str], _Found
     for start, end, meanings in sorted(read(page.text), key=lambda each: each[0] - each[1]):
         if values & meanings and all(end <= other.start or start >= other.end for other in found):
             found.append(_Match(start, end, 1.0 if _key(page.text[start:end]) == _key(answer) else 0.9))
+    key = _key(answer)
+    if any(match.alike == 1 for match in found):  # 01/02/2018 stands there, so 02/01/2018 is another date
+        found = [m for m in found if m.alike == 1 or len(_key(page.text[m.start : m.end])) != len(key)]
     return sorted(found)
 
 
@@ -152,8 +174,9 @@ def _numbers(text: str, whole: bool = False) -> _Found:
     found: _Found = []
     for pattern in _NUMBERS:
         for match in pattern.finditer(text):
-            if (match.span() == (0, len(text)) or not whole) and not any(match.start() in span for span in taken):
-                found.append((*match.span(), set(_values(match[0]))))
+            fits = match.span() == (0, len(text)) or not whole
+            if fits and not any(match.start() in span for span in taken) and (meanings := set(_values(match[0]))):
+                found.append((*match.span(), meanings))
     return found
 
 
@@ -164,7 +187,7 @@ def _values(written: str) -> Iterator[Decimal]:
     digits = re.sub(r"\D", "", written)
     if len(set(marks)) == 2 or (len(marks) == 1 and tail):
         yield Decimal(f"{re.sub(r'[.,]', '', head) or 0}.{tail}")
-    if len(set(marks)) < 2 and (len(marks) != 1 or (len(tail) == 3 and 1 <= len(head) <= 3 and head[0] != "0")):
+    if not marks or (len(set(marks)) == 1 and _GROUPS.fullmatch(written)):
         yield Decimal(digits)
 
 
@@ -215,10 +238,16 @@ def _texts(page: Page, answer: str) -> list[_Match]:
         for m in found
         if len(key) > 7 or not any(map(str.isalnum, text[m.start - 1 : m.start] + text[m.end : m.end + 1]))
     ]
+    if key.isdigit():  # 1.2.3 is not 123
+        bounded = [m for m in bounded if _points(text[m.start : m.end]) == _points(answer)]
     letters = sum(each.isalpha() for each in key)
     if bounded or len(key) < LONG or 2 * letters < len(key):
         return bounded
     return [_Match(*_words(page.text, each.start, each.end), each.alike) for each in _alike(key, flat, at)]
+
+
+def _points(text: str) -> str:
+    return re.sub(r"[^\w.,:]", "", text.strip(".,:"))
 
 
 def _words(text: str, start: int, end: int) -> tuple[int, int]:
@@ -231,6 +260,7 @@ def _words(text: str, start: int, end: int) -> tuple[int, int]:
 def _alike(key: str, flat: str, at: Sequence[int]) -> list[_Match]:
     try:
         from rapidfuzz import fuzz
+        from rapidfuzz.distance import Levenshtein
     except ImportError:
         raise UserError("matching texts needs rapidfuzz, which is not installed; pip install 'relook[ocr]'") from None
     best = fuzz.partial_ratio_alignment(key, flat, score_cutoff=ALIKE) if len(flat) >= len(key) else None
@@ -238,8 +268,15 @@ def _alike(key: str, flat: str, at: Sequence[int]) -> list[_Match]:
         return []
     rest = flat[: best.dest_start] + "\n" * (best.dest_end - best.dest_start) + flat[best.dest_end :]
     other = fuzz.partial_ratio_alignment(key, rest, score_cutoff=best.score - 1)
+    found = [each for each in (best, other) if each is not None and each.dest_end > each.dest_start]
     return [
         _Match(at[each.dest_start], at[each.dest_end - 1] + 1, round(best.score / 100, 3))
-        for each in (best, other)
-        if each is not None and each.dest_end > each.dest_start
+        for each in found
+        if not _other_digits(key, flat[each.dest_start : each.dest_end], Levenshtein.editops)
     ]
+
+
+def _other_digits(key: str, seen: str, edits: Callable[[str, str], Any]) -> bool:
+    """Whether a digit is another one (Street 12 is not Street 13) or, in a short text, is missing or too many."""
+    sides = [(key[at : at + (tag != "insert")], seen[to : to + (tag != "delete")]) for tag, at, to in edits(key, seen)]
+    return any((a + b).isdigit() and (len(key) < ADDRESS or len(a + b) == 2) for a, b in sides)
