@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from relook.cli import app
 from relook.data.dataset import SampledItems
 from relook.data.rules import Data
+from relook.evaluate import collect
+from relook.evaluate.results import COLUMNS, cell
 from relook.looks import parse_calls
 from relook.model import new as tiny
 from relook.regions import box_to_cells
@@ -134,3 +136,15 @@ def test_without_items_it_says_what_it_needs() -> None:
     recipe = str(ROOT / "zoo/recipes/own-pages.yaml")
     done = CliRunner().invoke(app, ["train", recipe, "data={source: world, world: receipts}", "--dry-run"])
     assert done.exit_code == 2 and "needs items; set data.path" in done.stderr
+
+
+def test_the_curve_in_the_docs_is_what_its_records_give() -> None:
+    """docs/own-data.md: a row for each number of pages, its cells as `relook report zoo/own-pages/curve.yaml` says."""
+    report = collect([ROOT / "zoo/own-pages/curve.yaml"])
+    page = (ROOT / "docs/own-data.md").read_text(encoding="utf-8")
+    exact, recall = COLUMNS["exact %"], COLUMNS["recall %"]
+    for pages in ("0", "50", "100", "200"):
+        own, shown = report.row(pages).results, report.row(f"{pages} oracle").results["test"]
+        cells = [cell(own["test"].measures["exact"], exact), cell(own["test"].measures["recall"], recall)]
+        cells += [cell(shown.measures["exact"], exact), cell(own["new-form"].measures["exact"], exact)]
+        assert "| ".join(["", f"{pages} ", *(f"{each} " for each in cells), ""]).strip() in page
