@@ -103,9 +103,18 @@ class AskOptions(BaseModel):
     """Whether images may be http and https addresses, which are then downloaded."""
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "AskOptions":
-        """The options, checked; UserError names the first one that is unknown or wrong, in one sentence."""
-        checked = validate(cls, options, "ask", "option")
+    def of(cls, options: Mapping[str, Any], shared: Mapping[str, Any] | None = None) -> "AskOptions":
+        """The options, checked; UserError names the first one that is unknown or wrong, in one sentence.
+
+        Args:
+            shared: options of all questions, which are those where `options` says nothing. What it says of where to
+                look (`look`, `region`, `box`) replaces all that these say of it.
+        """
+        placed = any(options.get(name) is not None for name in ("region", "box"))
+        elsewhere = options.get("look", AUTO) not in (AUTO, "region")
+        replaced = ("look", "region", "box") if placed else ("region", "box") if elsewhere else ()
+        left = {name: value for name, value in (shared or {}).items() if name not in replaced}
+        checked = validate(cls, {**left, **options}, "ask", "option")
         checked._agree()
         return checked
 

@@ -104,7 +104,7 @@ def check_box(box: Sequence[float], size: tuple[int, int]) -> tuple[float, ...]:
     """`box`, which lies in an image of `size` up to a pixel. Raises UserError for others, with what they look like."""
     wanted = f"expected x1,y1,x2,y2 in pixels of the upright image of {size[0]} x {size[1]}"
     x1, y1, x2, y2 = box
-    if any(value % 1 for value in box) and all(0 <= value <= 1 for value in box):
+    if min(size) > 1 and all(0 <= value <= 1 for value in box):  # (0, 0, 1, 1), too: no one asks for a pixel
         raise UserError(f"box {tuple(box)} looks like fractions of the image's sides; {wanted}: multiply them")
     if x2 < x1 or y2 < y1:
         raise UserError(f"box {tuple(box)} runs backwards; if it is x, y, width, height, add them: {wanted}")

@@ -37,6 +37,7 @@ from relook.perceive import VLM
         ({"box": "10,20,a,40"}, "four numbers"),
         ({"box": (0, 0, 30, float("inf"))}, "four numbers"),
         ({"box": (0.1, 0.2, 0.5, 0.6)}, "looks like fractions of the image's sides"),
+        ({"box": (0.0, 0.0, 1.0, 1.0)}, "looks like fractions of the image's sides"),
         ({"box": (100, 60, 30, 30)}, "runs backwards; if it is x, y, width, height, add them"),
         (
             {"box": (100, 60, 131, 80)},
@@ -110,6 +111,18 @@ def test_options_are_the_same_in_numpys_numbers_and_as_text(tiny_vlm):
     with pytest.raises(UserError, match=r"^look 'REGION' is unknown"):
         vlm.ask(picture(), "What?", look="REGION")
     assert len(vlm.ask_many([(picture(), "What?")] * 3, batch_size=np.int64(2), max_new_tokens=1)) == 3
+
+
+def test_where_a_question_looks_replaces_where_all_look(tiny_vlm):
+    vlm, image = tiny_vlm(), picture()
+    mine = [{"region": (3, 3, 3, 3)}, {"box": (33, 23, 65, 45)}, {"look": "none"}, {"max_new_tokens": 1}]
+    pairs = [(image, "What?", one) for one in mine]
+    for shared, last in (({"box": (1, 1, 5, 5)}, (0, 0, 0, 0)), ({"region": (7, 7, 7, 7)}, (7, 7, 7, 7))):
+        answers = vlm.ask_many(pairs, **shared, max_new_tokens=2)
+        seen = [answer.looks[0].cells if answer.looks else None for answer in answers]
+        assert seen == [(3, 3, 3, 3), vlm.ask(image, "What?", box=(33, 23, 65, 45)).looks[0].cells, None, last]
+    (answer,) = vlm.ask_many(pairs[:1], look="none", max_new_tokens=2)
+    assert answer.looks[0].cells == (3, 3, 3, 3)
 
 
 def test_a_box_in_pixels_is_looked_at_as_the_cells_that_cover_it(tiny_vlm):

@@ -408,11 +408,14 @@ def test_the_queue_may_be_of_other_forms(tmp_path, form):
 def test_what_the_queue_has_besides_is_named_and_left_out(tmp_path):
     picture().save(tmp_path / "a.png")
     rows = [{"image": "a.png", "question": "q \ud83d"}, {"image": "a.png", "question": "q"}]
+    rows += [{"image": "a.png_0,0,9,9", "question": "q"}]  # no line about a part of an image could be built
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     client = client_of(tmp_path / "own.jsonl", tmp_path / "q.jsonl")
     assert asked_all(client)["total"] == 1 and client.get("/v1/collect/next").json()["question"] == "q"
-    (sentence,) = client.collection.left_out
-    assert "q.jsonl:1" in sentence
+    first, part = client.collection.left_out
+    assert "q.jsonl:1" in first and part.endswith(
+        "q.jsonl:3: a.png_0,0,9,9 is a part of an image; give the whole image"
+    )
 
 
 def test_boxes_of_the_queue_that_are_not_in_pixels_are_refused(tmp_path):

@@ -173,7 +173,7 @@ class VLM:
     def _numbered_row(self, number: int, pair: Any, shared: Mapping[str, Any]) -> Row:
         try:
             image, question, own = unpack(pair)
-            options = AskOptions.of({**shared, **own})
+            options = AskOptions.of(own, shared)
             return self._row(self._begin(), opened_images(image, options.fetch), question, options)
         except UserError as error:
             raise UserError(f"question {number}: {error}") from error

@@ -21,7 +21,7 @@ from relook.perceive import engine as seam
 from relook.serve.completions import Reply, png_url
 from relook.serve.types import ChatRequest
 from relook.trace import Answer, Finished
-from relook.views import load_item_image
+from relook.views import existing_ref, load_item_image
 
 if TYPE_CHECKING:
     from relook.serve.app import Server
@@ -92,6 +92,9 @@ def read_queue(path: Path, beside: Path, report: BuildReport) -> Iterator[Queued
         placed = thing.under(root)
         question = item_question(placed) if isinstance(placed, Item) else placed
         if question is None or not isinstance(name, str):
+            continue
+        if isinstance(question.image, str) and existing_ref(question.image)[1] is not None:
+            report.left_out.append(f"{question.where}: {name} is a part of an image; give the whole image")
             continue
         question = replace(question, text=without_triggers(question.text))  # the sentences that a build adds
         try:

@@ -67,7 +67,7 @@ class RemoteVLM:
     def _numbered(self, number: int, pair: Any, shared: Mapping[str, Any]) -> Asking:
         try:
             image, question, own = unpack(pair)
-            options = AskOptions.of({**shared, **own})
+            options = AskOptions.of(own, shared)
             return Asking(self.engine, Request(question, tuple(opened_images(image, options.fetch)), options))
         except UserError as error:
             raise UserError(f"question {number}: {error}") from error
