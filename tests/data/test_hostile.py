@@ -282,3 +282,23 @@ def test_images_of_every_form_are_held_against_the_items(tmp_path: Path) -> None
     ]
     for other in others:
         assert check(items, against=[other]).counts == {"evaluated": 1}, other
+
+
+def test_lists_that_a_program_wrote_into_cells(tmp_path: Path) -> None:
+    cells = {'["9.30", "9.3"]': ("9.30", "9.3"), "['9.30']": ("9.30",), "{'text': ['9.30'], 'at': [1]}": ("9.30",)}
+    cells |= {"[9.30]": ("[9.30]",), "{x}": ("{x}",)}  # which are texts
+    for cell, answers in cells.items():
+        quoted = cell.replace('"', '""')
+        (thing,) = read(table(tmp_path / "q.csv", f'image,question,answer\na.png,Total?,"{quoted}"\n'))
+        assert thing.answers == answers
+    for cell in ("['9.30' '9.3']", "{'text': array(['9.30'])}"):  # numpy's
+        with pytest.raises(UserError, match=r"q.csv:2: a cell looks like a list"):
+            list(read(table(tmp_path / "q.csv", f'image,question,answer\na.png,Total?,"{cell}"\n')))
+
+
+def test_items_beside_annotations_do_not_stop_a_second_build(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", (640, 400))
+    shape = {"label": "total", "points": [[10, 20], [100, 60]], "shape_type": "rectangle", "description": "9.30"}
+    dump(tmp_path / "a.json", {"shapes": [shape], "imagePath": "a.png"})
+    for _ in range(2):
+        assert build(tmp_path, tmp_path / "items.json").items == 1

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from relook.data.cells import cell
 from relook.errors import UserError
 from relook.io import replacing
 
@@ -191,7 +192,11 @@ def _scan_csv(path: Path, file: IO[bytes]) -> Iterator[Record | Unreadable]:
                 why = f"{len(row[None])} values more than the {len(row) - 1} columns; put texts with a comma in quotes"
                 yield Unreadable(place_of_record(path, at), why)
             else:
-                yield Record({key: text for key, text in row.items() if key and text}, str(path), at)
+                try:
+                    yield Record({key: cell(text) for key, text in row.items() if key and text}, str(path), at)
+                except (ValueError, SyntaxError, RecursionError, MemoryError):
+                    why = "a cell looks like a list or a struct, but is no JSON; write it as JSON"
+                    yield Unreadable(place_of_record(path, at), why)
     except csv.Error as error:
         why = f"a quote that does not close, or that opens in front of only a part of a value ({error})"
         raise UserError(f"{path}:{at + 1}: {why}; put the whole value in quotes, and double those in it") from None

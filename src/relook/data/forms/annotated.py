@@ -167,6 +167,12 @@ def annotation_files(path: Path, suffix: str) -> list[Path]:
     return sorted(path.rglob(f"*{suffix}")) if path.is_dir() else [path]
 
 
+def is_list(path: Path) -> bool:
+    """Whether a JSON file holds a list, as items that were written beside annotations do."""
+    with open_input(path) as file:
+        return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
 def json_object(path: Path) -> Record:
     """The one object of a JSON file. Raises UserError for another thing, with file and line."""
     with open_input(path) as file:
@@ -181,6 +187,9 @@ def json_pages(
 
     def read(path: Path, reading: Reading) -> Iterator[Found]:
         for file in annotation_files(path, ".json"):
+            if path.is_dir() and is_list(file):
+                yield LeftOut(f"{file}:1", "form", f"holds a list; expected the {key!r} of {tool}")
+                continue
             record = json_object(file)
             if key not in record.value:
                 seen = ", ".join(list(record.value)[:12])
