@@ -226,7 +226,18 @@ def test_a_run_that_was_cut_goes_on_and_gives_the_same_file(own, tmp_path):
         assert str(locate(own, cut, again)) == said
         assert cut.read_bytes() == data
         kept = [json.loads(line)["answer"] for line in data[:end].split(b"\n")[:-1]]
-        assert len(again.asked) == 4 - sum(answer != "known" for answer in kept)
+        assert len(again.asked) == 4 - sum(answer not in ("known", "broken") for answer in kept)  # which is tried again
+
+
+def test_what_failed_is_tried_again(own, tmp_path):
+    out = tmp_path / "out.jsonl"
+    locate(own, out, Fake(one=[Place((1, 2, 30, 40), 0.9, "one")]))
+    before = lines_of(out)
+    again = Fake(broken=[Place((1, 2, 30, 40), 0.9, "broken")])
+    again.places = lambda question: again.asked.append(question) or again.answers.get(question.answer, [])
+    report = locate(own, out, again)
+    assert [question.answer for question in again.asked] == ["broken"] and report.counts["failed"] == 0
+    assert lines_of(out)[:-1] == before[:-1] and lines_of(out)[-1]["bboxs"] == [[1, 2, 30, 40]]
 
 
 @pytest.mark.parametrize("there", ['{"image": "b.png", "question": "Who?", "answer": "x"}', '{"mine": 1}', "notes"])

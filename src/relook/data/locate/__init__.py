@@ -24,7 +24,7 @@ from relook.data.placing import Placer
 from relook.data.remap import question_line
 from relook.data.settings import LOCATED
 from relook.errors import RelookError, UserError
-from relook.io import append_lines, locked_file
+from relook.io import append_lines, locked_file, replacing_file
 
 SHOWN = 20  # questions with several places, or none, that a report names
 _SAME = ("image", "question", "answer")  # of a line that was written before
@@ -88,6 +88,8 @@ def locate(
 ) -> LocateReport:
     """Write the questions of `src` with boxes to `dst` (JSON lines), one line after another; a rerun goes on.
 
+    What failed before is tried again.
+
     Args:
         src: questions in any form.
         by: "ocr", the folder of a detector, or a locator.
@@ -105,7 +107,15 @@ def locate(
     asked = list(_questions(Source(src, **reading), dst, report.read))
     with locked_file(dst):
         before = _written(dst, asked)
-        locator = by if not isinstance(by, str) else find_locator(by, threshold) if len(before) < len(asked) else None
+        failed = [number for number, line in enumerate(before) if "error" in line.get(LOCATED, {})]
+        waiting = failed or len(before) < len(asked)
+        locator = by if not isinstance(by, str) else find_locator(by, threshold) if waiting else None
+        if failed and locator is not None:
+            before = [
+                asked[n][1] | _located(asked[n][0], locator) if n in failed else line for n, line in enumerate(before)
+            ]
+            with replacing_file(dst) as aside:
+                append_lines(aside, before)
         for number, (question, line) in enumerate(asked):
             progress(src.name, number, len(asked))
             if number >= len(before):
