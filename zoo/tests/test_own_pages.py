@@ -122,6 +122,7 @@ def test_a_page_is_shown_otherwise_each_time_and_its_boxes_move_along(tmp_path, 
 def test_the_recipe_runs_on_own_pages_and_leaves_a_model_that_says_so(own, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(own)
     short = ["threads=1", "workers=0", "stages.look.samples=2", "stages.look.batch=1", "stages.look.options.uses=1"]
+    short += ["stages.settle.samples=2", "stages.settle.batch=1", "stages.settle.options.uses=1"]
     short += ["validation.items=8", "validation.examples=2", "validation.questions=1", "evaluate_every=2"]
     recipe = str(ROOT / "zoo/recipes/own-pages.yaml")
     done = CliRunner().invoke(app, ["train", recipe, "data.path=items.json", "out=run", *short])
@@ -143,7 +144,7 @@ def test_the_curve_in_the_docs_is_what_its_records_give() -> None:
     report = collect([ROOT / "zoo/own-pages/curve.yaml"])
     page = (ROOT / "docs/own-data.md").read_text(encoding="utf-8")
     exact, recall = COLUMNS["exact %"], COLUMNS["recall %"]
-    for pages in ("0", "50", "100", "200"):
+    for pages in ("0", "50", "100", "200", "200 settled"):
         own, shown = report.row(pages).results, report.row(f"{pages} oracle").results["test"]
         cells = [cell(own["test"].measures["exact"], exact), cell(own["test"].measures["recall"], recall)]
         cells += [cell(shown.measures["exact"], exact), cell(own["new-form"].measures["exact"], exact)]
