@@ -191,7 +191,10 @@ def check_page(page: Page, pages: int) -> int:
     """The index of a page among so many."""
     named = "#page=1" if pages == 1 else f"#page=1 to #page={pages}"
     if page.number is None and pages > 1:
-        raise UserError(f"has {pages} pages, of which one can be shown: add {named} to its path or address")
+        raise UserError(
+            f"has {pages} pages, of which one can be shown: add {named} to its path or address "
+            "(give bytes and open files by one)"
+        )
     number = 1 if page.number is None else page.number
     if not 1 <= number <= pages:
         raise UserError(f"has no page {number}; expected {named}")

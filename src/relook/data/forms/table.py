@@ -122,7 +122,10 @@ def _pil(data: Any, where: str) -> Any:
 
     if not isinstance(data, bytes):
         raise UserError(f"{where}: 'bytes' of its image is a {type(data).__name__}; expected those of an image file")
-    with reading(io.BytesIO(data), f"{where}: its image"):
+    with reading(io.BytesIO(data), f"{where}: its image") as image:
+        if image.format == "PDF":  # which Pillow does not open
+            image.load()
+            return image
         return Image.open(io.BytesIO(data))
 
 
