@@ -66,6 +66,21 @@ def test_what_a_table_would_lose_is_refused(tmp_path: Path, text: str, why: str)
         list(read(table(tmp_path / "q.csv", text)))
 
 
+def test_a_row_without_an_answer_is_left_out_and_the_others_stay(tmp_path: Path) -> None:
+    rows = "a.png,Total?,9.30,10,20,100,60\na.png,When?,,,,,\na.png,Who?, ,,,,\na.png,What?,x,,,,\n"
+    path = table(tmp_path / "q.csv", f"image,question,answer,x1,y1,x2,y2\n{rows}")
+    found = list(Source(path).things())
+    assert [(thing.text, thing.boxes) for thing in found] == [("Total?", (BOX,)), ("What?", ())]
+    with pytest.raises(LeftOut, match=r"q.csv:3: 'answer' is None") as left:
+        list(read(path))
+    assert left.value.rule == "empty-answer"
+    said = table(tmp_path / "r.csv", "image,question,reply\na.png,Total?,9.30\na.png,When?,\n")
+    found = list(Source(said, columns={"answer": "reply"}).things())
+    assert [thing.text for thing in found] == ["Total?"]
+    with pytest.raises(UserError, match="no 'answer' among its keys"):  # no such column
+        list(read(said))
+
+
 def test_text_of_sixteen_bits_is_named(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_bytes(json.dumps(ASKED).encode("utf-16"))

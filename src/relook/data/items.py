@@ -176,7 +176,7 @@ class Question:
         with naming(where):
             image, text, answer, boxes = (column(data, ours, columns or {}) for ours in COLUMNS)
             for ours, value in (("image", image), ("question", text), ("answer", answer)):
-                if value is None and ours not in data:
+                if value is None and not any(name in data for name in ((columns or {}).get(ours), *COLUMNS[ours])):
                     raise UserError(missing(ours, data))
         if isinstance(image, list) and len(image) == 1:
             image = image[0]
@@ -184,6 +184,10 @@ class Question:
             raise UserError(f"{where}: 'image' is {image!r}; expected the path of an image")
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: 'question' is {text!r}; expected text")
+        if answer is None or (isinstance(answer, str) and not answer.strip()):
+            raise LeftOut(
+                where, "empty-answer", f"'answer' is {answer!r}; expected text, a number, or a list of accepted ones"
+            )
         answers = _answers(answer)
         if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
             raise UserError(f"{where}: 'answer' is {answer!r}; expected text, a number, or a list of accepted ones")

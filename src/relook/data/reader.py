@@ -169,7 +169,7 @@ def _scan_lines(path: Path, file: IO[bytes]) -> Iterator[Record | Unreadable]:
 
 
 def _scan_csv(path: Path, file: IO[bytes]) -> Iterator[Record | Unreadable]:
-    """Rows as records of text, empty ones left out; they are separated by what the line of names has most of."""
+    """Rows as records of text, None for an empty cell; they are separated by what the line of names has most of."""
     lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
     at = 0
     try:
@@ -193,7 +193,7 @@ def _scan_csv(path: Path, file: IO[bytes]) -> Iterator[Record | Unreadable]:
                 yield Unreadable(place_of_record(path, at), why)
             else:
                 try:
-                    yield Record({key: cell(text) for key, text in row.items() if key and text}, str(path), at)
+                    yield Record({key: cell(text) if text else None for key, text in row.items() if key}, str(path), at)
                 except (ValueError, SyntaxError, RecursionError, MemoryError):
                     why = "a cell looks like a list or a struct, but is no JSON; write it as JSON"
                     yield Unreadable(place_of_record(path, at), why)

@@ -63,7 +63,7 @@ def several_images(row: Mapping[str, Any], columns: Mapping[str, str], where: st
 
 def has_corners(row: Mapping[str, Any]) -> bool:
     """Whether a row has columns that are a box."""
-    return any(all(name in row for name in names) for names in CORNERS)
+    return any(all(row.get(name) is not None for name in names) for names in CORNERS)
 
 
 def _row_box(row: Mapping[str, Any]) -> Any:
@@ -75,7 +75,7 @@ def _row_box(row: Mapping[str, Any]) -> Any:
                 lacking = ", ".join(name for name in names if name not in there)
                 raise UserError(f"has {', '.join(there)} and no {lacking}; give all four, or none of them")
         for names in (("x", "y", "w", "h"), ("x", "y", "width", "height")):
-            if all(name in row for name in names):
+            if all(row.get(name) is not None for name in names):
                 units = "x1, y1, x2, y2 and say --units xywh"
                 raise UserError(f"{', '.join(names)} are no corners; call these columns {units}")
     return _boxes(row)
@@ -92,7 +92,7 @@ def _boxes(value: Any) -> Any:
         except ValueError:
             value = [_number(part) for part in re.split(r"[\s,;]+", value.strip())]
     if isinstance(value, Mapping):
-        names = next((names for names in CORNERS if all(name in value for name in names)), None)
+        names = next((names for names in CORNERS if all(value.get(name) is not None for name in names)), None)
         return None if names is None else [[_number(value[name]) for name in names]]
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
         found = [_boxes(each) for each in value]
