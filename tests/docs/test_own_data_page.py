@@ -18,8 +18,15 @@ from typer.testing import CliRunner
 from relook.cli import app
 
 PAGE = ROOT / "docs/own-data.md"
-SHORT = ["stages.tune.steps=2", "stages.tune.batch=1", "stages.tune.accumulate=1", "stages.tune.checkpointing=false"]
-SHORT += ["validation.items=2", "validation.questions=1", "threads=1", "workers=0", "evaluate_every=2"]
+SHORT = [f"stages.{stage}.{size}" for stage in ("look", "settle") for size in ("samples=2", "batch=1")]
+SHORT += [
+    "validation.items=2",
+    "validation.examples=2",
+    "validation.questions=1",
+    "threads=1",
+    "workers=0",
+    "evaluate_every=2",
+]
 QUICK = {"train": SHORT, "evaluate": ["--n", "2"]}
 
 
@@ -27,7 +34,7 @@ QUICK = {"train": SHORT, "evaluate": ["--n", "2"]}
 def own(tmp_path, monkeypatch):
     """The folder of somebody with ten receipts and a CSV of questions about them."""
     (tmp_path / "own/images").mkdir(parents=True)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "zoo").symlink_to(ROOT / "zoo")
     world, lines = Pages(5), []
     for number in range(10):
         page = world.sample(number)
@@ -77,4 +84,4 @@ def test_the_page_as_written(own):
     log = [json.loads(line) for line in (own / "run/log.jsonl").read_text().splitlines()]
     assert any("eval_loss" in entry for entry in log)
     provenance = json.loads((own / "run/final/config.json").read_text())["provenance"]
-    assert provenance["recipe"] == "own-data" and provenance["samples"] == 2
+    assert provenance["recipe"] == "own-pages" and provenance["samples"] == 4
