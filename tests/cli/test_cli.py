@@ -352,6 +352,16 @@ def test_ctrl_c_is_exit_code_130(page) -> None:
     assert "Traceback" not in stderr
 
 
+def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch) -> None:
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("relook.data.locate.locate", stop)
+    target = tmp_path / "located.jsonl"
+    said = call("data", "locate", tmp_path / "q.csv", target, code=130).stderr
+    assert said == f"relook: interrupted; what is done is in {target}, and the same command goes on from there\n"
+
+
 def test_text_that_no_encoding_has_is_printed_all_the_same(tmp_path):
     """Half a character in the path of an image that is not there: the results are printed, exit code 0."""
     for name in ("a.png", "b\ud83d.png"):

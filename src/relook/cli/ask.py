@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from relook.cli.common import BaseUrl, Device, Dialect, Dtype, Model, Processor, open_model, progress_bars
+from relook.cli.common import BaseUrl, Device, Dialect, Dtype, Model, Processor, goes_on, open_model, progress_bars
 from relook.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _ask_file(vlm: Any, batch: Path, out: Path, options: dict[str, Any]) -> None
 
     for warning in vlm.warnings:
         print(f"relook: {printable(' '.join(warning.split()))}", file=sys.stderr)
-    with progress_bars() as progress:
+    with goes_on(out), progress_bars() as progress:
         done, failed = ask_file(vlm, batch, out, progress, **options)
     print(f"written: {out}: {done} answers" + (f", {failed} of them errors" if failed else ""))
 

@@ -4,12 +4,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
 from typer.core import TyperCommand
 
-from relook.errors import UserError
+from relook.errors import RelookError, UserError
 
 DEFAULT_MODEL = "receipts-tiny"
 MODEL_HELP = "A shipped model, a folder, or a hub id."
@@ -93,6 +94,17 @@ def show_status(text: str) -> None:
     """Overwrite one status line on stderr; an empty text clears it. Does nothing unless stderr is a terminal."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def goes_on(target: Path) -> Iterator[None]:
+    """A context whose Ctrl-C says that the same command goes on with what is in `target`."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        said = RelookError(f"interrupted; what is done is in {target}, and the same command goes on from there")
+        said.exit_code = 130
+        raise said from None
 
 
 @contextmanager

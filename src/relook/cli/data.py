@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from relook.cli.common import AsJson, ListOptions, print_result, progress_bars, show_status
+from relook.cli.common import AsJson, ListOptions, goes_on, print_result, progress_bars, show_status
 from relook.errors import UserError
 
 app = typer.Typer(help="Training items: where they come from, building and checking them.")
@@ -192,7 +192,7 @@ def locate(
     """
     from relook.data.locate import locate as find
 
-    with progress_bars() as progress:
+    with goes_on(target), progress_bars() as progress:
         report = find(questions, target, by, threshold=threshold, progress=progress, image_root=image_root,
                       format=format, split=split, columns=_pairs(columns), ask=ask, units=units)  # fmt: skip
     print_result(report, as_json)
