@@ -307,7 +307,6 @@ def test_build_writes_paths_that_hold_from_the_new_place(tmp_path):
         (line(width=320, height=200), "is 640 x 400, but width and height say 320 x 200"),
         (line(image="gone.png", width=None, height=None), "no image at"),
         (line(question=" "), "'question' is ' '"),
-        (line(answer=None), "'answer' is None"),
         (line(bboxs=[[1, 2, 3]]), "box [1, 2, 3]"),
         (line(bboxs=[[1, 2, float("inf"), 4]]), "expected [x1, y1, x2, y2]"),
         (line(width=-1), "positive whole numbers"),
