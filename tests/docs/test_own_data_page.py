@@ -38,9 +38,9 @@ def own(tmp_path, monkeypatch):
     world, lines = Pages(5), []
     for number in range(10):
         page = world.sample(number)
-        page.image.save(tmp_path / f"own/images/{number}.png")
+        page.image.save(tmp_path / f"own/images/{number:03}.png")
         for qa in page.qas[:2]:
-            lines.append({"image": f"images/{number}.png", "question": qa.question, "answer": qa.answer})
+            lines.append({"image": f"images/{number:03}.png", "question": qa.question, "answer": qa.answer})
     with (tmp_path / "own/questions.csv").open("w", newline="") as file:
         (table := csv.DictWriter(file, [*lines[0]])).writeheader()
         table.writerows(lines)

@@ -94,7 +94,7 @@ class CheckReport:
         looked = f", {self.images} images" if self.images else ""
         total = sum(self.counts.values())
         faults = f"{total} fault{'s' * (total != 1)}" if total else "no fault found"
-        lines = [_cut(f"{self.path}: {self.items} items{looked}, {faults}")]
+        lines = [_cut(f"{self.path}: {self.items} items{looked}, {faults}", keep_end=True)]
         first = {finding.rule: finding for finding in reversed(self.findings)}
         for rule, count in self.counts.most_common():
             seen = first[rule]
@@ -303,5 +303,8 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def _cut(line: str) -> str:
-    return line if len(line) <= _WIDTH else line[: _WIDTH - 1] + "…"
+def _cut(line: str, keep_end: bool = False) -> str:
+    """The line, as much of it as fits the screen: its beginning, or its end where that says more than a path."""
+    if len(line) <= _WIDTH:
+        return line
+    return "…" + line[1 - _WIDTH :] if keep_end else line[: _WIDTH - 1] + "…"
