@@ -66,4 +66,5 @@ def _pages(world: str, about: str, usual: int) -> Task:
 
 CARDS = _pages("cards", "cards with codes, pages never seen", 1000)
 RECEIPTS = _pages("receipts", "rendered receipts never seen", 500)
+RECEIPTS_A4 = _pages("receipts-a4", "rendered receipts in small print on A4 sheets, never seen", 500)
 RECEIPTS_REAL = Task("receipts-real", "60 real scanned receipts (SROIE), 234 questions", lambda *_: real_receipts())

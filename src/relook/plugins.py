@@ -25,7 +25,16 @@ from relook.io import nearest
 
 # What makes and asks the shipped tiny models is in the checkout's zoo/, not in the wheel: unknown, these names say so.
 ZOO = {
-    *("cards", "receipts", "receipts-real", "cards-tiny", "receipts-tiny", "assemble"),
+    *(
+        "cards",
+        "receipts",
+        "receipts-a4",
+        "receipts-lookalikes",
+        "receipts-real",
+        "cards-tiny",
+        "receipts-tiny",
+        "assemble",
+    ),
     *("dense", "align", "lines", "documents", "read", "locate", "pages"),
 }
 

@@ -32,6 +32,7 @@ from zoo.objectives.pieces import beside, clamp, cut, shade
 from zoo.scans import Scan, read_scans
 from zoo.worlds import QA, Area, Box, Page
 from zoo.worlds.receipts import Line
+from zoo.worlds.sheets import on_sheet
 
 READ_OUT = "Read the text."  # the question of the kind `line`
 NEAR = 8  # most tokens that a letter, or what is asked for, may be seen in
@@ -78,6 +79,7 @@ class Documents(PageConversations):
         resize: float = 0.0  # scans are made larger or smaller by up to this share
         real: str | None = None  # folder of scans; absent: synthetic pages only
         share: float = 0.0  # of examples that come from scans, where there are any
+        sheets: float = 0.0  # of pages and scans that are shown small on a larger sheet, see worlds.sheets
         uses: int = 1  # examples per drawn page
         fields: dict[str, float] = {}  # how often a field is asked for, beside 1: long answers cost more and teach less
         guide: tuple[int, int] = (1, 2)  # layers whose first head is guided: to the letter written, to the one to come
@@ -106,8 +108,12 @@ class Documents(PageConversations):
         return self.drawn(index // lap * PAGES_AT_HAND + index % PAGES_AT_HAND)
 
     def draw(self, number: int) -> Page:
-        """A synthetic page, or a scan cut and shaded at random."""
+        """A synthetic page, or a scan cut and shaded at random; sometimes on a larger sheet."""
         random = rng(self.seed, self.stage.name, "page", number)
+        page = self._single(number, random)
+        return on_sheet(page, random) if self.options.sheets and random.random() < self.options.sheets else page
+
+    def _single(self, number: int, random: np.random.Generator) -> Page:
         if self.scans and random.random() < self.options.share:
             page = scan_page(self.scans[int(random.integers(len(self.scans)))], random, self.options.resize)
             if page.qas:

@@ -13,6 +13,8 @@ from zoo.worlds.base import QA, Area, Box, Glyph, Page, World
 WORLDS: dict[str, tuple[str, str]] = {
     "cards": ("zoo.worlds.cards", "Cards"),
     "receipts": ("zoo.worlds.receipts", "Receipts"),
+    "receipts-lookalikes": ("zoo.worlds.receipts", "Lookalikes"),
+    "receipts-a4": ("zoo.worlds.receipts", "A4Receipts"),
     "notes": ("zoo.worlds.notes", "Notes"),
 }
 

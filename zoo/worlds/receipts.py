@@ -3,6 +3,9 @@
 `Receipts(seed).sample(i)` writes a receipt (receipts_text), prints it (receipts_print), degrades the print
 (receipts_wear) and adds questions beyond its fields (receipts_asked). A page has its fields and the box of every letter
 and line. Labels are upper case whatever is printed, as in the real set. Boxes as in `worlds.base`.
+
+`Lookalikes` are receipts with rows that are easily taken for others (receipts_lookalikes), `A4Receipts` these on larger
+sheets, as a flatbed scanner shows them (sheets).
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ from typing import TYPE_CHECKING
 from relook.io import rng
 from relook.regions import union
 from zoo.worlds import receipts_asked as asked
+from zoo.worlds import receipts_lookalikes as alike
 from zoo.worlds import receipts_print as printing
 from zoo.worlds import receipts_text as text
 from zoo.worlds import receipts_wear as wear
 from zoo.worlds.base import QA, Area, Box, Glyph, Page
 from zoo.worlds.receipts_text import Part
+from zoo.worlds.sheets import on_sheet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,14 +50,18 @@ class Line:
 
 
 class Receipts:
-    """The receipts dataset (see the module). `Receipts(1).sample(0)` is always the same page."""
+    """The receipts dataset (see the module). `Receipts(1).sample(0)` is always the same page.
+
+    Args:
+        lookalikes: with the rows and questions of receipts_lookalikes; pages without are as they always were.
+    """
 
     name = "receipts"
     charset = "".join(chr(c) for c in range(33, 127) if not "a" <= chr(c) <= "z")
     labels = tuple(text.QUESTIONS)  # without those of receipts_asked, whose answers have no area
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, lookalikes: bool = False) -> None:
+        self.seed, self.lookalikes = seed, lookalikes
 
     @classmethod
     def phrases(cls) -> tuple[str, ...]:
@@ -61,8 +70,8 @@ class Receipts:
 
     def sample(self, index: int) -> Page:
         """One receipt; `meta["lines"]` holds its `Line`s from top to bottom."""
-        source = randomness.Random(int(rng(self.seed, self.name, index).integers(2**62)))
-        script = text.write(source)
+        source = randomness.Random(int(rng(self.seed, Receipts.name, index).integers(2**62)))
+        script = alike.write(source) if self.lookalikes else text.write(source)
         sheet = _layout(script, source)
         ink, lines = _print(script, sheet)
         image, matrix = wear.wear(ink, source)
@@ -74,7 +83,10 @@ class Receipts:
             if name in areas and name in script.answers
         ]
         # a generator of its own, used last, so that pages and earlier questions stay the same
-        qas += asked.ask(script, _parts(lines), rng(self.seed, "receipts-asked", index))
+        spots = _parts(lines)
+        qas += asked.ask(script, spots, rng(self.seed, "receipts-asked", index))
+        if self.lookalikes:
+            qas += alike.ask(script, spots, rng(self.seed, "receipts-lookalikes", index))
         glyphs = tuple(
             Glyph(char, box)
             for line in lines
@@ -83,6 +95,28 @@ class Receipts:
         )
         marks = tuple(Area(name, box) for name, box in areas.items())
         return Page(image.convert("RGB"), tuple(qas), glyphs, marks, {"lines": tuple(lines)})
+
+
+class Lookalikes(Receipts):
+    """`Receipts(seed, lookalikes=True)` by a name that a recipe can give."""
+
+    name = "receipts-lookalikes"
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed, lookalikes=True)
+
+    @classmethod
+    def phrases(cls) -> tuple[str, ...]:
+        return (*super().phrases(), *alike.phrases())
+
+
+class A4Receipts(Lookalikes):
+    """A receipt with look-alike rows in small print on an A4 sheet: of a crop, too, one has to look at a part."""
+
+    name = "receipts-a4"
+
+    def sample(self, index: int) -> Page:
+        return on_sheet(super().sample(index), rng(self.seed, self.name, index), a4=True)
 
 
 @dataclass(frozen=True)

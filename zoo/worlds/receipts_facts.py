@@ -68,24 +68,35 @@ def address(random: Random) -> list[str]:
     return lines
 
 
-def date(random: Random) -> str:
-    d, m, y = random.randint(1, 28), random.randint(1, 12), random.choice((2016, 2017, 2017, 2018, 2018, 2018, 2019))
+FORMS = (30, 10, 7, 5, 4, 3, 2, 2, 2, 2, 1, 1)  # how often each of `dated` is printed
+
+
+def dated(d: int, m: int, y: int) -> tuple[str, ...]:
+    """The ways a till prints a day, in the order of FORMS."""
     name = words.MONTHS[m - 1]
-    forms = [
-        (30, f"{d:02}/{m:02}/{y}"),
-        (10, f"{d:02}-{m:02}-{y}"),
-        (7, f"{d:02}/{m:02}/{y % 100}"),
-        (5, f"{d:02}-{m:02}-{y % 100:02}"),
-        (4, f"{d:02} {name} {y}"),
-        (3, f"{d:02}-{name}-{y}"),
-        (2, f"{d:02}.{m:02}.{y}"),
-        (2, f"{y}-{m:02}-{d:02}"),
-        (2, f"{d:02}/{name}/{y}"),
-        (2, f"{d}/{m}/{y}"),
-        (1, f"{d} {name} {y % 100}"),
-        (1, f"{d:02}{name}{y}"),
-    ]
-    return random.choices([f for _, f in forms], [w for w, _ in forms])[0]
+    return (
+        f"{d:02}/{m:02}/{y}",
+        f"{d:02}-{m:02}-{y}",
+        f"{d:02}/{m:02}/{y % 100}",
+        f"{d:02}-{m:02}-{y % 100:02}",
+        f"{d:02} {name} {y}",
+        f"{d:02}-{name}-{y}",
+        f"{d:02}.{m:02}.{y}",
+        f"{y}-{m:02}-{d:02}",
+        f"{d:02}/{name}/{y}",
+        f"{d}/{m}/{y}",
+        f"{d} {name} {y % 100}",
+        f"{d:02}{name}{y}",
+    )
+
+
+def day(random: Random) -> tuple[int, int, int]:
+    """A day, month and year."""
+    return random.randint(1, 28), random.randint(1, 12), random.choice((2016, 2017, 2017, 2018, 2018, 2018, 2019))
+
+
+def date(random: Random) -> str:
+    return random.choices(dated(*day(random)), FORMS)[0]
 
 
 def time(random: Random) -> str:

@@ -46,6 +46,8 @@ MAIN = ("company", "date", "address", "total")  # fields of the real set
 
 
 Part = tuple[str, int]
+Place = tuple[str, float]  # align and at of a Piece
+Entry = tuple[str, str, str | None]  # label, value, the question it answers
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,14 @@ class Piece:
     part: Part | None = None
 
 
+def marked(
+    text: str, align: str = "l", at: float = 0.0, size: float = 1.0, bold: bool = False, mark: str | None = None
+) -> Piece:
+    """A piece that answers the question `mark`: one of QUESTIONS, or one of another module's (then its part)."""
+    known = mark in QUESTIONS
+    return Piece(text, align, at, size, bold, mark if known else None, (mark, 0) if mark and not known else None)
+
+
 @dataclass
 class Script:
     """Rows of pieces (an empty row is a gap) and the answer of each field.
@@ -91,43 +101,52 @@ def write(random: Random) -> Script:
     script = Script()
     facts = made.Facts(random)
     date_at = random.choice(("head", "head", "head", "foot", "both_sides"))
-    _header(script, random)
+    _contacts(script, random, heading(script, random))
+    title(script, random)
     if date_at != "foot":
         _sale(script, random, facts, with_date=True)
-    _rule(script, random)
-    _items(script, random, facts)
-    _rule(script, random)
+    rule(script, random)
+    items(script, random, facts)
+    rule(script, random)
     _totals(script, random, facts)
     if random.random() < 0.45:
         _tax_summary(script, random, facts)
     if date_at == "foot":
-        _rule(script, random)
+        rule(script, random)
         _sale(script, random, facts, with_date=True)
-    _footer(script, random)
+    footer(script, random)
     return script
 
 
-def _cased(random: Random, text: str, style: int) -> str:
+def cased(random: Random, text: str, style: int) -> str:
     """Print in capitals mostly, else in title case."""
     return text.title() if style == 1 else text
 
 
-def _header(script: Script, random: Random) -> None:
+def heading(script: Script, random: Random) -> Place:
+    """Company, its registration, and address; returns where the lines stand."""
     at = random.choice((("c", 0.5), ("c", 0.5), ("c", 0.5), ("c", 0.5), ("l", 0.0)))
     case = random.choice((0, 0, 0, 1))
     company = made.company(random)
     script.answers["company"] = company.upper()
     big = random.choice((1.0, 1.0, 1.15, 1.4, 1.8))
     bold = random.random() < 0.4
-    for line in _wrapped(company, int(34 / big)):
-        script.add(Piece(_cased(random, line, case), *at, size=big, bold=bold, field="company"))
+    for line in wrapped(company, int(34 / big)):
+        script.add(Piece(cased(random, line, case), *at, size=big, bold=bold, field="company"))
     if random.random() < 0.7:
         form = random.choice(words.REGISTRATIONS)
-        script.add(Piece(made.code(random, form).replace("99", str(random.randint(10, 99))), *at))
+        shown = made.code(random, form).replace("99", str(random.randint(10, 99)))
+        script.add(Piece(shown, *at, part=("registration", 0)))
+        script.answers["registration"] = shown.strip("()").split(" ")[-1].upper()
     address = made.address(random)
     script.answers["address"] = " ".join(address).upper()
     for line in address:
-        script.add(Piece(_cased(random, line, case), *at, field="address"))
+        script.add(Piece(cased(random, line, case), *at, field="address"))
+    return at
+
+
+def _contacts(script: Script, random: Random, at: Place) -> None:
+    """Phone, fax and tax number."""
     rows = []
     if random.random() < 0.75:
         phone = made.code(random, random.choice(words.PHONES))
@@ -140,16 +159,23 @@ def _header(script: Script, random: Random) -> None:
         rows.append([Piece(label + made.code(random, "009999999999") + (")" if label[0] == "(" else ""), *at)])
     random.shuffle(rows)
     script.rows.extend(rows)
+
+
+def title(script: Script, random: Random) -> None:
+    """What the paper is called."""
     if random.random() < 0.7:
         if random.random() < 0.4:
             script.add()
-        title = random.choice(words.TITLES)
-        script.add(Piece(title, "c", 0.5, size=random.choice((1.0, 1.0, 1.3)), bold=random.random() < 0.3))
+        script.add(
+            Piece(
+                random.choice(words.TITLES), "c", 0.5, size=random.choice((1.0, 1.0, 1.3)), bold=random.random() < 0.3
+            )
+        )
     if random.random() < 0.3:
         script.add()
 
 
-def _wrapped(text: str, columns: int) -> list[str]:
+def wrapped(text: str, columns: int) -> list[str]:
     lines = [""]
     for word in text.split():
         if lines[-1] and len(lines[-1]) + 1 + len(word) > columns:
@@ -163,10 +189,10 @@ def _sale(script: Script, random: Random, facts: made.Facts, with_date: bool) ->
     """Invoice number, date, time and cashier as rows of label and value, in one or two columns, or without labels."""
     date, time = made.date(random), made.time(random)
     script.answers["date"] = date.upper()
-    shown = _cased(random, date, random.choice((0, 0, 1)))
+    shown = cased(random, date, random.choice((0, 0, 1)))
     invoice = made.code(random, random.choice(words.INVOICE_NUMBERS))
     colon = random.choice((": ", " : ", ":", " :", ": "))
-    entries: list[tuple[str, str, str | None]] = []
+    entries: list[Entry] = []
     if random.random() < 0.7:
         entries.append((random.choice(words.INVOICE_LABELS), invoice, "invoice"))
         script.answers["invoice"] = invoice
@@ -181,27 +207,32 @@ def _sale(script: Script, random: Random, facts: made.Facts, with_date: bool) ->
     ):
         if random.random() < 0.55:
             entries.append((made.pick(random, names).replace("_", " "), made.pick(random, values), None))
+    entry_rows(script, random, entries, colon)
+
+
+def entry_rows(script: Script, random: Random, entries: list[Entry], colon: str) -> None:
+    """Rows of label and value in random order: one or two columns, or a value alone where it has no label."""
     random.shuffle(entries)
     shape = random.choice(("list", "list", "tabbed", "two", "right"))
     middle = random.uniform(0.25, 0.45)
     while entries:
         name, value, mark = entries.pop(0)
         if not name:
-            script.add(Piece(value, *random.choice((("l", 0.0), ("c", 0.5), ("r", 1.0))), field=mark))
+            script.add(marked(value, *random.choice((("l", 0.0), ("c", 0.5), ("r", 1.0))), mark=mark))
         elif shape == "right":
-            script.add(Piece(name + colon, "l", 0.0), Piece(value, "r", 1.0, field=mark))
+            script.add(Piece(name + colon, "l", 0.0), marked(value, "r", 1.0, mark=mark))
         elif shape == "tabbed":
-            script.add(Piece(name, "l", 0.0), Piece(colon.strip() + " " + value, "l", middle, field=mark))
+            script.add(Piece(name, "l", 0.0), marked(colon.strip() + " " + value, "l", middle, mark=mark))
         elif shape == "two" and entries and len(name + value) < 16 and len(entries[0][0] + entries[0][1]) < 16:
             other, its, its_mark = entries.pop(0)
             script.add(
-                Piece(name + colon + value, "l", 0.0, field=mark), Piece(other + colon + its, "l", 0.55, field=its_mark)
+                marked(name + colon + value, "l", 0.0, mark=mark), marked(other + colon + its, "l", 0.55, mark=its_mark)
             )
         else:
-            script.add(Piece(name + colon + value, "l", 0.0, field=mark))
+            script.add(marked(name + colon + value, "l", 0.0, mark=mark))
 
 
-def _rule(script: Script, random: Random) -> None:
+def rule(script: Script, random: Random) -> None:
     kind = random.random()
     if kind < 0.45:
         script.add(Piece(random.choice("---=*_") * 60, "l", 0.0))
@@ -212,7 +243,7 @@ def _rule(script: Script, random: Random) -> None:
 _ROOM = {"columns": 18, "quantity_first": 22, "two_rows": 36}  # maximum letters of an item's name, by layout
 
 
-def _items(script: Script, random: Random, facts: made.Facts) -> None:
+def items(script: Script, random: Random, facts: made.Facts) -> None:
     shape = random.choice(("two_rows", "two_rows", "columns", "quantity_first"))
     if random.random() < 0.7:
         heads = {
@@ -225,7 +256,7 @@ def _items(script: Script, random: Random, facts: made.Facts) -> None:
             ),
         }
         script.add(*[Piece(*head) for head in heads[shape]])
-        _rule(script, random)
+        rule(script, random)
     code = random.choice(("", " SR", " S", "", " *", " Z"))
     for number, (name, quantity, price) in enumerate(facts.items):
         shown, total = name[: _ROOM[shape]], made.money(quantity * price)
@@ -296,7 +327,7 @@ def _totals(script: Script, random: Random, facts: made.Facts) -> None:
             made.money(facts.rounding),
         )
     if random.random() < 0.2:
-        _rule(script, random)
+        rule(script, random)
     size, bold = random.choice((1.0, 1.0, 1.0, 1.25, 1.5, 1.8)), random.random() < 0.4
     label = random.choice(words.TOTALS)
     if size > 1.2:
@@ -345,8 +376,8 @@ def _tax_summary(script: Script, random: Random, facts: made.Facts) -> None:
         )
 
 
-def _footer(script: Script, random: Random) -> None:
+def footer(script: Script, random: Random) -> None:
     if random.random() < 0.6:
-        _rule(script, random)
+        rule(script, random)
     for _ in range(random.choice((0, 1, 2, 2, 3, 4))):
         script.add(Piece(random.choice(words.THANKS), "c", 0.5))
