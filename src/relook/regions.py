@@ -122,6 +122,55 @@ def widen(cells: Cells, margin: int, grid: int = GRID) -> Cells:
     return max(x0 - margin, 0), max(y0 - margin, 0), min(x1 + margin, last), min(y1 + margin, last)
 
 
+def cells_in(cells: Cells, frame: Box, grid: int = GRID, margin: int = 0) -> Box:
+    """Box of the original for `cells`, widened by `margin`, of the grid over `frame`, a box of the original.
+
+    >>> cells_in((1, 2, 3, 4), (0, 0, 640, 400))  # the whole image: as `cells_to_box`
+    (80, 100, 320, 250)
+    >>> cells_in((0, 4, 1, 7), (80, 100, 320, 260), margin=1)  # cells of 30 x 20 px
+    (80, 160, 170, 260)
+    """
+    left, top, right, bottom = frame
+    x1, y1, x2, y2 = cells_to_box(widen(cells, margin, grid), (right - left, bottom - top), grid)
+    return left + x1, top + y1, left + x2, top + y2
+
+
+def cells_of(box: Sequence[float], frame: Box, grid: int = GRID) -> Cells:
+    """The inverse of `cells_in`: smallest cells of the grid over `frame` that cover `box`, less what leaves the frame.
+
+    >>> cells_of((85, 185, 135, 255), (80, 100, 320, 260))
+    (0, 4, 1, 7)
+    """
+    inside = [value - frame[i % 2] for i, value in enumerate(box)]
+    return box_to_cells(inside, (frame[2] - frame[0], frame[3] - frame[1]), grid)
+
+
+def chain(
+    box: Sequence[float], size: tuple[int, int], grid: int = GRID, margin: int = 0, looks: int = 1
+) -> list[Cells]:
+    """The region calls that lead to `box` in an image of `size`, where a call counts cells of the view before it.
+
+    The first counts cells of the whole image; another one follows while fewer than `looks` were made and the box that
+    it shows, widened by `margin`, has at most half the area of the view before. Every view covers the box.
+
+    >>> chain((900, 500, 950, 520), (1280, 1280), looks=3)  # seen: 800,480 to 960,640, then 900,500 to 960,520
+    [(5, 3, 5, 3), (5, 1, 7, 1)]
+    >>> chain((900, 500, 950, 520), (1280, 1280)) == [box_to_cells((900, 500, 950, 520), (1280, 1280))]
+    True
+    """
+    box, seen = clamp_box(box, size), (0, 0, *size)
+    calls = [cells_of(box, seen, grid)]
+    seen = cells_in(calls[0], seen, grid, margin)
+    while len(calls) < looks:
+        cells = cells_of(box, seen, grid)
+        closer = cells_in(cells, seen, grid, margin)
+        if 2 * _area(closer) > _area(seen):
+            break
+        calls.append(cells)
+        seen = closer
+    return calls
+
+
 def covered(box: Sequence[float], other: Sequence[float]) -> float:
     """Share 0..1 of `other`'s area that `box` covers: how much of an annotated box a region shows. 0 if it is empty."""
     area = _area(other)

@@ -9,9 +9,10 @@ Frames: sizes are (width, height) in pixels, boxes (x1, y1, x2, y2) with x2 and 
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,13 +52,19 @@ class View:
             not.
         scale: factor on the original pixels, applied before the cap. Tiny models use it to see glyphs at the size they
             were trained on.
+        min_pixels: an image that has fewer pixels after `scale` is enlarged to so many, so that a small crop of small
+            print is seen larger; None enlarges nothing. `longest_side` still holds.
+        max_scale: the most by which `min_pixels` enlarges the original pixels.
 
-    Example: `View(512).target((1000, 400))` is (512, 204); `View(512, scale=0.5).target((1000, 400))` is (500, 200).
+    Example: `View(512).target((1000, 400))` is (512, 204); `View(512, scale=0.5).target((1000, 400))` is (500, 200);
+    `View(512, min_pixels=40_000).target((100, 64))` is (250, 160), with `max_scale=2` (200, 128).
     """
 
     longest_side: int | None = 512
     resample: str = "bicubic"
     scale: float = 1.0
+    min_pixels: int | None = None
+    max_scale: float = 4.0
 
     def __post_init__(self) -> None:
         if self.resample not in RESAMPLES:
@@ -66,8 +73,11 @@ class View:
             raise UserError(
                 f"View: longest_side={self.longest_side} is not a size; expected pixels (1 or more) or None"
             )
-        if not self.scale > 0:
-            raise UserError(f"View: scale={self.scale} is not a factor; expected a number above 0")
+        for name, factor in (("scale", self.scale), ("max_scale", self.max_scale)):
+            if not factor > 0:
+                raise UserError(f"View: {name}={factor} is not a factor; expected a number above 0")
+        if self.min_pixels is not None and self.min_pixels < 1:
+            raise UserError(f"View: min_pixels={self.min_pixels} is not a size; expected pixels (1 or more) or None")
 
     @classmethod
     def of(cls, value: View | Mapping[str, Any] | int | None) -> View:
@@ -76,8 +86,9 @@ class View:
             return value
         if value is None or isinstance(value, int):
             return cls(longest_side=value)
-        if unknown := set(value) - {"longest_side", "resample", "scale"}:
-            raise UserError(f"View: unknown setting {sorted(unknown)}; expected longest_side, resample, scale")
+        names = [field.name for field in fields(cls)]
+        if unknown := set(value).difference(names):
+            raise UserError(f"View: unknown setting {sorted(unknown)}; expected {', '.join(names)}")
         return cls(**value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,6 +103,9 @@ class View:
         seen: list[Size] = []
         width, height = size
         factor = self.scale
+        if self.min_pixels is not None:
+            enough = math.sqrt(self.min_pixels / (width * height))
+            factor = max(factor, min(enough, self.max_scale))
         if self.longest_side is not None and max(width, height) * factor > self.longest_side:
             factor = self.longest_side / max(width, height)
         if factor != 1.0:

@@ -6,6 +6,7 @@ properties are tested with hypothesis.
 
 import json
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,10 @@ from relook.errors import UserError
 from relook.looks import parse_calls
 from relook.regions import (
     box_to_cells,
+    cells_in,
+    cells_of,
     cells_to_box,
+    chain,
     clamp_box,
     covered,
     crop,
@@ -302,3 +306,64 @@ def test_other_paths_are_left_alone(path: str) -> None:
 )
 def test_token_area(extent: str, size: tuple, area: tuple) -> None:
     assert token_area(extent, size) == area
+
+
+# -- regions inside regions
+
+
+@st.composite
+def a_frame(draw: st.DrawFn) -> tuple[int, tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """(grid, frame, cells): a box of an original somewhere, and cells of a grid over it"""
+    grid, (width, height), cells = draw(a_region())
+    left, top = draw(st.integers(0, 3000)), draw(st.integers(0, 3000))
+    return grid, (left, top, left + width, top + height), cells
+
+
+@given(a_frame(), st.integers(0, 2))
+def test_cells_of_a_frame_are_those_of_the_frame_cut_out(given, margin):
+    """Cut the frame out, cut the cells out of that: the pixels of the box that `cells_in` names."""
+    grid, frame, cells = given
+    size, (left, top) = (frame[2] - frame[0], frame[3] - frame[1]), frame[:2]
+    x1, y1, x2, y2 = cells_to_box(widen(cells, margin, grid), size, grid)
+    assert cells_in(cells, frame, grid, margin) == (left + x1, top + y1, left + x2, top + y2)
+    assert cells_in(cells, (0, 0, *size), grid, margin) == (x1, y1, x2, y2)
+    if min(size) >= grid:
+        assert cells_of(cells_in(cells, frame, grid), frame, grid) == cells
+    assert covered(cells_in(cells_of(frame, frame, grid), frame, grid), frame) == 1
+
+
+def test_cells_of_a_crop_by_hand():
+    """An image whose pixels say where they are: the crop of a crop, cut by Pillow, shows the pixels of the box."""
+    image = Image.new("RGB", (160, 120))
+    image.putdata([(x, y, 0) for y in range(120) for x in range(160)])
+    first, second = (2, 1, 5, 4), (1, 6, 3, 7)  # 20 x 15 px a cell; then 10 x 7.5 px a cell of 80 x 60
+    view = image.crop((40, 15, 120, 75))
+    by_hand = view.crop((10, 45, 40, 60))
+    frame = cells_in(first, (0, 0, 160, 120))
+    box = cells_in(second, frame)
+    assert frame == (40, 15, 120, 75) and box == (50, 60, 80, 75)
+    assert image.crop(box).tobytes() == by_hand.tobytes()
+    assert cells_of(box, frame) == second
+
+
+@given(a_box(), st.integers(0, 2), st.integers(1, 4))
+@example((16, (904, 1280), (600, 700, 640, 712)), 1, 3)
+def test_every_view_of_a_chain_covers_the_box_in_half_the_area(given, margin, looks):
+    grid, size, box = given
+    calls, views = chain(box, size, grid, margin, looks), [(0, 0, *size)]
+    assert calls[0] == box_to_cells(box, size, grid) and 1 <= len(calls) <= looks
+    for cells in calls:
+        views.append(cells_in(cells, views[-1], grid, margin))
+        assert covered(views[-1], box) == 1 and covered(views[-2], views[-1]) == 1
+    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in views]
+    assert all(2 * after <= before for before, after in pairwise(areas[1:]))
+    if len(calls) < looks:  # it ends because nothing is gained
+        x1, y1, x2, y2 = cells_in(cells_of(box, views[-1], grid), views[-1], grid, margin)
+        assert 2 * (x2 - x1) * (y2 - y1) > areas[-1]
+    assert chain(box, size, grid, margin) == [box_to_cells(box, size, grid)]
+
+
+def test_a_chain_refuses_what_is_no_box():
+    for box in ((4, 4, 2, 8), (1, 2, 3), (1, 2, 3, float("nan"))):
+        with pytest.raises(UserError, match="box"):
+            chain(box, (40, 40), looks=2)

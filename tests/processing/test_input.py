@@ -110,6 +110,14 @@ def test_other_mistakes():
         View.of({"longest": 3})
     with pytest.raises(UserError, match="longest_side=0"):
         View.of(0)
+    with pytest.raises(UserError, match="min_pixels=0"):
+        View(min_pixels=0)
+    with pytest.raises(UserError, match="max_scale=0"):
+        View(max_scale=0)
+    with pytest.raises(UserError, match="region_of='first' is unknown; expected whole or last"):
+        processor_of(region_of="first")
+    with pytest.raises(UserError, match="max_looks=0"):
+        processor_of(max_looks=0)
     with pytest.raises(UserError, match="turns by user, user"):
         processor_of().encode_item({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]})
     with pytest.raises(UserError, match="turns by nobody"):

@@ -6,6 +6,7 @@ they also show that the processor does not need it.
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import PIL
@@ -228,12 +229,18 @@ def test_nearest_drops_what_bicubic_keeps():
         (View(None, scale=0.5), (256, 128), (128, 64)),
         (View(64, scale=2.0), (100, 20), (64, 28)),
         (View(None, scale=3.0), (30, 20), (90, 60)),
+        (View(None, min_pixels=40_000), (100, 64), (250, 160)),
+        (View(None, min_pixels=40_000, max_scale=2.0), (100, 64), (200, 128)),
+        (View(None, min_pixels=40_000, max_scale=0.5), (100, 64), (100, 64)),  # never smaller than `scale` says
+        (View(None, min_pixels=40_000), (400, 200), (400, 200)),
+        (View(None, scale=0.5, min_pixels=40_000), (400, 200), (282, 141)),  # 20,000 after scale
+        (View(128, min_pixels=40_000), (100, 64), (128, 81)),  # the cap holds
     ],
 )
 def test_sizes_of_views(view, size, seen):
     assert view.target(size) == seen
     for resample in ("nearest", "bicubic"):
-        applied = View(view.longest_side, resample, view.scale).apply(Image.new("L", size))
+        applied = replace(view, resample=resample).apply(Image.new("L", size))
         assert applied.size == seen and applied.mode == "RGB"
 
 
@@ -326,25 +333,41 @@ def test_round_trip(tmp_path):
         grid_size=6,
         region_margin=2,
         first_look=View(40, "lanczos", 0.5),
-        second_look=None,
+        second_look=View(None, min_pixels=900, max_scale=3.0),
         reencode_look=View(None, scale=2.0),
         free_choice=True,
         question_first=True,
         system="Look.",
+        region_of="last",
+        max_looks=3,
     )
     processor.save_pretrained(tmp_path)
     again = VPTQwen2VLProcessor.from_pretrained(tmp_path)
     assert again.to_dict() == processor.to_dict()
     assert (again.first_look, again.second_look, again.reencode_look) == (
         View(40, "lanczos", 0.5),
-        View(None),
+        View(None, min_pixels=900, max_scale=3.0),
         View(None, scale=2.0),
     )
+    assert (again.region_of, again.max_looks) == ("last", 3)
     assert again.tokens == processor.tokens and "<|x_5|>" in again.tokens and "<|x_6|>" not in again.tokens
     assert again.chat_template == processor.chat_template == chat_template("Look.")
     item = region_item()
     for key, value in processor.encode_item(item).items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(again.encode_item(item)[key]))
+
+
+def test_a_folder_from_before_nested_looks(tmp_path):
+    processor_of().save_pretrained(tmp_path)
+    written = tmp_path / "processor_config.json"
+    config = json.loads(written.read_text())
+    del config["region_of"], config["max_looks"]
+    for view in ("first_look", "second_look"):
+        config[view] = {name: config[view][name] for name in ("longest_side", "resample", "scale")}
+    written.write_text(json.dumps(config))
+    again = VPTQwen2VLProcessor.from_pretrained(tmp_path)
+    assert again.to_dict() == processor_of().to_dict()
+    assert (again.region_of, again.max_looks, again.first_look.min_pixels) == ("whole", 1, None)
 
 
 def test_round_trip_through_auto_processor(tmp_path):

@@ -56,6 +56,8 @@ class Size:
     looks: tuple[str, ...] = ("region", "clip")
     grid: int = 8
     region_margin: int = 1
+    region_of: str = "whole"
+    max_looks: int = 1
     free_choice: bool = True
     question_first: bool = True
     max_pixels: int = 512 * 512
@@ -115,6 +117,8 @@ def build_processor(size: Size) -> Any:
         looks=size.looks,
         grid_size=size.grid,
         region_margin=size.region_margin,
+        region_of=size.region_of,
+        max_looks=size.max_looks,
         first_look=View(**size.first),
         second_look=View(**size.crop),
         reencode_look=View(**size.reencode),

@@ -65,6 +65,9 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
             those whose tokens the tokenizer has.)
         grid_size: cells along each side of the region grid.
         region_margin: cells by which a region is widened before it is cropped.
+        region_of: what the cells of a region call count in: the "whole" image, as published, or the "last" view that a
+            region look of the same answer has shown (at first the whole image, too).
+        max_looks: how often the model was taught to look for one answer.
         first_look, second_look: views of the image and of a crop. A `View`, its dict, or a longest side.
         reencode_look: view of a re-encoded image; None for the view of the first look, whose features can be reused.
         free_choice: whether the model decides to look without being asked for it in the prompt. (Of a published
@@ -92,9 +95,16 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         free_choice: bool = False,
         system: str = DEFAULT_SYSTEM,
         question_first: bool = False,
+        region_of: str = "whole",
+        max_looks: int = 1,
     ) -> None:
         if unknown := [look for look in looks if look not in LOOKS]:
             raise UserError(f"looks: {', '.join(unknown)} unknown; expected some of {', '.join(LOOKS)}")
+        if region_of not in ("whole", "last"):
+            raise UserError(f"region_of={region_of!r} is unknown; expected whole or last")
+        if max_looks < 1:
+            raise UserError(f"max_looks={max_looks}; expected at least 1")
+        self.region_of, self.max_looks = region_of, max_looks
         self.looks = list(looks)
         self.grid_size = grid_size
         self.region_margin = region_margin
