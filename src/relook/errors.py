@@ -4,6 +4,9 @@ The command line maps `exit_code` to the process's exit status. Any other except
 bug and keeps its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RelookError(Exception):
     """The work was asked for rightly and failed (out of memory, a server that does not answer)."""
@@ -20,3 +23,14 @@ class UserError(RelookError, ValueError):
 
 class CheckpointError(UserError):
     """A checkpoint that does not fit: the message names missing, unexpected or ill-shaped weights."""
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """A context in which a `UserError` opens with the place of the record it is about, once."""
+    try:
+        yield
+    except UserError as error:
+        if not where or str(error).startswith(where):
+            raise
+        raise UserError(f"{where}: {error}") from None

@@ -133,6 +133,9 @@ def build(
     whole: Annotated[
         float | None, Option(metavar="SHARE", help="Answer directly where a box covers this share of the image.")
     ] = None,
+    max_looks: Annotated[
+        int | None, Option(metavar="N", help="Region looks that lead to a box, each in the view before it; default: 1.")
+    ] = None,
     seed: Annotated[int, Option(metavar="N", help="Seed of shares and of the split.")] = 0,
     val: Annotated[
         float, Option(metavar="SHARE", help="Share of the images whose items go to TARGET's .val file.")

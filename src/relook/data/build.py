@@ -9,6 +9,7 @@ becomes, for look="region", an image of 640 x 400 and 8 x 8 cells of 80 x 50 pix
     user       <image>                                   images: a.jpg, a.jpg_80,100,320,250
     assistant  ACME
 
+With max_looks=2 a second call may follow, which counts cells of the first crop, and a third image, the crop of these.
 No crop needs to exist: it is written as a suffix and cut from the original when the item is encoded. A box edge on
 the image's border belongs to the last cell, so `<|x_8|>` never arises.
 """
@@ -31,13 +32,13 @@ from relook.data.images import ImageRef, split_ref
 from relook.data.items import IMAGE_KEYS, Item, LeftOut, Message, Question, image_size, write_items
 from relook.data.placing import Placer, same_size
 from relook.data.reader import folder_of, readable, writing_records
-from relook.data.rules import DIRECT, BuildOptions, draw, question_boxes, region_cells, val_path
-from relook.data.settings import BUILT, LOCATED, SETTINGS, model_settings, view_of
+from relook.data.rules import DIRECT, BuildOptions, draw, question_boxes, region_turns, val_path
+from relook.data.settings import BUILT, IMPLIED, LOCATED, SETTINGS, model_settings, view_of
 from relook.data.variants import variant
 from relook.errors import UserError
 from relook.files import split_page
 from relook.looks import ANSWER_PREFIX, LOOKS, look_turn, parse_calls, write_call
-from relook.regions import GRID, Cells, cells_to_box, covered, join_crop_suffix, widen
+from relook.regions import Box, covered, join_crop_suffix
 
 SHOWN = 20  # records left out that a report names
 
@@ -233,15 +234,15 @@ def build_item(
         note("questions with an empty answer", where)
     question = question.in_pixels()
     look, image, extra = options.look_of(question), question.image, {}
-    call, views = "", [image]
+    calls, views = list[str](), [image]
     if look == "region":
         if boxes := question_boxes(question, options, note):
-            size, grid = image_size(question), options.grid
+            size = image_size(question)
             if isinstance(image, str) and image.startswith("data:"):
                 raise LeftOut(where, "form", "an image in a data URL has no name for its crop; save it as a file")
-            cells = region_cells(boxes, question, grid, note)
-            call = "".join(write_call("region", each, grid) for each in cells)
-            views += [crop_ref(image, each, size, grid=grid, margin=options.margin) for each in cells]
+            asked_for = region_turns(boxes, question, options, note)
+            calls = ["".join(write_call("region", cells, options.grid) for cells, _ in turn) for turn in asked_for]
+            views += [crop_ref(image, box) for turn in asked_for for _, box in turn]
             if options.whole is not None and any(covered(box, (0, 0, *size)) >= options.whole for box in boxes):
                 note("boxes of almost the whole image, answered directly", where)
                 look = DIRECT
@@ -263,10 +264,11 @@ def build_item(
     spec = LOOKS[look]
     if options.align:  # the view that the projector must learn to show, and what is to be said of it
         return _item([f"{spec.placeholder}\n{question.text}", question.answer], {spec.item_key: [image]})
-    call = call or write_call(look)
+    looking = [
+        turn for call in calls or [write_call(look)] for turn in (call, look_turn(parse_calls(call, options.grid)))
+    ]
     answer = f"{ANSWER_PREFIX if options.answer_prefix else ''}{question.answer}"
-    turns = [first, call, look_turn(parse_calls(call, options.grid)), answer]
-    return _item(turns, {"images": [image], spec.item_key: views}, extra)
+    return _item([first, *looking, answer], {"images": [image], spec.item_key: views}, extra)
 
 
 def as_item(thing: Found, options: BuildOptions, context: Context, report: BuildReport | None = None) -> Item:
@@ -289,7 +291,8 @@ def as_item(thing: Found, options: BuildOptions, context: Context, report: Build
 
 def _kept(question: Question, options: BuildOptions) -> dict[str, Any]:
     """What an item keeps beside its turns: how it was built, and of the question what turns cannot say."""
-    kept: dict[str, Any] = {BUILT: {name: getattr(options, name) for name in SETTINGS}}
+    built = {name: getattr(options, name) for name in SETTINGS}
+    kept: dict[str, Any] = {BUILT: {name: value for name, value in built.items() if IMPLIED.get(name) != value}}
     if question.boxes:
         kept[BUILT] |= {} if question.units in ("", "pixels") else {"units": question.units}
         kept["bboxs"] = [list(box) for box in question.boxes]
@@ -300,13 +303,8 @@ def _kept(question: Question, options: BuildOptions) -> dict[str, Any]:
     return kept | ({} if question.field is None else {"field": question.field})
 
 
-def crop_ref(image: ImageRef, cells: Cells, size: tuple[int, int], *, grid: int = GRID, margin: int = 0) -> ImageRef:
-    """The crop of these cells as an item records it: a path with its box, or (image, box) where it is in memory.
-
-    >>> crop_ref("wide.png", (1, 2, 3, 4), (640, 400))
-    'wide.png_80,100,320,250'
-    """
-    box = cells_to_box(widen(cells, margin, grid), size, grid)
+def crop_ref(image: ImageRef, box: Box) -> ImageRef:
+    """A crop as an item records it: a path with its box, or (image, box) where it is in memory."""
     return join_crop_suffix(image, box) if isinstance(image, str) else (image, box)
 
 

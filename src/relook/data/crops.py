@@ -2,20 +2,24 @@
 
 Calls and crops are paired in order of appearance. Without the image, a crop is compared with its call in its own scale:
 on each axis its edges leave few sides that the image can have (`_sides`), and where the region reaches the last cell,
-only one. The names of faults are rows of `relook.data.faults`.
+only one. In an item of nested looks (built with `max_looks` over 1) a further call counts cells of the crop before it,
+and is judged once that one is right. The names of faults are rows of `relook.data.faults`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
 
 from relook.data.images import ImageFacts, split_ref, turned_cells
 from relook.data.items import Item
+from relook.data.settings import built_settings
 from relook.looks import ANSWER_PREFIX, parse_calls, write_call, x_token, y_token
-from relook.regions import Box, Cells, cells_to_box, join_crop_suffix, widen
+from relook.regions import Box, Cells, cells_in, cells_to_box, join_crop_suffix, widen
 
 GLYPH = 4 * 6  # pixels of the smallest legible character, 3 x 5 and a gap
 
@@ -38,7 +42,10 @@ class Region:
 
 @dataclass(frozen=True)
 class Crop:
-    """A crop of an item: its number among `images`, its file and box, its call, and the facts of its file."""
+    """A crop of an item: its number among `images`, its file and box, its call, and the facts of its file.
+
+    before  the crop whose view the cells of its call count in, widened by `margin`; None: the whole image
+    """
 
     index: int
     file: str
@@ -46,6 +53,8 @@ class Crop:
     region: Region | None
     facts: ImageFacts | None
     grid: int
+    before: Crop | None = None
+    margin: int = 0
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -59,6 +68,8 @@ class Crop:
 
     def fault(self) -> tuple[str, str] | None:
         """(row of the table, what was seen), or None."""
+        if self.before is not None and self.before.fault() is not None:
+            return None
         x1, y1, x2, y2 = self.box
         name, size, region = join_crop_suffix(self.file, self.box), self.size, self.region
         if x1 > x2 or y1 > y2:
@@ -76,7 +87,16 @@ class Crop:
         if self.too_far and self._fits(region.clamped(self.grid), size):
             return None  # the label alone reaches too far
         image = f" of an image of {size[0]} x {size[1]}" if size else ""
+        if (expected := self.nested) is not None and self.before is not None:
+            image = f" of the view {_text(self.before.box)} in turn {region.turn + 1}; expected {_text(expected)}"
         return "crop-region", f"{name} is not the region {region.cells}{image}"
+
+    @property
+    def nested(self) -> Box | None:
+        """What its call, cut back to the grid, shows of the view before; None where it counts in the whole image."""
+        if self.before is None or self.region is None:
+            return None
+        return cells_in(self.region.clamped(self.grid), self.before.box, self.grid, self.margin)
 
     def mended(self, rule: str) -> Box | None:
         """The box that the crop should have; None where that takes an image that is not at hand."""
@@ -84,6 +104,8 @@ class Crop:
         size, region, grid = self.size, self.region, self.grid
         if rule == "crop-swapped":
             return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
+        if self.nested is not None:
+            return self.nested
         if size is None:
             return self.on_the_grid() if region is not None and self._fits(region.cells, None) else None
         if rule == "exif-rotation" and region is not None and self.facts is not None:
@@ -107,6 +129,8 @@ class Crop:
         if self.region is None or not self.too_far:
             return self.box
         cells, grid = self.region.clamped(self.grid), self.grid
+        if self.nested is not None:
+            return self.nested
         if self.size is not None:
             return cells_to_box(cells, self.size, grid)
         axes: list[tuple[int, int]] = []
@@ -129,7 +153,7 @@ class Crop:
         Without a call nothing shows it.
         """
         facts, (x1, y1, x2, y2) = self.facts, self.box
-        if facts is None or self.region is None or self.size is None or not facts.sideways:
+        if facts is None or self.region is None or self.size is None or not facts.sideways or self.before is not None:
             return False
         if facts.stored == facts.size or not (0 <= x1 < x2 <= facts.stored[0] and 0 <= y1 < y2 <= facts.stored[1]):
             return False
@@ -137,6 +161,8 @@ class Crop:
 
     def _fits(self, cells: Cells, size: tuple[int, int] | None) -> bool:
         """Whether the box is that of `cells`, widened or not, in an image of this size, or of any where it is None."""
+        if self.before is not None:
+            return max(cells) < self.grid and self.box == self.nested
         if size is not None:
             return _margin(self.box, cells, size, self.grid) is not None
         return any(
@@ -158,23 +184,43 @@ def _regions(content: str, grid: int) -> tuple[tuple[Cells, tuple[int, int]], ..
     return tuple((c.cells, c.span) for c in calls if c.look == "region" and c.cells is not None and c.problem is None)
 
 
-def crops_of(item: Item, grid: int, facts_of: FactsOf) -> tuple[list[Crop], int]:
-    """The crops of an item, each with its call where there are as many of them; and the number of calls."""
+def crops_of(
+    item: Item, grid: int, facts_of: FactsOf, settings: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[list[Crop], int]:
+    """The crops of an item, each with its call where there are as many of them; and the number of calls.
+
+    Args:
+        settings: with which the item was built (`data.settings`), as far as it does not say so itself.
+    """
+    known = {**settings, **built_settings(item.extra)}
     refs = [(i, *split_ref(ref)) for i, ref in enumerate(item.images["images"]) if isinstance(ref, str) and "," in ref]
     found = [(i, file, box) for i, file, box in refs if box is not None]
     regions = region_calls(item, grid)
     paired: list[Region | None] = [*regions] if len(regions) == len(found) else [None] * len(found)
-    return [
-        Crop(i, file, box, region, facts_of(file), grid) for (i, file, box), region in zip(found, paired, strict=True)
-    ], len(regions)
+    crops: list[Crop] = []
+    for (i, file, box), region in zip(found, paired, strict=True):
+        before = _before(crops, region, item) if known.get("max_looks", 1) > 1 else None
+        crops.append(Crop(i, file, box, region, facts_of(file), grid, before, known.get("margin", 0)))
+    return crops, len(regions)
 
 
-def crop_faults(item: Item, grid: int, facts_of: FactsOf) -> Iterator[tuple[str, str]]:
+def _before(crops: list[Crop], region: Region | None, item: Item) -> Crop | None:
+    """The crop shown last when a call was made, of those before it, unless a question was answered in between."""
+    shown = [(crop, crop.region.turn) for crop in crops if crop.region and region and crop.region.turn < region.turn]
+    if region is None or not shown:
+        return None
+    said = (turn.content for turn in item.messages[shown[-1][1] : region.turn] if turn.role == "assistant")
+    return shown[-1][0] if all(map(parse_calls, said)) else None
+
+
+def crop_faults(
+    item: Item, grid: int, facts_of: FactsOf, settings: Mapping[str, Any] = MappingProxyType({})
+) -> Iterator[tuple[str, str]]:
     """(row of the table, what was seen): one fault at most for each crop, and one where calls and crops do not pair.
 
     Calls that cannot be read are another row's fault, and are counted as calls.
     """
-    found, calls = crops_of(item, grid, facts_of)
+    found, calls = crops_of(item, grid, facts_of, settings)
     crops = len(found) + sum(isinstance(ref, tuple) for ref in item.images["images"])  # of images in memory
     if calls != crops:
         said = (call for turn in item.messages if turn.role == "assistant" for call in parse_calls(turn.content, grid))
@@ -183,11 +229,13 @@ def crop_faults(item: Item, grid: int, facts_of: FactsOf) -> Iterator[tuple[str,
     yield from filter(None, (crop.fault() for crop in found))
 
 
-def mend_crops(item: Item, grid: int, facts_of: FactsOf, rule: str) -> Item | None:
+def mend_crops(item: Item, grid: int, facts_of: FactsOf, rule: str, settings: Mapping[str, Any]) -> Item | None:
     """The item with every crop that shows fault `rule` as it should be; None where that cannot be known."""
-    found, calls = crops_of(item, grid, facts_of)
+    found, calls = crops_of(item, grid, facts_of, settings)
     if rule == "crop-region" and calls != len(found):
         return None
+    if rule == "exif-rotation" and any(crop.before for crop in found):
+        return None  # the cells of nested calls would have to turn as well
     images, turns = list(item.images["images"]), list(item.messages)
     for crop in reversed(found):  # from the back, so that spans in front stay where they are
         fault = crop.fault()
@@ -211,6 +259,10 @@ def answer_room(item: Item, grid: int) -> Iterator[str]:
     area = sum(abs(x2 - x1) * abs(y2 - y1) for x1, y1, x2, y2 in boxes)
     if boxes and len(text) * GLYPH > area:
         yield f"an answer of {len(text)} characters for crops of {area} pixels, which hold {area // GLYPH} at most"
+
+
+def _text(box: Box) -> str:
+    return ",".join(map(str, box))
 
 
 def _margin(box: Box, cells: Cells, size: tuple[int, int], grid: int) -> int | None:

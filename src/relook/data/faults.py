@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from relook.data.crops import FactsOf, answer_room, crop_faults, mend_crops, region_calls
 from relook.data.images import ImageFacts, place_image, split_ref
 from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item, LeftOut, Message, Question
-from relook.data.settings import BUILT, difference
+from relook.data.settings import built_settings, difference
 from relook.errors import UserError
 from relook.looks import ANSWER_PREFIX, LOOKS, look_turn, parse_calls, x_token, y_token
 from relook.regions import GRID
@@ -57,7 +57,7 @@ class Context:
     def crop_faults(self, item: Item) -> list[tuple[str, str]]:
         """(row, what was seen) of the item's crops, which several rows share."""
         if self._last is None or self._last[0] is not item:
-            self._last = item, list(crop_faults(item, self.grid, self.facts))
+            self._last = item, list(crop_faults(item, self.grid, self.facts, self.settings))
         return self._last[1]
 
     def known(self, item: Item) -> Iterator[tuple[str, ImageFacts]]:
@@ -108,7 +108,7 @@ def _unresolved(item: Item, context: Context) -> Iterator[str]:
 
 
 def _other_settings(item: Item, context: Context) -> Iterator[str]:
-    if differs := difference(item.extra.get(BUILT), context.settings):
+    if differs := difference(built_settings(item.extra), context.settings):
         yield f"built with {differs}"
 
 
@@ -156,7 +156,7 @@ def _off_edge(item: Item, context: Context) -> Iterator[str]:
 
 
 def _mend_off_edge(item: Item, context: Context) -> Item | None:
-    mended = mend_crops(item, context.grid, context.facts, "off-edge")
+    mended = mend_crops(item, context.grid, context.facts, "off-edge", context.settings)
     return None if mended is None else _clamped_turns(mended, context.grid)
 
 
@@ -207,7 +207,7 @@ def _empty_answer(item: Item, context: Context) -> Iterator[str]:
 def _crop_rule(name: str) -> Rule:
     return Rule(
         lambda item, context: (detail for rule, detail in context.crop_faults(item) if rule == name),
-        lambda item, context: mend_crops(item, context.grid, context.facts, name),
+        lambda item, context: mend_crops(item, context.grid, context.facts, name, context.settings),
     )
 
 

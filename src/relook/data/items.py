@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,10 @@ from relook.boxes import Numbers, parse_units, read_box
 from relook.data.dialect import HELD, BoxFit
 from relook.data.images import ImageRef, file_size, file_turn, place_image, split_ref
 from relook.data.reader import read_records, write_records
-from relook.data.settings import BUILT, located_by
-from relook.errors import UserError
+from relook.data.settings import built_settings, located_by
+from relook.errors import UserError, naming
 from relook.looks import ANSWER_PREFIX, LOOKS, parse_calls
-from relook.regions import GRID, Box, cells_to_box, upright
+from relook.regions import GRID, Box, cells_in, upright
 
 IMAGE_KEYS: tuple[str, ...] = tuple(LOOKS[name].item_key for name in LOOKS)  # "images", "clip_images", ...
 PLACEHOLDERS: dict[str, str] = {LOOKS[name].item_key: LOOKS[name].placeholder for name in LOOKS}
@@ -254,12 +254,14 @@ def write_items(path: str | Path, items: Iterable[Item]) -> int:
 def item_question(item: Item, grid: int | None = None) -> Question | None:
     """The question of an item: None for one of no image or several, or that is not answered in words.
 
-    Its boxes are those that the item keeps of its question (`bboxs`), else what its region calls name.
+    Its boxes are those that the item keeps of its question (`bboxs`), else what its region calls name (the last ones,
+    where they count in the view before).
 
     Args:
         grid: cells per side; as the item was built, else 8, unless given.
     """
-    extra, grid = item.extra, grid or item.extra.get(BUILT, {}).get("grid", GRID)
+    extra, built = item.extra, built_settings(item.extra)
+    grid = grid or built.get("grid", GRID)
     asked = next((turn.content for turn in item.messages if turn.role == "user"), "").replace("<image>", "").strip()
     said = [turn.content for turn in item.messages if turn.role == "assistant"]
     whole = [ref for ref in item.images["images"] if not isinstance(ref, tuple)]
@@ -268,12 +270,16 @@ def item_question(item: Item, grid: int | None = None) -> Question | None:
         return None
     answers = tuple(extra.get("answers") or [said[-1].removeprefix(ANSWER_PREFIX)])
     question = Question(item.images["images"][0], asked, answers, field=extra.get("field"), where=item.where)
-    cells = [call.cells for text in said for call in parse_calls(text, grid) if call.cells and call.problem is None]
+    calls = [[call.cells for call in parse_calls(text, grid) if call.cells and not call.problem] for text in said]
     if extra.get("bboxs"):
         boxes = tuple(map(_outwards, _boxes(extra["bboxs"], item.where)))
         return replace(question, boxes=boxes, located=located_by(extra))
-    size = image_size(question) if cells else (1, 1)
-    return replace(question, boxes=tuple(cells_to_box(each, size, grid) for each in cells))
+    frame: Box = (0, 0, *(image_size(question) if any(calls) else (1, 1)))
+    boxes, nested = tuple[Box, ...](), built.get("max_looks", 1) > 1
+    for cells in filter(None, calls):
+        boxes = (*(() if nested else boxes), *(cells_in(each, frame, grid) for each in cells))
+        frame = cells_in(cells[-1], frame, grid, built.get("margin", 0)) if nested else frame
+    return replace(question, boxes=boxes)
 
 
 def from_page(page: Any, index: int, where: str = "") -> Question:
@@ -293,17 +299,6 @@ def image_size(question: Question) -> tuple[int, int]:
     if size is None:
         raise UserError(f"{question.where}: no image at {question.image}; check the path, or give the image root")
     return size
-
-
-@contextmanager
-def naming(where: str) -> Iterator[None]:
-    """A context in which a `UserError` opens with the place of the record it is about, once."""
-    try:
-        yield
-    except UserError as error:
-        if not where or str(error).startswith(where):
-            raise
-        raise UserError(f"{where}: {error}") from None
 
 
 def _name(value: Any) -> str:

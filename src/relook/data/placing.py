@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relook.data.images import ImageFinder, file_size, place_image, relative, with_file
-from relook.data.items import Item, Question, image_size, naming
-from relook.errors import UserError
+from relook.data.items import Item, Question, image_size
+from relook.errors import UserError, naming
 
 if TYPE_CHECKING:
     from relook.data.build import BuildReport

@@ -25,7 +25,7 @@ from relook.data.reader import Record, folder_of, readable
 from relook.data.rules import BuildOptions
 from relook.errors import UserError
 from relook.io import replacing
-from relook.regions import GRID, cells_to_box, join_crop_suffix, upright
+from relook.regions import GRID, cells_in, join_crop_suffix, upright
 from relook.views import load_item_image
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _in_files(item: Item, folder: Path, number: int) -> Item:
 
 def _figures(item: Item, context: Context) -> Iterator[dict[str, Any]]:
     """Every image of the item once with its grid and regions, then every crop, then the images encoded again."""
-    crops = crops_of(item, context.grid, context.facts)[0]
+    crops = crops_of(item, context.grid, context.facts, context.settings)[0]
     number = {crop.index: i for i, crop in enumerate(crops)}
     for index, ref in enumerate(item.images["images"]):
         if (i := number.get(index)) is not None:
@@ -166,12 +166,14 @@ def _figure(ref: str, context: Context, what: str, crops: list[tuple[int, Crop]]
 
 
 def _overlay(number: int, crop: Crop, size: tuple[int, int], grid: int) -> dict[str, Any]:
-    """A numbered crop and the cells of its call, in pixels of the picture."""
+    """A numbered crop, the cells of its call and the view that they count in, in pixels of the picture."""
     x1, y1, x2, y2 = crop.box
     box = min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
-    cells = cells_to_box(crop.region.cells, size, grid) if crop.region is not None and not crop.too_far else None
+    view = None if crop.before is None else crop.before.box
+    region = None if crop.too_far else crop.region
+    cells = None if region is None else cells_in(region.cells, view or (0, 0, *size), grid)
     at = min(max(box[0], 0), size[0]), min(max(box[1], 0), size[1])
-    return {"number": number, "color": COLORS[number % len(COLORS)], "box": box, "cells": cells, "at": at}
+    return {"number": number, "color": COLORS[number % len(COLORS)], "box": box, "cells": cells, "view": view, "at": at}
 
 
 def _data(image: Image.Image, side: int) -> str:

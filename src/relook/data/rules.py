@@ -19,7 +19,7 @@ from relook.boxes import parse_units
 from relook.data.items import Question, image_size
 from relook.errors import UserError
 from relook.looks import LOOKS
-from relook.regions import GRID, Box, Cells, box_to_cells, clamp_box, iou, union
+from relook.regions import GRID, Box, Cells, box_to_cells, cells_in, cells_of, chain, clamp_box, iou, union
 
 BoxRule = Literal["each", "union", "merge"]
 OutsideRule = Literal["drop", "clamp"]
@@ -48,6 +48,7 @@ class BuildOptions:
         "direct" answer, stop with an "error", or look by re-encoding ("clip", "detection", "seg").
     whole: a box that covers this share of the image or more turns the question into a direct answer; None: never.
     seed: of the shares of `look`.
+    max_looks: how many region looks lead to a box, each counting cells of the view before it (`regions.chain`).
     """
 
     look: str = "region"
@@ -62,6 +63,7 @@ class BuildOptions:
     no_box: str = "skip"
     whole: float | None = None
     seed: int = 0
+    max_looks: int = 1
 
     def __post_init__(self) -> None:
         for name in self.shares:
@@ -73,6 +75,8 @@ class BuildOptions:
             raise UserError(
                 f"grid {self.grid} with margin {self.margin}; expected a grid of 1 or more and 0 <= margin < grid"
             )
+        if self.max_looks < 1:
+            raise UserError(f"max_looks is {self.max_looks}; expected 1 or more")
         if self.whole is not None and not 0 < self.whole <= 1:
             raise UserError(f"whole is {self.whole}; expected a share of the image, over 0 and at most 1")
         if self.align and not all(LOOKS[name].reencodes for name in self.shares if name in LOOKS):
@@ -129,16 +133,28 @@ def question_boxes(question: Question, options: BuildOptions, note: Note) -> lis
     return merged(boxes) if options.boxes == "merge" else boxes
 
 
-def region_cells(boxes: Sequence[Box], question: Question, grid: int, note: Note) -> list[Cells]:
-    """The cells of each box, in order and without repeats."""
-    size = image_size(question)
-    cells = list(dict.fromkeys(box_to_cells(box, size, grid) for box in boxes))
+def region_turns(
+    boxes: Sequence[Box], question: Question, options: BuildOptions, note: Note
+) -> list[list[tuple[Cells, Box]]]:
+    """The turns that lead to the boxes: of every region call its cells, and the box of the image that it shows.
+
+    The last turn has the cells of each box, in order and without repeats; those before it lead to all of them together.
+    """
+    size, grid, margin = image_size(question), options.grid, options.margin
+    frame: Box = (0, 0, *size)
+    turns: list[list[tuple[Cells, Box]]] = []
+    for around in chain(union(boxes), size, grid, margin, options.max_looks)[:-1]:
+        frame = cells_in(around, frame, grid, margin)
+        turns.append([(around, frame)])
+    named = dict.fromkeys(cells_of(box, frame, grid) for box in boxes)
+    turns.append([(each, cells_in(each, frame, grid, margin)) for each in named])
+    cells = [box_to_cells(box, size, grid) for box in boxes]
     if question.slack != (0, 0):
         widths, heights = ([max(s - off, 1), s + off] for s, off in zip(size, question.slack, strict=True))
         others = [(width, height) for width in widths for height in heights]
         if any(box_to_cells(box, other, grid) not in cells for box in boxes for other in others):
             note("regions that an image of another possible size would move by a cell", question.where)
-    return cells
+    return turns
 
 
 def merged(boxes: Sequence[Box]) -> list[Box]:

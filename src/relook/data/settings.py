@@ -1,8 +1,9 @@
-"""How items are built for a model: four settings of its processor, stored with every item and compared in use.
+"""How items are built for a model: settings of its processor, stored with every item and compared in use.
 
     {"messages": [...], "built": {"grid": 16, "margin": 1, "free_choice": true, "question_first": true}, ...}
 
-Items of another grid, margin or order have the right form, and teach a model what it is never asked.
+Items of another grid, margin or order have the right form, and teach a model what it is never asked. `max_looks` is
+stored where it is over 1: the cells of a further region call count in the view before it.
 """
 
 from __future__ import annotations
@@ -23,13 +24,27 @@ SETTINGS = {  # fields of `BuildOptions` -> attributes of the processor
     "margin": "region_margin",
     "free_choice": "free_choice",
     "question_first": "question_first",
+    "max_looks": "max_looks",
 }
-PUBLISHED_SETTINGS = {"grid": GRID, "margin": 1, "free_choice": False, "question_first": False}
+IMPLIED = {"max_looks": 1}  # of an item that stores settings, but not these
+PUBLISHED_SETTINGS = {"grid": GRID, "margin": 1, "free_choice": False, "question_first": False, **IMPLIED}
 
 
 def processor_settings(processor: Any) -> dict[str, Any]:
     """How items are built for the model of a processor."""
-    return {ours: getattr(processor, theirs) for ours, theirs in SETTINGS.items()}
+    return {ours: getattr(processor, theirs) for ours, theirs in SETTINGS.items()} | {"max_looks": nested(processor)}
+
+
+def nested(processor: Any) -> int:
+    """How many region looks may lead to a box, each in the view before it; 1 where all count in the whole image."""
+    return processor.max_looks if processor.region_of == "last" else 1
+
+
+def built_settings(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that an item stores among its other keys; {} where it stores none."""
+    found = extra.get(BUILT)
+    known = {**IMPLIED, **found} if isinstance(found, Mapping) and found else {}
+    return {name: known[name] for name in SETTINGS if name in known}
 
 
 def model_settings(name: str | Path) -> tuple[dict[str, Any], list[str]]:
@@ -77,8 +92,7 @@ def _start(name: str | Path) -> Any:
 def stored_settings(records: Iterable[Record | Unreadable]) -> dict[str, Any]:
     """The settings that the first of these items stores; {} where it stores none."""
     first = next(iter(records), None)
-    found = first.value.get(BUILT) if isinstance(first, Record) else None
-    return {name: found[name] for name in SETTINGS if name in found} if isinstance(found, dict) else {}
+    return built_settings(first.value) if isinstance(first, Record) else {}
 
 
 def located_by(data: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -87,13 +101,12 @@ def located_by(data: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return found if isinstance(found, Mapping) else None
 
 
-def difference(stored: Any, wanted: Mapping[str, Any]) -> str:
-    """Where stored settings differ from those wanted, with both values; "" where they agree, or store nothing.
+def difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Where stored settings differ from those wanted, with both values; "" where they agree, or there are none.
 
     >>> difference({"grid": 8, "margin": 1}, {"grid": 16, "margin": 1})
     'grid 8 (the model: 16)'
     """
-    known = stored if isinstance(stored, Mapping) else {}
     differ = [name for name, value in wanted.items() if name in known and known[name] != value]
     return ", ".join(f"{name} {known[name]} (the model: {wanted[name]})" for name in differ)
 

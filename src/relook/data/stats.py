@@ -22,6 +22,7 @@ from relook.data.images import file_size, place_image
 from relook.data.items import IMAGE_KEYS, PLACEHOLDERS, Item, Question
 from relook.data.reader import folder_of
 from relook.data.rules import BuildOptions
+from relook.data.settings import built_settings
 from relook.errors import UserError
 from relook.io import replacing_file
 from relook.looks import ANSWER_PREFIX, LOOKS, parse_calls, strip_calls
@@ -40,7 +41,7 @@ class Stats:
 
     looks      items by the looks they ask for ("region", "clip + region", "none")
     regions    region calls of an item -> items
-    sizes      (width, height) of a region in cells -> regions
+    sizes      (width, height) of a region in cells -> regions; as `cells` of regions that count in the whole image
     cells      [row][column] -> regions that hold the cell; (0, 0) is the top left
     lengths    "question", "answer" (characters), "turns", "images" -> length -> items
     unread     region calls that cannot be placed on the grid
@@ -67,8 +68,9 @@ class Stats:
         calls = [call for text in said if "<|" in text for call in parse_calls(text, self.grid)]
         asked = {call.look for call in calls}
         self.looks[" + ".join(look for look in LOOKS if look in asked) or "none"] += 1
-        regions = [region.cells for region in region_calls(item, self.grid) if max(region.cells) < self.grid]
-        for x0, y0, x1, y1 in regions:
+        regions = [region for region in region_calls(item, self.grid) if max(region.cells) < self.grid]
+        nested = built_settings(item.extra).get("max_looks", 1) > 1
+        for x0, y0, x1, y1 in (each.cells for each in regions if not nested or each.turn == regions[0].turn):
             self.sizes[x1 - x0 + 1, y1 - y0 + 1] += 1
             for row in self.cells[y0 : y1 + 1]:
                 row[x0 : x1 + 1] = [count + 1 for count in row[x0 : x1 + 1]]
