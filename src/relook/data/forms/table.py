@@ -18,7 +18,7 @@ from typing import Any
 from relook.data.items import COLUMNS, IMAGE_KEYS, Item, LeftOut, Message, Question, column, missing
 from relook.data.reader import import_pyarrow, parquet_files
 from relook.data.records import import_datasets, is_saved_dataset, saved_dataset
-from relook.errors import RelookError, UserError
+from relook.errors import RelookError, UserError, naming
 from relook.files import reading
 from relook.io import replacing_file
 
