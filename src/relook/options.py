@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from relook.errors import UserError
 from relook.io import validate
 from relook.looks import LOOKS
-from relook.regions import Cells, box_to_cells, check_box
+from relook.regions import Cells, chain, check_box
 
 AUTO, NONE = "auto", "none"
 
@@ -74,9 +74,11 @@ class AskOptions(BaseModel):
     """(x0, y0, x1, y1) grid cells, both ends inclusive: the model is made to look there."""
     box: Annotated[PixelBox | None, _four(_number, "four numbers x1,y1,x2,y2 in pixels of the upright image")] = None
     """In place of `region`, (x1, y1, x2, y2) pixels of the upright original, x2 and y2 exclusive: the model is made to
-    look at the cells that cover it."""
-    max_looks: Whole = Field(1, ge=0)
-    """How many times the model may look again (one turn may ask for several regions). 0 is "none"."""
+    look at the cells that cover it. Where the model's regions nest (`region_of="last"`), step by step, in at most
+    `max_looks` looks (`relook.regions.chain`)."""
+    max_looks: Whole | None = Field(None, ge=0)
+    """How many times the model may look again (one turn may ask for several regions). 0 is "none"; None is what the
+    model was taught, `processor.max_looks`: 1 unless it says otherwise."""
     max_new_tokens: Whole = Field(64, ge=1)
     """Limit on the tokens the model chooses in one turn; a call that was begun is completed."""
     do_sample: Flag = False
@@ -139,25 +141,28 @@ class AskOptions(BaseModel):
         """The look that is asked for: "region" where cells or a box are given."""
         return self.look if self.region is None and self.box is None else "region"
 
-    def region_of(self, size: tuple[int, int], grid: int) -> Cells | None:
-        """The cells that are asked for on an image of `size` (width, height); None: none are.
+    def calls(self, size: tuple[int, int], grid: int, margin: int = 0, looks: int = 1) -> list[Cells]:
+        """The region calls that are asked for on an image of `size` (width, height), at most `looks` for a box.
 
         Raises:
             UserError: a box that leaves the image, or is no box of pixels.
         """
-        return self.region if self.box is None else box_to_cells(check_box(self.box, size), size, grid)
+        if self.box is not None:
+            return chain(check_box(self.box, size), size, grid, margin, looks)
+        return [] if self.region is None else [self.region]
 
     def check_left_out(self, looks: list[str]) -> None:
         """Refuse to leave out what none of the looks asked for has: the answer would pass for a measurement."""
-        free = self.first_look == AUTO or (self.max_looks > 1 and self.first_look != NONE)
+        most = 1 if self.max_looks is None else self.max_looks
+        free = self.first_look == AUTO or (most > 1 and self.first_look != NONE)
         for option, reencodes, wanted in (
             ("condition=False", True, not self.condition),
             ("blank=True", False, self.blank),
         ):
             having = [name for name in looks if LOOKS[name].reencodes is reencodes]
-            possible = having if free and self.max_looks > 0 else {self.first_look}.intersection(having)
+            possible = having if free and most > 0 else {self.first_look}.intersection(having)
             if wanted and not possible:
                 raise UserError(
-                    f"{option} with look={self.first_look!r} and max_looks={self.max_looks} leaves nothing out; "
+                    f"{option} with look={self.first_look!r} and max_looks={most} leaves nothing out; "
                     f"it is for: {', '.join(having) or 'none of this model'}"
                 )

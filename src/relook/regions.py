@@ -18,7 +18,8 @@ always covers the box.
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from relook.errors import UserError
 
@@ -169,6 +170,43 @@ def chain(
         calls.append(cells)
         seen = closer
     return calls
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The view that region calls count in: the whole image or, where regions nest, what the last one has shown.
+
+    Attributes:
+        box: of the view, pixels of the original.
+        grid: cells a side over it.
+        margin: cells by which a region is widened.
+        nested: whether the next calls count in what these show.
+    """
+
+    box: Box
+    grid: int = GRID
+    margin: int = 0
+    nested: bool = False
+
+    @classmethod
+    def of(cls, processor: Any, size: tuple[int, int]) -> "Frame":
+        """That of the first call about an image of `size`, by the settings of a processor."""
+        return cls((0, 0, *size), processor.grid_size, processor.region_margin, processor.region_of == "last")
+
+    def shown(self, cells: Cells) -> Box:
+        """What the region `cells` shows, pixels of the original."""
+        return cells_in(cells, self.box, self.grid, self.margin)
+
+    def cells(self, box: Sequence[float]) -> Cells:
+        """The cells that show `box`, pixels of the original. Raises UserError for one that lies outside the view."""
+        cells, (x1, y1, x2, y2) = cells_of(box, self.box, self.grid), box
+        if self.nested and not _overlap((x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)), self.box):
+            raise UserError(f"box {tuple(box)} lies outside {self.box}, which was seen last: regions lie inside it")
+        return cells
+
+    def after(self, boxes: Sequence[Box]) -> "Frame":
+        """That of the next turn's calls, when a turn has shown `boxes`."""
+        return replace(self, box=boxes[-1]) if self.nested and boxes else self
 
 
 def covered(box: Sequence[float], other: Sequence[float]) -> float:

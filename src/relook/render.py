@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from relook.looks import LOOKS
-from relook.regions import Box, cells_to_box, token_area, upright
+from relook.regions import Box, cells_in, token_area, upright
 from relook.trace import Answer, Look
 
 if TYPE_CHECKING:
@@ -95,15 +95,19 @@ def _panel(answer: Answer, image: "Image.Image", looks: list[Look], room: tuple[
     panel = Image.alpha_composite(panel, dim)
     layer = Image.new("RGBA", panel.size, (0, 0, 0, 0))
     draw = ImageDraw.Draw(layer)
-    for i in range(answer.grid + 1):
-        x, y = (min(i * side // answer.grid, side - 1) for side in panel.size)
-        draw.line((x, 0, x, panel.height), fill=GRID_LINE)
-        draw.line((0, y, panel.width, y), fill=GRID_LINE)
+    whole = (0, 0, *image.size)
+    frames = [look.frame for _, look, _ in boxes if look.frame is not None]
+    for frame in dict.fromkeys([whole, *frames]):
+        left, top, right, bottom = _scaled(frame, scale, panel.size)
+        for i in range(answer.grid + 1):
+            x, y = (a + min(i * (b + 1 - a) // answer.grid, b - a) for a, b in ((left, right), (top, bottom)))
+            draw.line((x, top, x, bottom), fill=GRID_LINE)
+            draw.line((left, y, right, y), fill=GRID_LINE)
     for i, look, box in boxes:
         accent = ACCENTS[i % len(ACCENTS)]
         left, top, right, bottom = _scaled(box, scale, panel.size)
         if look.cells is not None:  # before they were widened
-            own = _scaled(cells_to_box(look.cells, image.size, answer.grid), scale, panel.size)
+            own = _scaled(cells_in(look.cells, look.frame or whole, answer.grid), scale, panel.size)
             draw.rectangle(own, outline=(*accent, 160), width=1)
         draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=(255, 255, 255, 255))
         draw.rectangle((left, top, right, bottom), outline=(*accent, 255), width=4)
@@ -137,7 +141,7 @@ def _cards(
         if look.problem is not None:
             cards.append(_text_image([*lines, *_wrapped(look.problem, WARN, 16, room[0])], room[0]))
             continue
-        caption = _text_image([*lines, *_wrapped(_description(look), SOFT, 15, room[0])], room[0])
+        caption = _text_image([*lines, *_wrapped(_description(look, answer.nests(look)), SOFT, 15, room[0])], room[0])
         view = _view(look, image)
         if view is None:
             cards.append(caption)
@@ -155,13 +159,13 @@ def _cards(
     return cards
 
 
-def _description(look: Look) -> str:
+def _description(look: Look, nested: bool) -> str:
     """What the look was of, in words, e.g. ``asked: cells x 1 to 3, y 2 · seen: pixels 0,50 to 400,200``."""
     parts = []
     if look.cells is not None:
         x0, y0, x1, y1 = look.cells
         columns, rows = (str(a) if a == b else f"{a} to {b}" for a, b in ((x0, x1), (y0, y1)))
-        parts.append(f"asked: cells x {columns}, y {rows}")
+        parts.append(f"asked: cells x {columns}, y {rows}" + (" of the view before" if nested else ""))
     if look.kind == "region" and look.box is not None:
         left, top, right, bottom = look.box
         parts.append(f"seen: pixels {left},{top} to {right},{bottom}")

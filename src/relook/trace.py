@@ -30,6 +30,8 @@ class Look:
     attention   (h, w) <F_i, c> of every token of a re-encoding look, laid over `image` (row 0 at its top); None where
                 the look has no condition
     problem     None, or why nothing was looked at, for people
+    frame       (x1, y1, x2, y2) pixels of the original: the view that `cells` count in, of which `grid` a side lie over
+                it; the whole image unless regions nest. None where there are no cells
     """
 
     kind: str
@@ -38,13 +40,13 @@ class Look:
     image: "Image.Image | None" = field(default=None, repr=False, compare=False)
     attention: "np.ndarray | None" = field(default=None, repr=False, compare=False)
     problem: str | None = None
+    frame: Box | None = None
 
     def to_dict(self, images: bool = False) -> dict[str, Any]:
         """JSON-able; the image as its size, and as a base64 PNG too with `images`."""
         return {
             "kind": self.kind,
-            "cells": None if self.cells is None else [int(value) for value in self.cells],
-            "box": None if self.box is None else [int(value) for value in self.box],
+            **{name: _whole(getattr(self, name)) for name in ("cells", "frame", "box")},
             "image": _image_dict(self.image, images),
             "attention": None if self.attention is None else [[_number(v) for v in row] for row in self.attention],
             "problem": self.problem,
@@ -151,6 +153,10 @@ class Answer:
             "finish": self.finish,
         }
 
+    def nests(self, look: Look) -> bool:
+        """Whether the look's cells count in a view before it, and not in the whole image."""
+        return look.frame is not None and self.image is not None and look.frame != (0, 0, *self.image.size)
+
     def picture(self) -> "Image.Image":
         """One RGB picture: question and answer, the image with grid and boxes, every look's crop or attention map."""
         from relook.render import render
@@ -231,6 +237,10 @@ def _png(image: "Image.Image") -> bytes:
     buffer = io.BytesIO()
     upright(image).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def _whole(values: Cells | None) -> list[int] | None:
+    return None if values is None else [int(value) for value in values]
 
 
 def _number(value: Any) -> float | None:

@@ -57,7 +57,13 @@ def test_the_trace_is_json_in_and_out() -> None:
     map_ = np.array([[0.5, float("nan")], [-1.0, 1 / 3]], dtype=np.float32)
     trace = answer(
         image,
-        Look("region", tuple(np.int64(v) for v in (1, 2, 3, 4)), (20, 60, 80, 150), image.crop((20, 60, 80, 150))),
+        Look(
+            "region",
+            tuple(np.int64(v) for v in (1, 2, 3, 4)),
+            (20, 60, 80, 150),
+            image.crop((20, 60, 80, 150)),
+            frame=(0, 0, 160, 240),
+        ),
         Look("clip", None, (0, 0, 160, 240), image, map_),
         Look("seg", problem="the model has no seg look"),
         warnings=["cut at 64 tokens"],
@@ -69,6 +75,7 @@ def test_the_trace_is_json_in_and_out() -> None:
     assert seen["looks"][0] == {
         "kind": "region",
         "cells": [1, 2, 3, 4],
+        "frame": [0, 0, 160, 240],
         "box": [20, 60, 80, 150],
         "image": {"width": 60, "height": 90},
         "attention": None,

@@ -163,7 +163,7 @@ def test_requests_that_come_together_get_their_first_tokens_one_after_the_other(
 
 def test_answers_that_began_together_do_not_end_together_for_ever(tiny_vlm):
     """Four clients, each asking again two steps after its answer: from the second answer on none waits for images."""
-    vlm = tiny_vlm()
+    vlm = tiny_vlm().with_settings()  # a copy
     vlm.logits_processors = LogitsProcessorList([SuppressTokensLogitsProcessor([vlm.vocabulary.im_end])])  # all alike
     scheduler = Scheduler(vlm, Limits(rows=8, piece=64, spacing=2))
     asked = AskOptions.of({"look": "none", "max_new_tokens": 30})

@@ -26,6 +26,7 @@ class CannedEngine:
     """
 
     name, looks, domain, warnings, grid, context = "canned", ["region"], None, [], 8, None
+    max_looks, region_of = 1, "whole"
 
     def __init__(self, sure=None, silent=(), busy=0):
         self.sure, self.silent, self.busy = sure, silent, busy

@@ -31,7 +31,10 @@ def ask(
     box: Annotated[
         str | None, Option(metavar="X1,Y1,X2,Y2", help="Look at this box, in pixels of the upright image.")
     ] = None,
-    max_looks: Annotated[int, Option(min=0, metavar="N", help="At most this many second looks.")] = 1,
+    max_looks: Annotated[
+        int | None,
+        Option(min=0, metavar="N", help="At most this many second looks; by default as the model was taught."),
+    ] = None,
     max_new_tokens: Annotated[int, Option(min=1, metavar="N", help="At most this many tokens per turn.")] = 64,
     device: Device = None,
     dtype: Dtype = None,
@@ -97,7 +100,7 @@ def describe(answer: "Answer", save: Path | None = None) -> str:
     """Format an answer: its text on the first line, then one line per look and one for the saved picture."""
     lines = [
         answer.text or "(empty answer)",
-        *(f"look {i}: {describe_look(each)}" for i, each in enumerate(answer.looks, 1)),
+        *(f"look {i}: {describe_look(each, answer)}" for i, each in enumerate(answer.looks, 1)),
     ]
     if not answer.looks:
         lines.append("no second look")
@@ -111,14 +114,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def describe_look(look: "Look") -> str:
+def describe_look(look: "Look", answer: "Answer") -> str:
     """Format a look with its cells as `--region` takes them, and its box as x1,y1,x2,y2 in pixels.
 
-    For example 'region, cells 2,5,6,6, box 117,800,409,1120 (x1,y1,x2,y2 pixels)'.
+    For example 'region, cells 2,5,6,6, box 117,800,409,1120 (x1,y1,x2,y2 pixels)'; for cells of a view before it
+    'region, cells 0,1,7,3 of the last view, box ...'.
     """
     parts = [look.kind]
     if look.cells is not None:
-        parts.append("cells " + ",".join(map(str, look.cells)))
+        parts.append("cells " + ",".join(map(str, look.cells)) + (" of the last view" if answer.nests(look) else ""))
     if look.box is not None:
         parts.append("box " + ",".join(map(str, look.box)) + " (x1,y1,x2,y2 pixels)")
     if look.problem:

@@ -32,14 +32,16 @@ class GivenLook:
     cells   of a region, None for a re-encoding
     kind    "region" or a re-encoding look
     image   the crop that whoever asks has made; None: it is made again from the original image
+    box     in place of cells, (x1, y1, x2, y2) pixels of the original: the cells that cover it are called
     """
 
     cells: Cells | None = None
     kind: str = "region"
     image: Image.Image | None = None
+    box: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in LOOKS or (self.cells is None) != LOOKS[self.kind].reencodes:
+        if self.kind not in LOOKS or (self.cells is None and self.box is None) != LOOKS[self.kind].reencodes:
             raise UserError(
                 f"look {self.kind!r} with cells {self.cells}; expected a region with cells, or a re-encoding"
             )
@@ -219,6 +221,8 @@ class Engine(Protocol):
         domain: what a small model was trained on; None for a general one.
         warnings: that apply to every answer.
         grid: cells per side that regions are given in.
+        max_looks: how often the model looks for an answer, where a request does not say.
+        region_of: what cells count in, "whole" image or "last" view.
         context: tokens that a conversation may have; None where the engine does not know.
     """
 
@@ -232,6 +236,10 @@ class Engine(Protocol):
     def warnings(self) -> list[str]: ...
     @property
     def grid(self) -> int: ...
+    @property
+    def max_looks(self) -> int: ...
+    @property
+    def region_of(self) -> str: ...
     @property
     def context(self) -> int | None: ...
 

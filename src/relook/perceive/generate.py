@@ -20,10 +20,11 @@ from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput,
 from transformers.utils.chat_template_utils import Chat
 
 from relook.errors import UserError
-from relook.looks import ANSWER_PREFIX, IM_START, IMAGE_PAD, LOOKS, VISION_START
+from relook.looks import ANSWER_PREFIX, IM_START, IMAGE_PAD, LOOKS, VISION_START, parse_calls
 from relook.options import AskOptions
 from relook.processing.processor import opened
 from relook.processing.turns import pad_stages
+from relook.regions import Cells
 from relook.trace import Answer, Finished, Turn
 
 from .engine import Request
@@ -161,20 +162,37 @@ class PromptRow(Row):
                 "give the images that the processor was given, in that order"
             )
         turn_of = [prompt[:at].count(vocabulary[IM_START]) for at, _ in runs]
-        latest = max((turn for turn, stage in zip(turn_of, stages, strict=True) if stage == "first"), default=None)
+        made, latest = (
+            0,
+            max((turn for turn, stage in zip(turn_of, stages, strict=True) if stage == "first"), default=None),
+        )
         if latest is None:
             self._looks_left = 0
         else:
             self._aim(turn_of.index(latest), self.options.look_at)
+            made = self._follow("".join(plain).split(IM_START))
         conversation.add(prompt[:cut], shown=[(at, image) for (at, _), image in zip(runs, shown, strict=True)])
         conversation.turns.append(Turn("user", processor.decode(prompt[:cut])))
         after_start = {token for spec in LOOKS.values() if spec.action for token in (spec.action, spec.end)}
         self._forced.extend(token for token in prompt[cut:] if vocabulary.text_of(token) not in after_start)
         self._prompted = len(prompt) - cut
         if not self._prompted and self._looks_left:
-            self._force_look()
+            self._force_look(made)
+            self._force_given()
         self._write_forced()
         return self
+
+    def _follow(self, turns: Sequence[str]) -> int:
+        """Go on from the view that the turns of a prompt have shown last; the number of looks of the latest answer."""
+        whole, made, calls = self._frame, 0, list[Cells]()
+        for turn in turns if whole.nested else ():
+            if turn.startswith("assistant"):
+                calls = [call.cells for call in parse_calls(turn, whole.grid) if call.cells is not None]
+            elif turn.startswith("user"):
+                looked = bool(calls) and VISION_START in turn
+                self._frame = self._frame.after([self._frame.shown(cells) for cells in calls]) if looked else whole
+                made = made + 1 if looked else 0
+        return made
 
     @property
     def answer_ids(self) -> list[int]:

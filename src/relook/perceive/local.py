@@ -80,6 +80,8 @@ class LocalEngine:
     domain = property(lambda self: self.vlm.domain)
     warnings = property(lambda self: self.vlm.warnings)
     grid = property(lambda self: self.vlm.processor.grid_size)
+    max_looks = property(lambda self: self.vlm.processor.max_looks)
+    region_of = property(lambda self: self.vlm.processor.region_of)
     context = property(lambda self: self.vlm.context)
 
     def submit(self, request: Request, timeout: float | None = None) -> Running:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 from PIL import Image
@@ -35,7 +36,7 @@ from relook.looks import (
     write_call,
 )
 from relook.processing.vocabulary import BREAK, encode, expand
-from relook.regions import Box, cells_to_box, widen
+from relook.regions import Cells, Frame
 from relook.trace import Answer, Event, Finished, Look, LookTaken, TextDelta, Token, Turn, Usage
 
 from .conversation import Conversation, ShownImage
@@ -76,10 +77,12 @@ class Row:
         self.patches = self.cached = self.size = self.number = 0
         self.seconds = dict.fromkeys(("vision", "prefill", "decode", "look"), 0.0)
         self._tokens_before = len(conversation.ids)
-        self._looks_left = 0 if self.options.look == "none" else self.options.max_looks
+        self._looks_left = 0 if self.options.look == "none" else self.options.max_looks or 0
         self._questions: deque[Past] = deque()  # to come, the request's own at last
         self._given_turns: deque[tuple[GivenLook, ...] | str] = deque()  # the question's, known already
         self._given: tuple[GivenLook, ...] | str | None = None  # of them, the one that is being written
+        self._frame = Frame.of(vlm.processor, (1, 1))  # of the next region call; no image yet
+        self._calls: deque[Cells] = deque()  # regions that the options ask for, to come
         self._forced: deque[int] = deque()
         self._open: str | None = None  # re-encoding look whose start was written and whose condition is awaited
         self._written = 0
@@ -228,32 +231,30 @@ class Row:
 
     def _to_come(self) -> int:
         """About how many tokens of the request are not written yet, because a re-encoding's condition is awaited."""
-        processor, seen = self.vlm.processor, list[ShownImage]()
+        processor, conversation, kept = self.vlm.processor, self.conversation, (self.target, self._frame)
+        images, conversation.images = conversation.images, [*conversation.images]
         texts = [turn for turn in self._given_turns if isinstance(turn, str)]
         turns = [turn for turn in (self._given, *self._given_turns) if isinstance(turn, tuple)]
+        seen = [image for turn in turns for image in self._look(self._calls_of(turn), turn)]
         for past in self._questions:
             texts += [past.question, past.answer]
             turns += past.looks
-            lookup = self.conversation.features.lookup
-            seen += [ShownImage("image", lookup("image", image, "first")[0]) for image in past.images]
-        for look in (look for turn in turns for look in turn):
-            call = Call(look.kind, look.cells, None, (0, 0))
-            seen.append(self._reencode(call) if LOOKS[look.kind].reencodes else self._crop(call, look))
+            seen += self._new_images(past)
+            seen += [image for turn in past.looks for image in self._look(self._calls_of(turn), turn)]
+        conversation.images, (self.target, self._frame) = images, kept
         written = sum(len(encode(processor.as_text(text), processor.tokenizer)) for text in texts)
         pads = sum(processor.pad_count(image.kind, image.view.grid) for image in seen)
         return len(self._forced) + written + pads + TURN * (len(texts) + len(turns))
 
     def _next_question(self) -> None:
         """The next user's turn. What the request says of the assistant's turns after it is forced."""
-        past, before = self._questions.popleft(), len(self.conversation.images)
+        past = self._questions.popleft()
         own, options = not self._questions, self.options
         self._given_turns.extend([*past.looks, *([] if own else [past.answer])])
-        allowed = options.max_looks if own and options.look != "none" else 0
+        allowed = (options.max_looks or 0) if own and options.look != "none" else 0
         self._looks_left = max(allowed, len(past.looks))
-        shown = self._first_views(past.images)
-        if self.conversation.images:
-            self._aim(before if past.images else self.target, options.look_at if own else past.look_at)
-        else:
+        shown = self._new_images(past if not own else replace(past, look_at=options.look_at))
+        if not self.conversation.images:
             self._looks_left = 0
         kind = options.first_look if own else past.asked
         if not self.conversation.images or (own and self._looks_left <= 0):
@@ -262,13 +263,15 @@ class Row:
         question = self.vlm.processor.as_text(with_trigger(past.question, kind, looks))
         self._user_turn(self.vlm.processor.first_turn(question, len(shown)), shown)
         self._begin_turn()
-        if not self._given_turns and self._looks_left > 0:
-            self._force_look()
+        if own and self._looks_left > 0:
+            self._force_look(len(past.looks))
         self._force_given()
 
     def _force_given(self) -> None:
-        """The tokens of a turn that the request gives."""
+        """The tokens of the turn, where the request gives it or its options ask for a region."""
         if not self._given_turns:
+            if self._calls:
+                self._force(write_call("region", self._calls.popleft(), self._frame.grid) + IM_END)
             return
         self._given = self._given_turns.popleft()
         vocabulary, processor = self.vlm.vocabulary, self.vlm.processor
@@ -278,10 +281,19 @@ class Row:
         for look in self._given:
             if look.kind not in self.vlm.looks:
                 raise UserError(f"an earlier turn has a {look.kind} look, which this model lacks; leave it out")
-        text = "".join(write_call(look.kind, look.cells, vocabulary.grid) for look in self._given) + IM_END
+        text = (
+            "".join(write_call(call.look, call.cells, vocabulary.grid) for call in self._calls_of(self._given)) + IM_END
+        )
         actions = {vocabulary.get(spec.action) for spec in LOOKS.values() if spec.action}  # written with their state
         ids = processor.tokenizer.encode(text, add_special_tokens=False)
         self._forced.extend(token for token in ids if token not in actions)
+
+    def _new_images(self, past: Past) -> list[ShownImage]:
+        """The views of the images that come with a question; its looks go to the first of them unless it says where."""
+        before, shown = len(self.conversation.images), self._first_views(past.images)
+        if self.conversation.images:
+            self._aim(before if past.images else self.target, past.look_at)
+        return shown
 
     def _aim(self, default: int, target: int | None) -> None:
         """Settle which image looks go to."""
@@ -290,15 +302,25 @@ class Row:
         if not -total <= target < total:
             raise UserError(f"look_at={target} names no image; the conversation has {total}, counted from 0")
         self.target = target % total
+        self._frame = Frame.of(self.vlm.processor, self.conversation.images[self.target].size)
 
-    def _force_look(self) -> None:
-        """The tokens of a look that the options ask for."""
-        text = LOOKS[self.options.look].start if self.options.look in LOOKS else ""
-        grid = self.vlm.vocabulary.grid
-        if (cells := self.options.region_of(self.conversation.images[self.target].size, grid)) is not None:
-            text = write_call("region", cells, grid) + IM_END
-        if text:
-            self._check_size(len(self.conversation.ids) + CALL)
+    def _calls_of(self, turn: Sequence[GivenLook]) -> list[Call]:
+        """The calls of a turn that is given."""
+        cells = [self._frame.cells(look.box) if look.box is not None else look.cells for look in turn]
+        return [Call(look.kind, its, None, (0, 0)) for look, its in zip(turn, cells, strict=True)]
+
+    def _force_look(self, made: int = 0) -> None:
+        """Settle the look that the options ask for; `made`: turns of looks that the answer has by then."""
+        options, frame = self.options, self._frame
+        whole = self.conversation.images[self.target].size
+        calls = options.calls(whole, frame.grid, frame.margin, self._looks_left if frame.nested else 1)
+        self._calls.extend(calls[made:])
+        if options.look in LOOKS and not calls and not made:
+            self._force(LOOKS[options.look].start)
+
+    def _force(self, text: str) -> None:
+        """Begin the turn with the tokens of a call."""
+        self._check_size(len(self.conversation.ids) + CALL)
         self._forced.extend(self.vlm.processor.tokenizer.encode(text, add_special_tokens=False))
 
     def _first_views(self, images: Sequence[Image.Image], stages: Sequence[str] = ()) -> list[ShownImage]:
@@ -339,7 +361,8 @@ class Row:
         good = [call for call in calls if call.problem is None]
         for call in calls:
             if call.problem:
-                self._record_look(Look(call.look, cells=call.cells, problem=call.problem))
+                frame = None if call.cells is None else self._frame.box
+                self._record_look(Look(call.look, cells=call.cells, problem=call.problem, frame=frame))
         if self._held(good):
             self.finish, self._closing = "look", True
         elif not calls and self._questions:
@@ -361,7 +384,7 @@ class Row:
         if not calls or not free or any(LOOKS[call.look].reencodes for call in calls):
             return False
         for call in calls:
-            self.looks.append(Look("region", cells=call.cells, box=self._box(call)))
+            self.looks.append(self._region(call))
             self.events.append(LookTaken(self.looks[-1]))
         return True
 
@@ -369,7 +392,7 @@ class Row:
         """The user's turn that answers the calls, where it fits."""
         seen = len(self.looks)
         with self._timed("look"):
-            images = self._look(calls)
+            images = self._look(calls, self._given if isinstance(self._given, tuple) else ())
         needed = sum(self.vlm.processor.pad_count(image.kind, image.view.grid) for image in images)
         if not self._fits(needed + TURN):
             if self._given is not None:
@@ -383,26 +406,31 @@ class Row:
         self._begin_turn()
         self._force_given()
 
-    def _look(self, calls: Sequence[Call]) -> list[ShownImage]:
+    def _look(self, calls: Sequence[Call], given: Sequence[GivenLook]) -> list[ShownImage]:
         """The images that answer the calls, in the order of `look_turn`: grouped by look, in order of first call."""
         kinds = list(dict.fromkeys(call.look for call in calls))
-        given = self._given if isinstance(self._given, tuple) else (None,) * len(calls)
-        ordered = sorted(zip(calls, given, strict=True), key=lambda pair: kinds.index(pair[0].look))
-        return [self._reencode(call) if LOOKS[call.look].reencodes else self._crop(call, by) for call, by in ordered]
+        pairs = zip_longest(calls, given)
+        ordered = sorted(pairs, key=lambda pair: kinds.index(pair[0].look))
+        images = [self._reencode(call) if LOOKS[call.look].reencodes else self._crop(call, by) for call, by in ordered]
+        self._frame = self._frame.after([self._frame.shown(call.cells) for call in calls if call.cells is not None])
+        return images
 
-    def _box(self, call: Call) -> Box:
-        """A region, widened by the processor's margin, in the original pixels."""
-        grid = self.vlm.vocabulary.grid
-        cells = widen(call.cells or (0, 0, grid - 1, grid - 1), self.vlm.processor.region_margin, grid)
-        return cells_to_box(cells, self.conversation.images[self.target].size, grid)
+    def _region(self, call: Call) -> Look:
+        """A region look, not taken yet."""
+        cells = call.cells or (0, 0, self._frame.grid - 1, self._frame.grid - 1)
+        return Look("region", cells=call.cells, box=self._frame.shown(cells), frame=self._frame.box)
 
     def _crop(self, call: Call, given: GivenLook | None) -> ShownImage:
         """A region of the original, or the crop that was given."""
-        whole, box, lookup = self.conversation.images[self.target], self._box(call), self.conversation.features.lookup
+        whole, look, lookup = (
+            self.conversation.images[self.target],
+            self._region(call),
+            self.conversation.features.lookup,
+        )
         if given is not None and given.image is not None:
             return ShownImage("image", lookup("region", given.image, "crop")[0])
-        view, seen = lookup("region", whole, "crop", box, self.options.blank)
-        return ShownImage("image", view, self._record_look(Look("region", cells=call.cells, box=box, image=seen)))
+        view, look.image = lookup("region", whole, "crop", look.box, self.options.blank)
+        return ShownImage("image", view, self._record_look(look))
 
     def _reencode(self, call: Call) -> ShownImage:
         """The whole image, re-encoded by the look's encoder."""

@@ -202,9 +202,11 @@ class VLM:
             raise UserError(f"this model has no {options.first_look!r} look; expected one of {', '.join(offered)}")
         if options.region is not None:
             check_cells(options.region, self.processor.grid_size)
+        own = {"max_looks": self.processor.max_looks, **(self.sampling if options.do_sample else {})}
+        own = {name: value for name, value in own.items() if getattr(options, name) is None}
+        options = AskOptions.of({**options.model_dump(), **own}) if own else options
         options.check_left_out(self.looks)
-        own = {name: value for name, value in self.sampling.items() if getattr(options, name) is None}
-        return AskOptions.of({**options.model_dump(), **own}) if options.do_sample and own else options
+        return options
 
 
 class Chat:

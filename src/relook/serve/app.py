@@ -90,6 +90,7 @@ class Server:
         """The entry of `/v1/models`."""
         engine = self.engine
         own = {"looks": engine.looks, "grid": engine.grid, "domain": engine.domain, "warnings": engine.warnings}
+        own |= {"max_looks": engine.max_looks, "region_of": engine.region_of}
         own |= {"collects": True} if self.collects else {}
         named = {"id": self.name, "object": "model", "created": self.created, "owned_by": "relook"}
         return {**named, "relook": {**own, "context_window": engine.context}}
@@ -168,7 +169,7 @@ def _answering(app: FastAPI, server: Server) -> None:
         server.check_model(body.model)
         options = body.model_dump(include=set(AskOptions.model_fields), exclude_unset=True)
         addresses = [body.image] if isinstance(body.image, str) else body.image
-        server.settings.limits.check([body.question], len(addresses), body.max_looks)
+        server.settings.limits.check([body.question], len(addresses), body.max_looks or 0)
         checked = AskOptions.of(options)
         images = await load_images(addresses, server.settings.limits, server.settings.fetch)
         request = seam.Request(body.question, tuple(images), checked)

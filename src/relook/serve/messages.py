@@ -108,8 +108,8 @@ class Conversation:
                 given = []
                 for look in turn:
                     if isinstance(look, Called):
-                        cells, look_at = reader.cells(look.call, sizes, target, grid)
-                        look = GivenLook(cells, image=crops.get(id(look)))
+                        cells, box, look_at = reader.region(look.call, sizes, target, grid)
+                        look = GivenLook(cells, image=crops.get(id(look)), box=box)
                     given.append(look)
                 turns.append(tuple(given))
             past.append(Past("\n".join(each.texts), shown, each.answer or "", tuple(turns), each.look, look_at))

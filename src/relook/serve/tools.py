@@ -76,8 +76,10 @@ class ZoomTool:
         name = "_".join(map(str, ("call_look", *cells, uuid.uuid4().hex[:12])))
         return {"id": name, "type": "function", "function": {"name": ZOOM, "arguments": json.dumps(arguments)}}
 
-    def cells(self, call: ToolCall, sizes: Sequence[tuple[int, int]], image: int, grid: int) -> tuple[Cells, int]:
-        """The cells of a call in the history, and the number of the image that it is about.
+    def region(
+        self, call: ToolCall, sizes: Sequence[tuple[int, int]], image: int, grid: int
+    ) -> tuple[Cells | None, tuple[float, ...] | None, int]:
+        """The cells or the box (pixels) of a call in the history, and the number of the image that it is about.
 
         Args:
             call: one of `call`, or another server's or client's.
@@ -91,9 +93,10 @@ class ZoomTool:
             if not isinstance(image, int) or not -1 < image < len(sizes):
                 raise UserError(f"img_idx={image} names no image; the user has sent {len(sizes)}, counted from 0")
             if ours := _ID.fullmatch(call.id):
-                return check_cells(tuple(map(int, ours.groups())), grid), image
-            box = [float(value) for value in arguments["bbox_2d"]]
-            return box_to_cells(read_box(box, sizes[image], self.form), sizes[image], grid), image
+                return check_cells(tuple(map(int, ours.groups())), grid), None, image
+            box = read_box([float(value) for value in arguments["bbox_2d"]], sizes[image], self.form)
+            box_to_cells(box, sizes[image], grid)  # refuses what is no box
+            return None, tuple(box), image
         except UserError as error:
             raise UserError(f"tool call {call.id[:60]!r}: {error}") from None
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):

@@ -14,7 +14,7 @@ from PIL import Image
 from relook.errors import RelookError, UserError
 from relook.looks import IM_END, LOOKS, with_trigger
 from relook.options import AUTO, NONE
-from relook.regions import Box, Cells, cells_to_box, check_cells, widen
+from relook.regions import Cells, Frame, check_cells
 from relook.trace import Answer, Event, Finished, Look, LookTaken, TextDelta, Turn, Usage
 from relook.views import open_image
 
@@ -41,6 +41,8 @@ class Asking:
 
     def __init__(self, engine: Any, request: Request, before: Asking | None = None):
         self.engine, self.processor, self.options = engine, engine.processor, request.options
+        if self.options.max_looks is None:
+            self.options = self.options.model_copy(update={"max_looks": self.processor.max_looks})
         self.request = replace(request, question=checked_question(request.question))
         self.own = self._own_options()
         self.spelling: ControlTokens | ZoomCalls = (
@@ -53,12 +55,13 @@ class Asking:
         self.images: list[Image.Image] = list(before.images) if before else []  # of the user's, originals
         self.sent: list[tuple[int, int]] = list(before.sent) if before else []  # their sizes as sent
         self.target: int = before.target if before else 0
+        self._frame = Frame.of(self.processor, (1, 1))  # of the next region call; no image yet
         self.looks: list[Look] = []
         self.usage = Usage()
         self.text = ""  # of the latest turn
         self._stream: Any = None
         self._stopped = False
-        self._left = 0 if self.options.look == NONE else self.options.max_looks
+        self._left = 0 if self.options.look == NONE else self.options.max_looks or 0
         self._check()
         self._begin()
 
@@ -98,7 +101,8 @@ class Asking:
         """Options that relook's server takes."""
         if self.engine.dialect != "relook":
             return None
-        asked = {name: getattr(self.options, name) for name in ("look", "region", "max_looks", "look_at")}
+        names = ("look", "region", "box", "max_looks", "look_at")
+        asked = {name: getattr(self.request.options, name) for name in names}
         return {name: value for name, value in asked.items() if value is not None}
 
     # -- the conversation --------------------------------------------------------------------------------------------
@@ -110,23 +114,25 @@ class Asking:
             self.messages.append({"role": "system", "content": system})
         for past in request.past:
             self._ask(past, past.asked)
-            kept = [
-                {"kind": look.kind, "cells": look.cells and list(look.cells), "turn": number}
-                for number, turn in enumerate(past.looks)
-                for look in turn
-            ]
-            for turn in () if own else past.looks:
-                self._given(turn)
+            self._aim(past.look_at)
+            kept = []
+            for number, turn in enumerate(past.looks):
+                cells = self._cells_of(turn)
+                kept += [
+                    {"kind": a.kind, "cells": c and list(c), "turn": number} for a, c in zip(turn, cells, strict=True)
+                ]
+                if own:
+                    self._frame = self._frame.after([self._frame.shown(c) for c in cells if c])
+                else:
+                    self._given(turn)
             more = {"relook": {"looks": kept, "look": past.asked}} if own else {}  # that server makes the crops again
             self.messages.append({"role": "assistant", "content": past.answer, **more})
         self._ask(Past(request.question, request.images), self.options.first_look if self._left else NONE)
-        if (at := self.options.look_at) is not None:
-            if not -len(self.images) <= at < len(self.images):
-                raise UserError(f"look_at={at} names no image; the conversation has {len(self.images)}, counted from 0")
-            self.target = at % len(self.images)
-        self.region = self.options.region_of(self.images[self.target].size, self.engine.grid)
-        if self.options.box is not None and self.own is not None:  # images are not sent at their own size
-            self.own["region"] = self.region
+        self._aim(self.options.look_at)
+        frame = self._frame
+        looks = self._left if frame.nested else 1
+        self.calls = self.options.calls(self.images[self.target].size, frame.grid, frame.margin, looks)
+        self.calls = self.calls[len(request.looks) :]
         for turn in request.looks:
             self._given(turn)
         self._left = max(0, self._left - len(request.looks))
@@ -142,26 +148,37 @@ class Asking:
         self.sent += [image.size for image in shown]
         self.messages.append(self.spelling.question(question, shown))
 
+    def _aim(self, at: int | None) -> None:
+        """Settle which image looks go to, a question's; the next region is one of all of it."""
+        if at is not None:
+            if not -len(self.images) <= at < len(self.images):
+                raise UserError(f"look_at={at} names no image; the conversation has {len(self.images)}, counted from 0")
+            self.target = at % len(self.images)
+        if self.images:
+            self._frame = Frame.of(self.processor, self.images[self.target].size)
+
+    def _cells_of(self, turn: Sequence[GivenLook]) -> list[Cells | None]:
+        return [self._frame.cells(look.box) if look.box is not None else look.cells for look in turn]
+
     def _given(self, turn: Sequence[GivenLook]) -> None:
         """A turn of looks that were taken before."""
         if other := [look.kind for look in turn if LOOKS[look.kind].reencodes]:
             raise UserError(f"an earlier turn has a {other[0]} look: {NOT_HERE.format(other[0])}")
-        called = [Called("region", look.cells, self._box(look.cells)) for look in turn if look.cells]
+        called = [self._called(cells) for cells in self._cells_of(turn) if cells]
         self.messages.append(self.spelling.call(called, self.images[self.target].size, self.sent[self.target]))
         own = self.engine.dialect == "relook"  # whose server makes a crop that is not sent
         pairs = [(look.image, each) for look, each in zip(turn, called, strict=True) if look.image or not own]
         self._show(called, [image or self._crop(each) for image, each in pairs])
 
-    def _box(self, cells: Cells) -> Box:
-        """What a region shows, pixels of the original."""
-        grid = self.engine.grid
-        return cells_to_box(widen(cells, self.processor.region_margin, grid), self.images[self.target].size, grid)
+    def _called(self, cells: Cells) -> Called:
+        return Called("region", cells, self._frame.shown(cells))
 
     def _crop(self, called: Called) -> Image.Image:
         return self.images[self.target].crop(called.box)
 
     def _show(self, called: Sequence[Called], crops: Sequence[Image.Image]) -> list[Image.Image]:
         """Send what was called, as the model's view of a crop is; returns that."""
+        self._frame = self._frame.after([each.box for each in called if each.box is not None and each.problem is None])
         shown = [self.processor.view(crop, "crop") for crop in crops]
         self.messages += self.spelling.results(called, shown)
         return shown
@@ -171,10 +188,11 @@ class Asking:
     def events(self) -> Iterator[Event]:
         """Ask, look and ask again until the model answers. Leaving off closes the connection."""
         begun = time.perf_counter()
-        forced = self.options.first_look == "region" and not self.request.looks and self.engine.dialect != "relook"
+        own = self.engine.dialect == "relook"
+        forced = self.options.first_look == "region" and not self.request.looks and not own
         finish: str | None = None
-        if forced and self.region is not None:
-            called = [Called("region", self.region, self._box(self.region))]
+        while self.calls and finish is None and not own:
+            called = [self._called(self.calls.pop(0))]
             self.messages.append(self.spelling.call(called, self.images[self.target].size, self.sent[self.target]))
             finish = yield from self._take(called)
             forced = False
@@ -185,7 +203,7 @@ class Asking:
             self.sampled.add(len(self.messages))
             called = self.spelling.read(reply, self.images[self.target].size, self.sent[self.target])
             for each in called:
-                each.box = each.box or (self._box(each.cells) if each.cells else None)
+                each.box = each.box or (self._frame.shown(each.cells) if each.cells else None)
             if called:
                 self.messages.append(self.spelling.said(reply))
                 finish = yield from self._take(called)
@@ -202,12 +220,13 @@ class Asking:
         for each in called if self._left <= 0 else ():
             each.problem = each.problem or NO_MORE
         good = [each for each in called if each.problem is None]
-        held = self.request.hold_regions and bool(good)
+        held, frame = self.request.hold_regions and bool(good), self._frame.box
         shown = [] if held else self._show(called, [self._crop(each) for each in good])
         images = iter(shown)
         for each in called:
             image = next(images) if each.problem is None and not held else None
-            self.looks.append(Look(each.kind, each.cells, each.box, image, problem=each.problem))
+            seen = frame if each.cells else None
+            self.looks.append(Look(each.kind, each.cells, each.box, image, problem=each.problem, frame=seen))
             yield LookTaken(self.looks[-1])
         if held:
             return "look"
@@ -291,9 +310,9 @@ class Asking:
         image = open_image(said["crop"]) if said["crop"] else None
         if said["problem"] is None and image is None:
             image = self.images[self.target].copy()
-        cells, box = (tuple(said[name]) if said[name] else None for name in ("cells", "box"))
+        cells, box, frame = (tuple(said[name]) if said.get(name) else None for name in ("cells", "box", "frame"))
         attention = None if said["attention"] is None else np.array(said["attention"], dtype=np.float32)
-        self.looks.append(Look(said["kind"], cells, box, image, attention, said["problem"]))
+        self.looks.append(Look(said["kind"], cells, box, image, attention, said["problem"], frame))
         yield LookTaken(self.looks[-1])
 
     def _count(self, reply: Reply) -> None:

@@ -273,14 +273,18 @@ For each function call, return a json object with function name and arguments wi
 
 
 class Views:
-    """In place of a relook processor, for other models: how images are sent, and regions asked for."""
+    """In place of a relook processor, for other models: how images are sent, and regions asked for.
+
+    `own` is what relook's server says of its model.
+    """
 
     system: str | None = None
     free_choice = True  # no sentence asks for a look
     region_margin = 0
 
-    def __init__(self, dialect: Dialect, grid: int, looks: Sequence[str] = ("region",)):
-        self.dialect, self.grid_size, self.looks = dialect, grid, list(looks)
+    def __init__(self, dialect: Dialect, grid: int, own: Mapping[str, Any]):
+        self.dialect, self.grid_size, self.looks = dialect, grid, list(own.get("looks", ["region"]))
+        self.region_of, self.max_looks = own.get("region_of", "whole"), own.get("max_looks", 1)
 
     def view(self, image: Image.Image, stage: str) -> Image.Image:
         """The image as it is sent."""

@@ -93,6 +93,14 @@ class OpenAIEngine:
         return self.processor.grid_size
 
     @property
+    def max_looks(self) -> int:
+        return self.processor.max_looks
+
+    @property
+    def region_of(self) -> str:
+        return self.processor.region_of
+
+    @property
     def warnings(self) -> list[str]:
         if self.dialect == "relook":
             return list(self.own.get("warnings") or ())
@@ -186,7 +194,7 @@ class OpenAIEngine:
             raise UserError(f"{self.url} is no server of relook's; leave dialect out, or choose another")
         if dialect is not None and dialect != "tokens":
             own = self.own if dialect == "relook" else {}
-            views = Views(DIALECTS[dialect], own.get("grid", GRID), own.get("looks", ["region"]))
+            views = Views(DIALECTS[dialect], own.get("grid", GRID), own)
             return dialect, views, self.own.get("domain")
         return ("tokens", *self._processor(entry, processor))
 
