@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.openai_server import PlainQwen, Said, openai_server
-from support.scripted_model import picture
+from support.scripted_model import picture, writing
 
 import relook
 from relook.cli.app import app
 from relook.errors import RelookError, UserError
 from relook.evaluate import evaluate
 from relook.evaluate.records import read_folder
-from relook.looks import write_call
+from relook.looks import IM_END, write_call
 from relook.model.export import export
 from relook.options import AskOptions
 from relook.perceive.endpoint.openai import OpenAIEngine
@@ -93,6 +93,48 @@ def test_answers_are_those_of_the_model_itself(remote, local, options):
             theirs = local.ask(page.image, qa.question, **options)
             assert options or theirs.looks[0].kind == "region"
             same(remote.ask(page.image, qa.question, **options), theirs)
+
+
+def test_looks_that_nest_are_those_of_the_model_itself(tiny_vlm, tmp_path):
+    """Control tokens: the crops of calls that count in the view before are made here."""
+    settings = {"region_of": "last", "max_looks": 3, "free_choice": True}
+    vlm = tiny_vlm(("region", "clip"), **settings)
+    vlm.model.save_pretrained(tmp_path / "model")
+    vlm.processor.save_pretrained(tmp_path / "model")
+    calls, image = [region(1, 1, 6, 5), region(0, 4, 2, 7)], picture(0, (300, 200))
+
+    def said(body):
+        turns = sum(message["role"] == "assistant" for message in body["messages"])
+        return Said([*calls, "7"][turns % 3 : turns % 3 + 1], usage=USAGE)
+
+    with openai_server(said, [{"id": "m"}]) as server:
+        remote, chat = relook.load(server.url, processor=tmp_path / "model"), vlm.chat(image)
+        ours = remote.chat(image)
+        for _ in range(2):
+            with writing(vlm, calls[0], IM_END, calls[1], IM_END, "7"):
+                same_looks(ours.ask(QUESTION), chat.ask(QUESTION))
+        boxed = {"box": (130, 90, 136, 96), "max_new_tokens": 1}
+    with openai_server(lambda body: Said(["7"], usage=USAGE), [{"id": "m"}]) as server:
+        remote = relook.load(server.url, processor=tmp_path / "model")
+        with writing(vlm, "7"):
+            theirs = vlm.ask(image, QUESTION, **boxed)
+        same_looks(remote.ask(image, QUESTION, **boxed), theirs)
+        assert len(theirs.looks) == 3
+        past = Past("Before?", (image,), "7", ((GivenLook((1, 1, 6, 5)),), (GivenLook(box=theirs.looks[1].box),)))
+        request = Request("Now?", (), AskOptions.of({"max_new_tokens": 1, "look": "none"}), past=(past,))
+        local = LocalEngine(vlm)
+        with writing(vlm, "7"):
+            given = [*local.submit(request)][-1].answer
+        local.close()
+        told = [*remote.engine.submit(request)][-1].answer
+    assert [turn.text for turn in told.transcript] == [turn.text for turn in given.transcript]
+
+
+def same_looks(ours, theirs):
+    assert ours.text == theirs.text == "7" and ours.looks == theirs.looks
+    assert [turn.text for turn in ours.transcript] == [turn.text for turn in theirs.transcript]
+    for one, other in zip(ours.looks, theirs.looks, strict=True):
+        assert np.array_equal(np.asarray(one.image), np.asarray(other.image))
 
 
 def test_several_at_once_in_order(remote, local):

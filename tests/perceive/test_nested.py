@@ -18,6 +18,7 @@ from PIL import Image
 from support.scripted_model import QUESTION, picture, recorded, writing
 
 import relook
+from relook.cli.ask import describe
 from relook.errors import UserError
 from relook.looks import IM_END, LOOKS, write_call
 from relook.options import AskOptions
@@ -447,6 +448,10 @@ def test_the_record(vlm, tmp_path):
     answer = finished.answer
     taken = [event.to_dict()["look"] for event in events if isinstance(event, LookTaken)]
     assert [look["frame"] for look in taken] == [[0, 0, 480, 320], list(answer.looks[0].box)]
+    assert describe(answer).splitlines()[1:] == [
+        "look 1: region, cells 1,2,5,6, box 0,40,420,320 (x1,y1,x2,y2 pixels)",
+        "look 2: region, cells 3,0,6,3 of the last view, box 105,40,420,215 (x1,y1,x2,y2 pixels)",
+    ]
     nested = answer.picture()
     answer.looks[1].frame = None
     assert answer.save(tmp_path / "a.png").is_file() and nested.tobytes() != answer.picture().tobytes()

@@ -60,6 +60,29 @@ def test_answers_are_those_of_the_model_itself(url, local, options):
             assert np.array_equal(np.asarray(one.image), np.asarray(PAGE.image.crop(other.box)))
 
 
+@pytest.mark.parametrize("options", [{}, {"max_looks": 2}, {"region": "2,2,5,5"}, {"box": "100,200,110,212"}])
+def test_looks_that_nest_are_those_of_the_model_itself(local, options):
+    """Calls come one by one, each crop is made here; forced ones are the server's."""
+    vlm = local.with_settings(region_of="last", max_looks=3, region_margin=0)
+    engine = LocalEngine(vlm)
+    with serving(engine) as served:
+        remote = relook.load(f"{served.url}/v1")
+        ours, theirs = remote.ask(PAGE.image, QUESTION, **options), vlm.ask(PAGE.image, QUESTION, **options)
+        chats = [each.chat(PAGE.image) for each in (remote, vlm)]
+        for chosen in (options, {}):
+            one, other = (chat.ask(QUESTION, **chosen) for chat in chats)
+            assert (one.text, one.looks, one.usage.sequence_length) == (
+                other.text,
+                other.looks,
+                other.usage.sequence_length,
+            )
+    engine.close()
+    assert ours.text == theirs.text and ours.looks == theirs.looks
+    assert len(ours.looks) > 1 or "box" not in options
+    for look in ours.looks:
+        assert np.array_equal(np.asarray(look.image), np.asarray(PAGE.image.crop(look.box)))
+
+
 def test_its_description_is_the_models(url, local):
     remote = relook.load(url)
     assert (remote.name, remote.looks, remote.domain, remote.context) == ("cards-tiny", local.looks, "cards", 4096)

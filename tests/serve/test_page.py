@@ -116,6 +116,19 @@ def test_looks_are_compared_side_by_side(card, viewport):
     assert page.locator("[aria-pressed=true]").count() == 1
 
 
+def test_a_look_inside_a_look_is_drawn_over_what_was_seen_before(card):
+    page = card()
+    ask(page, "zoom in")
+    left, top, right, bottom = shares(widen(CELLS, 1, GRID)).expected
+    inside = pytest.approx([left, (top + bottom) / 2, (left + right) / 2, bottom], abs=0.02)
+    assert place(page, "#overlay .box >> nth=1") == inside == place(page, "#overlay .cells >> nth=1")
+    assert page.locator("#overlay .grid").count() == 2
+    assert place(page, "#overlay .grid >> nth=1") == pytest.approx([left, top, right, bottom], abs=0.02)
+    said = page.locator("figcaption").all_inner_texts()
+    assert said == ["Looked closer at columns 5–6, row 6",
+                    "Looked closer at columns 0–3, rows 4–7 of what it saw before"]  # fmt: skip
+
+
 def test_only_looks_that_the_model_has_are_offered(card):
     page = card(looks=("clip",))
     assert page.locator("#look option").evaluate_all("all => all.map((each) => each.value)") == ["auto", "none", "clip"]

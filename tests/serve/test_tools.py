@@ -2,6 +2,7 @@
 
 import json
 
+import httpx
 import openai
 import pytest
 from support.running_server import data_url, serving, user
@@ -171,6 +172,102 @@ def test_nested_looks_stay_on_the_original_image(random) -> None:
     assert message.content == whole.text == "742"
     assert [turn["text"] for turn in reply.relook["transcript"]] == [turn.text for turn in whole.transcript]
     assert reply.usage.total_tokens == whole.usage.sequence_length
+
+
+@pytest.fixture(scope="module")
+def nesting(tiny_vlm):
+    """A random model whose regions nest, and which looks three times."""
+    settings = {"first_look": relook.processing.View(64), "region_of": "last", "max_looks": 3, "free_choice": True}
+    engine = LocalEngine(tiny_vlm(("region", "clip"), **settings))
+    with serving(engine) as running:
+        yield running
+    engine.close()
+
+
+NESTED = [write_call("region", (1, 1, 6, 5)), write_call("region", (0, 4, 2, 7)), write_call("region", (5, 5, 6, 7))]
+
+
+def told(reply):
+    return [turn["text"] for turn in reply.relook["transcript"]]
+
+
+@pytest.mark.parametrize("form", ["pixels", "0-1000", "0-1"])
+@pytest.mark.parametrize("way", ["tool", "none"])
+def test_regions_that_nest_are_called_in_pixels_of_the_original(nesting, form, way) -> None:
+    image, vlm = picture(2, (300, 200)), nesting.vlm
+    script = [piece for call in NESTED for piece in (call, IM_END)] + ["742"]
+    with writing(vlm, *script):
+        whole = vlm.ask(image, QUESTION)
+    assert len(whole.looks) == 3 and whole.looks[2].frame == whole.looks[1].box
+    said = {"pixels": "", "0-1000": " relative, 0-1000", "0-1": " normalized to 0-1"}[form]
+    fields = {"tools": [tool(said)], "extra_body": {"relook": {"boxes": form}}}
+    messages = [user(image, QUESTION)]
+    for number, turn in enumerate([*NESTED, "742"]):
+        with writing(vlm, turn):
+            reply = nesting.ask(messages, **fields)
+        message = reply.choices[0].message
+        messages.append(message.model_dump(exclude_none=True))
+        for call in message.tool_calls or []:
+            seen, wanted = (
+                read_box(json.loads(call.function.arguments)["bbox_2d"], image.size, form),
+                whole.looks[number],
+            )
+            assert seen == pytest.approx(wanted.box, abs=0.2 if form == "0-1000" else 1e-3)
+            assert reply.relook["looks"][0]["frame"] == list(wanted.frame)
+            messages += answers(call, cut(image, call, form))[way]
+    assert message.content == whole.text == "742" and told(reply) == [turn.text for turn in whole.transcript]
+    assert reply.usage.total_tokens == whole.usage.sequence_length
+
+
+def test_a_nested_call_of_another_server_is_mapped_by_its_box(nesting) -> None:
+    """The cells of the view before that cover it; a box outside that view is none of this model's."""
+    image, vlm = picture(2, (300, 200)), nesting.vlm
+    boxes = [(0, 0, 150, 100), (38, 50, 75, 75)]  # the upper left quarter: cells 0,0 to 3,3, widened to 187 x 125
+    expected = [write_call("region", (0, 0, 3, 3)), write_call("region", (1, 3, 3, 4))]
+    messages = [user(image, QUESTION)]
+    for number, box in enumerate(boxes):
+        function = {"name": "image_zoom_in_tool", "arguments": json.dumps({"bbox_2d": box})}
+        messages += [
+            {"role": "assistant", "tool_calls": [{"id": f"call_{number}", "type": "function", "function": function}]},
+            {"role": "tool", "tool_call_id": f"call_{number}", "content": "done"},
+        ]
+    with writing(vlm, "742"):
+        reply = nesting.ask(messages, tools=[tool()])
+    assert reply.choices[0].message.content == "742" and [text for text in told(reply) if "region" in text] == expected
+    function["arguments"] = json.dumps({"bbox_2d": [250, 150, 280, 180]})
+    assert "lies outside (0, 0, 187, 125), which was seen last" in refused(
+        lambda: nesting.ask(messages, tools=[tool()])
+    )
+
+
+def test_looks_that_nest_without_a_tool(nesting) -> None:
+    """The server takes them; `/v1/looks` and chats agree with `ask`, and a conversation is rebuilt turn by turn."""
+    image, vlm = picture(2, (300, 200)), nesting.vlm
+    script = [NESTED[0], IM_END, LOOKS["clip"].start, NESTED[1], IM_END, "742"]
+    chat = vlm.chat(image)
+    with writing(vlm, *script):
+        whole = chat.ask(QUESTION)
+    with writing(vlm, *script):
+        reply = nesting.ask((image, QUESTION))
+    taken = reply.relook["looks"]
+    assert [(look["cells"], look["frame"], look["box"]) for look in taken] == [
+        tuple(value and list(value) for value in (look.cells, look.frame, look.box)) for look in whole.looks
+    ]
+    messages = [user(image, QUESTION), reply.choices[0].message.model_dump(exclude_none=True), user([], "And now?")]
+    with writing(vlm, *script[:2], "7"):
+        expected = chat.ask("And now?")
+    with writing(vlm, *script[:2], "7"):
+        again = nesting.ask(messages)
+    assert told(again) == [turn.text for turn in expected.transcript]
+    assert again.usage.total_tokens == expected.usage.sequence_length
+    assert again.relook["looks"][0]["frame"] == [0, 0, 300, 200]
+    body = {"image": data_url(image), "question": QUESTION, "box": [130, 90, 136, 96], "max_new_tokens": 1}
+    shown = httpx.post(f"{nesting.url}/v1/looks", json=body).json()
+    forced = vlm.ask(image, QUESTION, box=(130, 90, 136, 96), max_new_tokens=1)
+    assert [look["box"] for look in shown["looks"]] == [list(look.box) for look in forced.looks]
+    assert len(forced.looks) > 1
+    described = nesting.client.models.list().data[0].relook
+    assert (described["max_looks"], described["region_of"]) == (3, "last")
 
 
 def test_a_look_of_the_server_before_a_call(tiny_vlm) -> None:

@@ -1,6 +1,7 @@
 """A server with the page and canned answers, for what a browser shows; `served(app)` runs any app on a free port.
 
 The words of a question choose what happens: "refuse" 400, "busy" 429, "break" an error in the middle of the answer,
+"zoom" a second look inside the first,
 "vanish" an end without one, "wait" an answer that stops after three letters until the client goes, "nowhere" a look
 that was not taken, "crops" a crop in the text, "warn" another warning, "pieces" events cut anywhere. Every request's
 body is kept in `app.state.asked`.
@@ -100,7 +101,8 @@ def _look(body: dict) -> dict | None:
         return {**empty, "box": [0, 0, *image.size], "map": _png(colored), "crop": _png(image)}
     cells = tuple(wanted.get("region", CELLS))
     box = cells_to_box(widen(cells, 1, GRID), image.size, GRID)
-    return {**empty, "kind": "region", "cells": cells, "box": box, "crop": _png(image.crop(box))}
+    frame = (0, 0, *image.size)
+    return {**empty, "kind": "region", "cells": cells, "frame": frame, "box": box, "crop": _png(image.crop(box))}
 
 
 async def _stream(body: dict, question: str, answer: str):
@@ -110,10 +112,17 @@ async def _stream(body: dict, question: str, answer: str):
         return f"data: {json.dumps(said, ensure_ascii=False)}\n\n"
 
     look, image = _look(body), opened(body)
+    looks = [look] if look else []
+    if look and "zoom" in question:
+        left, top, right, bottom = look["box"]
+        w, h = right - left, bottom - top  # cells 0,4 to 3,7 of the view before: its lower left quarter
+        box = (left, top + h // 2, left + w // 2, bottom)
+        looks.append({**look, "cells": (0, 4, 3, 7), "frame": look["box"], "box": box, "crop": _png(image.crop(box))})
     yield chunk({"role": "assistant", "content": ""})
     if look:
         yield chunk({"content": "Let me see. "})
-        yield chunk({}, relook={"look": look})
+        for each in looks:
+            yield chunk({}, relook={"look": each})
     if look and "crops" in question:
         yield chunk({"content": f"![region look]({look['crop']})\n\n"})
     if "break" in question:
@@ -124,7 +133,7 @@ async def _stream(body: dict, question: str, answer: str):
         await asyncio.sleep(60 if "wait" in question else 0.01)
     if "vanish" in question:
         return
-    looks, size = [look] if look else [], {"width": image.width, "height": image.height}
+    size = {"width": image.width, "height": image.height}
     warnings = [WARNING, "the image was turned."] if "warn" in question else [WARNING]
     turns = [{"role": "user", "text": question}, {"role": "assistant", "text": answer}]
     kept = {"looks": [{"kind": each["kind"], "cells": each["cells"], "turn": 0} for each in looks]}

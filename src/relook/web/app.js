@@ -213,7 +213,7 @@ async function follow(run, signal, reply) {
       if (event.look) {
         run.addLook(event.look);
         lookAt(run);
-        if (!event.look.problem) say(`${describe(event.look)}.`);
+        if (!event.look.problem) say(`${describe(event.look, run.context.image)}.`);
         near(run.element);
       }
       if (event.finish) run.finish(event);

@@ -1,7 +1,7 @@
 // One question with its answers: what each looked at, what it said, what it cost.
 
 import { asCurl, asPython } from "./api.js";
-import { el, named, overlay, still } from "./stage.js";
+import { el, named, nests, overlay, still } from "./stage.js";
 
 const TITLES = {
   auto: "Model decides", none: "No second look", region: "A region, cropped", clip: "The whole image, encoded again",
@@ -9,8 +9,8 @@ const TITLES = {
 };
 export const title = (look) => TITLES[look] ?? look;
 
-export const describe = (look) => (look.kind === "region"
-  ? `Looked closer at ${look.cells ? named(look.cells) : "a region"}`
+export const describe = (look, size) => (look.kind === "region"
+  ? `Looked closer at ${look.cells ? named(look.cells) : "a region"}${nests(look, size) ? " of what it saw before" : ""}`
   : `Looked at the whole image again (${look.kind})${look.map ? "; the brighter, the more it weighed" : ""}`);
 
 // Under the image: what the marks on it mean.
@@ -81,7 +81,7 @@ export class Run {
     };
     const shown = [compared || !crop ? small() : null, crop && el("div", { class: "crop" }, crop)];
     if (crop && !compared) this.slide(crop, look);
-    return el("figure", {}, ...shown, el("figcaption", { class: "soft" }, describe(look)));
+    return el("figure", {}, ...shown, el("figcaption", { class: "soft" }, describe(look, image)));
   }
 
   // The crop comes out of its place on the image.

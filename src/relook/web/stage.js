@@ -23,13 +23,16 @@ function shape(tag, attributes) {
 
 // [x, y, width, height] in pixels of a box (its right and lower edge exclusive), and of cells (both ends inclusive).
 const ofBox = ([x1, y1, x2, y2]) => [x1, y1, x2 - x1, y2 - y1];
-const ofCells = ([x0, y0, x1, y1], { width, height }, [across, down]) => ofBox([x0, y0, x1 + 1, y1 + 1]
-  .map((at, i) => Math.floor(i % 2 ? (at * height) / down : (at * width) / across)));
+// Cells count in a frame, a box: the whole image, or the view before where regions nest.
+const whole = ({ width, height }) => [0, 0, width, height];
+const ofCells = ([x0, y0, x1, y1], [left, top, right, bottom], [across, down]) => ofBox([x0, y0, x1 + 1, y1 + 1]
+  .map((at, i) => (i % 2 ? top + Math.floor((at * (bottom - top)) / down) : left + Math.floor((at * (right - left)) / across))));
+export const nests = ({ frame }, size) => frame != null && frame.some((at, i) => at !== whole(size)[i]);
 const rect = (kind, [x, y, width, height]) => shape("rect", { class: kind, x, y, width, height });
 
-function gridPath({ width, height }, grid) {
-  const lines = [];
-  for (let i = 0; i <= grid; i++) lines.push(`M${(i * width) / grid} 0V${height}M0 ${(i * height) / grid}H${width}`);
+function gridPath([left, top, right, bottom], grid) {
+  const lines = [], [across, down] = [(right - left) / grid, (bottom - top) / grid];
+  for (let i = 0; i <= grid; i++) lines.push(`M${left + i * across} ${top}V${bottom}M${left} ${top + i * down}H${right}`);
   return shape("path", { class: "grid", d: lines.join("") });
 }
 
@@ -49,12 +52,13 @@ export function overlay(svg, size, grid, looks, marked = null, counts = [grid, g
     const holes = boxes.map(({ box: [x1, y1, x2, y2] }) => `M${x1} ${y1}V${y2}H${x2}V${y1}Z`).join("");
     parts.push(shape("path", { class: "dim", d: `M0 0H${width}V${height}H0Z${holes}` }));
   }
-  if (boxes.length || (marked && counts[0] === grid)) parts.push(gridPath(size, grid));
-  for (const { cells, box } of boxes) {
-    if (cells) parts.push(rect("cells", ofCells(cells, size, [grid, grid])));
+  if (boxes.length || (marked && counts[0] === grid)) parts.push(gridPath(whole(size), grid));
+  parts.push(...boxes.filter((look) => nests(look, size)).map(({ frame }) => gridPath(frame, grid)));
+  for (const { cells, box, frame } of boxes) {
+    if (cells) parts.push(rect("cells", ofCells(cells, frame ?? whole(size), [grid, grid])));
     parts.push(rect("halo", ofBox(box)), rect("box", ofBox(box)));
   }
-  if (marked) parts.push(...["mark-halo", "mark"].map((kind) => rect(kind, ofCells(marked, size, counts))));
+  if (marked) parts.push(...["mark-halo", "mark"].map((kind) => rect(kind, ofCells(marked, whole(size), counts))));
   svg.replaceChildren(...parts);
 }
 
