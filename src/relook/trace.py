@@ -7,6 +7,7 @@ a picture is drawn.
 import base64
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -211,6 +212,21 @@ class Finished:
 
 
 Event = TextDelta | LookTaken | Finished
+
+
+def region_turns(looks: Sequence[Look], nested: bool) -> list[list[Look]]:
+    """The region looks of an answer that were taken, by turn.
+
+    Args:
+        nested: whether regions count in the view before them: one that does opens a turn. Else all are of one.
+    """
+    turns: list[list[Look]] = []
+    for look in looks:
+        if look.problem is None and look.cells is not None:
+            if not turns or (nested and look.frame == turns[-1][-1].box):
+                turns.append([])
+            turns[-1].append(look)
+    return turns
 
 
 def picture_format(path: Path) -> str:

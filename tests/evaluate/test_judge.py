@@ -135,7 +135,7 @@ class Parrot:
 
     name = "parrot"
 
-    processor = SimpleNamespace(grid_size=8, looks=())
+    processor = SimpleNamespace(grid_size=8, region_margin=0, region_of="whole", max_looks=1, looks=())
 
     def ask_many(self, requests, **_):
         return [Answer(text=r["question"].split()[-1], looks=[], transcript=[], usage=Usage()) for r in requests]

@@ -54,7 +54,13 @@ class Listener:
     def __init__(self):
         view = View(100)
         self.processor = SimpleNamespace(
-            grid_size=8, region_margin=0, first_look=view, second_look=view, reencode_look=view
+            grid_size=8,
+            region_margin=0,
+            region_of="whole",
+            max_looks=1,
+            first_look=view,
+            second_look=view,
+            reencode_look=view,
         )
         self.heard: list = []
 

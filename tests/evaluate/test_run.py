@@ -103,7 +103,7 @@ class Reader:
     looks = ["region", "clip"]
 
     class processor:
-        grid_size = 8
+        grid_size, region_margin, region_of, max_looks = 8, 0, "whole", 1
 
     def __init__(self, truth: dict[str, tuple[str, tuple]], broken: str | None = None):
         self.truth, self.broken, self.batches = truth, broken, []
@@ -112,7 +112,7 @@ class Reader:
         self.batches.append((len(pairs), options))
         return [self.answer(**pair) for pair in pairs]
 
-    def answer(self, image, question, look="auto", region=None):
+    def answer(self, image, question, look="auto", region=None, max_looks=None):
         code, box = self.truth[question_key(image, question)]
         if self.broken and self.broken in question:
             raise ValueError("cannot read this one")
@@ -211,7 +211,7 @@ def test_own_questions_from_a_file(tmp_path):
     """Fields, several accepted answers, a missing image (failed), a question without a box (no oracle: skipped)."""
 
     class Parrot(Reader):
-        def answer(self, image, question, look="auto", region=None):
+        def answer(self, image, question, look="auto", region=None, max_looks=None):
             assert Path(image).is_file()
             return Answer(question.removeprefix("say "), [], Usage(), question=question)
 

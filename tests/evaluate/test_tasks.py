@@ -46,7 +46,7 @@ class Parrot:
     """Says what it was told to, whatever it is asked."""
 
     name, looks = "parrot", []
-    processor = SimpleNamespace(grid_size=8, region_margin=0)
+    processor = SimpleNamespace(grid_size=8, region_margin=0, region_of="whole", max_looks=1)
 
     def __init__(self, *answers: str):
         self.answers = list(answers)

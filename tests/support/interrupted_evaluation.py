@@ -21,7 +21,11 @@ from relook.trace import Answer, Usage
 class Echo:
     """A model that answers with the last word of the question and the size of the batch."""
 
-    name, looks, processor = "echo", ["region"], SimpleNamespace(grid_size=8)
+    name, looks, processor = (
+        "echo",
+        ["region"],
+        SimpleNamespace(grid_size=8, region_margin=0, region_of="whole", max_looks=1),
+    )
     asked = 0
 
     def ask_many(self, requests, **_):

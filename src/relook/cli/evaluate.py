@@ -19,6 +19,15 @@ from relook.cli.common import (
 )
 from relook.errors import UserError
 
+By = Annotated[
+    list[str] | None,
+    Option(
+        metavar="KEY",
+        help="Results by groups of questions, too: by a key of their records, a bound or both: 'field,width<880'; "
+        "may be repeated.",
+    ),
+]
+
 
 def evaluate(
     model: Model = None,
@@ -30,7 +39,8 @@ def evaluate(
         list[str] | None,
         Option(
             metavar="LOOK...",
-            help="auto, none, region, clip, detection, seg, oracle (annotated), random, blank, clip-unconditioned, ...",
+            help="auto, none, region, clip, detection, seg, oracle (annotated), random, blank, once, "
+            "clip-unconditioned, ...",
         ),
     ] = None,
     n: Annotated[
@@ -60,6 +70,7 @@ def evaluate(
     base_url: BaseUrl = None,
     processor: Processor = None,
     dialect: Dialect = None,
+    by: By = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace a finished evaluation in --out.")] = False,
     as_json: ResultsAsJson = False,
 ) -> None:
@@ -74,7 +85,7 @@ def evaluate(
     with progress_bars() as progress:
         done = run(asked, tasks or [], looks or ["auto", "none"], n=n, out=out, seed=seed,
                    batch=_batch(batch), protocol=protocol, places=places, dtype=dtype, engine=engine, replicas=replicas,
-                   progress=progress, overwrite=overwrite)  # fmt: skip
+                   progress=progress, overwrite=overwrite, by=by or ())  # fmt: skip
     if is_main_process():
         print_result(done, as_json, ensure_ascii=False)
 
@@ -136,6 +147,7 @@ def report(
     keep: Annotated[
         Path | None, Option(metavar="FOLDER", help="Also keep the folders' records here, in a small form.")
     ] = None,
+    by: By = None,
     images: Annotated[int, Option(min=0, metavar="N", help="Pictures in report.html, some 50 kB each.")] = 100,
     no_images: Annotated[bool, Option("--no-images", help="No pictures in report.html.")] = False,
     no_page: Annotated[bool, Option("--no-page", help="No report.html.")] = False,
@@ -144,7 +156,7 @@ def report(
     from relook.evaluate.records import keep_all
     from relook.evaluate.report import collect, table_md, write
 
-    found = collect(sources)
+    found = collect(sources, by or ())
     written = write(found, out, None if no_page else 0 if no_images else images) if out else []
     written += keep_all(found.folders, keep) if keep else []
     print("\n".join(f"written: {path}" for path in written) if written else table_md(found))

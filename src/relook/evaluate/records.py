@@ -43,9 +43,10 @@ class Record(TypedDict):  # annotations of this module are not postponed: NotReq
     grid: NotRequired[int | None]
     answer: NotRequired[str | None]
     scores: dict[str, float]
-    looks: list[dict[str, Any]]  # kind, cells, box, problem, attention
+    looks: list[dict[str, Any]]  # kind, cells, box, problem, attention; frame where it is not the whole image
     recall: float | None  # share of the annotated area that was seen
     iou: float | None  # of the cells named and the annotated boxes
+    first_recall: NotRequired[float | None]  # where regions nest: of the first look; the others are of the last one
     usage: dict[str, Any] | None
     transcript: NotRequired[list[dict[str, Any]]]
     seconds: float | None

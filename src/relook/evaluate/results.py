@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from relook.evaluate.records import Record
 from relook.evaluate.statistics import Estimate
-from relook.evaluate.summary import Comparison, Summary, compare_looks, summarize
+from relook.evaluate.summary import MEASURES, Comparison, Summary, compare_looks, summarize
 from relook.evaluate.tasks import PUBLISHED
 
 Column = tuple[str, float, int, bool]  # measure, factor, decimals, interval shown
@@ -32,6 +32,7 @@ COLUMNS: dict[str, Column] = {
     "CIDEr-D": ("cider", 1, 2, True),
     "judge %": ("judge", 100, 1, True),
     "recall %": ("recall", 100, 1, False),
+    "1st recall %": ("first_recall", 100, 1, False),
     "IoU %": ("iou", 100, 1, False),
     "looked %": ("looked", 100, 1, False),
     "malformed %": ("malformed", 100, 1, False),
@@ -51,17 +52,28 @@ class Evaluation:
     compared: list[Comparison] = field(default_factory=list)
 
     @classmethod
-    def of(cls, run: dict[str, Any], records: Sequence[Record], scores: Mapping[str, Sequence[str]], seed: int) -> Self:
-        """The results of records in their order, a summary for each task and look, with these scores by task."""
+    def of(
+        cls,
+        run: dict[str, Any],
+        records: Sequence[Record],
+        scores: Mapping[str, Sequence[str]],
+        seed: int,
+        by: Sequence[str] = (),
+    ) -> Self:
+        """The results of records in their order, a summary for each task and look, with these scores by task; `by`:
+        `summary.grouping`."""
         groups: dict[tuple[str, str], list[Record]] = {}
         for record in records:
             groups.setdefault((record["task"], record["look"]), []).append(record)
-        results = [summarize(task, look, {"": each}, scores[task], (), seed) for (task, look), each in groups.items()]
-        return cls(run, results, compare_looks(records, seed))
+        results = [
+            summarize(task, look, {"": each}, scores[task], (), seed, by) for (task, look), each in groups.items()
+        ]
+        return cls(run, results, compare_looks(records, seed, by))
 
     def to_dict(self) -> dict[str, Any]:
         results = [result.to_dict() for result in self.results]
-        return {"run": self.run, "results": results, "compared": [asdict(each) for each in self.compared]}
+        compared = [{k: v for k, v in asdict(each).items() if k != "group" or v} for each in self.compared]
+        return {"run": self.run, "results": results, "compared": compared}
 
     def result(self, task: str, look: str) -> Summary:
         """The result of one task and look; KeyError where it was not run."""
@@ -155,15 +167,20 @@ def _main(results: Sequence[Summary]) -> Table:
 
 
 def _fields(results: Sequence[Summary]) -> list[Table]:
-    """A table for each task with several fields: its first score by field."""
+    """For each task its first score by field, where there are several; and by other groups, with the recall."""
     tables = []
     for task in dict.fromkeys(r.task for r in results):
-        those = [r for r in results if r.task == task and r.fields]
-        fields = sorted({name for r in those for name in r.fields})
-        if len(fields) > 1:
-            score = next(iter(those[0].fields[fields[0]]), "exact")
-            lines = [(r.look, *(_share(r.fields.get(name, {}).get(score)) for name in fields)) for r in those]
-            tables.append(Table("", (f"{task}, {score} % by field (n)", *fields), tuple(lines)))
+        those = [r for r in results if r.task == task]
+        asked = {by: {r.look: r.groups[by] for r in those} for by in those[0].groups}
+        for by, looks in ({"field": {r.look: r.fields for r in those}} | asked).items():
+            names = sorted({name for parts in looks.values() for name in parts})
+            if len(names) < 2 and by not in asked:
+                continue
+            there = {measure: None for parts in looks.values() for each in parts.values() for measure in each}
+            first = next((measure for measure in there if measure not in MEASURES), "exact")
+            for score in (first, "recall") if by in asked else (first,):
+                lines = [(look, *(_share(looks[look].get(n, {}).get(score)) for n in names)) for look in looks]
+                tables.append(Table("", (f"{task}, {score} % by {by} (n)", *names), tuple(lines)))
     return tables
 
 
@@ -176,7 +193,8 @@ def _comparisons(found: Sequence[Comparison]) -> Table:
     for each in found:
         counts = [str(n) for n in (each.n, each.only_a, each.only_b, each.both, each.neither)]
         p = "-" if each.p is None else p_value(each.p)
-        lines.append((f"{each.task}: {each.a} - {each.b}", *counts, points(each.gain), points(each.looked), p))
+        name = f"{each.task}, {each.group}" if each.group else each.task
+        lines.append((f"{name}: {each.a} - {each.b}", *counts, points(each.gain), points(each.looked), p))
     heading = ("did the look matter", "n", "only with", "only without", "both", "neither")
     return Table("", (*heading, "gain, points", "where it looked", "p"), tuple(lines))
 

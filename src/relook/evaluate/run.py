@@ -17,6 +17,7 @@ from typing import Any
 from relook.errors import RelookError
 from relook.evaluate.environment import questions_hashes, versions
 from relook.evaluate.executors import EXECUTORS, Executor, Progress, find_executor
+from relook.evaluate.groups import grouping
 from relook.evaluate.record_writer import begun
 from relook.evaluate.records import RESULTS
 from relook.evaluate.results import Evaluation
@@ -48,6 +49,7 @@ def evaluate(
     engine: str | None = None,
     replicas: int | None = None,
     overwrite: bool = False,
+    by: Sequence[str] = (),
 ) -> Evaluation:
     """Ask the questions of `tasks` under each setting of `looks`, and score the answers.
 
@@ -68,6 +70,7 @@ def evaluate(
         dtype: of the weights, as `relook.load` takes it; for a model that is given by name.
         engine: a row of `EXECUTORS`; None: this process, with those that torchrun started beside it.
         replicas: of the model, for engine="ray"; None: one for each GPU, or else each CPU, of the cluster.
+        by: results by groups of questions, too: by keys of their records and bounds, such as "field,width<880".
         overwrite: whether `out` may hold a finished run, which is replaced when this one ends.
 
     Raises:
@@ -76,6 +79,8 @@ def evaluate(
         RelookError: not one question was answered.
     """
     first: Any = 1 if batch == AUTO else batch
+    for each in by:
+        grouping(each)
     plan = Plan(tuple(tasks), tuple(looks), n, seed, first, max_new_tokens, protocol, places, n is not None).checked()
     with EXECUTORS[find_executor(engine)](model, dtype, replicas) as executor:
         run: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions()}
@@ -84,7 +89,7 @@ def evaluate(
             plan, run["measured"] = _with_fastest_batch(plan, executor, out)
         run |= plan.to_dict() | {"engine": find_executor(engine), "drawn": plan.drawn()}
         with locked_folder(out) if out is not None and executor.main else nullcontext():
-            evaluation = _asked(plan, run, executor, out, progress, overwrite)
+            evaluation = _asked(plan, run, executor, out, progress, overwrite, by)
     if not _any_answer(evaluation):
         errors = [error for result in evaluation.results for error in result.errors]
         why = errors[0] if errors else "no setting applied to any question"
@@ -99,6 +104,7 @@ def _asked(
     out: str | Path | None,
     progress: Progress | None,
     overwrite: bool,
+    by: Sequence[str],
 ) -> Evaluation:
     """The results of the plan, written into `out`; a run without an answer leaves nothing there."""
     writer = executor.writer(out, {name: run.get(name) for name in DECISIVE}, overwrite)
@@ -106,7 +112,7 @@ def _asked(
     run["taken_up"] = writer.taken_up
     run["seconds"] = sum(record["seconds"] or 0.0 for record in records)
     run["questions"] = questions_hashes(records)
-    evaluation = Evaluation.of(run, records, run["scores"], plan.seed)
+    evaluation = Evaluation.of(run, records, run["scores"], plan.seed, by)
     if executor.main and not _any_answer(evaluation):
         writer.discard()
     elif executor.main:  # results, then records: until these have their name the run goes on

@@ -17,6 +17,7 @@ from typing import Any
 from relook import plugins
 from relook.data.faults import Context, refuse
 from relook.data.items import Question, image_size
+from relook.data.settings import nested
 from relook.errors import RelookError, UserError
 from relook.evaluate.metrics import SCORERS, region_overlap
 from relook.evaluate.records import Record
@@ -24,9 +25,10 @@ from relook.evaluate.settings import SETTINGS, Case, Setting, find_protocol, fin
 from relook.evaluate.tasks import TASKS, Places, Task, find_tasks
 from relook.io import rng
 from relook.looks import ANSWER_PREFIX
-from relook.regions import cells_to_box
-from relook.trace import Answer, Look
+from relook.regions import cells_in
+from relook.trace import Answer, Look, region_turns
 
+SOMETIMES = ("judged", "pixels", "located", "first_recall")  # keys of a record that not every one has
 Outcome = tuple[Answer | None, str | None, float]  # the answer, or what went wrong; seconds
 
 
@@ -172,9 +174,9 @@ class Runner:
             except UserError as error:
                 record["failed"] = str(error).removeprefix(f"{question.where}: ")
                 continue
-            grid = self.vlm.processor.grid_size
-            record["size"], record["grid"] = list(size), grid
-            case = Case(question, size, grid, rng(self.plan.seed, "arm", batch.task.name, number))
+            processor, draws = self.vlm.processor, rng(self.plan.seed, "arm", batch.task.name, number)
+            record["size"], record["grid"] = list(size), processor.grid_size
+            case = Case(question, size, processor.grid_size, draws, processor.region_margin, nested(processor))
             look = setting.options(case)
             if look is None:
                 record["skipped"] = f"{setting.name} does not apply: nothing is annotated"
@@ -253,7 +255,7 @@ def _time(runner: Runner, task: Task, questions: Sequence[Question]) -> float:
 
 
 def _unanswered(task: str, look: str, number: int, question: Question) -> Record:
-    record: Any = dict.fromkeys(name for name in Record.__annotations__ if name not in ("judged", "pixels", "located"))
+    record: Any = dict.fromkeys(name for name in Record.__annotations__ if name not in SOMETIMES)
     return (
         record
         | {
@@ -290,26 +292,33 @@ def _fill(record: Record, case: Case, answer: Answer, scores: Sequence[str]) -> 
     """What the answer says, and how its regions lie against the annotated boxes.
 
     Recall is of what was *seen* (crops as widened); IoU of the cells as *named*, since naming is the model's part.
+    Where regions nest, both are of the last turn, in which the answer was read; `first_recall` is of the first.
     """
     record["answer"] = text = answer.text.removeprefix(ANSWER_PREFIX).strip()
     record["scores"] = {name: SCORERS[name](text, case.question.answers) for name in scores}
-    record["looks"] = [_look(look) for look in answer.looks]
+    record["looks"] = [_look(look, answer.nests(look)) for look in answer.looks]
     record["usage"] = answer.usage.to_dict()
     record["transcript"] = [turn.to_dict() for turn in answer.transcript]
-    taken = [look for look in answer.looks if look.problem is None and look.box is not None and look.cells is not None]
-    seen = region_overlap([look.box for look in taken if look.box], case.question.boxes)
-    named = [cells_to_box(look.cells, case.size, case.grid) for look in taken if look.cells]
-    record["recall"] = None if seen is None else seen[0]
+    turns = region_turns(answer.looks, nested=case.looks > 1) or [[]]
+    recalls = [region_overlap([look.box for look in turn if look.box], case.question.boxes) for turn in turns]
+    first, record["recall"] = (None if seen is None else seen[0] for seen in (recalls[0], recalls[-1]))
+    if case.looks > 1:
+        record["first_recall"] = first
+    whole = (0, 0, *case.size)
+    named = [cells_in(look.cells, look.frame or whole, case.grid) for look in turns[-1] if look.cells]
     overlap = region_overlap(named, case.question.boxes)
     record["iou"] = None if overlap is None else overlap[1]
 
 
-def _look(look: Look) -> dict[str, Any]:
+def _look(look: Look, nests: bool = False) -> dict[str, Any]:
     """What a record keeps of a look; the map of a re-encoding one to two digits, enough for a report to draw it.
+
+    The view that its cells count in is kept where it is not the whole image.
 
     A map that is not numbers throughout (a model that has diverged) is left out: JSON has no word for it.
     """
     kept: dict[str, Any] = {"kind": look.kind, "cells": look.cells, "box": look.box, "problem": look.problem}
+    kept |= {"frame": look.frame} if nests else {}
     if look.attention is not None and isfinite(look.attention.sum()):
         kept["attention"] = [[float(f"{value:.2g}") for value in row] for row in look.attention.tolist()]
     return kept

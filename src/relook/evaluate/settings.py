@@ -1,10 +1,11 @@
 """Evaluation settings: how the model is made to look (`SETTINGS`), and under which protocol it is asked (`PROTOCOLS`).
 
 `auto`, `none` and the looks' names are the model's own ways; `oracle` shows the annotated region and `random` one of
-the same size elsewhere: the three together say what choosing the region is worth. A look's name with `-unconditioned`
-is the same look without its condition (c = 0): features that do not depend on the question. Only re-encoding looks
-have that setting; a region's crop enters as the first look does, without projector and condition. `blank` is the
-region look with a blank crop.
+the same size elsewhere: the three together say what choosing the region is worth. Where regions nest, both are reached
+step by step (`regions.chain`), and `once` allows one look only: it says what further ones are worth. A look's name with
+`-unconditioned` is the same look without its condition (c = 0): features that do not depend on the question. Only
+re-encoding looks have that setting; a region's crop enters as the first look does, without projector and condition.
+`blank` is the region look with a blank crop.
 
 Protocol `default` asks all items greedily, at the views of the checkpoint. `paper` is as published: the first 1000
 items, images of 512 pixels at most (`paper-224`: 224) made smaller by the nearest neighbour, a region widened by one
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from relook.data.items import Question
 from relook.errors import UserError
 from relook.looks import LOOKS
-from relook.regions import Cells, box_to_cells, union
+from relook.regions import Box, Cells, box_to_cells, cells_to_box, chain, clamp_box, union
 from relook.views import PREPROCESSING
 
 if TYPE_CHECKING:
@@ -30,12 +31,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Case:
-    """One question as a setting gets it: the upright image's (width, height), the grid, and a generator of its own."""
+    """One question as a setting gets it: the upright image's (width, height), the grid, and a generator of its own.
+
+    margin  cells by which a region is widened
+    looks   how many region looks may lead to a box (`data.settings.nested`)
+    """
 
     question: Question
     size: tuple[int, int]
     grid: int
     random: np.random.Generator
+    margin: int = 0
+    looks: int = 1
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,17 @@ class Setting:
     options: Callable[[Case], dict[str, Any] | None]
 
 
-def annotated_cells(case: Case) -> Cells | None:
-    """The cells that cover all annotated boxes; None where nothing is annotated inside the image."""
+def annotated_box(case: Case) -> Box | None:
+    """The box around all annotated ones, inside the image; None where nothing is annotated there."""
     width, height = case.size
     boxes = [b for b in case.question.boxes if b[0] < min(b[2], width) and b[1] < min(b[3], height) and min(b[2:]) > 0]
-    return box_to_cells(union(boxes), case.size, case.grid) if boxes else None
+    return clamp_box(union(boxes), case.size) if boxes else None
+
+
+def annotated_cells(case: Case) -> Cells | None:
+    """The cells that cover all annotated boxes; None where nothing is annotated inside the image."""
+    box = annotated_box(case)
+    return None if box is None else box_to_cells(box, case.size, case.grid)
 
 
 def random_cells(case: Case) -> Cells:
@@ -66,19 +79,36 @@ def random_cells(case: Case) -> Cells:
     return x, y, x + wide - 1, y + high - 1
 
 
+def random_box(case: Case) -> Box:
+    """A box as large as the annotated one, in pixels, its place drawn evenly; where none is, that of `random_cells`."""
+    x1, y1, x2, y2 = annotated_box(case) or cells_to_box(random_cells(case), case.size, case.grid)
+    sides = zip((x2 - x1, y2 - y1), case.size, strict=True)
+    x, y = (int(case.random.integers(0, whole - side + 1)) for side, whole in sides)
+    return x, y, x + x2 - x1, y + y2 - y1
+
+
+def _forced(case: Case, box: Box) -> dict[str, Any]:
+    """The model is led to the box, and looks no further."""
+    calls = chain(box, case.size, case.grid, case.margin, case.looks)
+    return {"region": calls[0], "max_looks": 1} if len(calls) == 1 else {"box": box, "max_looks": len(calls)}
+
+
 def _oracle(case: Case) -> dict[str, Any] | None:
-    cells = annotated_cells(case)
-    return None if cells is None else {"region": cells}
+    box = annotated_box(case)
+    return None if box is None else _forced(case, box)
 
 
 def _random(case: Case) -> dict[str, Any]:
-    return {"region": random_cells(case)}
+    if case.looks > 1:
+        return _forced(case, random_box(case))
+    return {"region": random_cells(case), "max_looks": 1}
 
 
 def _look(name: str, **options: Any) -> Callable[[Case], dict[str, Any]]:
     return lambda case: {"look": name, **options}
 
 
+ONCE = "once"
 _UNCONDITIONED = "a {} look whose features enter as they are (c = 0)"
 _BLANK = "a region look, in the model's own way, that shows a blank crop"
 
@@ -93,6 +123,9 @@ SETTINGS: dict[str, Setting] = {
             for look, spec in LOOKS.items()
             if spec.reencodes
         ),
+        Setting(
+            ONCE, "a region look, in the model's own way, and no further one", "region", _look("region", max_looks=1)
+        ),
         Setting("blank", _BLANK, "region", _look("region", blank=True)),
         Setting("oracle", "the annotated region", "region", _oracle),
         Setting("random", "a region of the annotated one's size, anywhere", "region", _random),
@@ -104,7 +137,7 @@ def find_settings(names: Sequence[str], vlm: Any) -> list[Setting]:
     """The settings of these names, in order, each once.
 
     Raises:
-        UserError: no such setting, or one that needs a look the model lacks.
+        UserError: no such setting, one that needs a look the model lacks, or that leaves nothing out.
     """
     for name in names:
         if name not in SETTINGS:
@@ -114,6 +147,8 @@ def find_settings(names: Sequence[str], vlm: Any) -> list[Setting]:
             raise UserError(
                 f"{name!r} needs a {needs} look, and this model has {', '.join(vlm.looks) or 'none'}; leave it out"
             )
+        if name == ONCE and vlm.processor.max_looks == 1:
+            raise UserError(f"{name!r} leaves out further looks, and this model takes one; give 'region'")
     return [SETTINGS[name] for name in dict.fromkeys(names)]
 
 

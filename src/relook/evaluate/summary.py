@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from relook.evaluate.groups import grouping
 from relook.evaluate.metrics import SCORERS
 from relook.evaluate.records import Record, answered, cluster_key
 from relook.evaluate.split_metrics import split_scores
@@ -26,12 +27,13 @@ BY_FIELD = ("recall", "iou")  # measures given by field beside the scores: regio
 NONE = "none"
 ANNOTATED = "annotated"
 # what each look is compared with, besides `none`: the same look with a part of it taken away
-WITHOUT = ("blank", "random", "oracle", "clip-unconditioned", "detection-unconditioned", "seg-unconditioned")
+WITHOUT = ("once", "blank", "random", "oracle", "clip-unconditioned", "detection-unconditioned", "seg-unconditioned")
 
 # Measures of an answered record besides its scores; None where it has none.
 MEASURES: dict[str, Measure] = {
     "recall": lambda record: record["recall"],
     "iou": lambda record: record["iou"],
+    "first_recall": lambda record: record.get("first_recall"),
     "looked": lambda record: float(took_a_look(record)),
     "malformed": lambda record: float(any(look["problem"] is not None for look in record["looks"])),
     "lm_positions": lambda record: (record["usage"] or {})["lm_positions"],
@@ -88,6 +90,15 @@ def pool(records: Mapping[str, Sequence[Record]]) -> tuple[PooledQuestion, ...]:
     )
 
 
+def in_groups(questions: Iterable[PooledQuestion], by: str) -> dict[str, list[PooledQuestion]]:
+    """The answered questions by their group (`grouping`), sorted by its name."""
+    group, found = grouping(by), defaultdict[str, list[PooledQuestion]](list)
+    for each in questions:
+        if name := next(filter(None, map(group, each.answers)), None):
+            found[name].append(each)
+    return dict(sorted(found.items()))
+
+
 def estimate(questions: Iterable[PooledQuestion], measure: Measure, seed: int = 0) -> Estimate:
     """Mean over the questions that have a value, and its 95 % interval; `seed` is of the draws."""
     return _mean(((each.image, each.value(measure)) for each in questions), seed)
@@ -115,12 +126,14 @@ class Summary:
     unscored   answers that a score is missing for (a judge that failed); `missing` counts them by score. A score's
                mean and n leave them out
     measures   estimate by name: scores, also those that only a split has (F1); recall (share of the annotated area
-               that was seen) and iou (of the cells named, before any widening), both over answers with a region look;
+               that was seen) and iou (of the cells named, before any widening), both over answers with a region look
+               and of the last one where they nest (first_recall: of the first one);
                looked, malformed (shares of answers); costs
     fields     estimates by the question's field
     kinds      how often each kind of look was taken
     errors     the first few failures in words
     seeds      by folder: the plain means of the scores
+    groups     by each `grouping` asked for: estimates by the name of the group
     uneven     whether the folders asked different questions
     located    how many questions have boxes, by what found them ("annotated" where people drew them)
     """
@@ -140,6 +153,7 @@ class Summary:
     seeds: dict[str, dict[str, float]]
     uneven: bool
     located: dict[str, int]
+    groups: dict[str, dict[str, dict[str, Estimate]]] = field(default_factory=dict)
 
     @property
     def asked(self) -> int:
@@ -165,8 +179,8 @@ class Summary:
             "located",
         )
         plain = {name: getattr(self, name) for name in (*names, "asked")}
-        fields = {name: _plain(each) for name, each in self.fields.items()}
-        return plain | {"measures": _plain(self.measures), "fields": fields}
+        plain |= {"measures": _plain(self.measures), "fields": _by_name(self.fields)}
+        return plain | ({"groups": {by: _by_name(each) for by, each in self.groups.items()}} if self.groups else {})
 
     @property
     def found(self) -> str:
@@ -177,6 +191,10 @@ class Summary:
         by = ", ".join(f"{n} by {name}" for name, n in found.items())
         every, number = sum(self.located.values()), sum(found.values())
         return f"{self.task}: of {every} questions with boxes, those of {number} were found ({by}), not annotated"
+
+
+def _by_name(found: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Any]:
+    return {name: _plain(each) for name, each in found.items()}
 
 
 def _plain(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
@@ -190,6 +208,7 @@ def summarize(
     scores: Sequence[str] | None = None,
     by_field: Sequence[str] = BY_FIELD,
     seed: int = 0,
+    by: Sequence[str] = (),
 ) -> Summary:
     """The summary of one task under one look.
 
@@ -197,18 +216,21 @@ def summarize(
         records: by folder; pooled.
         scores: None for those that any record has.
         by_field: measures that are given by field beside the scores.
+        by: groupings by which the scores and `BY_FIELD` are given, too.
     """
     questions = pool(records)
     every = sorted((record for name in sorted(records) for record in records[name]), key=_key)
     answers = [record for record in every if answered(record)]
     scores = scored(answers) if scores is None else scores
     failed = [record for record in every if record["failed"] is not None]
-    names = (*scores, *MEASURES)
+    nested = any("first_recall" in record for record in answers)
+    names = [name for name in (*scores, *MEASURES) if nested or name != "first_recall"]
     measures = {name: estimate(questions, measure_of(name), seed) for name in names}
-    fields = {}
-    for name in sorted({each.field for each in questions if each.field and each.answers}):
-        there = [each for each in questions if each.field == name]
-        fields[name] = {each: estimate(there, measure_of(each), seed) for each in (*scores, *by_field)}
+
+    def split(by: str, names: Sequence[str]) -> dict[str, dict[str, Estimate]]:
+        parts = in_groups(questions, by)
+        return {name: {each: estimate(part, measure_of(each), seed) for each in names} for name, part in parts.items()}
+
     missing = {name: sum(name not in record["scores"] for record in answers) for name in scores}
     kinds = Counter(look["kind"] for record in answers for look in record["looks"] if look["problem"] is None)
     located = {_key(each): (each.get("located") or {}).get("by", ANNOTATED) for each in every if each.get("boxes")}
@@ -222,12 +244,13 @@ def summarize(
         unscored=sum(any(name not in record["scores"] for name in scores) for record in answers),
         missing={name: count for name, count in missing.items() if count},
         measures=measures | split_scores(answers, seed),
-        fields=fields,
+        fields=split("field", (*scores, *by_field)),
         kinds=dict(kinds.most_common()),
         errors=[f"{record['where']}: {record['failed']}" for record in failed[:5]],
         seeds={name: _means(records[name], scores) for name in sorted(records) if records[name]},
         uneven=len({frozenset(map(_key, each)) for each in records.values()}) > 1,
         located=dict(Counter(located.values())),
+        groups={each: split(each, (*scores, *BY_FIELD)) for each in by},
     )
 
 
@@ -254,6 +277,7 @@ class Comparison:
     gain      mean of a - b: the paired bootstrap, what is hard about an image falls out of the difference
     looked    the same over the questions in which a look was taken under `a` ("gain given a look")
     p         of a two-sided paired test, None where there is nothing to compare
+    group     of questions that are compared; "" for all
     """
 
     task: str
@@ -268,6 +292,7 @@ class Comparison:
     gain: Estimate
     looked: Estimate
     p: float | None
+    group: str = ""
 
 
 def compare(
@@ -299,14 +324,15 @@ def compare(
     )
 
 
-def compare_looks(records: Sequence[Record], seed: int = 0) -> list[Comparison]:
+def compare_looks(records: Sequence[Record], seed: int = 0, by: Sequence[str] = ()) -> list[Comparison]:
     """Did the looks matter: every look of every task of one run against `none`, then the model's own looks against the
     same look with a part taken away (`WITHOUT`), in the task's first score. Empty for a task under one look only.
 
     Against `blank`, `random` or `clip-unconditioned`, the model's own look shows what is left of its gain when it sees
-    nothing, something else, or features that do not depend on the question.
+    nothing, something else, or features that do not depend on the question. Against `once`, what its further looks are
+    worth. Then the same for each group of each of the groupings `by`.
     """
-    found = []
+    found = list[Comparison]()
     for task in dict.fromkeys(record["task"] for record in records):
         looks: dict[str, list[Record]] = defaultdict(list)
         for record in records:
@@ -316,6 +342,12 @@ def compare_looks(records: Sequence[Record], seed: int = 0) -> list[Comparison]:
         if score is not None:
             pooled = {look: pool({"": each}) for look, each in looks.items()}
             found += [compare(task, score, (a, pooled[a]), (b, pooled[b]), seed) for a, b in _pairs(list(looks))]
+    for group in map(grouping, by):
+        parts = defaultdict[str | None, list[Record]](list)
+        for record in records:
+            parts[group(record)].append(record)
+        for name in sorted(filter(None, parts)):
+            found += [replace(each, group=name) for each in compare_looks(parts[name], seed)]
     return found
 
 

@@ -21,10 +21,11 @@ import torch
 from relook.data.collate import SkippedSample
 from relook.data.forms import read_questions
 from relook.data.items import Question
+from relook.data.settings import nested
 from relook.errors import RelookError, UserError
 from relook.model.segments import ranks_synchronised
-from relook.regions import Box, cells_to_box, iou, union, upright
-from relook.trace import Answer
+from relook.regions import Box, cells_in, iou, union, upright
+from relook.trace import Answer, region_turns
 from relook.train import distributed
 from relook.train.checkpoints import Checkpoints, StageModel
 from relook.train.metrics import means
@@ -115,7 +116,7 @@ class Validator:
         figures = [
             {
                 "look_rate": float(any(look.problem is None for look in answer.looks)),
-                "region_iou": region_iou(answer, question.boxes, processor.grid_size),
+                "region_iou": region_iou(answer, question.boxes, processor.grid_size, nested(processor) > 1),
             }
             for answer, question in pairs
         ]
@@ -150,13 +151,15 @@ def ask(vlm: Any, questions: list[Question]) -> list[Answer | None]:
         return [answer for question in questions for answer in ask(vlm, [question])]
 
 
-def region_iou(answer: Answer, boxes: tuple[Box, ...], grid: int) -> float:
-    """IoU of the box around all regions named with the box around all annotated ones; nan without either."""
-    cells = [look.cells for look in answer.looks if look.problem is None and look.cells is not None]
-    if not boxes or answer.image is None or not cells:
+def region_iou(answer: Answer, boxes: tuple[Box, ...], grid: int, nested: bool = False) -> float:
+    """IoU of the box around all regions named (in the last turn, where they nest) with the box around all annotated
+    ones; nan without either."""
+    turns = region_turns(answer.looks, nested)
+    if not boxes or answer.image is None or not turns:
         return math.nan
-    size = upright(answer.image).size
-    return iou(union([cells_to_box(each, size, grid) for each in cells]), union(boxes))
+    whole = (0, 0, *upright(answer.image).size)
+    named = [cells_in(look.cells, look.frame or whole, grid) for look in turns[-1] if look.cells is not None]
+    return iou(union(named), union(boxes))
 
 
 def picture(answer: Answer, question: Question) -> Any:

@@ -2,7 +2,8 @@
 
     rows       name, title, look, the look in words
     questions  task, index, where, field, text, accepted, boxes, size, picture (number of a picture; null: `why` not)
-    answers    row, folder, question (numbers), text, scores, looks, recall, iou, cost, judge, failed, skipped, said
+    answers    row, folder, question (numbers), text, scores, looks, recall (and of the first look), iou, cost, judge,
+               failed, skipped, said
     pictures   src (a data URI), width, height of the original
     heat       the colors of a map, from low to high
 
@@ -21,7 +22,7 @@ from relook.evaluate.report.pictures import Pictures, gather
 from relook.evaluate.report.rows import Report
 from relook.evaluate.settings import SETTINGS
 from relook.looks import LOOKS
-from relook.regions import cells_to_box, token_area
+from relook.regions import cells_in, token_area
 from relook.render import HEAT
 
 BLANK = "blank"  # the setting whose crops are shown blank
@@ -90,6 +91,7 @@ def _answer(record: Record, size: Sequence[int] | None) -> dict[str, Any]:
         "scores": {name: _digits(score) for name, score in record["scores"].items()},
         "looks": [_look(look, size, blank, record.get("grid")) for look in record["looks"]],
         "recall": _digits(record["recall"]),
+        "first": _digits(record.get("first_recall")),
         "iou": _digits(record["iou"]),
         "positions": usage.get("lm_positions"),
         "patches": usage.get("vision_patches"),
@@ -107,7 +109,8 @@ def _look(look: Mapping[str, Any], size: Sequence[int] | None, blank: bool, grid
     region = look["cells"] is not None
     found |= {"box": look["box"] if region else None, "blank": blank and region and look["problem"] is None}
     if region and size and grid and look["problem"] is None:
-        found["named"] = cells_to_box(look["cells"], (size[0], size[1]), grid)
+        found |= {"frame": look["frame"], "grid": grid} if look.get("frame") else {}
+        found["named"] = cells_in(look["cells"], look.get("frame") or (0, 0, size[0], size[1]), grid)
     if (heat := look.get("attention")) and size:
         extent = LOOKS[look["kind"]].extent if look["kind"] in LOOKS else "whole"
         found["map"] = _percent(heat)

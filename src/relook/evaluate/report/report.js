@@ -228,6 +228,7 @@
       ...pair("scores", scores || (name === "unscored" ? "none" : null)),
       ...pair("judge", judge.problem ? `unscored: ${judge.problem}` : judge.reply === undefined ? null : `“${judge.reply.trim()}”${judge.model ? ` (${judge.model})` : ""}`),
       ...pair("annotated area seen", percent(answer.recall)),
+      ...pair("in the first look", percent(answer.first)),
       ...pair("IoU of the cells named", percent(answer.iou)),
       ...pair("cost", answer.positions === undefined ? null : [plural(answer.positions, "LM position"),
         answer.patches === undefined ? null : plural(answer.patches, "patch").replace("patchs", "patches"),
@@ -238,13 +239,21 @@
   const rectangle = ([x1, y1, x2, y2], kind) =>
     s("rect", { class: `box ${kind}`, x: x1, y: y1, width: Math.max(x2 - x1, 0), height: Math.max(y2 - y1, 0) });
 
+  // The grid over the view that a nested look's cells count in.
+  function lines(look) {
+    const [x1, y1, x2, y2] = look.frame;
+    const steps = Array.from({ length: look.grid + 1 }, (_, i) => i / look.grid);
+    const d = steps.map((step) => `M${x1 + step * (x2 - x1)} ${y1}V${y2}M${x1} ${y1 + step * (y2 - y1)}H${x2}`).join("");
+    return s("path", { class: "box lines", d });
+  }
+
   // The whole image with the boxes over it, in pixels of the original. Without a picture, the boxes alone where the size is known.
   function whole(answer, question) {
     const size = question.size;
     const picture = question.picture === undefined ? null : pictures[question.picture];
     if (!size) return h("p", { class: "without" }, `No picture: ${question.why}. ${boxes(answer, question)}`);
     const marks = (answer.looks || []).flatMap((look) => [
-      look.named ? rectangle(look.named, "named") : null, look.box && !look.problem ? rectangle(look.box, "seen") : null]);
+      look.frame ? lines(look) : null, look.named ? rectangle(look.named, "named") : null, look.box && !look.problem ? rectangle(look.box, "seen") : null]);
     const drawing = sheet({ class: "page", "aria-label": `The image. ${boxes(answer, question)}` }, [0, 0, ...size], 76,
       picture ? s("image", { href: picture.src, width: size[0], height: size[1] }) : null,
       ...marks, ...(question.boxes || []).map((box) => rectangle(box, "truth")));
@@ -263,7 +272,7 @@
   // What one look saw: the crop, cut from the picture, or the image under its map.
   function seen(look, question) {
     const picture = question.picture === undefined ? null : pictures[question.picture];
-    const cells = look.cells ? `, cells x ${look.cells[0]} to ${look.cells[2]}, y ${look.cells[1]} to ${look.cells[3]}` : "";
+    const cells = look.cells ? `, cells x ${look.cells[0]} to ${look.cells[2]}, y ${look.cells[1]} to ${look.cells[3]}${look.frame ? " of the view before" : ""}` : "";
     if (look.problem) return h("p", { class: "without" }, `${look.kind} look, not taken${cells}: ${look.problem}`);
     const name = `${look.kind} look${cells}`;
     if (look.blank) return h("p", { class: "without" }, `${name}; its crop was shown blank`);

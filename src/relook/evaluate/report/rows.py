@@ -7,6 +7,7 @@ A row is one model under one setting: some folders (one per seed) and the look o
     rows:
       - {name: c, title: small + region look, records: records/region-s[0-9]*, look: region}
     compare: [[c, a]]                  # differences, first minus second
+    by: [field, "field,width<880"]     # results by groups of questions, too (`summary.grouping`)
 
 `records` is a glob or a list of them, relative to the YAML file. A row without records stays, as one that was not run.
 """
@@ -14,7 +15,7 @@ A row is one model under one setting: some folders (one per seed) and the look o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from relook.errors import UserError
 from relook.evaluate.records import Folder, answered, holds_records, read_folder
 from relook.evaluate.settings import SETTINGS
 from relook.evaluate.split_metrics import SPLIT_SCORES
-from relook.evaluate.summary import MEASURES, Comparison, Summary, compare, summarize
+from relook.evaluate.summary import MEASURES, Comparison, Summary, compare, in_groups, summarize
 from relook.evaluate.tasks import TASKS, named_task
 from relook.io import read_yaml, validate
 
@@ -79,6 +80,7 @@ class ReportConfig(_Strict):
     tasks: list[str] = []
     rows: list[RowConfig] = Field(min_length=1)
     compare: list[tuple[str, str]] = []
+    by: list[str] = []
 
     @model_validator(mode="after")
     def _names(self) -> ReportConfig:
@@ -120,6 +122,7 @@ class Report:
     compare: tuple[tuple[str, str], ...]
     differences: tuple[Comparison, ...]
     planned: bool = True
+    by: tuple[str, ...] = ()
 
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
@@ -147,8 +150,11 @@ class Report:
         return tuple(row for row in self.rows if row.results)
 
 
-def collect(sources: Sequence[str | Path]) -> Report:
+def collect(sources: Sequence[str | Path], by: Sequence[str] = ()) -> Report:
     """The report of one YAML file, or of evaluation folders (a row for each folder and look).
+
+    Args:
+        by: groupings of questions (`summary.grouping`) beside those of the file.
 
     Raises:
         UserError: neither; a file that says something else; broken records; no records for any row.
@@ -157,10 +163,11 @@ def collect(sources: Sequence[str | Path]) -> Report:
     if not paths:
         raise UserError("nothing to report; give a YAML file of rows, or folders that `relook evaluate --out` wrote")
     if len(paths) == 1 and not paths[0].is_dir():
-        return _of_config(read_config(paths[0]), paths[0].parent)
+        config = read_config(paths[0])
+        return _of_config(config, paths[0].parent, tuple(dict.fromkeys([*config.by, *by])))
     if files := [path for path in paths if path.is_file()]:
         raise UserError(f"{files[0]}: a file among several sources; give one YAML file alone, or folders only")
-    return _of_folders([read_folder(path) for path in dict.fromkeys(path.resolve() for path in paths)])
+    return _of_folders([read_folder(path) for path in dict.fromkeys(path.resolve() for path in paths)], tuple(by))
 
 
 def read_config(path: Path) -> ReportConfig:
@@ -177,35 +184,35 @@ def read_config(path: Path) -> ReportConfig:
     return validate(ReportConfig, raw, str(path))
 
 
-def _of_config(config: ReportConfig, base: Path) -> Report:
+def _of_config(config: ReportConfig, base: Path, by: tuple[str, ...]) -> Report:
     folders: dict[Path, Folder] = {}  # several rows may read one folder
     rows = []
     for each in config.rows:
         found = sorted({path for pattern in each.records for path in base.glob(pattern) if holds_records(path)})
         for path in found:
             folders.setdefault(path, read_folder(path))
-        rows.append(_row(each, [folders[path] for path in found], config.tasks))
+        rows.append(_row(each, [folders[path] for path in found], config.tasks, by))
     if not any(row.results for row in rows):
         raise UserError(f"no records for any row of {config.title!r}; the first row's: {rows[0].missing}")
     tasks = config.tasks or _tasks(rows)
-    compared = _compared(tasks, rows, config.compare)
-    return Report(config.title, config.note.strip(), tuple(tasks), tuple(rows), tuple(config.compare), compared)
+    compared = _compared(tasks, rows, config.compare, by)
+    return Report(config.title, config.note.strip(), tuple(tasks), tuple(rows), tuple(config.compare), compared, by=by)
 
 
-def _of_folders(folders: Sequence[Folder]) -> Report:
+def _of_folders(folders: Sequence[Folder], by: tuple[str, ...]) -> Report:
     labels = _labels(folders)
     rows = []
     for label, folder in zip(labels, folders, strict=True):
         for look in _ordered({record["look"] for record in folder.records}, SETTINGS):
             name = f"{label} {look}" if len(folders) > 1 else look
             title = SETTINGS[look].about if look in SETTINGS else look
-            rows.append(_row(RowConfig(name=name, title=title, records=[], look=look), [folder], []))
+            rows.append(_row(RowConfig(name=name, title=title, records=[], look=look), [folder], [], by))
     if not rows:
         raise UserError(f"{', '.join(labels)}: no records in it; evaluate again")
-    return Report("Evaluation", "", tuple(_tasks(rows)), tuple(rows), (), (), planned=False)
+    return Report("Evaluation", "", tuple(_tasks(rows)), tuple(rows), (), (), planned=False, by=by)
 
 
-def _row(config: RowConfig, folders: Sequence[Folder], tasks: Sequence[str]) -> Row:
+def _row(config: RowConfig, folders: Sequence[Folder], tasks: Sequence[str], by: Sequence[str]) -> Row:
     """The row with its results, of all tasks in the records where `tasks` is empty."""
     held = [folder for folder in folders if any(record["look"] == config.look for record in folder.records)]
     there = tasks or sorted({record["task"] for folder in held for record in folder.records})
@@ -214,7 +221,7 @@ def _row(config: RowConfig, folders: Sequence[Folder], tasks: Sequence[str]) -> 
         found = {label: folder.under(task, config.look) for label, folder in zip(_labels(held), held, strict=True)}
         records = {name: each for name, each in found.items() if each}
         if any(answered(record) for each in records.values() for record in each):
-            results[task] = summarize(task, config.look, records)
+            results[task] = summarize(task, config.look, records, by=by)
     facts = {name: _fact(name, config, held) for name in FACTS}
     missing = "" if results else _missing(config, folders)
     return Row(config.name, config.title, config.look, tuple(held), missing, facts, results)
@@ -251,7 +258,10 @@ def _tasks(rows: Sequence[Row]) -> list[str]:
     return _ordered({task for row in rows for task in row.results}, plugins.names("task", TASKS))
 
 
-def _compared(tasks: Sequence[str], rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> tuple[Comparison, ...]:
+def _compared(
+    tasks: Sequence[str], rows: Sequence[Row], pairs: Sequence[tuple[str, str]], by: Sequence[str]
+) -> tuple[Comparison, ...]:
+    """The differences over all questions of each task, and over those of each group."""
     by_name = {row.name: row.results for row in rows}
     found = []
     for task in tasks:
@@ -259,8 +269,13 @@ def _compared(tasks: Sequence[str], rows: Sequence[Row], pairs: Sequence[tuple[s
             a, b = by_name[first].get(task), by_name[second].get(task)
             if a and b:
                 scores = [score for score in a.measures if score not in MEASURES and score not in SPLIT_SCORES]
-                sides = (first, a.questions), (second, b.questions)
-                found += [compare(task, score, *sides) for score in scores if score in b.measures]
+                groups = [("", a.questions), *(part for each in by for part in in_groups(a.questions, each).items())]
+                found += [
+                    replace(compare(task, score, (first, questions), (second, b.questions)), group=group)
+                    for group, questions in groups
+                    for score in scores
+                    if score in b.measures
+                ]
     return tuple(found)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, product
 from typing import Any
 
 from relook.evaluate.report.rows import FACTS, Report, Row
@@ -17,6 +18,7 @@ from relook.evaluate.tasks import named_task
 # column heading -> its measure; the scores' columns stand before these
 COLUMNS: dict[str, Column] = {
     "region recall %": ("recall", 100, 1, True),
+    "first region's %": ("first_recall", 100, 1, True),
     "IoU %": ("iou", 100, 1, True),
     "looked %": ("looked", 100, 1, False),
     "LM positions": ("lm_positions", 1, 0, False),
@@ -46,16 +48,22 @@ def heading(report: Report, task: str) -> str:
 
 
 def tables(report: Report, task: str) -> list[Table]:
-    """All tables of a task: the rows, their paired differences, and every score and `BY_FIELD` by field."""
+    """All tables of a task: the rows, their paired differences, and every score and `BY_FIELD` by field; then by each
+    group that is asked for, with the differences."""
     found = [_main(report, task), _differences(report, task)]
-    by_field = [score for score in report.scores(task) if score not in SPLIT_SCORES]
-    found += [_by_field(report, task, measure) for measure in (*by_field, *BY_FIELD)]
+    measures = [*(score for score in report.scores(task) if score not in SPLIT_SCORES), *BY_FIELD]
+    found += [_by_field(report, task, measure) for measure in measures]
+    for by in report.by:
+        found += [_by_field(report, task, measure, by) for measure in measures if by != "field"]
+        found.append(_differences(report, task, by))
     return [table for table in found if table.lines]
 
 
 def _main(report: Report, task: str) -> Table:
     scores = report.scores(task)
-    columns: dict[str, Column] = {f"{score_name(score)} %": (score, 100, 1, True) for score in scores} | COLUMNS
+    there = {name for row in report.rows if task in row.results for name in row.results[task].measures}
+    columns: dict[str, Column] = {f"{score_name(score)} %": (score, 100, 1, True) for score in scores}
+    columns |= {name: column for name, column in COLUMNS.items() if column[0] in there}
     lines = []
     for row in report.shown(task):
         result = row.results.get(task)
@@ -71,23 +79,24 @@ def _main(report: Report, task: str) -> Table:
     return Table("", names, tuple(lines))
 
 
-def _differences(report: Report, task: str) -> Table:
-    """The paired comparisons of one task, a line a pair; those that lack records stay, as not run."""
+def _differences(report: Report, task: str, by: str = "") -> Table:
+    """The paired comparisons of one task, a line a pair (and group); those that lack records stay, as not run."""
     scores = [score for score in report.scores(task) if score not in SPLIT_SCORES]
-    found = [each for each in report.differences if each.task == task]
+    groups = field_counts(report, task, scores[0], by) if by else [""]
     lines = []
-    for a, b in report.compare:
+    for (a, b), group in product(report.compare, groups):
+        found = [each for each in report.differences if (each.task, each.group) == (task, group)]
         pair = {each.score: each for each in found if (each.a, each.b) == (a, b)}
         shown = [_difference(pair.get(score)) if pair else NOT_RUN for score in scores]
         count = str(max(each.n for each in pair.values())) if pair else "-"
-        lines.append((f"{a} - {b}", *shown, count))
+        lines.append((f"{a} - {b}{group and ': '}{group}", *shown, count))
     names = ("difference", *(f"{score_name(score)}, points" for score in scores), "questions")
     text = (
         "Paired differences, question by question, over the questions that both rows answered (the same resampling; "
         "p: of a paired permutation test, the signs of an image together; McNemar's exact test for one right or wrong "
         "answer an image):"
     )
-    return Table(text, names, tuple(lines))
+    return Table(f"{task}, the same by {by}:" if by else text, names, tuple(lines))
 
 
 def _difference(found: Comparison | None) -> str:
@@ -98,27 +107,32 @@ def _difference(found: Comparison | None) -> str:
     return f"{points(found.gain)}, p {p if p.startswith('<') else f'= {p}'}"
 
 
-def _by_field(report: Report, task: str, measure: str) -> Table:
-    """The rows that have the measure at all, by field."""
-    counts = field_counts(report, task, measure)
+def _by_field(report: Report, task: str, measure: str, by: str = "field") -> Table:
+    """The rows that have the measure at all, by field, or by other groups."""
+    counts = field_counts(report, task, measure, by)
     named = {name: heading for heading, (name, *_) in COLUMNS.items()}
-    caption = f"{task}, {named.get(measure, score_name(measure) + ' %')} by field:"
-    if len(counts) < 2:
+    caption = f"{task}, {named.get(measure, score_name(measure) + ' %')} by {by}:"
+    if len(counts) < (2 if by == "field" else 1):
         return Table(caption, (), ())
     lines = []
     for row in report.rows:
-        fields = row.results[task].fields if task in row.results else {}
-        found = {name: each.get(measure) for name, each in fields.items()}
+        found = {name: each.get(measure) for name, each in _parts(row, task, by).items()}
         if any(estimate is not None and estimate.n for estimate in found.values()):
             lines.append((row.name, row.title, *(cell(found.get(name), (measure, 100, 1, True)) for name in counts)))
     return Table(caption, ("row", "what", *(f"{name} (n = {n})" for name, n in counts.items())), tuple(lines))
 
 
-def field_counts(report: Report, task: str, score: str) -> dict[str, int]:
-    """The fields of a task, sorted, and in each the most questions that any row has the score for."""
+def _parts(row: Row, task: str, by: str) -> Mapping[str, Mapping[str, Estimate]]:
+    """The estimates of a row by field, or by other groups."""
+    result = row.results.get(task)
+    return {} if result is None else result.fields if by == "field" else result.groups.get(by, {})
+
+
+def field_counts(report: Report, task: str, score: str, by: str = "field") -> dict[str, int]:
+    """The fields (or other groups) of a task, sorted, and in each the most questions that any row has the score for."""
     counts: dict[str, int] = {}
     for row in report.rows:
-        for name, scores in row.results[task].fields.items() if task in row.results else ():
+        for name, scores in _parts(row, task, by).items():
             counts[name] = max(counts.get(name, 0), scores[score].n if score in scores else 0)
     return dict(sorted(counts.items()))
 
@@ -199,7 +213,7 @@ CSV_COLUMNS = ("row", "title", "look", "task", "field", "against", "folder", "me
 def table_csv(report: Report) -> str:
     """Every number, one a line: `CSV_COLUMNS`. Shares are 0 to 1; `n` is what was averaged (questions, or records).
 
-    A line with `field` is of that field, with `folder` of one seed alone, with `against` the paired difference
+    A line with `field` is of that field or group, with `folder` of one seed alone, with `against` the paired difference
     row - against; a task that a row did not run has the line `not run`.
     """
     text = io.StringIO()
@@ -210,7 +224,7 @@ def table_csv(report: Report) -> str:
             writer.writerow({"row": row.name, "title": row.title, "look": row.look, **line})
     for each in report.differences:
         row = report.row(each.a)
-        line = {"task": each.task, "against": each.b, "measure": each.score, **_numbers(each.gain)}
+        line = {"task": each.task, "field": each.group, "against": each.b, "measure": each.score, **_numbers(each.gain)}
         writer.writerow({"row": row.name, "title": row.title, "look": row.look, **line})
     return text.getvalue()
 
@@ -229,7 +243,8 @@ def _row_lines(report: Report, row: Row) -> Iterator[dict[str, Any]]:
             continue
         for measure, value in result.measures.items():
             yield {"task": task, "measure": measure, **_numbers(value)}
-        for name, scores in result.fields.items():
+        groups = chain(*(found.items() for by, found in result.groups.items() if by != "field"))
+        for name, scores in chain(result.fields.items(), groups):
             for score, value in scores.items():
                 yield {"task": task, "field": name, "measure": score, **_numbers(value)}
         for folder, means in result.seeds.items():
