@@ -264,23 +264,26 @@ def test_training_takes_them_and_asks_questions_of_those_held_out(folder, monkey
     from relook.io import read_lines
 
     monkeypatch.chdir(folder)
-    nesting = Path(start(folder / "nesting", parts(folder), ("region", "clip")))
-    config = json.loads((nesting / "processor_config.json").read_text())
-    (nesting / "processor_config.json").write_text(json.dumps(config | {"region_of": "last", "max_looks": 2}))
+    start(folder / "plain", parts(folder), ("region", "clip"))  # which looks once
     boxes = [[100 + 40 * n, 120, 110 + 40 * n, 126] for n in range(4)]
     for n in range(4):
         shutil.copy("wide.png", f"{n}.png")
     rows = [line(box) | {"image": f"{n}.png"} for n, box in enumerate(boxes)]
-    call("data", "build", write(folder / "q.jsonl", *rows), "items.jsonl", "--for", nesting)
     (folder / "mine.yaml").write_text(
-        "name: mine\nmodel: {start: nesting}\ndata: {path: items.jsonl}\n"
+        "name: mine\nmodel: {start: plain, max_looks: 2}\ndata: {path: items.jsonl}\n"
         "validation: {items: 1, questions: 1, pictures: 1}\n"
         "threads: 1\nevaluate_every: 1\nlog_every: 1\n"
         "stages: [{name: tune, objective: instruct, samples: 3, batch: 3}]\n"
     )
+    call("data", "build", write(folder / "q.jsonl", *rows), "items.jsonl", "--for", "mine.yaml")
+    assert all(len(item.images["images"]) == 3 for item in read_items("items.jsonl"))
     said = call("train", "mine.yaml", "--dry-run")
     assert "every image is there" in said
     call("train", "mine.yaml", "out=run")
     logged = read_lines(folder / "run/log.jsonl")
     assert logged and all(np.isfinite(each["loss"]) for each in logged if "loss" in each)
     assert any("eval_loss" in each and each["eval_failed"] == 0 for each in logged)
+    model = json.loads((folder / "run/final/processor_config.json").read_text())
+    assert (model["region_of"], model["max_looks"]) == ("last", 2)
+    call("data", "build", "q.jsonl", "one.jsonl", "--for", "plain")
+    assert "max_looks 1 (the model: 2)" in refused("train", "mine.yaml", "data.path=one.jsonl", "out=other")

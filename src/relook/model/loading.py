@@ -343,3 +343,12 @@ def save_new(model: Any, processor: Any, target: str | Path) -> Path:
             model.save_pretrained(out)
         processor.save_pretrained(out)
     return Path(target)
+
+
+@torch.no_grad()
+def new_token_rows(model: VPTQwen2VLForConditionalGeneration, known: int, total: int) -> None:
+    """Rows known..total of the embedding (and of an untied head): the mean of the rows before, growing if need be."""
+    if total > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(total, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.lm_head):
+        layer.weight[known:total] = layer.weight[:known].mean(0)

@@ -34,6 +34,7 @@ from .loading import (
     load_processor,
     load_weights,
     meta_model,
+    new_token_rows,
     read_config,
     read_json,
     resolve,
@@ -64,6 +65,7 @@ class Start(BaseModel):
     looks: list[str] | None = Field(None, description="of a plain Qwen2-VL: region, clip, detection, seg")
     detection: str | None = Field(None, description="folder or hub id of a DINOv2, for the look detection")
     seg: str | None = Field(None, description="folder or hub id of a SAM, for the look seg")
+    max_looks: int | None = Field(None, ge=1, description="region looks to teach, each in the view before it")
 
     @model_validator(mode="after")
     def _one(self) -> Start:
@@ -78,6 +80,12 @@ class Start(BaseModel):
     def base_record(self, seed: int) -> dict[str, Any] | None:
         """What an adapter of this start keeps of it in base.json; None for a new model, which has no name."""
         return None if self.start is None else {**self.model_dump(include=set(BASE_KEYS)), "seed": seed}
+
+    def taught(self, processor: Any) -> Any:
+        """The processor of what is opened, with the looks that it is to be taught."""
+        if self.max_looks is not None:
+            processor.max_looks, processor.region_of = self.max_looks, "last" if self.max_looks > 1 else "whole"
+        return processor
 
     def digests(self) -> dict[str, str | None]:
         """Digests of what is named (weights, configs, tokenizers), by name; None where it is not at hand."""
@@ -143,18 +151,18 @@ def open_start(
         model, processor = new.build(start.size, seed, domain=domain)
         if start.visual is not None:
             _take_vision_encoder(model, start.visual)
-        return model, processor
+        return model, start.taught(processor)
     folder = resolve(str(start.start))
     if _is_plain(folder):
         return _give_looks(start, folder, seed, torch_dtype(dtype), attn_implementation)
     config = read_config(folder)
-    lacking = [look for look in start.looks or () if look not in config.looks]
-    if lacking:
+    if lacking := [look for look in start.looks or () if look not in config.looks]:
         raise UserError(
             f"{start.start} has the looks {', '.join(config.looks)}, not {lacking[0]!r}; start from a plain Qwen2-VL "
             "to give it other looks"
         )
-    return open_model(folder, dtype=dtype, device="cpu", attn_implementation=attn_implementation)
+    model, processor = open_model(folder, dtype=dtype, device="cpu", attn_implementation=attn_implementation)
+    return model, start.taught(processor)
 
 
 def _take_vision_encoder(model: Any, source: str) -> None:
@@ -197,7 +205,7 @@ def _give_looks(
     for look, encoder in encoders.items():
         model.encoders[look].load_state_dict(encoder.state_dict())
     new_token_rows(model, known, len(processor.tokenizer))
-    return model.eval(), processor
+    return model.eval(), start.taught(processor)
 
 
 def _read_encoder(look: str, path: str | Path | None, dtype: torch.dtype | str) -> Any:
@@ -242,15 +250,6 @@ def plain_config(folder: Path, looks: Sequence[str], encoders: Mapping[str, Any]
     return VPTQwen2VLConfig(**values), processor, known
 
 
-@torch.no_grad()
-def new_token_rows(model: VPTQwen2VLForConditionalGeneration, known: int, total: int) -> None:
-    """Rows known..total of the embedding (and of an untied head): the mean of the rows before, growing if need be."""
-    if total > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(total, mean_resizing=False)
-    for layer in (model.get_input_embeddings(), model.lm_head):
-        layer.weight[known:total] = layer.weight[:known].mean(0)
-
-
 # -- a start without its weights --------------------------------------------------------------------------------------
 
 
@@ -279,7 +278,7 @@ def describe_start(start: Start, *, seed: int = 0, domain: str | None = None) ->
     """
     if start.size is not None:
         model, processor = new.build(start.size, seed, domain=domain)
-        return StartInfo(model.config, processor, _why_missing(start.visual))
+        return StartInfo(model.config, start.taught(processor), _why_missing(start.visual))
     if why := _why_missing(str(start.start)):
         return _known_by_name(start, why)
     folder = resolve(str(start.start))
@@ -293,8 +292,9 @@ def describe_start(start: Start, *, seed: int = 0, domain: str | None = None) ->
         paths = {"detection": start.detection, "seg": start.seg}
         encoders = {look: _encoder_config(look, path) for look, path in paths.items() if path is not None}
         config, processor, _ = plain_config(folder, start.looks or (), encoders)
-        return StartInfo(config, processor, "; ".join(filter(None, [*map(_why_missing, paths.values()), missing])))
-    return StartInfo(read_config(folder), load_processor(folder), missing)
+        missing = "; ".join(filter(None, [*map(_why_missing, paths.values()), missing]))
+        return StartInfo(config, start.taught(processor), missing)
+    return StartInfo(read_config(folder), start.taught(load_processor(folder)), missing)
 
 
 def _known_by_name(start: Start, why: str) -> StartInfo:
