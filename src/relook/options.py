@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from relook.errors import UserError
 from relook.io import validate
 from relook.looks import LOOKS
-from relook.regions import Cells, chain, check_box
+from relook.regions import Cells, Frame, chain, check_box
 
 AUTO, NONE = "auto", "none"
 
@@ -141,14 +141,15 @@ class AskOptions(BaseModel):
         """The look that is asked for: "region" where cells or a box are given."""
         return self.look if self.region is None and self.box is None else "region"
 
-    def calls(self, size: tuple[int, int], grid: int, margin: int = 0, looks: int = 1) -> list[Cells]:
-        """The region calls that are asked for on an image of `size` (width, height), at most `looks` for a box.
+    def calls(self, whole: Frame, looks: int) -> list[Cells]:
+        """The region calls that are asked for, the first about the `whole` image; at most `looks` of them.
 
         Raises:
             UserError: a box that leaves the image, or is no box of pixels.
         """
         if self.box is not None:
-            return chain(check_box(self.box, size), size, grid, margin, looks)
+            size = whole.box[2:]
+            return chain(check_box(self.box, size), size, whole.grid, whole.margin, looks if whole.nested else 1)
         return [] if self.region is None else [self.region]
 
     def check_left_out(self, looks: list[str]) -> None:

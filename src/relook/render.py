@@ -55,7 +55,7 @@ def render(answer: Answer) -> "Image.Image":
         body = _stack([*panel, column], down=False)
     else:
         across = min(len(looks), 3) or 1
-        width = (panel[0].width - GAP * (across - 1)) // across
+        width = (max(panel[0].width, LEAST_WIDTH) - GAP * (across - 1)) // across
         cards = _cards(answer, image, looks, (width, 420))
         rows = [_stack(cards[i : i + across], down=False) for i in range(0, len(cards), across)]
         body = _stack([*panel, *rows], down=True)

@@ -222,3 +222,9 @@ def test_save_writes_by_suffix_and_refuses_clearly(tmp_path: Path) -> None:
 def test_a_notebook_shows_the_picture_and_text_only_answers_have_none() -> None:
     assert answer(None)._repr_png_() is None
     assert (answer(page())._repr_png_() or b"").startswith(b"\x89PNG")
+
+
+def test_a_tiny_wide_image_with_several_looks_has_a_picture() -> None:
+    image = page().resize((3, 1))
+    seen = answer(image, *[Look("region", (0, 0, 1, 1), (0, 0, 1, 1), image, frame=(0, 0, 3, 1))] * 3)
+    assert seen.picture().width > 700

@@ -360,7 +360,7 @@ def test_models(served) -> None:
     assert model == served.client.models.retrieve(model.id)
     assert model.relook == {
         "looks": ["region", "clip", "detection", "seg"], "grid": 8, "domain": None, "warnings": [],
-        "max_looks": 1, "region_of": "whole",
+        "regions": {"region_of": "whole", "region_margin": 1, "max_looks": 1},
         "context_window": served.vlm.context,
     }  # fmt: skip
     message, _ = refused(lambda: served.client.models.retrieve("gpt-4o"), openai.NotFoundError)

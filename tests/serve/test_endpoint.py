@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 from openai import BadRequestError, RateLimitError
 from support.running_server import running, serving
+from support.scripted_model import picture, writing
 
 import relook
 from relook.cli.app import app
 from relook.errors import RelookError, UserError
+from relook.looks import write_call
+from relook.options import AskOptions
 from relook.perceive.endpoint.openai import OpenAIEngine
+from relook.perceive.engine import GivenLook, Past, Request
 from relook.perceive.local import LocalEngine
 from relook.serve.app import create_app
 from relook.serve.settings import ServeSettings
@@ -81,6 +85,26 @@ def test_looks_that_nest_are_those_of_the_model_itself(local, options):
     assert len(ours.looks) > 1 or "box" not in options
     for look in ours.looks:
         assert np.array_equal(np.asarray(look.image), np.asarray(PAGE.image.crop(look.box)))
+
+
+def test_a_history_of_nested_boxes_through_a_server_in_front(tiny_vlm):
+    """Boxes without the cells that were named are mapped alike at every station."""
+    vlm = tiny_vlm(("region", "clip"), region_of="last", max_looks=3, free_choice=True)
+    engine, image = LocalEngine(vlm), picture(2, (300, 200))
+    looks = ((GivenLook(box=(0, 0, 150, 100)),), (GivenLook(kind="clip"),), (GivenLook(box=(38, 50, 75, 75)),))
+    past = (Past("Before?", (image, image), "7", looks, look_at=1),)
+    request = Request("And now?", (), AskOptions.of({"max_new_tokens": 1, "look": "none"}), past=past)
+    with serving(engine) as served:
+        front = OpenAIEngine(f"{served.url}/v1")
+        answers = []
+        for each in (engine, front):
+            with writing(vlm, "7"):
+                answers.append([*each.submit(request)][-1].answer)
+        assert answers[0].usage.sequence_length == answers[1].usage.sequence_length
+        texts = [turn.text for turn in answers[0].transcript]
+        assert write_call("region", (0, 0, 3, 3)) in texts and write_call("region", (1, 3, 3, 4)) in texts
+        front.close()
+    engine.close()
 
 
 def test_its_description_is_the_models(url, local):

@@ -266,8 +266,8 @@ def test_looks_that_nest_without_a_tool(nesting) -> None:
     forced = vlm.ask(image, QUESTION, box=(130, 90, 136, 96), max_new_tokens=1)
     assert [look["box"] for look in shown["looks"]] == [list(look.box) for look in forced.looks]
     assert len(forced.looks) > 1
-    described = nesting.client.models.list().data[0].relook
-    assert (described["max_looks"], described["region_of"]) == (3, "last")
+    described = nesting.client.models.list().data[0].relook["regions"]
+    assert described == {"region_of": "last", "region_margin": 1, "max_looks": 3}
 
 
 def test_a_look_of_the_server_before_a_call(tiny_vlm) -> None:

@@ -26,7 +26,7 @@ class CannedEngine:
     """
 
     name, looks, domain, warnings, grid, context = "canned", ["region"], None, [], 8, None
-    max_looks, region_of = 1, "whole"
+    regions = {"region_of": "whole", "region_margin": 1, "max_looks": 1}
 
     def __init__(self, sure=None, silent=(), busy=0):
         self.sure, self.silent, self.busy = sure, silent, busy

@@ -29,16 +29,7 @@ from relook.serve.settings import ServeSettings
 from relook.trace import Event, Finished, LookTaken, TextDelta
 
 ATTEMPTS = 5  # replicas that a request is asked of, one after the other
-FACTS = (
-    "name",
-    "looks",
-    "domain",
-    "warnings",
-    "grid",
-    "max_looks",
-    "region_of",
-    "context",
-)  # attributes of `engine.Engine`
+FACTS = ("name", "looks", "domain", "warnings", "grid", "regions", "context")  # attributes of `engine.Engine`
 
 
 class RaySettings(BaseModel):
@@ -157,8 +148,7 @@ class RayEngine:
     domain: str | None
     warnings: list[str]
     grid: int
-    max_looks: int
-    region_of: str
+    regions: dict[str, Any]
     context: int | None
 
     def __init__(self, handle: Any, lost: tuple[type[Exception], ...]):

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -23,6 +23,7 @@ from relook.regions import Cells
 from relook.trace import Event, Finished
 
 STOPS, STOP_LENGTH = 16, 500
+REGIONS = ("region_of", "region_margin", "max_looks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,8 +222,7 @@ class Engine(Protocol):
         domain: what a small model was trained on; None for a general one.
         warnings: that apply to every answer.
         grid: cells per side that regions are given in.
-        max_looks: how often the model looks for an answer, where a request does not say.
-        region_of: what cells count in, "whole" image or "last" view.
+        regions: how regions are looked at, the processor's `REGIONS`.
         context: tokens that a conversation may have; None where the engine does not know.
     """
 
@@ -237,9 +237,7 @@ class Engine(Protocol):
     @property
     def grid(self) -> int: ...
     @property
-    def max_looks(self) -> int: ...
-    @property
-    def region_of(self) -> str: ...
+    def regions(self) -> dict[str, Any]: ...
     @property
     def context(self) -> int | None: ...
 

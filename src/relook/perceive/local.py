@@ -12,7 +12,7 @@ from typing import Any
 from relook.errors import RelookError, UserError
 from relook.trace import Finished, LookTaken
 
-from .engine import DeadlineExceeded, EngineBusy, EngineClosed, Request, Running
+from .engine import REGIONS, DeadlineExceeded, EngineBusy, EngineClosed, Request, Running
 from .loop import Limits, Scheduler, tokens_of
 from .memory import Memory
 from .row import Row
@@ -80,8 +80,7 @@ class LocalEngine:
     domain = property(lambda self: self.vlm.domain)
     warnings = property(lambda self: self.vlm.warnings)
     grid = property(lambda self: self.vlm.processor.grid_size)
-    max_looks = property(lambda self: self.vlm.processor.max_looks)
-    region_of = property(lambda self: self.vlm.processor.region_of)
+    regions = property(lambda self: {name: getattr(self.vlm.processor, name) for name in REGIONS})
     context = property(lambda self: self.vlm.context)
 
     def submit(self, request: Request, timeout: float | None = None) -> Running:

@@ -77,7 +77,7 @@ class Row:
         self.patches = self.cached = self.size = self.number = 0
         self.seconds = dict.fromkeys(("vision", "prefill", "decode", "look"), 0.0)
         self._tokens_before = len(conversation.ids)
-        self._looks_left = 0 if self.options.look == "none" else self.options.max_looks or 0
+        self._looks_left = self._allowed = 0 if self.options.look == "none" else self.options.max_looks or 0
         self._questions: deque[Past] = deque()  # to come, the request's own at last
         self._given_turns: deque[tuple[GivenLook, ...] | str] = deque()  # the question's, known already
         self._given: tuple[GivenLook, ...] | str | None = None  # of them, the one that is being written
@@ -251,8 +251,7 @@ class Row:
         past = self._questions.popleft()
         own, options = not self._questions, self.options
         self._given_turns.extend([*past.looks, *([] if own else [past.answer])])
-        allowed = (options.max_looks or 0) if own and options.look != "none" else 0
-        self._looks_left = max(allowed, len(past.looks))
+        self._looks_left = max(self._allowed if own else 0, len(past.looks))
         shown = self._new_images(past if not own else replace(past, look_at=options.look_at))
         if not self.conversation.images:
             self._looks_left = 0
@@ -274,16 +273,14 @@ class Row:
                 self._force(write_call("region", self._calls.popleft(), self._frame.grid) + IM_END)
             return
         self._given = self._given_turns.popleft()
-        vocabulary, processor = self.vlm.vocabulary, self.vlm.processor
-        if isinstance(self._given, str):
-            self._forced.extend(encode(processor.as_text(self._given) + IM_END, processor.tokenizer))
+        vocabulary, processor, given = self.vlm.vocabulary, self.vlm.processor, self._given
+        if isinstance(given, str):
+            self._forced.extend(encode(processor.as_text(given) + IM_END, processor.tokenizer))
             return
-        for look in self._given:
+        for look in given:
             if look.kind not in self.vlm.looks:
                 raise UserError(f"an earlier turn has a {look.kind} look, which this model lacks; leave it out")
-        text = (
-            "".join(write_call(call.look, call.cells, vocabulary.grid) for call in self._calls_of(self._given)) + IM_END
-        )
+        text = "".join(write_call(call.look, call.cells, vocabulary.grid) for call in self._calls_of(given)) + IM_END
         actions = {vocabulary.get(spec.action) for spec in LOOKS.values() if spec.action}  # written with their state
         ids = processor.tokenizer.encode(text, add_special_tokens=False)
         self._forced.extend(token for token in ids if token not in actions)
@@ -311,12 +308,11 @@ class Row:
 
     def _force_look(self, made: int = 0) -> None:
         """Settle the look that the options ask for; `made`: turns of looks that the answer has by then."""
-        options, frame = self.options, self._frame
-        whole = self.conversation.images[self.target].size
-        calls = options.calls(whole, frame.grid, frame.margin, self._looks_left if frame.nested else 1)
+        whole = Frame.of(self.vlm.processor, self.conversation.images[self.target].size)
+        calls = self.options.calls(whole, self._looks_left)
         self._calls.extend(calls[made:])
-        if options.look in LOOKS and not calls and not made:
-            self._force(LOOKS[options.look].start)
+        if self.options.look in LOOKS and not calls and not made:
+            self._force(LOOKS[self.options.look].start)
 
     def _force(self, text: str) -> None:
         """Begin the turn with the tokens of a call."""
@@ -409,8 +405,7 @@ class Row:
     def _look(self, calls: Sequence[Call], given: Sequence[GivenLook]) -> list[ShownImage]:
         """The images that answer the calls, in the order of `look_turn`: grouped by look, in order of first call."""
         kinds = list(dict.fromkeys(call.look for call in calls))
-        pairs = zip_longest(calls, given)
-        ordered = sorted(pairs, key=lambda pair: kinds.index(pair[0].look))
+        ordered = sorted(zip_longest(calls, given), key=lambda pair: kinds.index(pair[0].look))
         images = [self._reencode(call) if LOOKS[call.look].reencodes else self._crop(call, by) for call, by in ordered]
         self._frame = self._frame.after([self._frame.shown(call.cells) for call in calls if call.cells is not None])
         return images
@@ -422,11 +417,8 @@ class Row:
 
     def _crop(self, call: Call, given: GivenLook | None) -> ShownImage:
         """A region of the original, or the crop that was given."""
-        whole, look, lookup = (
-            self.conversation.images[self.target],
-            self._region(call),
-            self.conversation.features.lookup,
-        )
+        conversation, look = self.conversation, self._region(call)
+        whole, lookup = conversation.images[self.target], conversation.features.lookup
         if given is not None and given.image is not None:
             return ShownImage("image", lookup("region", given.image, "crop")[0])
         view, look.image = lookup("region", whole, "crop", look.box, self.options.blank)

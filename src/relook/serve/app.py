@@ -90,7 +90,7 @@ class Server:
         """The entry of `/v1/models`."""
         engine = self.engine
         own = {"looks": engine.looks, "grid": engine.grid, "domain": engine.domain, "warnings": engine.warnings}
-        own |= {"max_looks": engine.max_looks, "region_of": engine.region_of}
+        own |= {"regions": engine.regions}
         own |= {"collects": True} if self.collects else {}
         named = {"id": self.name, "object": "model", "created": self.created, "owned_by": "relook"}
         return {**named, "relook": {**own, "context_window": engine.context}}

@@ -115,24 +115,20 @@ class Asking:
         for past in request.past:
             self._ask(past, past.asked)
             self._aim(past.look_at)
-            kept = []
+            kept = list[dict[str, Any]]()
             for number, turn in enumerate(past.looks):
-                cells = self._cells_of(turn)
-                kept += [
-                    {"kind": a.kind, "cells": c and list(c), "turn": number} for a, c in zip(turn, cells, strict=True)
-                ]
-                if own:
-                    self._frame = self._frame.after([self._frame.shown(c) for c in cells if c])
-                else:
+                if not own:
                     self._given(turn)
-            more = {"relook": {"looks": kept, "look": past.asked}} if own else {}  # that server makes the crops again
-            self.messages.append({"role": "assistant", "content": past.answer, **more})
+                    continue
+                cells = self._cells_of(turn)
+                self._frame = self._frame.after([self._frame.shown(each) for each in cells if each])
+                for look, its in zip(turn, cells, strict=True):
+                    kept.append({"kind": look.kind, "cells": its and list(its), "turn": number})
+            more = {"looks": kept, "look": past.asked, "look_at": past.look_at}  # that server makes the crops again
+            self.messages.append({"role": "assistant", "content": past.answer, **({"relook": more} if own else {})})
         self._ask(Past(request.question, request.images), self.options.first_look if self._left else NONE)
         self._aim(self.options.look_at)
-        frame = self._frame
-        looks = self._left if frame.nested else 1
-        self.calls = self.options.calls(self.images[self.target].size, frame.grid, frame.margin, looks)
-        self.calls = self.calls[len(request.looks) :]
+        self.calls = self.options.calls(self._frame, self._left)[len(request.looks) :]
         for turn in request.looks:
             self._given(turn)
         self._left = max(0, self._left - len(request.looks))

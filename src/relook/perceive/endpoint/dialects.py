@@ -280,11 +280,11 @@ class Views:
 
     system: str | None = None
     free_choice = True  # no sentence asks for a look
-    region_margin = 0
+    region_of, region_margin, max_looks = "whole", 0, 1
 
     def __init__(self, dialect: Dialect, grid: int, own: Mapping[str, Any]):
         self.dialect, self.grid_size, self.looks = dialect, grid, list(own.get("looks", ["region"]))
-        self.region_of, self.max_looks = own.get("region_of", "whole"), own.get("max_looks", 1)
+        vars(self).update(own.get("regions", {}))
 
     def view(self, image: Image.Image, stage: str) -> Image.Image:
         """The image as it is sent."""

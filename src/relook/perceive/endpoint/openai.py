@@ -21,7 +21,7 @@ from relook.looks import LOOKS
 from relook.regions import GRID
 from relook.trace import Answer
 
-from ..engine import DeadlineExceeded, EngineBusy, EngineClosed, Request, Running
+from ..engine import REGIONS, DeadlineExceeded, EngineBusy, EngineClosed, Request, Running
 from ..vlm import domain_warnings
 from .asking import Asking
 from .dialects import DIALECTS, Views
@@ -93,12 +93,8 @@ class OpenAIEngine:
         return self.processor.grid_size
 
     @property
-    def max_looks(self) -> int:
-        return self.processor.max_looks
-
-    @property
-    def region_of(self) -> str:
-        return self.processor.region_of
+    def regions(self) -> dict[str, Any]:
+        return {name: getattr(self.processor, name) for name in REGIONS}
 
     @property
     def warnings(self) -> list[str]:
