@@ -22,6 +22,7 @@ class Failing:
     """An engine that does what the question says: it raises at once, raises later, or never ends."""
 
     name, looks, domain, warnings, grid, context = "failing", ["region"], None, [], 8, 99
+    regions = {"region_of": "whole", "region_margin": 1, "max_looks": 1}
 
     def __init__(self):
         self.cancelled = threading.Event()

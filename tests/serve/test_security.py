@@ -255,6 +255,7 @@ class Broken:
     """An engine whose answers fail."""
 
     name, looks, domain, warnings, grid, context = "broken", ["region"], None, [], 8, 100
+    regions = {"region_of": "whole", "region_margin": 1, "max_looks": 1}
 
     def submit(self, request, timeout=None):
         running = Running()
