@@ -131,7 +131,7 @@ def test_the_browser_has_the_view_of_a_nested_look(tmp_path):
     assert first["named"] == [*FIRST.box] or first["named"] == FIRST.box
     assert tuple(second["named"]) == SECOND.box and second["frame"] == [*FIRST.box] and second["grid"] == 8
     assert "frame" not in first and (data["answers"][0]["recall"], data["answers"][0]["first"]) == (0.5, 1.0)
-    assert "first region's %" in call("report", tmp_path / "run").stdout
+    assert "first recall %" in call("report", tmp_path / "run").stdout
 
 
 # -- the real loop

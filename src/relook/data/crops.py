@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 from relook.data.images import ImageFacts, split_ref, turned_cells
@@ -184,9 +183,7 @@ def _regions(content: str, grid: int) -> tuple[tuple[Cells, tuple[int, int]], ..
     return tuple((c.cells, c.span) for c in calls if c.look == "region" and c.cells is not None and c.problem is None)
 
 
-def crops_of(
-    item: Item, grid: int, facts_of: FactsOf, settings: Mapping[str, Any] = MappingProxyType({})
-) -> tuple[list[Crop], int]:
+def crops_of(item: Item, grid: int, facts_of: FactsOf, settings: Mapping[str, Any]) -> tuple[list[Crop], int]:
     """The crops of an item, each with its call where there are as many of them; and the number of calls.
 
     Args:
@@ -213,9 +210,7 @@ def _before(crops: list[Crop], region: Region | None, item: Item) -> Crop | None
     return shown[-1][0] if all(map(parse_calls, said)) else None
 
 
-def crop_faults(
-    item: Item, grid: int, facts_of: FactsOf, settings: Mapping[str, Any] = MappingProxyType({})
-) -> Iterator[tuple[str, str]]:
+def crop_faults(item: Item, grid: int, facts_of: FactsOf, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(row of the table, what was seen): one fault at most for each crop, and one where calls and crops do not pair.
 
     Calls that cannot be read are another row's fault, and are counted as calls.
@@ -255,7 +250,7 @@ def mend_crops(item: Item, grid: int, facts_of: FactsOf, rule: str, settings: Ma
 def answer_room(item: Item, grid: int) -> Iterator[str]:
     """Where the answer has more characters than fit into the item's crops, however small they are set."""
     text = re.sub(r"\s+", " ", item.messages[-1].content.removeprefix(ANSWER_PREFIX)).strip()
-    boxes = [crop.box for crop in crops_of(item, grid, lambda file: None)[0]]
+    boxes = [crop.box for crop in crops_of(item, grid, lambda file: None, {})[0]]
     area = sum(abs(x2 - x1) * abs(y2 - y1) for x1, y1, x2, y2 in boxes)
     if boxes and len(text) * GLYPH > area:
         yield f"an answer of {len(text)} characters for crops of {area} pixels, which hold {area // GLYPH} at most"

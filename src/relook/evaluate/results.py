@@ -32,7 +32,7 @@ COLUMNS: dict[str, Column] = {
     "CIDEr-D": ("cider", 1, 2, True),
     "judge %": ("judge", 100, 1, True),
     "recall %": ("recall", 100, 1, False),
-    "1st recall %": ("first_recall", 100, 1, False),
+    "first recall %": ("first_recall", 100, 1, False),
     "IoU %": ("iou", 100, 1, False),
     "looked %": ("looked", 100, 1, False),
     "malformed %": ("malformed", 100, 1, False),

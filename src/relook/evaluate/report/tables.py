@@ -18,7 +18,7 @@ from relook.evaluate.tasks import named_task
 # column heading -> its measure; the scores' columns stand before these
 COLUMNS: dict[str, Column] = {
     "region recall %": ("recall", 100, 1, True),
-    "first region's %": ("first_recall", 100, 1, True),
+    "first recall %": ("first_recall", 100, 1, True),
     "IoU %": ("iou", 100, 1, True),
     "looked %": ("looked", 100, 1, False),
     "LM positions": ("lm_positions", 1, 0, False),
