@@ -79,8 +79,7 @@ def evaluate(
         RelookError: not one question was answered.
     """
     first: Any = 1 if batch == AUTO else batch
-    for each in by:
-        grouping(each)
+    list(map(grouping, by))  # before anything is loaded: whether they are understood
     plan = Plan(tuple(tasks), tuple(looks), n, seed, first, max_new_tokens, protocol, places, n is not None).checked()
     with EXECUTORS[find_executor(engine)](model, dtype, replicas) as executor:
         run: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions()}
@@ -91,9 +90,8 @@ def evaluate(
         with locked_folder(out) if out is not None and executor.main else nullcontext():
             evaluation = _asked(plan, run, executor, out, progress, overwrite, by)
     if not _any_answer(evaluation):
-        errors = [error for result in evaluation.results for error in result.errors]
-        why = errors[0] if errors else "no setting applied to any question"
-        raise RelookError(f"not one question was answered; the first failure: {why}")
+        errors = [*(e for result in evaluation.results for e in result.errors), "no setting applied to any question"]
+        raise RelookError(f"not one question was answered; the first failure: {errors[0]}")
     return evaluation
 
 
