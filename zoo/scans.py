@@ -41,8 +41,12 @@ class Scan:
         return self._image
 
 
-def read_scans(folder: str | Path | None, split: str = "train") -> list[Scan]:
-    """Read the receipts of a split; prints a notice and returns an empty list if `folder` does not exist."""
+def read_scans(folder: str | Path | None, split: str = "train", part: tuple[int, int] | None = None) -> list[Scan]:
+    """Read the receipts of a split; prints a notice and returns an empty list if `folder` does not exist.
+
+    Args:
+        part: first and last + 1 of the receipts to keep, counted in the file's order; all of them unless given.
+    """
     if folder is None:
         return []
     if not (Path(folder) / f"{split}.jsonl").is_file():
@@ -56,7 +60,7 @@ def read_scans(folder: str | Path | None, split: str = "train") -> list[Scan]:
     for record in _records(folder / f"{split}_qa.jsonl"):
         boxes = tuple(_box(box) for box in record["bboxs"])
         scans[record["image"]].qas.append(QA(record["question"], record["answer"], boxes, record["field"]))
-    return list(scans.values())
+    return list(scans.values())[slice(*part) if part else slice(None)]
 
 
 def _box(values: list[int]) -> Box:

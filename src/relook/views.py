@@ -54,6 +54,8 @@ class View:
             were trained on.
         min_pixels: an image that has fewer pixels after `scale` is enlarged to so many, so that a small crop of small
             print is seen larger; None enlarges nothing. `longest_side` still holds.
+        max_pixels: an image that has more pixels is scaled down to so many; None leaves them. Long and square pages
+            then cost the same.
         max_scale: the most by which `min_pixels` enlarges the original pixels.
 
     Example: `View(512).target((1000, 400))` is (512, 204); `View(512, scale=0.5).target((1000, 400))` is (500, 200);
@@ -65,6 +67,7 @@ class View:
     scale: float = 1.0
     min_pixels: int | None = None
     max_scale: float = 4.0
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         if self.resample not in RESAMPLES:
@@ -76,8 +79,9 @@ class View:
         for name, factor in (("scale", self.scale), ("max_scale", self.max_scale)):
             if not factor > 0:
                 raise UserError(f"View: {name}={factor} is not a factor; expected a number above 0")
-        if self.min_pixels is not None and self.min_pixels < 1:
-            raise UserError(f"View: min_pixels={self.min_pixels} is not a size; expected pixels (1 or more) or None")
+        for name, pixels in (("min_pixels", self.min_pixels), ("max_pixels", self.max_pixels)):
+            if pixels is not None and pixels < 1:
+                raise UserError(f"View: {name}={pixels} is not a size; expected pixels (1 or more) or None")
 
     @classmethod
     def of(cls, value: View | Mapping[str, Any] | int | None) -> View:
@@ -108,6 +112,8 @@ class View:
             factor = max(factor, min(enough, self.max_scale))
         if self.longest_side is not None and max(width, height) * factor > self.longest_side:
             factor = self.longest_side / max(width, height)
+        if self.max_pixels is not None and width * height * factor**2 > self.max_pixels:
+            factor = math.sqrt(self.max_pixels / (width * height))
         if factor != 1.0:
             width, height = max(1, int(width * factor)), max(1, int(height * factor))
             seen.append((width, height))

@@ -235,6 +235,9 @@ def test_nearest_drops_what_bicubic_keeps():
         (View(None, min_pixels=40_000), (400, 200), (400, 200)),
         (View(None, scale=0.5, min_pixels=40_000), (400, 200), (282, 141)),  # 20,000 after scale
         (View(128, min_pixels=40_000), (100, 64), (128, 81)),  # the cap holds
+        (View(None, max_pixels=80_000), (400, 800), (200, 400)),
+        (View(300, max_pixels=80_000), (400, 800), (150, 300)),  # the cap says less
+        (View(None, max_pixels=80_000), (200, 400), (200, 400)),
     ],
 )
 def test_sizes_of_views(view, size, seen):

@@ -88,27 +88,27 @@ class Teller:
     def locate(self, page: Page, qa: QA, random: np.random.Generator) -> Conversation:
         """The page, and the call for the region: the first half of a region look."""
         call = write_call("region", self.cells(page, qa), self.processor.grid_size)
-        return turns(self.processor, self.ask(qa, "region"), [(call, "")], [page.image]), [_whole(page)]
+        return turns(self.processor, self.ask(qa, "region"), [(call, "")], [page.image]), [whole(page)]
 
     def region(self, page: Page, qa: QA, random: np.random.Generator) -> Conversation:
         grid, cells = self.processor.grid_size, self.cells(page, qa)
         call, box = write_call("region", cells, grid), self.crop(page, self.shown(page, qa, cells, random), random)
         replies = [(call, look_turn(parse_calls(call, grid))), (qa.answer, "")]
         images = [page.image, (page.image, box)]
-        return turns(self.processor, self.ask(qa, "region"), replies, images), [_whole(page), box]
+        return turns(self.processor, self.ask(qa, "region"), replies, images), [whole(page), box]
 
     def clip(self, page: Page, qa: QA, random: np.random.Generator) -> Conversation:
         call = write_call("clip")
         replies = [(call, look_turn(parse_calls(call))), (qa.answer, "")]
         item = turns(self.processor, self.ask(qa, "clip"), replies, [page.image], clip_images=[page.image])
-        return item, [_whole(page)]
+        return item, [whole(page)]
 
     def direct(self, page: Page, qa: QA, random: np.random.Generator) -> Conversation:
-        return turns(self.processor, qa.question, [(qa.answer, "")], [page.image]), [_whole(page)]
+        return turns(self.processor, qa.question, [(qa.answer, "")], [page.image]), [whole(page)]
 
 
 # kind of conversation -> its formatter
-KINDS: dict[str, Callable[[Teller, Page, QA, np.random.Generator], Conversation]] = {
+KINDS: dict[str, Callable[[Any, Page, QA, np.random.Generator], Conversation]] = {
     "read": Teller.read,
     "locate": Teller.locate,
     "region": Teller.region,
@@ -161,7 +161,7 @@ def numbered(boxes: Sequence[Box], window: Box, grid: tuple[int, int], legible: 
     return out
 
 
-def _whole(page: Page) -> Box:
+def whole(page: Page) -> Box:
     return (0, 0, page.image.width, page.image.height)
 
 
@@ -226,7 +226,7 @@ class PageConversations(PageObjective, Conversations):
             grid = patch_grid(thw)
             asked.append(merge_order(coverage(qa.boxes, window, grid)))
             rows, columns = grid[0] // 2, grid[1] // 2
-            spelt.append(merge_order(numbered(order, window, grid, legible=window != _whole(page))))
+            spelt.append(merge_order(numbered(order, window, grid, legible=window != whole(page))))
             places.append(np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(-1, 2))
         return {
             "asked": torch.tensor(np.concatenate(asked), dtype=torch.float32),
@@ -247,12 +247,12 @@ class PageConversations(PageObjective, Conversations):
         if kind == "clip":
             start = int(np.flatnonzero(ids == config.clip_action_start_id)[0]) + 1
             pads = np.flatnonzero(ids == config.clip_image_token_id)
-            pairs += self._letters(row, page, qa, pads, row["clip_images_grid_thw"][0], _whole(page))
+            pairs += self._letters(row, page, qa, pads, row["clip_images_grid_thw"][0], whole(page))
             return _padded_sights([(at - start, [t - start for t in seen]) for at, seen in pairs])
         pads = np.flatnonzero(ids == config.image_token_id)
         for thw, window in zip(row["image_grid_thw"], windows, strict=True):
             here, pads = np.split(pads, [int(thw.prod()) // 4])
-            if window != _whole(page):
+            if window != whole(page):
                 pairs += self._letters(row, page, qa, here, thw, window)
             elif kind in ("locate", "region"):
                 asked = here[merge_order(coverage(qa.boxes, window, patch_grid(thw))).max(1) > 0.3].tolist()

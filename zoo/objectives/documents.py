@@ -23,9 +23,19 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
 
 from relook.data.collate import IGNORED
 from relook.io import rng
-from relook.regions import Cells, box_to_cells, union
+from relook.looks import look_turn, parse_calls, write_call
+from relook.regions import Cells, box_to_cells, cells_in, cells_of, union
 from relook.train.objective import Setup
-from zoo.objectives.conversation import KINDS, Conversation, ConversationHeads, PageConversations, Teller
+from zoo.objectives.conversation import (
+    KINDS,
+    Conversation,
+    ConversationHeads,
+    PageConversations,
+    Teller,
+    shaken,
+    turns,
+    whole,
+)
 from zoo.objectives.lines import PAGES_AT_HAND
 from zoo.objectives.pages import coverage, merge_order
 from zoo.objectives.pieces import beside, clamp, cut, shade
@@ -67,6 +77,47 @@ class RowTeller(Teller):
         by = int(random.integers(highest, lowest + 1)) if highest <= lowest else 0
         return x0, top + by, x1, bottom + by
 
+    def first_region(self, page: Page, qa: QA, random: np.random.Generator) -> tuple[Cells, Box]:
+        """The first call that is taught, and the box of the page that is shown for it."""
+        taught = self.cells(page, qa)
+        return taught, self.crop(page, self.shown(page, qa, taught, random), random)
+
+    def closer(self, qa: QA, seen: Box) -> Cells | None:
+        """The call for the answer inside a view of the page; None where it would show more than half of the view.
+
+        Only what of the answer the view shows can be named.
+        """
+        grid, margin = self.processor.grid_size, self.processor.region_margin
+        box = union(qa.boxes)
+        box = max(box[0], seen[0]), max(box[1], seen[1]), min(box[2], seen[2]), min(box[3], seen[3])
+        if box[0] >= box[2] or box[1] >= box[3]:
+            return None
+        cells = cells_of(box, seen, grid)
+        return cells if 2 * area(cells_in(cells, seen, grid, margin)) <= area(seen) else None
+
+    def chain(self, page: Page, qa: QA, random: np.random.Generator) -> Conversation:
+        """The region with the answer's rows, then the answer inside it, where that is small beside the view."""
+        grid, margin = self.processor.grid_size, self.processor.region_margin
+        first, seen = self.first_region(page, qa, random)
+        calls, windows = [write_call("region", first, grid)], [whole(page), seen]
+        if (cells := self.closer(qa, seen)) is not None:
+            calls.append(write_call("region", cells, grid))
+            windows.append(cells_in(shaken(cells, random, self.jitter, grid), seen, grid, margin))
+        replies = [(call, look_turn(parse_calls(call, grid))) for call in calls]
+        images = [page.image, *((page.image, box) for box in windows[1:])]
+        return turns(self.processor, self.ask(qa, "region"), [*replies, (qa.answer, "")], images), windows
+
+    def near(self, page: Page, qa: QA, random: np.random.Generator) -> Conversation:
+        """A chain without its first look: what the first region shows is the only image, and the call for less of it.
+
+        Where no closer look is taken, the answer is read.
+        """
+        grid = self.processor.grid_size
+        _, seen = self.first_region(page, qa, random)
+        cells = self.closer(qa, seen)
+        said = qa.answer if cells is None else write_call("region", cells, grid)
+        return turns(self.processor, self.ask(qa, "region"), [(said, "")], [(page.image, seen)]), [seen]
+
 
 class Documents(PageConversations):
     """PageConversations with scans, snips, lines and guided attention; see the module."""
@@ -78,6 +129,7 @@ class Documents(PageConversations):
         )
         resize: float = 0.0  # scans are made larger or smaller by up to this share
         real: str | None = None  # folder of scans; absent: synthetic pages only
+        part: tuple[int, int] | None = None  # of these, see `read_scans`; absent: all
         share: float = 0.0  # of examples that come from scans, where there are any
         sheets: float = 0.0  # of pages and scans that are shown small on a larger sheet, see worlds.sheets
         uses: int = 1  # examples per drawn page
@@ -89,7 +141,7 @@ class Documents(PageConversations):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.teller = RowTeller(self.processor, self.options.jitter, self.options.rows, self.options.drift)
-        self.scans: list[Scan] = read_scans(self.options.real)
+        self.scans: list[Scan] = read_scans(self.options.real, part=self.options.part)
         self.drawn = lru_cache(maxsize=2 * PAGES_AT_HAND)(self.draw)
 
     def wrap(self, model: Any) -> nn.Module:
@@ -130,14 +182,14 @@ class Documents(PageConversations):
         item, windows = KINDS[kind](self.teller, page, qa, random)
         row = dict(self.processor.encode_item(item))
         row["kind"], row["answer_from"] = kind, len(row["prompt_ids"])
-        if kind in ("read", "snip", "line", "clip") or (kind == "region" and random.random() < 0.25):
+        if kind in ("read", "snip", "line", "clip") or (kind in ("region", "chain") and random.random() < 0.25):
             row["labels"] = [IGNORED] * row["answer_from"] + row["labels"][row["answer_from"] :]
         if self.options.place > 0:
             row |= self._truth(row, page, windows, qa)
-        if kind in ("read", "snip", "line", "region", "clip") and spans:
+        if kind in ("read", "snip", "line", "region", "chain", "clip") and spans:
             row["aim"] = self.aim(row, windows[-1], qa.answer, spans)
-        if kind in ("locate", "region"):
-            row["ask"] = self.ask(row, windows[0], qa)
+        if kind in ("locate", "region", "near", "chain"):
+            row["ask"] = self.ask(row, windows, qa)
         return row
 
     def aim(self, row: dict[str, Any], window: Box, answer: str, spans: Sequence[Box | None]) -> Tensor:
@@ -161,15 +213,21 @@ class Documents(PageConversations):
             place, at = place + 1, at + len(piece)
         return torch.tensor(aims, dtype=torch.long).view(-1, 1 + NEAR)
 
-    def ask(self, row: dict[str, Any], window: Box, qa: QA) -> Tensor:
-        """(cells named, 1 + NEAR): place of each cell token, and the first look's tokens that are asked for, or -1."""
-        ids = np.array(row["input_ids"])
-        rows, columns = (int(v) // 2 for v in row["image_grid_thw"][0][1:])
-        first = int(np.flatnonzero(ids == self.config.image_token_id)[0])
-        share = coverage(qa.boxes, window, (rows, columns)).flatten()
-        best = [first + int(t) for t in np.argsort(-share, kind="stable")[:NEAR] if share[t] > 0.05]
-        places = np.flatnonzero(np.isin(ids, self.cell_ids)) if best else np.zeros(0, int)
-        return torch.tensor([_padded([int(p), *best]) for p in places], dtype=torch.long).view(-1, 1 + NEAR)
+    def ask(self, row: dict[str, Any], windows: Sequence[Box], qa: QA) -> Tensor:
+        """(cells named, 1 + NEAR): place of each cell token, and the tokens that are asked for in the view, or -1.
+
+        The cells of the n-th call are sought in the n-th image, which is the one they count in.
+        """
+        ids, aims = np.array(row["input_ids"]), []
+        cells = np.flatnonzero(np.isin(ids, self.cell_ids))
+        pads = np.flatnonzero(ids == self.config.image_token_id)
+        for number, places in enumerate(np.split(cells, len(cells) // 4) if len(cells) else ()):
+            rows, columns = (int(v) // 2 for v in row["image_grid_thw"][number][1:])
+            here, pads = np.split(pads, [rows * columns])
+            share = coverage(qa.boxes, windows[number], (rows, columns)).flatten()
+            best = [int(here[t]) for t in np.argsort(-share, kind="stable")[:NEAR] if share[t] > 0.05]
+            aims += [_padded([int(place), *best]) for place in places if best]
+        return torch.tensor(aims, dtype=torch.long).view(-1, 1 + NEAR)
 
     def _truth(self, row: dict[str, Any], page: Page, windows: Sequence[Box], qa: QA) -> dict[str, Tensor]:
         """For every image token: share of its patches that is asked for (n, 4); cell row and column (n, 2).
@@ -315,6 +373,10 @@ def answer_spans(page: Page, qa: QA) -> list[Box | None]:
     return [None if char.isspace() else next(found) for char in qa.answer]
 
 
+def area(box: Box) -> int:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
 def _lies_in(box: Box, boxes: Sequence[Box]) -> bool:
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     return any(b[0] <= x <= b[2] and b[1] <= y <= b[3] for b in boxes)
@@ -345,7 +407,7 @@ def snip(teller: Teller, page: Page, qa: QA, random: np.random.Generator) -> Con
     return {**item, "images": [(page.image, window)]}, [window]
 
 
-KINDS.update(snip=snip, line=snip)
+KINDS.update(snip=snip, line=snip, chain=RowTeller.chain, near=RowTeller.near)
 
 
 def scan_page(scan: Scan, random: np.random.Generator | None, resize: float = 0.0) -> Page:

@@ -344,3 +344,53 @@ def test_guided_heads_follow_what_they_are_shown(built):
         seen.append(figures)
     for name in ("written", "coming", "asking"):
         assert seen[-1][name] > seen[0][name]
+
+
+def test_a_chain_is_what_the_builder_makes_of_the_answers_box(built):
+    """Without rows, drift and jitter; `near` is its second half, asked about what the first region shows."""
+    from relook.data.build import BuildOptions, build_item
+    from relook.data.items import from_page
+
+    page = make_world("receipts", 5).sample(0)
+    grid, margin = built[1].grid_size, built[1].region_margin
+    options = BuildOptions(grid=grid, margin=margin, free_choice=True, question_first=True, boxes="union", max_looks=2)
+    teller, lengths = documents.RowTeller(built[1], jitter=0.0, rows=False), set()
+    for number, qa in enumerate(page.qas):
+        item, windows = teller.chain(page, qa, np.random.default_rng(0))
+        expected = build_item(from_page(page, number), options).to_dict()
+        said = [message["content"] for message in item["messages"]]
+        assert said[1:] == [message["content"] for message in expected["messages"]][1:], qa.field
+        assert [box for _, box in item["images"][1:]] == [box for _, box in expected["images"][1:]] == windows[1:]
+        near, (seen,) = teller.near(page, qa, np.random.default_rng(0))
+        assert seen == windows[1] and near["messages"][1]["content"] == said[3]
+        lengths.add(len(windows))
+    assert lengths == {2, 3}  # long answers are read in the first region
+
+
+def test_attention_of_each_call_is_led_to_what_it_counts_in(built):
+    """The tokens that the cells of a call are to look at show the answer, in the image that the call counts in."""
+    page, options = (
+        make_world("receipts", 5).sample(0),
+        {"mix": {"chain": 1.0}, "place": 1.0, "rows": False, "jitter": 0},
+    )
+    stage = Stage(name="t", objective="documents", samples=8, batch=1, options=options)
+    objective = objective_of(built, stage, make_world("receipts", 5))
+    total = next(qa for qa in page.qas if qa.field == "total")
+    item, windows = objective.teller.chain(page, total, np.random.default_rng(0))
+    row = objective.processor.encode_item(item)
+    aims = objective.ask(row, windows, total)
+    assert len(aims) == 8 and len(windows) == 3  # two calls of four cells
+    ids = torch.as_tensor(row["input_ids"])
+    pads = torch.nonzero(ids == objective.config.image_token_id).flatten()
+    counts = [int(thw.prod()) // 4 for thw in row["image_grid_thw"]]
+    for call, (view, window) in enumerate(zip(pads.split(counts), windows, strict=False)):
+        if call == 2:
+            break
+        rows, columns = (int(v) // 2 for v in row["image_grid_thw"][call][1:])
+        for place, *seen in aims[4 * call : 4 * call + 4].tolist():
+            assert int(ids[place]) in objective.cell_ids
+            for token in (t for t in seen if t >= 0):
+                at = int(torch.nonzero(view == token))  # fails where it is a token of another image
+                x = window[0] + (at % columns + 0.5) * (window[2] - window[0]) / columns
+                y = window[1] + (at // columns + 0.5) * (window[3] - window[1]) / rows
+                assert any(b[0] - 30 < x < b[2] + 30 and b[1] - 30 < y < b[3] + 30 for b in total.boxes)
