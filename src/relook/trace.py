@@ -33,6 +33,7 @@ class Look:
     problem     None, or why nothing was looked at, for people
     frame       (x1, y1, x2, y2) pixels of the original: the view that `cells` count in, of which `grid` a side lie over
                 it; the whole image unless regions nest. None where there are no cells
+    turn        number of the assistant's turn that called it, from 0 among those of the answer that call some
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Look:
     attention: "np.ndarray | None" = field(default=None, repr=False, compare=False)
     problem: str | None = None
     frame: Box | None = None
+    turn: int = field(default=0, compare=False)
 
     def to_dict(self, images: bool = False) -> dict[str, Any]:
         """JSON-able; the image as its size, and as a base64 PNG too with `images`."""
@@ -51,6 +53,7 @@ class Look:
             "image": _image_dict(self.image, images),
             "attention": None if self.attention is None else [[_number(v) for v in row] for row in self.attention],
             "problem": self.problem,
+            "turn": self.turn,
         }
 
 
@@ -218,12 +221,12 @@ def region_turns(looks: Sequence[Look], nested: bool) -> list[list[Look]]:
     """The region looks of an answer that were taken, by turn.
 
     Args:
-        nested: whether regions count in the view before them: one that does opens a turn. Else all are of one.
+        nested: whether regions count in the view before them. Else all are taken as of one turn.
     """
     turns: list[list[Look]] = []
     for look in looks:
         if look.problem is None and look.cells is not None:
-            if not turns or (nested and look.frame == turns[-1][-1].box):
+            if not turns or (nested and look.turn != turns[-1][-1].turn):
                 turns.append([])
             turns[-1].append(look)
     return turns

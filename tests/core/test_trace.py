@@ -63,6 +63,7 @@ def test_the_trace_is_json_in_and_out() -> None:
             (20, 60, 80, 150),
             image.crop((20, 60, 80, 150)),
             frame=(0, 0, 160, 240),
+            turn=1,
         ),
         Look("clip", None, (0, 0, 160, 240), image, map_),
         Look("seg", problem="the model has no seg look"),
@@ -80,6 +81,7 @@ def test_the_trace_is_json_in_and_out() -> None:
         "image": {"width": 60, "height": 90},
         "attention": None,
         "problem": None,
+        "turn": 1,
     }
     assert seen["looks"][1]["attention"] == [[0.5, None], [-1.0, 0.333333]]
     assert seen["looks"][2]["problem"] == "the model has no seg look" and seen["looks"][2]["image"] is None

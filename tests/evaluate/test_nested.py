@@ -28,8 +28,8 @@ from relook.train.validation import region_iou
 SIZE, BOX = (640, 400), (100, 120, 110, 126)
 # On cells of 80 x 50 px the box lies in (1, 2), which is 80,100,160,150; on cells of 10 x 6.25 px of that in (2, 3..4).
 FIRST = Look("region", (1, 2, 1, 2), (80, 100, 160, 150), frame=(0, 0, *SIZE))
-SECOND = Look("region", (2, 3, 2, 4), (100, 118, 110, 131), frame=FIRST.box)
-BESIDE = Look("region", (6, 3, 6, 4), (140, 118, 150, 131), frame=FIRST.box)
+SECOND = Look("region", (2, 3, 2, 4), (100, 118, 110, 131), frame=FIRST.box, turn=1)
+BESIDE = Look("region", (6, 3, 6, 4), (140, 118, 150, 131), frame=FIRST.box, turn=1)
 
 
 def case(boxes=(BOX,), size=SIZE, seed=0, **values) -> Case:
@@ -67,11 +67,13 @@ def test_once_is_for_models_that_look_more_often(tiny_vlm):
 # -- what is counted
 
 
-def test_turns_of_regions_are_told_by_the_view_they_count_in():
+def test_turns_of_regions():
     wrong = Look("region", problem="cut off")
     assert region_turns([wrong, FIRST, Look("clip"), SECOND, BESIDE], nested=True) == [[FIRST], [SECOND, BESIDE]]
     assert region_turns([FIRST, SECOND], nested=False) == [[FIRST, SECOND]]
     assert region_turns([wrong, Look("clip")], nested=True) == []
+    whole = Look("region", (0, 0, 7, 7), (0, 0, *SIZE), frame=(0, 0, *SIZE))
+    assert region_turns([whole, FIRST, SECOND], nested=True) == [[whole, FIRST], [SECOND]]
 
 
 class Looks:

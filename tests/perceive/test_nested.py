@@ -265,6 +265,25 @@ def test_a_box_is_reached_step_by_step(vlm, box):
     ).ask(PAGE, QUESTION, box=box, max_new_tokens=1, max_looks=1).looks  # fmt: skip
 
 
+def test_a_step_without_room_is_in_the_record_and_the_rest_is_answered(vlm):
+    """At every size of the context that has room for the first call."""
+    box = (300, 200, 310, 206)
+    whole, short = vlm.ask(PAGE, QUESTION, box=box, max_new_tokens=5), vlm.with_settings()
+    seen = set()
+    for context in range(70, whole.usage.sequence_length + 3):
+        short.context_limit = context
+        answer, other = short.ask_many([(PAGE, QUESTION, {"box": box}), (PAGE, QUESTION)], max_new_tokens=1)
+        assert other.looks == [] and answer.usage.sequence_length <= context
+        *taken, last = answer.looks
+        problems = [look.problem for look in taken]
+        assert [(look.cells, look.box, look.frame) for look in answer.looks] == [
+            (look.cells, look.box, look.frame) for look in whole.looks[: len(answer.looks)]
+        ]
+        assert problems == [None] * len(taken) and (last.problem is None or "no room" in last.problem)
+        seen.add((len(taken), last.problem is None, "its call" in str(last.problem)))
+    assert seen >= {(1, False, True), (1, False, False), (2, False, True), (2, True, False)}
+
+
 def test_a_region_is_of_the_whole_image_and_the_model_goes_on(vlm):
     turns = CASES["two"]
     with writing(vlm, *texts(turns)[2:]):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from openai import BadRequestError, RateLimitError
-from support.running_server import running, serving
+from support.running_server import running, serving, user
 from support.scripted_model import picture, writing
 
 import relook
 from relook.cli.app import app
 from relook.errors import RelookError, UserError
-from relook.looks import write_call
+from relook.looks import IM_END, LOOKS, write_call
 from relook.options import AskOptions
 from relook.perceive.endpoint.openai import OpenAIEngine
 from relook.perceive.engine import GivenLook, Past, Request
@@ -104,6 +104,42 @@ def test_a_history_of_nested_boxes_through_a_server_in_front(tiny_vlm):
         texts = [turn.text for turn in answers[0].transcript]
         assert write_call("region", (0, 0, 3, 3)) in texts and write_call("region", (1, 3, 3, 4)) in texts
         front.close()
+    engine.close()
+
+
+def test_looks_of_the_server_between_regions_that_nest(tiny_vlm):
+    """Turns with a re-encoding are the server's, others are taken here; also through a second server."""
+    settings = {"region_of": "last", "max_looks": 3, "free_choice": True, "region_margin": 1}
+    vlm, images = tiny_vlm(("region", "clip"), **settings), [picture(2, (300, 200)), picture(3, (200, 320))]
+    region, clip = [write_call("region", cells) for cells in ((1, 1, 6, 5), (0, 4, 2, 7), (5, 5, 6, 7))], LOOKS["clip"]
+    scripts = (
+        [region[0] + clip.start, region[1], IM_END, region[2], IM_END, "7"],
+        [region[1], IM_END, region[0], IM_END, "8"],
+    )
+    chat, whole = vlm.chat(images), []
+    for script in scripts:
+        with writing(vlm, *script):
+            whole.append(chat.ask(QUESTION, look_at=1))
+    assert [[look.turn for look in each.looks] for each in whole] == [[0, 0, 1, 2], [0, 1]]
+    engine = LocalEngine(vlm)
+    with serving(engine) as served:
+        remote, between = relook.load(f"{served.url}/v1").chat(images), OpenAIEngine(f"{served.url}/v1")
+        for script, wanted in zip(scripts, whole, strict=True):
+            with writing(vlm, *script):
+                answer = remote.ask(QUESTION, look_at=1)
+            assert (answer.text, answer.looks) == (wanted.text, wanted.looks)
+            assert [look.turn for look in answer.looks] == [look.turn for look in wanted.looks]
+            assert answer.usage.sequence_length == wanted.usage.sequence_length
+        with serving(between) as second:
+            messages = []
+            for number, (script, wanted) in enumerate(zip(scripts, whole, strict=True)):
+                messages.append(user([] if number else images, QUESTION))
+                with writing(vlm, *script):
+                    reply = second.ask(messages, extra_body={"relook": {"look_at": 1}})
+                messages.append(reply.choices[0].message.model_dump(exclude_none=True))
+                assert [tuple(look["box"]) for look in reply.relook["looks"]] == [look.box for look in wanted.looks]
+                assert reply.usage.total_tokens == wanted.usage.sequence_length
+        between.close()
     engine.close()
 
 

@@ -124,6 +124,17 @@ def test_a_look_inside_a_look_is_drawn_over_what_was_seen_before(card):
     assert place(page, "#overlay .box >> nth=1") == inside == place(page, "#overlay .cells >> nth=1")
     assert page.locator("#overlay .grid").count() == 2
     assert place(page, "#overlay .grid >> nth=1") == pytest.approx([left, top, right, bottom], abs=0.02)
+    dimmed = (
+        "([x, y]) => { const dim = document.querySelector('#overlay .dim'), { width, height } = dim.ownerSVGElement"
+    )
+    dimmed += ".viewBox.baseVal; return dim.isPointInFill(new DOMPoint(x * width, y * height)); }"
+    places = [
+        ((2 * left + right) / 3, bottom - 0.01),
+        (right - 0.01, top + 0.01),
+        (left - 0.01, bottom - 0.01),
+        (right - 0.01, top / 2),
+    ]
+    assert [page.evaluate(dimmed, [x, y]) for x, y in places] == [False, False, True, True]  # both boxes are lit
     said = page.locator("figcaption").all_inner_texts()
     assert said == ["Looked closer at columns 5–6, row 6",
                     "Looked closer at columns 0–3, rows 4–7 of what it saw before"]  # fmt: skip

@@ -83,6 +83,7 @@ class Row:
         self._given: tuple[GivenLook, ...] | str | None = None  # of them, the one that is being written
         self._frame = Frame.of(vlm.processor, (1, 1))  # of the next region call; no image yet
         self._calls: deque[Cells] = deque()  # regions that the options ask for, to come
+        self._calling = 0  # number of the turn of looks
         self._forced: deque[int] = deque()
         self._open: str | None = None  # re-encoding look whose start was written and whose condition is awaited
         self._written = 0
@@ -215,7 +216,8 @@ class Row:
     def ask(self) -> Row:
         """Begin with the request's turns, and the forced tokens of a requested look."""
         request = self.request
-        self._questions.extend([*request.past, Past(request.question, request.images, looks=request.looks)])
+        own = Past(request.question, request.images, looks=request.looks, look_at=self.options.look_at)
+        self._questions.extend([*request.past, own])
         self._next_question()
         self._write_forced()
         self.size = len(self.conversation.ids) + (self._to_come() if self._open else 0)
@@ -252,7 +254,7 @@ class Row:
         own, options = not self._questions, self.options
         self._given_turns.extend([*past.looks, *([] if own else [past.answer])])
         self._looks_left = max(self._allowed if own else 0, len(past.looks))
-        shown = self._new_images(past if not own else replace(past, look_at=options.look_at))
+        shown = self._new_images(past)
         if not self.conversation.images:
             self._looks_left = 0
         kind = options.first_look if own else past.asked
@@ -270,7 +272,7 @@ class Row:
         """The tokens of the turn, where the request gives it or its options ask for a region."""
         if not self._given_turns:
             if self._calls:
-                self._force(write_call("region", self._calls.popleft(), self._frame.grid) + IM_END)
+                self._force_call(self._calls.popleft())
             return
         self._given = self._given_turns.popleft()
         vocabulary, processor, given = self.vlm.vocabulary, self.vlm.processor, self._given
@@ -314,6 +316,17 @@ class Row:
         if self.options.look in LOOKS and not calls and not made:
             self._force(LOOKS[self.options.look].start)
 
+    def _force_call(self, cells: Cells) -> None:
+        """The next region that the options ask for; one that no longer fits is left out, and is in the record."""
+        if self.looks and not self._fits(CALL + 1):
+            self._looks_left = 0
+            self._calls.clear()
+            look = self._region(Call("region", cells, None, (0, 0)))
+            self._calling += 1
+            self._record_look(replace(look, problem=f"no room for its call in the model's {self.context} tokens"))
+        else:
+            self._force(write_call("region", cells, self._frame.grid) + IM_END)
+
     def _force(self, text: str) -> None:
         """Begin the turn with the tokens of a call."""
         self._check_size(len(self.conversation.ids) + CALL)
@@ -350,6 +363,7 @@ class Row:
         )
         self.conversation.turns.append(Turn("assistant", written, sampled=self._turn_sampled))
         calls = list(parse_tokens(self._turn[:-1], self.vlm.vocabulary.grid)) if self._looks_left > 0 else []
+        self._calling = self.looks[-1].turn + 1 if self.looks else 0
         has = ", ".join(self.vlm.looks) or "none"
         for i, call in enumerate(calls):
             if call.problem is None and call.look not in self.vlm.looks:
@@ -380,7 +394,7 @@ class Row:
         if not calls or not free or any(LOOKS[call.look].reencodes for call in calls):
             return False
         for call in calls:
-            self.looks.append(self._region(call))
+            self._record_look(self._region(call))
             self.events.append(LookTaken(self.looks[-1]))
         return True
 
@@ -435,6 +449,7 @@ class Row:
         """Record a look of this request. Its event follows when its image has been encoded, with the attention map."""
         if self._given is not None:
             return None
+        look.turn = self._calling
         self.looks.append(look)
         if look.problem:
             self.events.append(LookTaken(look))

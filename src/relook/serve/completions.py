@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from relook.looks import parse_calls
 from relook.regions import Cells
 from relook.render import heat_map
 from relook.serve.messages import SHOWN
@@ -123,8 +122,8 @@ class Reply:
         """What a client has to send back in its message, so that the looks stay part of the conversation."""
         asked = self.body.relook.look if self.body.relook else "auto"
         taken = [
-            {"kind": look.kind, "cells": _list(look.cells), "turn": turn}
-            for turn, look in _turns(answer)
+            {"kind": look.kind, "cells": _list(look.cells), "turn": look.turn}
+            for look in answer.looks
             if look.problem is None and look.image is not None  # one that was taken here
         ]
         at = None if self.body.relook is None else self.body.relook.look_at
@@ -133,7 +132,7 @@ class Reply:
     def _relook(self, answer: Answer) -> dict[str, Any]:
         image = None if answer.image is None else {"width": answer.image.width, "height": answer.image.height}
         return {
-            "looks": [{**shown_look(look), "turn": turn} for turn, look in _turns(answer)],
+            "looks": [shown_look(look) for look in answer.looks],
             "image": image,
             "grid": answer.grid,
             "warnings": [*answer.warnings, *self.warnings],
@@ -165,19 +164,6 @@ def png_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _turns(answer: Answer) -> list[tuple[int, Look]]:
-    """The looks, each with the number of the assistant's turn that called it, counted among those that call some."""
-    left, turns = list(answer.looks), list[list[Look]]()
-    for turn in reversed(answer.transcript):  # earlier questions of the conversation come first in it
-        calls = len(parse_calls(turn.text, answer.grid)) if turn.role == "assistant" else 0
-        if calls and left:
-            turns.append(left[-calls:])
-            del left[-calls:]
-    return [
-        (number, look) for number, turn in enumerate([left, *turns[::-1]] if left else turns[::-1]) for look in turn
-    ]
 
 
 def _list(cells: Cells | None) -> list[int] | None:

@@ -97,6 +97,8 @@ class Conversation:
         """
         left, sizes, reader = iter(images), list[tuple[int, int]](), tool or ZoomTool()
         target, past, look_at = 0, list[Past](), None
+        if body.relook and body.relook.look_at is not None:
+            self.exchanges[-1].look_at = body.relook.look_at
         for each in self.exchanges:
             look_at = each.look_at
             shown = tuple(next(left) for _ in each.images)
@@ -108,7 +110,8 @@ class Conversation:
                 given = []
                 for look in turn:
                     if isinstance(look, Called):
-                        cells, box, look_at = reader.region(look.call, sizes, target, grid)
+                        image = target if look_at is None else look_at + len(sizes) * (look_at < 0)
+                        cells, box, look_at = reader.region(look.call, sizes, image, grid)
                         look = GivenLook(cells, image=crops.get(id(look)), box=box)
                     given.append(look)
                 turns.append(tuple(given))

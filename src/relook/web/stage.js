@@ -36,6 +36,15 @@ function gridPath([left, top, right, bottom], grid) {
   return shape("path", { class: "grid", d: lines.join("") });
 }
 
+// The path of all that lies in none of the boxes, which may lie in one another.
+function outside({ width, height }, boxes) {
+  const [xs, ys] = [width, height].map((end, axis) => [...new Set([0, end, ...boxes.flatMap((box) => [box[axis], box[axis + 2]])])]
+    .sort((a, b) => a - b));
+  const pieces = xs.slice(1).flatMap((right, i) => ys.slice(1).map((bottom, j) => [xs[i], ys[j], right, bottom]));
+  const lit = ([left, top, right, bottom]) => boxes.some(([x1, y1, x2, y2]) => x1 <= left && y1 <= top && x2 >= right && y2 >= bottom);
+  return pieces.filter((each) => !lit(each)).map(([x1, y1, x2, y2]) => `M${x1} ${y1}H${x2}V${y2}H${x1}Z`).join("");
+}
+
 // Draws what `looks` saw over an image of `size`: a region's box lit up in its grid, a re-encoding's map as heat.
 // `marked` counts in `counts` cells across and down.
 export function overlay(svg, size, grid, looks, marked = null, counts = [grid, grid]) {
@@ -48,10 +57,7 @@ export function overlay(svg, size, grid, looks, marked = null, counts = [grid, g
     const [x, y, w, h] = ofBox(look.box);
     parts.push(shape("image", { class: "heat", href: look.map, x, y, width: w, height: h, preserveAspectRatio: "none" }));
   }
-  if (boxes.length) {
-    const holes = boxes.map(({ box: [x1, y1, x2, y2] }) => `M${x1} ${y1}V${y2}H${x2}V${y1}Z`).join("");
-    parts.push(shape("path", { class: "dim", d: `M0 0H${width}V${height}H0Z${holes}` }));
-  }
+  if (boxes.length) parts.push(shape("path", { class: "dim", d: outside(size, boxes.map(({ box }) => box)) }));
   if (boxes.length || (marked && counts[0] === grid)) parts.push(gridPath(whole(size), grid));
   parts.push(...boxes.filter((look) => nests(look, size)).map(({ frame }) => gridPath(frame, grid)));
   for (const { cells, box, frame } of boxes) {

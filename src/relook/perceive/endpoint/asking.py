@@ -59,6 +59,7 @@ class Asking:
         self.looks: list[Look] = []
         self.usage = Usage()
         self.text = ""  # of the latest turn
+        self._turns_before = 0  # of looks, before the server's reply
         self._stream: Any = None
         self._stopped = False
         self._left = 0 if self.options.look == NONE else self.options.max_looks or 0
@@ -218,11 +219,11 @@ class Asking:
         good = [each for each in called if each.problem is None]
         held, frame = self.request.hold_regions and bool(good), self._frame.box
         shown = [] if held else self._show(called, [self._crop(each) for each in good])
-        images = iter(shown)
+        images, turn = iter(shown), self._next_turn
         for each in called:
             image = next(images) if each.problem is None and not held else None
-            seen = frame if each.cells else None
-            self.looks.append(Look(each.kind, each.cells, each.box, image, problem=each.problem, frame=seen))
+            seen = (each.frame or frame) if each.cells else None
+            self.looks.append(Look(each.kind, each.cells, each.box, image, None, each.problem, seen, turn))
             yield LookTaken(self.looks[-1])
         if held:
             return "look"
@@ -233,9 +234,14 @@ class Asking:
         self._left = self._left - 1 if good else 0
         return None
 
+    @property
+    def _next_turn(self) -> int:
+        return self.looks[-1].turn + 1 if self.looks else 0
+
     def _turn(self, reply: Reply, forced: bool) -> Iterator[Event]:
         """One turn of the assistant, read into `reply` as it comes. `forced`: it begins with a call."""
         streamer = PieceStreamer(self.spelling.hidden, self.request.stop)
+        self._turns_before = self._next_turn
         begun = LOOKS["region"].start if forced and isinstance(self.spelling, ControlTokens) else ""
         messages = [*self.messages, *([{"role": "assistant", "content": begun}] if begun else [])]
         create = self.engine.client.chat.completions.create
@@ -308,7 +314,8 @@ class Asking:
             image = self.images[self.target].copy()
         cells, box, frame = (tuple(said[name]) if said.get(name) else None for name in ("cells", "box", "frame"))
         attention = None if said["attention"] is None else np.array(said["attention"], dtype=np.float32)
-        self.looks.append(Look(said["kind"], cells, box, image, attention, said["problem"], frame))
+        turn = self._turns_before + said.get("turn", 0)
+        self.looks.append(Look(said["kind"], cells, box, image, attention, said["problem"], frame, turn))
         yield LookTaken(self.looks[-1])
 
     def _count(self, reply: Reply) -> None:

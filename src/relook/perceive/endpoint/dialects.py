@@ -85,6 +85,7 @@ class Called:
     box: Box | None = None
     problem: str | None = None
     id: str = ""
+    frame: Box | None = None  # that the cells count in, where the server says it
 
 
 @dataclass
@@ -192,10 +193,12 @@ class ZoomCalls:
         if not calls:
             texts = [match.group().removeprefix("<tool_call>") for match in self.hidden.finditer(reply.text)]
             calls = [{"id": "", "name": ZOOM, "text": text.removesuffix("</tool_call>")} for text in texts]
-        named = [each for each in reply.own.get("looks", ()) if each["crop"] is None and each["cells"] is not None]
+        own = reply.own.get("looks", ())
+        named = [look for look in own if look["crop"] is None and look["cells"] and look["problem"] is None]
         found = [self._read(call, size, sent) for call in calls]
         for each, look in zip(found, named, strict=False):  # relook's server also says which cells the model named
             each.cells = tuple(look["cells"]) if each.problem is None else None
+            each.frame = tuple(look["frame"]) if look.get("frame") else None
         return found
 
     def _read(self, call: Mapping[str, str], size: Size, sent: Size) -> Called:
@@ -240,7 +243,7 @@ class ZoomCalls:
             {"id": call["id"], "type": "function", "function": function}
             for call, function in zip(reply.calls, functions, strict=True)
         ]
-        return {"role": "assistant", "content": reply.text or None, "tool_calls": calls}
+        return {"role": "assistant", "content": reply.text or None, "tool_calls": calls, **reply.kept}
 
     def results(self, called: Sequence[Called], crops: Sequence[Image.Image]) -> list[Body]:
         """What each call gave; crops follow in a message of the user's."""
