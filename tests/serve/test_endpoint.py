@@ -143,6 +143,39 @@ def test_looks_of_the_server_between_regions_that_nest(tiny_vlm):
     engine.close()
 
 
+def test_a_client_with_a_tool_of_a_server_in_front_of_another(tiny_vlm):
+    """Whichever it asks, one sees the same: the server's looks before its calls, and the crops that it has sent."""
+    vlm, image = tiny_vlm(("region", "clip"), region_of="last", max_looks=3, free_choice=True), picture(2, (300, 200))
+    region, crop = [write_call("region", cells) for cells in ((1, 1, 6, 5), (0, 4, 2, 7))], picture(5, (150, 40))
+    script = [region[0] + LOOKS["clip"].start, region[0] + region[1], IM_END, "7"]
+    box = {"type": "object", "properties": {"bbox_2d": {"type": "array", "items": {"type": "number"}}}}
+    tools = [{"type": "function", "function": {"name": "image_zoom_in_tool", "description": "", "parameters": box}}]
+    engine, seen = LocalEngine(vlm), []
+    with serving(engine) as served:
+        between = OpenAIEngine(f"{served.url}/v1")
+        with serving(between) as second:
+            for server in (served, second):
+                messages, found = [user(image, QUESTION)], []
+                for rest in (script, script[3:], ["8"]):
+                    with writing(vlm, *rest):
+                        reply = server.ask(messages, tools=tools)
+                    message = reply.choices[0].message.model_dump(exclude_none=True)
+                    found.append((reply.usage.total_tokens, message.get("content"), reply.relook["looks"]))
+                    messages.append(message)
+                    for number, call in enumerate(message.get("tool_calls", ())):
+                        call["id"] = f"call_{number}"  # which says no cells
+                        part = user(crop)["content"] if number else "as you know"
+                        messages.append({"role": "tool", "tool_call_id": call["id"], "content": part})
+                    messages += [user([], "And?")] if message.get("content") else []
+                seen.append(found)
+        between.close()
+    engine.close()
+    assert [found[:2] for found in seen[0]] == [found[:2] for found in seen[1]]
+    assert [content for _, content, _ in seen[0]] == [None, "7", "8"]
+    for one, other in zip(*seen, strict=True):
+        assert [look["box"] for look in one[2]] == [look["box"] for look in other[2]]
+
+
 def test_its_description_is_the_models(url, local):
     remote = relook.load(url)
     assert (remote.name, remote.looks, remote.domain, remote.context) == ("cards-tiny", local.looks, "cards", 4096)

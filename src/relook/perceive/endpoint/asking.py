@@ -110,28 +110,20 @@ class Asking:
 
     def _begin(self) -> None:
         """The messages up to the assistant's next turn."""
-        request, own = self.request, self.engine.dialect == "relook"
+        request = self.request
         if not self.messages and (system := self.spelling.system(request.system)):
             self.messages.append({"role": "system", "content": system})
         for past in request.past:
             self._ask(past, past.asked)
             self._aim(past.look_at)
-            kept = list[dict[str, Any]]()
-            for number, turn in enumerate(past.looks):
-                if not own:
-                    self._given(turn)
-                    continue
-                cells = self._cells_of(turn)
-                self._frame = self._frame.after([self._frame.shown(each) for each in cells if each])
-                for look, its in zip(turn, cells, strict=True):
-                    kept.append({"kind": look.kind, "cells": its and list(its), "turn": number})
-            more = {"looks": kept, "look": past.asked, "look_at": past.look_at}  # that server makes the crops again
-            self.messages.append({"role": "assistant", "content": past.answer, **({"relook": more} if own else {})})
-        self._ask(Past(request.question, request.images), self.options.first_look if self._left else NONE)
-        self._aim(self.options.look_at)
+            more = self._given(past)
+            self.messages.append({"role": "assistant", "content": past.answer, **more})
+        now = Past(request.question, request.images, looks=request.looks, look_at=self.options.look_at)
+        self._ask(now, self.options.first_look if self._left else NONE)
+        self._aim(now.look_at)
         self.calls = self.options.calls(self._frame, self._left)[len(request.looks) :]
-        for turn in request.looks:
-            self._given(turn)
+        if self._given(now).get("relook", {}).get("looks"):
+            raise UserError("the last of the looks given is the server's own; give the answer that followed it")
         self._left = max(0, self._left - len(request.looks))
 
     def _ask(self, past: Past, kind: str) -> None:
@@ -157,15 +149,30 @@ class Asking:
     def _cells_of(self, turn: Sequence[GivenLook]) -> list[Cells | None]:
         return [self._frame.cells(look.box) if look.box is not None else look.cells for look in turn]
 
-    def _given(self, turn: Sequence[GivenLook]) -> None:
-        """A turn of looks that were taken before."""
-        if other := [look.kind for look in turn if LOOKS[look.kind].reencodes]:
-            raise UserError(f"an earlier turn has a {other[0]} look: {NOT_HERE.format(other[0])}")
-        called = [self._called(cells) for cells in self._cells_of(turn) if cells]
-        self.messages.append(self.spelling.call(called, self.images[self.target].size, self.sent[self.target]))
-        own = self.engine.dialect == "relook"  # whose server makes a crop that is not sent
-        pairs = [(look.image, each) for look, each in zip(turn, called, strict=True) if look.image or not own]
-        self._show(called, [image or self._crop(each) for image, each in pairs])
+    def _given(self, past: Past) -> dict[str, Any]:
+        """Send the turns of looks that were taken before; what a message after them has to say of others.
+
+        Turns with re-encodings are relook's server's to take again, as they were then.
+        """
+        own, kept = self.engine.dialect == "relook", list[dict[str, Any]]()
+        about = {"look": past.asked, "look_at": past.look_at}
+        for number, turn in enumerate(past.looks):
+            cells, other = self._cells_of(turn), [look.kind for look in turn if LOOKS[look.kind].reencodes]
+            if other and not own:
+                raise UserError(f"an earlier turn has a {other[0]} look: {NOT_HERE.format(other[0])}")
+            if other:
+                self._frame = self._frame.after([self._frame.shown(each) for each in cells if each])
+                for look, its in zip(turn, cells, strict=True):
+                    kept.append({"kind": look.kind, "cells": its and list(its), "turn": number})
+                continue
+            called = [self._called(each) for each in cells if each]
+            message = self.spelling.call(called, self.images[self.target].size, self.sent[self.target])
+            self.messages.append({**message, "relook": {"looks": kept, **about}} if own else message)
+            given = not own or any(look.image for look in turn)  # relook's server makes crops that are not sent
+            pairs = zip(turn, called, strict=True)
+            self._show(called, [look.image or self._crop(each) for look, each in pairs if given])
+            kept = []
+        return {"relook": {"looks": kept, **about}} if own else {}
 
     def _called(self, cells: Cells) -> Called:
         return Called("region", cells, self._frame.shown(cells))
