@@ -270,6 +270,23 @@ def test_looks_that_nest_without_a_tool(nesting) -> None:
     assert described == {"region_of": "last", "region_margin": 1, "max_looks": 3}
 
 
+def test_a_servers_limit_of_looks_holds_for_the_models_own_number(nesting) -> None:
+    """What it answers, it takes back in a conversation."""
+    image, script = picture(2, (300, 200)), [piece for call in NESTED for piece in (call, IM_END)]
+    with serving(nesting.engine, limits={"looks": 1}) as limited:
+        with writing(nesting.vlm, *script[:2], "742"):
+            message = limited.ask((image, QUESTION)).choices[0].message
+        assert message.content == "742" and len(message.relook["looks"]) == 1
+        with writing(nesting.vlm, *script[:2], "7"):
+            again = limited.ask([user(image, QUESTION), message.model_dump(exclude_none=True), user([], "And now?")])
+        assert len(again.relook["looks"]) == 1
+        body = {"image": data_url(image), "question": QUESTION, "box": [130, 90, 136, 96], "max_new_tokens": 1}
+        assert len(httpx.post(f"{limited.url}/v1/looks", json=body).json()["looks"]) == 1
+        assert "2 looks, this server takes at most 1" in refused(
+            lambda: limited.ask((image, QUESTION), extra_body={"relook": {"max_looks": 2}})
+        )
+
+
 def test_a_look_of_the_server_before_a_call(tiny_vlm) -> None:
     """A re-encoding is the server's to take; it stays in the conversation while the client crops."""
     vlm, image = tiny_vlm(("region", "clip")), picture(2, (300, 200))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from anyio import to_thread
@@ -114,6 +115,9 @@ class Server:
             if not done.cancelled() and done.exception() is None:
                 done.result().cancel()
 
+        most = self.settings.limits.looks
+        if request.options.max_looks is None and self.engine.regions["max_looks"] > most:  # what was not asked for
+            request = replace(request, options=request.options.model_copy(update={"max_looks": most}))
         handing = asyncio.ensure_future(to_thread.run_sync(self.engine.submit, request, self.settings.limits.seconds))
         try:
             return await asyncio.shield(handing)

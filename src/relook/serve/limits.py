@@ -34,7 +34,7 @@ class Limits(BaseModel):
     turns: int = Field(64, ge=1)
     """Messages of a conversation."""
     looks: int = Field(32, ge=1)
-    """Looks of a conversation's answers, and `max_looks` of a request."""
+    """Looks of a conversation's answers, and `max_looks` of a request; a model's own number is cut to it."""
     question_characters: int = Field(16_000, ge=1)
     """Characters of one message, of whichever role."""
     context_tokens: int | None = Field(None, ge=1)
