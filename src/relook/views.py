@@ -96,7 +96,8 @@ class View:
         return cls(**value)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As in processor_config.json: later settings only where they say something, so that older files stay alike."""
+        return {name: value for name, value in asdict(self).items() if _LATER.get(name, ()) != value}
 
     def steps(self, size: Size, min_side: int = MIN_SIDE) -> list[Size]:
         """The sizes an image of `size` goes through; the last one is what the look sees, an empty list means as it is.
@@ -154,6 +155,7 @@ class View:
         return image
 
 
+_LATER: dict[str, Any] = {"min_pixels": None, "max_scale": View.max_scale, "max_pixels": None}
 DEFAULT_VIEW = View(512)
 
 # Named settings of the three views; None for re-encoding means "the view of the first look".

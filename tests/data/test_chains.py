@@ -138,6 +138,22 @@ def test_a_wrong_crop_is_named_with_its_view_and_mended(folder, item, words, ima
         assert report.ok and [each.to_dict() for each in read_items(folder / "fixed.jsonl")][1:] == [chained()]
 
 
+@pytest.mark.parametrize("first", ["wide.png_160,150,80,100", "wide.png_80,100,80,150"])
+def test_a_call_in_a_view_that_shows_nothing(folder, first):
+    """It is drawn without its cells; a cell too far in it stops no file, and is mended after the view."""
+    item = chained((150, 143, 160, 150))  # the last cell of the first crop
+    good, item = item, json.loads(json.dumps(item).replace("Who?", "What?"))
+    item["images"][1] = first
+    call("data", "preview", write(folder / "items.jsonl", good, item), folder / "page.html")
+    page = Page((folder / "page.html").read_text())
+    assert (len(page.all("rect", "crop")), len(page.all("rect", "cells"))) == (4, 3)
+    item["messages"][3]["content"] = item["messages"][3]["content"].replace("x_7", "x_8")
+    path = write(folder / "items.jsonl", good, item)
+    assert check(path, fix=folder / "fixed.jsonl").ok
+    _, mended = (each.to_dict() for each in read_items(folder / "fixed.jsonl"))
+    assert said(mended) == said(good) and mended["images"] == good["images"]
+
+
 def test_other_faults_of_a_second_crop_are_mended(folder):
     for wrong in ("wide.png_110,131,100,118", "wide.png_100,118,110,999"):
         path = write(folder / "items.jsonl", spoiled(2, wrong))
@@ -190,6 +206,17 @@ def test_numbers_count_cells_of_the_whole_image_alone(folder):
     assert told["regions_not_on_the_grid"] == 0 and sum(map(sum, told["cells"])) == 1
 
 
+def test_numbers_count_the_first_look_of_every_question(folder):
+    item, more = chained(), chained([300, 300, 310, 306])
+    item["messages"] += [{"role": "user", "content": "And?"}, *more["messages"][1:]]
+    item["images"] += more["images"][1:]
+    told = json.loads(call("data", "stats", write(folder / "items.jsonl", item), "--json"))
+    assert told["region_sizes"] == [[1, 1, 2]] and told["cells"][2][1] == told["cells"][6][3] == 1
+    item["messages"][1]["content"] = item["messages"][1]["content"].replace("x_1", "x_8")  # which is not on the grid
+    told = json.loads(call("data", "stats", write(folder / "items.jsonl", item), "--json"))
+    assert sum(map(sum, told["cells"])) == 1 and told["regions_not_on_the_grid"] == 1
+
+
 def test_other_forms_keep_the_chain(folder):
     (folder / "my").mkdir()
     shutil.copy(folder / "wide.png", folder / "my/wide.png")
@@ -237,6 +264,14 @@ def test_the_model_says_how_many_looks_lead_to_a_box(folder, nesting):
     assert "max_looks 1 (the model: 2)" in call("data", "check", folder / "one.jsonl", "--for", nesting, code=1)
     more = ("--for", nesting, "--max-looks", 3)
     assert f"max_looks is 3, but {nesting} has 2" in refused("data", "build", questions, folder / "x.jsonl", *more)
+
+
+@pytest.mark.parametrize("start", ["rp-yu/Qwen2-VL-2b-VPT-CLIP", "Qwen/Qwen2-VL-2B-Instruct, looks: [region]"])
+def test_a_recipe_says_how_many_looks_it_teaches_where_its_start_is_not_here(folder, start):
+    (folder / "mine.yaml").write_text(f"model: {{start: {start}, max_looks: 2}}\n")
+    call("data", "build", write(folder / "q.jsonl", line()), folder / "items.jsonl", "--for", folder / "mine.yaml")
+    (item,) = read_items(folder / "items.jsonl")
+    assert item.extra["built"]["max_looks"] == 2 and len(item.images["images"]) == 3
 
 
 def test_the_encoded_item_shows_the_pixels_of_each_step(folder, nesting):

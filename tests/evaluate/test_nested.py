@@ -139,6 +139,20 @@ def test_the_browser_has_the_view_of_a_nested_look(tmp_path):
 # -- the real loop
 
 
+def test_the_first_pixel_is_looked_at_as_any_other_box(tiny_vlm):
+    """Alone it would pass for a box in fractions of the image's sides."""
+    vlm = tiny_vlm(looks=("region",), region_of="last", max_looks=3, region_margin=0)
+    question = Question(Image.new("RGB", SIZE), "?", ("a",), ((0, 0, 1, 1),))
+    task = Task("t", "", lambda *_: iter([question]))
+    plan = Plan(("t",), ("oracle",), 1, 0, 1, 2, "default")
+    (found,) = Runner(vlm, plan).ask(Batch(task, 0, 0, [question]), SETTINGS["oracle"])
+    assert found["failed"] is None and [look["box"] for look in found["looks"]] == [
+        (0, 0, 80, 50),
+        (0, 0, 10, 6),
+        (0, 0, 1, 1),
+    ]
+
+
 def test_the_real_loop_reaches_what_is_annotated_in_steps(tiny_vlm):
     """A random model on pages: made to look, it sees the box in views that halve; `once`, it looks once."""
     vlm = tiny_vlm(looks=("region",), region_of="last", max_looks=3, region_margin=0)

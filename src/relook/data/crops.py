@@ -9,7 +9,7 @@ and is judged once that one is right. The names of faults are rows of `relook.da
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -91,11 +91,17 @@ class Crop:
         return "crop-region", f"{name} is not the region {region.cells}{image}"
 
     @property
+    def view(self) -> Box | None:
+        """The view that its call counts in; None where that is the whole image, or a crop before that shows nothing."""
+        x1, y1, x2, y2 = (0, 0, 0, 0) if self.before is None else self.before.box
+        return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+
+    @property
     def nested(self) -> Box | None:
-        """What its call, cut back to the grid, shows of the view before; None where it counts in the whole image."""
-        if self.before is None or self.region is None:
+        """What its call, cut back to the grid, shows of the view before; None where there is none."""
+        if self.view is None or self.region is None:
             return None
-        return cells_in(self.region.clamped(self.grid), self.before.box, self.grid, self.margin)
+        return cells_in(self.region.clamped(self.grid), self.view, self.grid, self.margin)
 
     def mended(self, rule: str) -> Box | None:
         """The box that the crop should have; None where that takes an image that is not at hand."""
@@ -128,8 +134,8 @@ class Crop:
         if self.region is None or not self.too_far:
             return self.box
         cells, grid = self.region.clamped(self.grid), self.grid
-        if self.nested is not None:
-            return self.nested
+        if self.before is not None:
+            return self.nested or self.box  # the crop before is mended first
         if self.size is not None:
             return cells_to_box(cells, self.size, grid)
         axes: list[tuple[int, int]] = []
@@ -204,10 +210,18 @@ def crops_of(item: Item, grid: int, facts_of: FactsOf, settings: Mapping[str, An
 def _before(crops: list[Crop], region: Region | None, item: Item) -> Crop | None:
     """The crop shown last when a call was made, of those before it, unless a question was answered in between."""
     shown = [(crop, crop.region.turn) for crop in crops if crop.region and region and crop.region.turn < region.turn]
-    if region is None or not shown:
-        return None
-    said = (turn.content for turn in item.messages[shown[-1][1] : region.turn] if turn.role == "assistant")
-    return shown[-1][0] if all(map(parse_calls, said)) else None
+    return shown[-1][0] if region is not None and shown and _goes_on(item, shown[-1][1], region.turn) else None
+
+
+def begins(item: Item, calls: Sequence[Region], call: Region) -> bool:
+    """Whether a call is of the first turn of region calls of its answer, which count in the whole image."""
+    before = max((each.turn for each in calls if each.turn < call.turn), default=None)
+    return before is None or not _goes_on(item, before, call.turn)
+
+
+def _goes_on(item: Item, turn: int, later: int) -> bool:
+    """Whether a call's turn and a later one are of one answer: no question was answered in between."""
+    return all(parse_calls(each.content) for each in item.messages[turn:later] if each.role == "assistant")
 
 
 def crop_faults(item: Item, grid: int, facts_of: FactsOf, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

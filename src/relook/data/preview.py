@@ -169,8 +169,8 @@ def _overlay(number: int, crop: Crop, size: tuple[int, int], grid: int) -> dict[
     """A numbered crop, the cells of its call and the view that they count in, in pixels of the picture."""
     x1, y1, x2, y2 = crop.box
     box = min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
-    view = None if crop.before is None else crop.before.box
-    region = None if crop.too_far else crop.region
+    view = crop.view
+    region = None if crop.too_far or (crop.before is not None and view is None) else crop.region
     cells = None if region is None else cells_in(region.cells, view or (0, 0, *size), grid)
     at = min(max(box[0], 0), size[0]), min(max(box[1], 0), size[1])
     return {"number": number, "color": COLORS[number % len(COLORS)], "box": box, "cells": cells, "view": view, "at": at}

@@ -60,12 +60,14 @@ def model_settings(name: str | Path) -> tuple[dict[str, Any], list[str]]:
     from relook.model.start import describe_start
 
     start = _start(name)
+    taught = {} if start.max_looks is None else {"max_looks": start.max_looks}
     short = str(start.start).removeprefix("rp-yu/")
     if short in PUBLISHED and not Path(str(start.start)).is_dir():
-        return {**PUBLISHED_SETTINGS, "free_choice": short.endswith("NoPrompt")}, ["region", PUBLISHED[short].look]
+        own = {"free_choice": short.endswith("NoPrompt"), **taught}
+        return PUBLISHED_SETTINGS | own, ["region", PUBLISHED[short].look]
     info = describe_start(start)
     if info.processor is None:
-        return PUBLISHED_SETTINGS, info.config.looks
+        return PUBLISHED_SETTINGS | taught, info.config.looks
     return processor_settings(info.processor), list(info.processor.looks)
 
 

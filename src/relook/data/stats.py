@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relook.data.build import as_item
-from relook.data.crops import region_calls
+from relook.data.crops import begins, region_calls
 from relook.data.faults import Context
 from relook.data.forms import Source
 from relook.data.images import file_size, place_image
@@ -68,9 +68,10 @@ class Stats:
         calls = [call for text in said if "<|" in text for call in parse_calls(text, self.grid)]
         asked = {call.look for call in calls}
         self.looks[" + ".join(look for look in LOOKS if look in asked) or "none"] += 1
-        regions = [region for region in region_calls(item, self.grid) if max(region.cells) < self.grid]
+        named = region_calls(item, self.grid)
+        regions = [region for region in named if max(region.cells) < self.grid]
         nested = built_settings(item.extra).get("max_looks", 1) > 1
-        for x0, y0, x1, y1 in (each.cells for each in regions if not nested or each.turn == regions[0].turn):
+        for x0, y0, x1, y1 in (each.cells for each in regions if not nested or begins(item, named, each)):
             self.sizes[x1 - x0 + 1, y1 - y0 + 1] += 1
             for row in self.cells[y0 : y1 + 1]:
                 row[x0 : x1 + 1] = [count + 1 for count in row[x0 : x1 + 1]]

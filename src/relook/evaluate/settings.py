@@ -90,7 +90,10 @@ def random_box(case: Case) -> Box:
 def _forced(case: Case, box: Box) -> dict[str, Any]:
     """The model is led to the box, and looks no further."""
     calls = chain(box, case.size, case.grid, case.margin, case.looks)
-    return {"region": calls[0], "max_looks": 1} if len(calls) == 1 else {"box": box, "max_looks": len(calls)}
+    if len(calls) == 1:
+        return {"region": calls[0], "max_looks": 1}
+    asked = box if max(box) > 1 else (-0.5, *box[1:])  # the first pixel alone: its box would pass for fractions
+    return {"box": asked, "max_looks": len(calls)}
 
 
 def _oracle(case: Case) -> dict[str, Any] | None:

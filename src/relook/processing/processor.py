@@ -146,7 +146,8 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         return [Qwen2VLImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **kwargs), tokenizer]
 
     def to_dict(self) -> dict[str, Any]:
-        saved = super().to_dict()
+        later = {"region_of": "whole", "max_looks": 1}  # left out, so that files and hashes of older models stay alike
+        saved = {key: value for key, value in super().to_dict().items() if later.get(key, ()) != value}
         return {key: value.to_dict() if isinstance(value, View) else value for key, value in saved.items()}
 
     def with_settings(self, name: str) -> VPTQwen2VLProcessor:
