@@ -166,6 +166,14 @@ def test_other_faults_of_a_second_crop_are_mended(folder):
     assert next(read_items(folder / "fixed.jsonl")).to_dict() == good
 
 
+def test_the_answer_is_to_fit_into_the_last_crop(folder):
+    item = chained()  # 4,000 pixels, and 130 inside them, which hold five characters
+    item["messages"][-1]["content"] = "123456"
+    assert check(write(folder / "items.jsonl", item)).counts == {"answer-room": 1}
+    item["messages"][-1]["content"] = "12345"
+    assert not check(write(folder / "items.jsonl", item)).counts
+
+
 def test_a_new_question_counts_in_the_whole_image_again(folder):
     item = chained()
     for box in (BOX, [300, 300, 310, 306]):
@@ -185,6 +193,27 @@ def test_what_the_model_says_decides_where_items_store_nothing(folder):
     assert {f.item for f in check(folder / "items.jsonl").findings if f.rule == "crop-region"} == {1, 2}
     other = json.loads(json.dumps(item).replace("Who?", "What?"))
     assert check(write(folder / "items.jsonl", chained(), other)).ok
+
+
+@pytest.mark.parametrize("wrong", [{"max_looks": "3"}, {"max_looks": 0}, {"margin": "1"}, {"margin": -1}, {"grid": []}])
+def test_settings_that_are_no_numbers_are_a_fault_of_their_item(folder, wrong):
+    item, other = chained(), json.loads(json.dumps(chained()).replace("Who?", "What?"))
+    item["built"] |= wrong
+    for items in ([other, item], [item, other]):
+        path = write(folder / "items.jsonl", *items)
+        report = check(path)
+        (name, value), *_ = wrong.items()
+        found = {finding.item: (finding.rule, finding.detail) for finding in report.findings if finding.rule == "form"}
+        assert found.keys() == {items.index(item) + 1} and f"has {name} {value!r}" in found[items.index(item) + 1][1]
+        assert report.counts["form"] == 1
+
+
+def test_null_settings_of_a_table_are_none(folder):
+    flat = build_item(Question.from_dict(line()), BuildOptions()).to_dict()
+    nulls = {"grid": 8, "margin": 0, "free_choice": None, "question_first": None, "max_looks": None}
+    assert check(write(folder / "items.jsonl", chained(), flat | {"built": nulls})).counts == {"other-settings": 1}
+    call("data", "preview", folder / "items.jsonl", folder / "page.html")
+    assert json.loads(call("data", "stats", folder / "items.jsonl", "--json"))["regions_per_item"] == {"1": 1, "2": 1}
 
 
 def test_the_page_draws_the_second_grid_over_the_first_crop(folder):

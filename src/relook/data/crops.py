@@ -262,9 +262,14 @@ def mend_crops(item: Item, grid: int, facts_of: FactsOf, rule: str, settings: Ma
 
 
 def answer_room(item: Item, grid: int) -> Iterator[str]:
-    """Where the answer has more characters than fit into the item's crops, however small they are set."""
+    """Where the answer has more characters than fit into the item's crops, however small they are set.
+
+    Of crops that nest, into the last ones, which lie in those before.
+    """
     text = re.sub(r"\s+", " ", item.messages[-1].content.removeprefix(ANSWER_PREFIX)).strip()
-    boxes = [crop.box for crop in crops_of(item, grid, lambda file: None, {})[0]]
+    crops = crops_of(item, grid, lambda file: None, {})[0]
+    around = {crop.before.index for crop in crops if crop.before is not None}
+    boxes = [crop.box for crop in crops if crop.index not in around]
     area = sum(abs(x2 - x1) * abs(y2 - y1) for x1, y1, x2, y2 in boxes)
     if boxes and len(text) * GLYPH > area:
         yield f"an answer of {len(text)} characters for crops of {area} pixels, which hold {area // GLYPH} at most"

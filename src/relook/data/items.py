@@ -102,6 +102,8 @@ class Item:
             raise UserError(f"{where}: {seen}; expected a list of {{'role', 'content'}} turns")
         images = {key: _images(data.get(key), key, where) for key in IMAGE_KEYS}
         extra = {key: value for key, value in data.items() if key != "messages" and key not in images}
+        with naming(where):
+            built_settings(extra)
         return cls(tuple(_message(turn, i, where) for i, turn in enumerate(messages)), images, extra, where)
 
     def to_dict(self) -> dict[str, Any]:
@@ -254,8 +256,7 @@ def write_items(path: str | Path, items: Iterable[Item]) -> int:
 def item_question(item: Item, grid: int | None = None) -> Question | None:
     """The question of an item: None for one of no image or several, or that is not answered in words.
 
-    Its boxes are those that the item keeps of its question (`bboxs`), else what its region calls name (the last ones,
-    where they count in the view before).
+    Its boxes are those that the item keeps of its question (`bboxs`), else what its (nested: last) region calls name.
 
     Args:
         grid: cells per side; as the item was built, else 8, unless given.

@@ -9,6 +9,7 @@ stored where it is over 1: the cells of a further region call count in the view 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,18 @@ def nested(processor: Any) -> int:
 
 
 def built_settings(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that an item stores among its other keys; {} where it stores none."""
+    """The settings that an item stores among its other keys; {} where it stores none. Null, as tables have it, is none.
+
+    Raises:
+        UserError: a number that is none, or too small.
+    """
     found = extra.get(BUILT)
-    known = {**IMPLIED, **found} if isinstance(found, Mapping) and found else {}
+    stored = {name: value for name, value in found.items() if value is not None} if isinstance(found, Mapping) else {}
+    known = {**IMPLIED, **stored} if stored else {}
+    for name, least in (("grid", 1), ("margin", 0), ("max_looks", 1)):
+        value = known.get(name, least)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"'{BUILT}' has {name} {value!r}; expected a whole number, {least} or more")
     return {name: known[name] for name in SETTINGS if name in known}
 
 
@@ -94,7 +104,9 @@ def _start(name: str | Path) -> Any:
 def stored_settings(records: Iterable[Record | Unreadable]) -> dict[str, Any]:
     """The settings that the first of these items stores; {} where it stores none."""
     first = next(iter(records), None)
-    return built_settings(first.value) if isinstance(first, Record) else {}
+    with suppress(UserError):  # which is that item's own fault
+        return built_settings(first.value) if isinstance(first, Record) else {}
+    return {}
 
 
 def located_by(data: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from relook.data.items import Item, Message
-from relook.data.settings import BUILT
+from relook.data.settings import BUILT, built_settings
 from relook.looks import ANSWER_PREFIX, LOOKS, parse_calls, without_triggers, write_call
 
 
@@ -19,8 +19,8 @@ def variant(item: Item, look: str = "region", *, free_choice: bool = False) -> I
     if free_choice or look == "none":
         asked = (replace(t, content=without_triggers(t.content)) if t.role == "user" else t for t in item.messages)
         item = replace(item, messages=tuple(asked))
-        if free_choice and (built := item.extra.get(BUILT)):
-            item = replace(item, extra=item.extra | {BUILT: {**built, "free_choice": True}})
+        if free_choice and built_settings(item.extra):
+            item = replace(item, extra=item.extra | {BUILT: {**item.extra[BUILT], "free_choice": True}})
     if look == "none":
         return _without_looks(item)
     return _with_encoder(item, look) if look in LOOKS and LOOKS[look].reencodes else item
