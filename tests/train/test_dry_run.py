@@ -186,6 +186,7 @@ def test_one_small_batch_is_run_and_scaled(made, items, monkeypatch) -> None:
 
 def test_ctrl_c_says_a_word(made, items) -> None:
     code = "import sys, signal, relook.train.dry_run as d\nfrom relook.cli.app import main\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs inherit "ignored"
     code += "d._measure = lambda *_: signal.raise_signal(signal.SIGINT)\nmain()"
     words = ["train", str(RECIPES / "own-data.yaml"), *small(items, f"model.start={made['with clip']}"), "--dry-run"]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
