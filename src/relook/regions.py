@@ -146,29 +146,37 @@ def cells_of(box: Sequence[float], frame: Box, grid: int = GRID) -> Cells:
     return box_to_cells(inside, (frame[2] - frame[0], frame[3] - frame[1]), grid)
 
 
+def closer(box: Sequence[float], frame: Box, grid: int = GRID, margin: int = 0) -> Cells | None:
+    """The cells of the grid over `frame` that show `box`; None where they, widened, have over half of its area.
+
+    >>> closer((900, 500, 950, 520), (800, 480, 960, 640))  # shows 900,500 to 960,520
+    (5, 1, 7, 1)
+    >>> closer((810, 490, 950, 630), (800, 480, 960, 640)) is None
+    True
+    """
+    cells = cells_of(box, frame, grid)
+    return cells if 2 * _area(cells_in(cells, frame, grid, margin)) <= _area(frame) else None
+
+
 def chain(
     box: Sequence[float], size: tuple[int, int], grid: int = GRID, margin: int = 0, looks: int = 1
 ) -> list[Cells]:
     """The region calls that lead to `box` in an image of `size`, where a call counts cells of the view before it.
 
-    The first counts cells of the whole image; another one follows while fewer than `looks` were made and the box that
-    it shows, widened by `margin`, has at most half the area of the view before. Every view covers the box.
+    The first counts cells of the whole image; a `closer` one follows while there is one and fewer than `looks` were
+    made. Every view covers the box.
 
     >>> chain((900, 500, 950, 520), (1280, 1280), looks=3)  # seen: 800,480 to 960,640, then 900,500 to 960,520
     [(5, 3, 5, 3), (5, 1, 7, 1)]
     >>> chain((900, 500, 950, 520), (1280, 1280)) == [box_to_cells((900, 500, 950, 520), (1280, 1280))]
     True
     """
-    box, seen = clamp_box(box, size), (0, 0, *size)
-    calls = [cells_of(box, seen, grid)]
-    seen = cells_in(calls[0], seen, grid, margin)
-    while len(calls) < looks:
-        cells = cells_of(box, seen, grid)
-        closer = cells_in(cells, seen, grid, margin)
-        if 2 * _area(closer) > _area(seen):
-            break
+    box = clamp_box(box, size)
+    calls = [box_to_cells(box, size, grid)]
+    seen = cells_in(calls[0], (0, 0, *size), grid, margin)
+    while len(calls) < looks and (cells := closer(box, seen, grid, margin)) is not None:
         calls.append(cells)
-        seen = closer
+        seen = cells_in(cells, seen, grid, margin)
     return calls
 
 

@@ -24,7 +24,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
 from relook.data.collate import IGNORED
 from relook.io import rng
 from relook.looks import look_turn, parse_calls, write_call
-from relook.regions import Cells, box_to_cells, cells_in, cells_of, union
+from relook.regions import Cells, box_to_cells, cells_in, closer, union
 from relook.train.objective import Setup
 from zoo.objectives.conversation import (
     KINDS,
@@ -92,8 +92,7 @@ class RowTeller(Teller):
         box = max(box[0], seen[0]), max(box[1], seen[1]), min(box[2], seen[2]), min(box[3], seen[3])
         if box[0] >= box[2] or box[1] >= box[3]:
             return None
-        cells = cells_of(box, seen, grid)
-        return cells if 2 * area(cells_in(cells, seen, grid, margin)) <= area(seen) else None
+        return closer(box, seen, grid, margin)
 
     def chain(self, page: Page, qa: QA, random: np.random.Generator) -> Conversation:
         """The region with the answer's rows, then the answer inside it, where that is small beside the view."""
@@ -371,10 +370,6 @@ def answer_spans(page: Page, qa: QA) -> list[Box | None]:
         return []
     found = iter(span for _, span in letters[start:])
     return [None if char.isspace() else next(found) for char in qa.answer]
-
-
-def area(box: Box) -> int:
-    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def _lies_in(box: Box, boxes: Sequence[Box]) -> bool:

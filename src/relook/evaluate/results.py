@@ -61,7 +61,7 @@ class Evaluation:
         by: Sequence[str] = (),
     ) -> Self:
         """The results of records in their order, a summary for each task and look, with these scores by task; `by`:
-        `summary.grouping`."""
+        `groups.grouping`."""
         groups: dict[tuple[str, str], list[Record]] = {}
         for record in records:
             groups.setdefault((record["task"], record["look"]), []).append(record)
