@@ -4,9 +4,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer
+from pydantic.json_schema import SkipJsonSchema
 
 from relook.errors import UserError
+from relook.interventions import Intervention
 from relook.io import validate
 from relook.looks import LOOKS
 from relook.regions import Cells, Frame, chain, check_box
@@ -57,6 +59,10 @@ PixelBox = tuple[float, float, float, float]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
+Instead = Annotated[
+    SkipJsonSchema[InstanceOf[Intervention] | None],  # Python's only: it may hold an image
+    PlainSerializer(lambda value, info: value.name if value and info.mode == "json" else value),
+]
 
 
 class AskOptions(BaseModel):
@@ -98,6 +104,9 @@ class AskOptions(BaseModel):
     state. Regions have no projector, hence no condition."""
     blank: Flag = False
     """For measuring. True: the crops of regions are blank images of the same size (`Look.image` shows it)."""
+    intervention: Instead = None
+    """For measuring: what is shown in place of the crops of regions (`relook.interventions`). `blank=True` is its row
+    "blank"."""
     look_at: Whole | None = None
     """Which image looks go to, counted from 0 over the conversation (negative: from its end). Default: the first image
     that came with the latest question that had one."""
@@ -130,6 +139,8 @@ class AskOptions(BaseModel):
                 )
         if self.region is not None and self.box is not None:
             raise UserError(f"box={self.box} and region={self.region} are two ways to say one thing; leave one out")
+        if self.blank and self.intervention is not None:
+            raise UserError(f"blank=True and intervention {self.intervention.name!r} change one crop; leave one out")
         if self.max_looks == 0 and self.first_look in LOOKS:
             raise UserError(f"look={self.first_look!r} was asked for with max_looks=0; allow at least 1")
         for name in ("temperature", "top_p", "top_k", "seed"):
@@ -140,6 +151,11 @@ class AskOptions(BaseModel):
     def first_look(self) -> str:
         """The look that is asked for: "region" where cells or a box are given."""
         return self.look if self.region is None and self.box is None else "region"
+
+    @property
+    def change(self) -> Intervention | None:
+        """What is shown in place of crops; None: the crops."""
+        return Intervention("blank") if self.blank else self.intervention
 
     def calls(self, whole: Frame, looks: int) -> list[Cells]:
         """The region calls that are asked for, the first about the `whole` image; at most `looks` of them.
@@ -156,9 +172,10 @@ class AskOptions(BaseModel):
         """Refuse to leave out what none of the looks asked for has: the answer would pass for a measurement."""
         most = 1 if self.max_looks is None else self.max_looks
         free = self.first_look == AUTO or (most > 1 and self.first_look != NONE)
+        named = self.intervention and f"intervention {self.intervention.name!r}"
         for option, reencodes, wanted in (
             ("condition=False", True, not self.condition),
-            ("blank=True", False, self.blank),
+            (named or "blank=True", False, self.change is not None),
         ):
             having = [name for name in looks if LOOKS[name].reencodes is reencodes]
             possible = having if free and most > 0 else {self.first_look}.intersection(having)

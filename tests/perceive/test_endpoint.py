@@ -380,7 +380,7 @@ def test_a_forced_region_of_other_models():
         ({"region": (0, 0, 8, 8)}, "does not fit the 8 x 8 grid"),
         ({"box": (0, 0, 9000, 8)}, "leaves the image"),
         ({"condition": False}, "condition=False"),
-        ({"blank": True}, "blank=True is for a model in this process"),
+        ({"blank": True, "look": "none"}, "blank=True with look='none'"),
         ({"look_at": 3}, "look_at=3 names no image"),
         ({"lok": "clip"}, "lok"),
     ],

@@ -40,7 +40,7 @@ def evaluate(
         Option(
             metavar="LOOK...",
             help="auto, none, region, clip, detection, seg, oracle (annotated), random, blank, once, "
-            "clip-unconditioned, ...",
+            "clip-unconditioned, ..., auto-blank, other, blurred, moved, image-only, text-only.",
         ),
     ] = None,
     n: Annotated[

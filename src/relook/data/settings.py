@@ -84,12 +84,22 @@ def model_settings(name: str | Path) -> tuple[dict[str, Any], list[str]]:
 def view_of(name: str | Path) -> Callable[[tuple[int, int]], tuple[int, int]]:
     """The function from the size of an image to the size at which a model (named as above) sees it first."""
     from relook.model.start import describe_start
-    from relook.processing.pixels import vit_size
 
     processor: Any = describe_start(_start(name)).processor
     if processor is None:
         raise UserError(f"{name}: has no processor here to say at which size it sees images; give a model that is here")
-    return lambda size: vit_size(processor.image_processor, processor.first_look.target(size, processor.min_side))
+    return lambda size: first_size(processor, size) or size
+
+
+def first_size(processor: Any, size: tuple[int, int]) -> tuple[int, int] | None:
+    """The size at which the model of a processor sees an image of `size` first; None where that is not known here."""
+    from relook.processing.pixels import vit_size
+
+    if (own := getattr(processor, "first_size", None)) is not None:  # of a model behind an endpoint
+        return own(size)
+    if not hasattr(processor, "first_look"):
+        return None
+    return vit_size(processor.image_processor, processor.first_look.target(size, processor.min_side))
 
 
 def _start(name: str | Path) -> Any:

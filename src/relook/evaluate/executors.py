@@ -231,6 +231,7 @@ class Replica:
         if os.path.isdir(folder):
             os.chdir(folder)  # where the run was started: relative paths mean the same here
         self.model = model, dtype
+        self.runner: Runner | None = None
 
     @cached_property
     def local(self) -> Executor:
@@ -244,7 +245,9 @@ class Replica:
 
     def ask(self, plan: Plan, batch: Batch) -> list[list[Record]]:
         """The records of a batch, by setting."""
-        runner = Runner(self.local.vlm, plan)
+        if self.runner is None or self.runner.plan != plan:
+            self.runner = Runner(self.local.vlm, plan)
+        runner = self.runner
         return [runner.ask(batch, setting) for setting in runner.settings]
 
 

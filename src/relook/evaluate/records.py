@@ -40,10 +40,12 @@ class Record(TypedDict):  # annotations of this module are not postponed: NotReq
     boxes: NotRequired[list[list[int]]]
     located: NotRequired[dict[str, Any]]  # how the boxes were found, where they were not annotated
     size: NotRequired[list[int] | None]  # width, height of the upright image
+    seen: NotRequired[list[int]]  # width, height at which the model saw it first, where that is known
+    other: NotRequired[dict[str, Any]]  # the question whose image was shown: index, where, image, size
     grid: NotRequired[int | None]
     answer: NotRequired[str | None]
     scores: dict[str, float]
-    looks: list[dict[str, Any]]  # kind, cells, box, problem, attention; frame where it is not the whole image
+    looks: list[dict[str, Any]]  # kind, cells, box (that was shown), problem, attention; frame where not whole
     recall: float | None  # share of the annotated area that was seen
     iou: float | None  # of the cells named and the annotated boxes
     first_recall: NotRequired[float | None]  # where regions nest: of the first look; the others are of the last one

@@ -17,18 +17,21 @@ from typing import Any
 from relook import plugins
 from relook.data.faults import Context, refuse
 from relook.data.items import Question, image_size
-from relook.data.settings import nested
+from relook.data.settings import first_size, nested
 from relook.errors import RelookError, UserError
 from relook.evaluate.metrics import SCORERS, region_overlap
 from relook.evaluate.records import Record
 from relook.evaluate.settings import SETTINGS, Case, Setting, find_protocol, find_settings
 from relook.evaluate.tasks import TASKS, Places, Task, find_tasks
+from relook.interventions import box_in_other
 from relook.io import rng
 from relook.looks import ANSWER_PREFIX
 from relook.regions import cells_in
 from relook.trace import Answer, Look, region_turns
+from relook.views import load_item_image
 
-SOMETIMES = ("judged", "pixels", "located", "first_recall")  # keys of a record that not every one has
+SOMETIMES = ("judged", "pixels", "located", "first_recall", "seen", "other")  # keys of a record that not every one has
+POOL = 64  # first questions of a task, of which one lends its image to another
 Outcome = tuple[Answer | None, str | None, float]  # the answer, or what went wrong; seconds
 
 
@@ -157,6 +160,7 @@ class Runner:
         self.options: dict[str, Any] = dict(self.protocol.options)
         if self.options.get("do_sample"):
             self.options["seed"] = plan.seed
+        self._pools: dict[str, list[tuple[Question, dict[str, str | None]]]] = {}  # by task, with what names the image
 
     def ask(self, batch: Batch, setting: Setting) -> list[Record]:
         """Records of one batch under one setting, in the order of the questions.
@@ -176,10 +180,18 @@ class Runner:
                 continue
             processor, draws = self.vlm.processor, rng(self.plan.seed, "arm", batch.task.name, number)
             record["size"], record["grid"] = list(size), processor.grid_size
+            if (seen := first_size(processor, size)) is not None:
+                record["seen"] = list(seen)
             case = Case(question, size, processor.grid_size, draws, processor.region_margin, nested(processor))
+            if setting.takes_other:
+                try:
+                    case = self._with_other(case, batch.task, number, record)
+                except UserError as error:
+                    record["failed"] = f"the image of another question: {error}"
+                    continue
             look = setting.options(case)
             if look is None:
-                record["skipped"] = f"{setting.name} does not apply: nothing is annotated"
+                record["skipped"] = f"{setting.name} does not apply: {setting.lacks}"
             else:
                 waiting.append((record, case, {"image": question.image, "question": question.text, **look}))
         tokens = self.plan.max_new_tokens or self.protocol.tokens or batch.task.tokens
@@ -191,6 +203,21 @@ class Runner:
             else:
                 _fill(record, case, answer, batch.task.scores)
         return records
+
+    def _with_other(self, case: Case, task: Task, number: int, record: Record) -> Case:
+        """The case with the image of another question, drawn by the seed among the first `POOL` of the task whose image
+        is another one; the record says which. As it is where there is none."""
+        if task.name not in self._pools:
+            questions = islice(self.plan.questions(task), POOL)
+            self._pools[task.name] = [(question, _image_of(question)) for question in questions]
+        pool, own = self._pools[task.name], _image_of(case.question)
+        for place in rng(self.plan.seed, "other", task.name, number).permutation(len(pool)):
+            question, image = pool[place]
+            if image != own:
+                other = load_item_image(question.image)
+                record["other"] = {"index": int(place), "where": question.where, **image, "size": list(other.size)}
+                return replace(case, other=other)
+        return case
 
     def _outcomes(self, requests: list[Mapping[str, Any]], tokens: int) -> list[Outcome]:
         """What became of each request, turns being `tokens` long at most.
@@ -297,6 +324,9 @@ def _fill(record: Record, case: Case, answer: Answer, scores: Sequence[str]) -> 
     record["answer"] = text = answer.text.removeprefix(ANSWER_PREFIX).strip()
     record["scores"] = {name: SCORERS[name](text, case.question.answers) for name in scores}
     record["looks"] = [_look(look, answer.nests(look)) for look in answer.looks]
+    for look, kept in zip(answer.looks, record["looks"], strict=True):
+        if case.other is not None and look.cells is not None and look.box is not None and look.problem is None:
+            kept["other"] = box_in_other(look.box, case.size, case.other.size)  # what was shown, in its pixels
     record["usage"] = answer.usage.to_dict()
     record["transcript"] = [turn.to_dict() for turn in answer.transcript]
     turns = region_turns(answer.looks, nested=case.looks > 1) or [[]]

@@ -5,7 +5,10 @@ the same size elsewhere: the three together say what choosing the region is wort
 step by step (`regions.chain`), and `once` allows one look only: it says what further ones are worth. A look's name with
 `-unconditioned` is the same look without its condition (c = 0): features that do not depend on the question. Only
 re-encoding looks have that setting; a region's crop enters as the first look does, without projector and condition.
-`blank` is the region look with a blank crop.
+
+`auto-blank`, `other`, `blurred`, `moved`, `image-only`, `text-only` are `auto` with an intervention on every region
+look (`relook.interventions`): the model is asked alike and writes the same first call, so that a question under which
+it does not look has the answer of `auto`. `blank` is the forced region look with a blank crop.
 
 Protocol `default` asks all items greedily, at the views of the checkpoint. `paper` is as published: the first 1000
 items, images of 512 pixels at most (`paper-224`: 224) made smaller by the nearest neighbour, a region widened by one
@@ -21,12 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 from relook.data.items import Question
 from relook.errors import UserError
+from relook.interventions import INTERVENTIONS, STEPS, Intervention
 from relook.looks import LOOKS
 from relook.regions import Box, Cells, box_to_cells, cells_to_box, chain, clamp_box, union
 from relook.views import PREPROCESSING
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Case:
 
     margin  cells by which a region is widened
     looks   how many region looks may lead to a box (`data.settings.nested`)
+    other   the image of another question, for settings that take one (`Setting.takes_other`)
     """
 
     question: Question
@@ -43,16 +49,30 @@ class Case:
     random: np.random.Generator
     margin: int = 0
     looks: int = 1
+    other: Image.Image | None = None
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What it is, the look a model must have for it, and the options of `VLM.ask_many` (None: does not apply)."""
+    """What it is, the look a model must have for it, and the options of `VLM.ask_many` (None: does not apply).
+
+    intervention  on region looks, a row of `relook.interventions`
+    """
 
     name: str
     about: str
     needs: str | None
     options: Callable[[Case], dict[str, Any] | None]
+    intervention: str | None = None
+
+    @property
+    def takes_other(self) -> bool:
+        return self.intervention == "other"
+
+    @property
+    def lacks(self) -> str:
+        """Why it does not apply to a question."""
+        return "no question here is about another image" if self.takes_other else "nothing is annotated"
 
 
 def annotated_box(case: Case) -> Box | None:
@@ -111,7 +131,21 @@ def _look(name: str, **options: Any) -> Callable[[Case], dict[str, Any]]:
     return lambda case: {"look": name, **options}
 
 
+def _instead(name: str) -> Callable[[Case], dict[str, Any] | None]:
+    """The model decides, and crops are changed; `moved` in a direction that is drawn."""
+
+    def options(case: Case) -> dict[str, Any] | None:
+        if name == "other" and case.other is None:
+            return None
+        step = STEPS[int(case.random.integers(len(STEPS)))] if name == "moved" else STEPS[0]
+        return {"look": "auto", "intervention": Intervention(name, case.other if name == "other" else None, step)}
+
+    return options
+
+
 ONCE = "once"
+_AUTO = {"blank": "auto-blank"}  # "blank" alone is forced
+UNCONDITIONED = "-unconditioned"
 _UNCONDITIONED = "a {} look whose features enter as they are (c = 0)"
 _BLANK = "a region look, in the model's own way, that shows a blank crop"
 
@@ -122,16 +156,22 @@ SETTINGS: dict[str, Setting] = {
         Setting("none", "no second look", None, _look("none")),
         *(Setting(look, f"a {look} look, in the model's own way", look, _look(look)) for look in LOOKS),
         *(
-            Setting(f"{look}-unconditioned", _UNCONDITIONED.format(look), look, _look(look, condition=False))
+            Setting(f"{look}{UNCONDITIONED}", _UNCONDITIONED.format(look), look, _look(look, condition=False))
             for look, spec in LOOKS.items()
             if spec.reencodes
         ),
         Setting(
             ONCE, "a region look, in the model's own way, and no further one", "region", _look("region", max_looks=1)
         ),
-        Setting("blank", _BLANK, "region", _look("region", blank=True)),
+        Setting("blank", _BLANK, "region", _look("region", blank=True), "blank"),
         Setting("oracle", "the annotated region", "region", _oracle),
         Setting("random", "a region of the annotated one's size, anywhere", "region", _random),
+        *(
+            Setting(
+                _AUTO.get(name, name), f"the model decides; its crops are {row.about}", "region", _instead(name), name
+            )
+            for name, row in INTERVENTIONS.items()
+        ),
     )
 }
 
@@ -145,14 +185,24 @@ def find_settings(names: Sequence[str], vlm: Any) -> list[Setting]:
     for name in names:
         if name not in SETTINGS:
             raise UserError(f"look {name!r} is unknown; expected some of {', '.join(SETTINGS)}")
-        needs = SETTINGS[name].needs
-        if needs is not None and needs not in vlm.looks:
-            raise UserError(
-                f"{name!r} needs a {needs} look, and this model has {', '.join(vlm.looks) or 'none'}; leave it out"
-            )
-        if name == ONCE and vlm.processor.max_looks == 1:
-            raise UserError(f"{name!r} leaves out further looks, and this model takes one; give 'region'")
+        if problem := why_not(SETTINGS[name], vlm):
+            cure = "give 'region'" if name == ONCE else "leave it out"
+            raise UserError(f"{problem}; {cure}")
     return [SETTINGS[name] for name in dict.fromkeys(names)]
+
+
+def why_not(setting: Setting, vlm: Any) -> str:
+    """Why a setting does not apply to a model, in words; "" where it does."""
+    name, needs = setting.name, setting.needs
+    if needs is not None and needs not in vlm.looks:
+        return f"{name!r} needs a {needs} look, and this model has {', '.join(vlm.looks) or 'none'}"
+    if name == ONCE and vlm.processor.max_looks == 1:
+        return f"{name!r} leaves out further looks, and this model takes one"
+    if setting.intervention not in (None, *getattr(vlm, "interventions", INTERVENTIONS)):
+        return f"{name!r} changes views or history, which relook's own server sees to by itself"
+    if name.endswith(UNCONDITIONED) and hasattr(vlm, "engine"):
+        return f"{name!r} is for a model in this process"
+    return ""
 
 
 # ---- protocols

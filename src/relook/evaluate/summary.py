@@ -16,6 +16,7 @@ from typing import Any
 from relook.evaluate.groups import grouping
 from relook.evaluate.metrics import SCORERS
 from relook.evaluate.records import Record, answered, cluster_key
+from relook.evaluate.settings import SETTINGS
 from relook.evaluate.split_metrics import split_scores
 from relook.evaluate.statistics import Estimate, bootstrap, paired_test
 
@@ -27,7 +28,11 @@ BY_FIELD = ("recall", "iou")  # measures given by field beside the scores: regio
 NONE = "none"
 ANNOTATED = "annotated"
 # what each look is compared with, besides `none`: the same look with a part of it taken away
-WITHOUT = ("once", "blank", "random", "oracle", "clip-unconditioned", "detection-unconditioned", "seg-unconditioned")
+INTERVENED = tuple(name for name, setting in SETTINGS.items() if setting.intervention and name != "blank")
+WITHOUT = (
+    *("once", "blank", *INTERVENED, "random", "oracle"),
+    *("clip-unconditioned", "detection-unconditioned", "seg-unconditioned"),
+)
 
 # Measures of an answered record besides its scores; None where it has none.
 MEASURES: dict[str, Measure] = {
@@ -358,10 +363,15 @@ def _pairs(looks: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _comparable(look: str, less: str) -> bool:
-    """Whether two settings differ in one part: a look and the same unconditioned; regions, and a free choice.
+    """Whether two settings differ in one part: a look and the same unconditioned; regions, and a free choice; a free
+    choice and the same under an intervention.
 
     >>> _comparable("clip", "clip-unconditioned"), _comparable("region", "clip-unconditioned")
     (True, False)
+    >>> _comparable("auto", "blurred"), _comparable("region", "blurred")
+    (True, False)
     """
+    if less in INTERVENED:
+        return look == "auto"
     kind, _, unconditioned = less.partition("-")
     return look in (kind, "auto") if unconditioned else look in ("region", "auto")

@@ -111,6 +111,29 @@ class Conversation:
         self.pending.ids += ids
 
     @property
+    def run(self) -> int:
+        """Tokens that went through the language model."""
+        return len(self.ids) - len(self.pending)
+
+    def cut(self, length: int) -> int:
+        """Forget the tokens from `length` on, which are text; the loop shortens keys and values to `run`.
+
+        Returns:
+            How many of them had been run.
+        """
+        left = max(length - self.run, 0)
+        gone = max(self.run - length, 0)
+        self.position -= gone  # a token of text is one position
+        shown, states = self.pending.shown, self.pending.states
+        self.pending = PendingTokens(
+            self.pending.ids[:left],
+            [each for each in shown if each[0] < left],
+            [each for each in states if each[0] < left],
+        )
+        self.ids, self.sampled = self.ids[:length], self.sampled[:length]
+        return gone
+
+    @property
     def signature(self) -> np.ndarray:
         """(L,) int64: the ids, with what is seen in place of every first pad. Equal up to a place: so are its keys."""
         signature = np.array(self.ids, dtype=np.int64)

@@ -83,7 +83,7 @@ class FeatureCache:
         return FeatureCache(self.processor, self.shared, dict(self.entries), dict(self.digests))
 
     def lookup(
-        self, look: str, whole: Image.Image, stage: str, box: Box | None = None, blank: bool = False
+        self, look: str, whole: Image.Image, stage: str, box: Box | None = None
     ) -> tuple[ViewFeatures, Image.Image]:
         """The features of a view (encoded later, or already), and the view itself as an image.
 
@@ -92,18 +92,15 @@ class FeatureCache:
             whole: the image, upright, original pixels.
             stage: "first", "crop" or "reencode": which of the processor's views to use.
             box: (x1, y1, x2, y2) pixels of `whole`, exclusive; None, or a box of all of it: the whole image.
-            blank: the view's size without its content: every pixel is the mean that the image processor subtracts.
         """
         if box == (0, 0, *whole.size):
             box = None
         part = whole if box is None else whole.crop(box)
-        if blank:
-            part = Image.new("RGB", part.size, self._mean())
         encoder = ENCODER_OF[look]
         seen_as = self.processor.view(part, stage, encoder)
         if id(whole) not in self.digests:
             self.digests[id(whole)] = whole, digest(whole)
-        key = (encoder, self.digests[id(whole)][1], box, blank, self.processor.view_of(stage))
+        key = (encoder, self.digests[id(whole)][1], box, self.processor.view_of(stage))
         if key not in self.entries:
             self.entries[key] = (self.shared and self.shared.view(key)) or self._view(key, seen_as)
         return self.entries[key], seen_as.copy() if seen_as is whole else seen_as
@@ -114,11 +111,6 @@ class FeatureCache:
         tensors = self.processor.encode_images([image], encoder)
         grids = tensors.get("image_grid_thw")
         return ViewFeatures(key, encoder, tensors, None if grids is None else tuple(grids[0].tolist()))
-
-    def _mean(self) -> tuple[int, int, int]:
-        """The color that is nearest to zero once normalized."""
-        red, green, blue = (round(255 * value) for value in self.processor.image_processor.image_mean)
-        return red, green, blue
 
 
 def digest(image: Image.Image) -> bytes:

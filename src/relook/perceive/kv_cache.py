@@ -94,6 +94,12 @@ class KVRows:
             torch.ones(1, len(columns), dtype=torch.bool, device=self.mask.device),
         )
 
+    def head(self, length: int) -> KVRows:
+        """The first `length` columns; the rows themselves where they have no more."""
+        if length >= self.mask.shape[1]:
+            return self
+        return KVRows([(k[:, :, :length], v[:, :, :length]) for k, v in self.layers], self.mask[:, :length])
+
     @classmethod
     def merge(cls, parts: Sequence[KVRows]) -> KVRows:
         """Caches side by side in one batch, in order: padding columns dropped, shorter rows padded on the right."""

@@ -328,7 +328,7 @@ class Scheduler:
             if not row.finished and not row.waiting:
                 going.append(i)
                 continue
-            row.conversation.kv = self._kv.extract(i)
+            row.conversation.kv = self._kv.extract(i).head(row.conversation.run)  # shorter where a turn was forgotten
             if not row.finished:
                 back.append(row)
             elif self.memory is not None:

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from relook.errors import UserError
+from relook.interventions import Intervention
 from relook.looks import (
     IM_END,
     LOOKS,
@@ -36,7 +37,7 @@ from relook.looks import (
     write_call,
 )
 from relook.processing.vocabulary import BREAK, encode, expand
-from relook.regions import Cells, Frame
+from relook.regions import Box, Cells, Frame
 from relook.trace import Answer, Event, Finished, Look, LookTaken, TextDelta, Token, Turn, Usage
 
 from .conversation import Conversation, ShownImage
@@ -59,7 +60,7 @@ class Row:
     Attributes:
         target: number of the image that looks go to.
         size, context: tokens of the conversation with those of given turns that are still to come; tokens it may have.
-        patches, cached: encoded for this row; tokens that needed not run.
+        patches, cached, forgotten: encoded for this row; tokens that needed not run; that ran and are left out.
         number: by which an engine knows it.
     """
 
@@ -74,7 +75,7 @@ class Row:
         self.finished = self.failed = False
         self.started = self.admitted = False  # by the scheduler
         self.decoded = 0  # tokens since it was admitted
-        self.patches = self.cached = self.size = self.number = 0
+        self.patches = self.cached = self.forgotten = self.size = self.number = 0
         self.seconds = dict.fromkeys(("vision", "prefill", "decode", "look"), 0.0)
         self._tokens_before = len(conversation.ids)
         self._looks_left = self._allowed = 0 if self.options.look == "none" else self.options.max_looks or 0
@@ -133,6 +134,7 @@ class Row:
     # -- writing assistant turns -------------------------------------------------------------------------------------
 
     def _begin_turn(self) -> None:
+        self._turn_at = len(self.conversation.ids)
         self._turn: list[str] = []
         self._turn_ids: list[int] = []
         self._turn_sampled = False
@@ -403,6 +405,7 @@ class Row:
         seen = len(self.looks)
         with self._timed("look"):
             images = self._look(calls, self._given if isinstance(self._given, tuple) else ())
+        change = self._change if any(not LOOKS[call.look].reencodes for call in calls) else None
         needed = sum(self.vlm.processor.pad_count(image.kind, image.view.grid) for image in images)
         if not self._fits(needed + TURN):
             if self._given is not None:
@@ -412,30 +415,58 @@ class Row:
                 look.problem = f"no room for {needed} tokens in the model's {self.context}"
                 self.events.append(LookTaken(look))
             return
+        if change is not None and not change.row.text:
+            self._forget_call()
+        if change is not None and not change.row.image:
+            calls = [call for call in calls if LOOKS[call.look].reencodes]
         self._user_turn(look_turn(calls), images)
         self._begin_turn()
         self._force_given()
+
+    @property
+    def _change(self) -> Intervention | None:
+        """What is shown in place of crops; history stays as it was."""
+        return self.options.change if self._given is None else None
+
+    def _forget_call(self) -> None:
+        """Leave the assistant's turn empty."""
+        self.forgotten += self.conversation.cut(self._turn_at)
+        self.conversation.turns[-1] = Turn("assistant", "")
+        self.conversation.add([self.vlm.vocabulary.im_end])
 
     def _look(self, calls: Sequence[Call], given: Sequence[GivenLook]) -> list[ShownImage]:
         """The images that answer the calls, in the order of `look_turn`: grouped by look, in order of first call."""
         kinds = list(dict.fromkeys(call.look for call in calls))
         ordered = sorted(zip_longest(calls, given), key=lambda pair: kinds.index(pair[0].look))
         images = [self._reencode(call) if LOOKS[call.look].reencodes else self._crop(call, by) for call, by in ordered]
-        self._frame = self._frame.after([self._frame.shown(call.cells) for call in calls if call.cells is not None])
-        return images
+        self._frame = self._frame.after([self._seen(call.cells) for call in calls if call.cells is not None])
+        return [image for image in images if image is not None]
+
+    def _seen(self, cells: Cells) -> Box:
+        """What the region `cells` shows, pixels of the original."""
+        box, change = self._frame.shown(cells), self._change
+        return box if change is None else change.region(box, self._frame.box, self._frame.grid)
 
     def _region(self, call: Call) -> Look:
         """A region look, not taken yet."""
         cells = call.cells or (0, 0, self._frame.grid - 1, self._frame.grid - 1)
-        return Look("region", cells=call.cells, box=self._frame.shown(cells), frame=self._frame.box)
+        return Look("region", cells=call.cells, box=self._seen(cells), frame=self._frame.box)
 
-    def _crop(self, call: Call, given: GivenLook | None) -> ShownImage:
-        """A region of the original, or the crop that was given."""
+    def _crop(self, call: Call, given: GivenLook | None) -> ShownImage | None:
+        """A region of the original, the crop that was given, or what is shown instead; None: nothing is."""
         conversation, look = self.conversation, self._region(call)
         whole, lookup = conversation.images[self.target], conversation.features.lookup
         if given is not None and given.image is not None:
             return ShownImage("image", lookup("region", given.image, "crop")[0])
-        view, look.image = lookup("region", whole, "crop", look.box, self.options.blank)
+        change = self._change
+        if change is not None and not change.row.image:
+            self._record_look(look)
+            self.events.append(LookTaken(look))
+            return None
+        if change is None or look.box is None:
+            view, look.image = lookup("region", whole, "crop", look.box)
+        else:
+            view, look.image = lookup("region", change.crop(whole, look.box, self.vlm.processor), "crop")
         return ShownImage("image", view, self._record_look(look))
 
     def _reencode(self, call: Call) -> ShownImage:
@@ -459,7 +490,7 @@ class Row:
 
     def _answer(self) -> Answer:
         conversation = self.conversation
-        run = len(conversation.ids) - self._tokens_before - self.cached
+        run = len(conversation.ids) - self._tokens_before - self.cached + self.forgotten
         return Answer(
             text=self._streamer.text,
             looks=self.looks,

@@ -21,11 +21,12 @@ from relook.evaluate.records import Record, image_key
 from relook.evaluate.report.pictures import Pictures, gather
 from relook.evaluate.report.rows import Report
 from relook.evaluate.settings import SETTINGS
+from relook.interventions import INTERVENTIONS
 from relook.looks import LOOKS
 from relook.regions import cells_in, token_area
 from relook.render import HEAT
 
-BLANK = "blank"  # the setting whose crops are shown blank
+CUT = (None, "moved", "image-only")  # interventions under which what was shown can be cut from the picture
 
 
 def browser_data(report: Report, images: int) -> tuple[dict[str, Any], Pictures]:
@@ -85,11 +86,11 @@ def _question(
 
 def _answer(record: Record, size: Sequence[int] | None) -> dict[str, Any]:
     usage = record["usage"] or {}
-    blank = record["look"] == BLANK
+    change = SETTINGS[record["look"]].intervention if record["look"] in SETTINGS else None
     return {
         "text": record.get("answer"),
         "scores": {name: _digits(score) for name, score in record["scores"].items()},
-        "looks": [_look(look, size, blank, record.get("grid")) for look in record["looks"]],
+        "looks": [_look(look, size, change, record.get("grid")) for look in record["looks"]],
         "recall": _digits(record["recall"]),
         "first": _digits(record.get("first_recall")),
         "iou": _digits(record["iou"]),
@@ -103,11 +104,14 @@ def _answer(record: Record, size: Sequence[int] | None) -> dict[str, Any]:
     }
 
 
-def _look(look: Mapping[str, Any], size: Sequence[int] | None, blank: bool, grid: int | None) -> dict[str, Any]:
-    """One look: what was seen (`box`), what was named (`named`, where the grid is known), and its map in percent."""
+def _look(look: Mapping[str, Any], size: Sequence[int] | None, change: str | None, grid: int | None) -> dict[str, Any]:
+    """One look: what was seen (`box`), what was named (`named`, where the grid is known), its map in percent; under an
+    intervention what was shown `instead`, and whether that is `uncut`: no part of the picture."""
     found: dict[str, Any] = {"kind": look["kind"], "cells": look["cells"], "problem": look["problem"]}
     region = look["cells"] is not None
-    found |= {"box": look["box"] if region else None, "blank": blank and region and look["problem"] is None}
+    found |= {"box": look["box"] if region else None}
+    if change is not None and region and look["problem"] is None:
+        found |= {"instead": INTERVENTIONS[change].about, "uncut": change not in CUT}
     if region and size and grid and look["problem"] is None:
         found |= {"frame": look["frame"], "grid": grid} if look.get("frame") else {}
         found["named"] = cells_in(look["cells"], look.get("frame") or (0, 0, size[0], size[1]), grid)

@@ -274,8 +274,8 @@
     const picture = question.picture === undefined ? null : pictures[question.picture];
     const cells = look.cells ? `, cells x ${look.cells[0]} to ${look.cells[2]}, y ${look.cells[1]} to ${look.cells[3]}${look.frame ? " of the view before" : ""}` : "";
     if (look.problem) return h("p", { class: "without" }, `${look.kind} look, not taken${cells}: ${look.problem}`);
-    const name = `${look.kind} look${cells}`;
-    if (look.blank) return h("p", { class: "without" }, `${name}; its crop was shown blank`);
+    const name = `${look.kind} look${cells}${look.instead ? `; its crop was ${look.instead}` : ""}`;
+    if (look.uncut) return h("p", { class: "without" }, name);
     const view = look.map ? [0, 0, ...(question.size || [0, 0])] : look.box && [look.box[0], look.box[1], look.box[2] - look.box[0], look.box[3] - look.box[1]];
     if (!picture || !view) return h("p", { class: "without" }, view ? `${name}; no picture to cut it from` : `${name}; its map was not recorded`);
     const drawing = sheet({ "aria-label": name }, view, 50,

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from relook.errors import RelookError, UserError
+from relook.interventions import Intervention
 from relook.looks import IM_END, LOOKS, with_trigger
 from relook.options import AUTO, NONE
 from relook.regions import Cells, Frame, check_cells
@@ -84,11 +85,17 @@ class Asking:
             raise UserError(f"no {look!r} look here; expected one of {', '.join([AUTO, NONE, *engine.looks])}")
         if options.region is not None:
             check_cells(options.region, engine.grid)
-        here = {"condition=False": not options.condition, "blank=True": options.blank}
+        here = {"condition=False": not options.condition}
         here["constrain=False"] = not options.constrain and engine.dialect == "relook"
         here["logprobs"] = request.logprobs is not None
         for name in (name for name, given in here.items() if given):
             raise UserError(f"{name} is for a model in this process, not for one at an address; leave it out")
+        if (change := options.change) is not None and change.name not in engine.interventions:
+            raise UserError(
+                f"intervention {change.name!r} is for a model in this process or behind a plain endpoint: relook's own "
+                "server sees to views and history by itself; leave it out"
+            )
+        options.check_left_out(engine.looks)
         texts = [request.system or "", request.question, *(t for p in request.past for t in (p.question, p.answer))]
         found = next(filter(None, map(_STRUCTURE.search, texts)), None)
         if found is not None and engine.dialect != "relook":
@@ -177,14 +184,31 @@ class Asking:
     def _called(self, cells: Cells) -> Called:
         return Called("region", cells, self._frame.shown(cells))
 
-    def _crop(self, called: Called) -> Image.Image:
-        return self.images[self.target].crop(called.box)
+    def _crop(self, called: Called, change: Intervention | None = None) -> Image.Image:
+        whole, box = self.images[self.target], called.box
+        return whole.crop(box) if change is None or box is None else change.crop(whole, box, self.processor)
 
     def _show(self, called: Sequence[Called], crops: Sequence[Image.Image]) -> list[Image.Image]:
         """Send what was called, as the model's view of a crop is; returns that."""
         self._frame = self._frame.after([each.box for each in called if each.box is not None and each.problem is None])
         shown = [self.processor.view(crop, "crop") for crop in crops]
         self.messages += self.spelling.results(called, shown)
+        return shown
+
+    def _show_instead(self, called: Sequence[Called], good: Sequence[Called], change: Intervention) -> Sequence[Any]:
+        """The same under an intervention; returns what was shown of each good call, None where nothing was."""
+        for each in good:
+            each.box = each.box and change.region(each.box, self._frame.box, self._frame.grid)
+        if not change.row.image and good:
+            self._frame = self._frame.after([each.box for each in good if each.box])
+            self.messages += self.spelling.results(called, [], untold=True)
+            return [None] * len(good)
+        answered = len(self.messages)
+        shown = self._show(called, [self._crop(each, change) for each in good])
+        if not change.row.text and good:
+            self.sampled.discard(answered - 1)
+            pictures = [message for message in self.messages[answered:] if message["role"] == "user"]
+            self.messages[answered - 1 :] = [{"role": "assistant", "content": ""}, *pictures]
         return shown
 
     # -- turns -------------------------------------------------------------------------------------------------------
@@ -224,8 +248,12 @@ class Asking:
         for each in called if self._left <= 0 else ():
             each.problem = each.problem or NO_MORE
         good = [each for each in called if each.problem is None]
-        held, frame = self.request.hold_regions and bool(good), self._frame.box
-        shown = [] if held else self._show(called, [self._crop(each) for each in good])
+        held, frame, change = self.request.hold_regions and bool(good), self._frame.box, self.options.change
+        shown: Sequence[Any] = []
+        if not held and change is not None:
+            shown = self._show_instead(called, good, change)
+        elif not held:
+            shown = self._show(called, [self._crop(each) for each in good])
         images, turn = iter(shown), self._next_turn
         for each in called:
             image = next(images) if each.problem is None and not held else None

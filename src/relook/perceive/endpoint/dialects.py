@@ -143,9 +143,10 @@ class ControlTokens:
     def said(self, reply: Reply) -> Body:
         return {"role": "assistant", "content": reply.text}
 
-    def results(self, called: Sequence[Called], crops: Sequence[Image.Image]) -> list[Body]:
+    def results(self, called: Sequence[Called], crops: Sequence[Image.Image], untold: bool = False) -> list[Body]:
+        """The turn with the crops; an empty one where `untold`."""
         good = [TokenCall("region", each.cells, None, (0, 0)) for each in called if each.problem is None]
-        return [_user(look_turn(good), crops)] if crops else []
+        return [_user("" if untold else look_turn(good), crops)] if crops or untold else []
 
 
 class ZoomCalls:
@@ -245,13 +246,13 @@ class ZoomCalls:
         ]
         return {"role": "assistant", "content": reply.text or None, "tool_calls": calls, **reply.kept}
 
-    def results(self, called: Sequence[Called], crops: Sequence[Image.Image]) -> list[Body]:
-        """What each call gave; crops follow in a message of the user's."""
+    def results(self, called: Sequence[Called], crops: Sequence[Image.Image], untold: bool = False) -> list[Body]:
+        """What each call gave; crops follow in a message of the user's. `untold`: nothing, and no crop is promised."""
         if self.dialect.prompted or not all(each.id for each in called):
             shown = "<tool_response>\n<image>\n</tool_response>" * len(crops)
             said = "\n".join(each.problem for each in called if each.problem)
-            return [_user(shown + "\0", crops, said)]
-        given = "the region is shown in the next message"
+            return [_user(shown + ("<tool_response>\n</tool_response>" if untold else "") + "\0", crops, said)]
+        given = "" if untold else "the region is shown in the next message"
         told: list[Body] = [
             {"role": "tool", "tool_call_id": each.id, "content": each.problem or given} for each in called
         ]
@@ -294,6 +295,11 @@ class Views:
         side = self.dialect.side
         return View(self.dialect.longest_side).apply(image, side, partial(_multiples, side)) if side else image
 
+    def first_size(self, size: Size) -> Size | None:
+        """The size at which an image is sent; None where the server makes another of it."""
+        side = self.dialect.side
+        return _multiples(side, View(self.dialect.longest_side).target(size, side)) if side else None
+
     def to_json_string(self) -> str:
         return json.dumps({"dialect": vars(self.dialect), "grid_size": self.grid_size})
 
@@ -318,7 +324,7 @@ def _user(content: str, images: Sequence[Image.Image], question: str = "") -> Bo
         for piece in pieces
         if piece and (piece != "\0" or question)
     ]
-    return {"role": "user", "content": parts}
+    return {"role": "user", "content": parts or ""}  # templates take no empty list
 
 
 def _data_url(image: Image.Image) -> str:

@@ -17,6 +17,7 @@ from threading import Lock, Thread, Timer
 from typing import Any
 
 from relook.errors import RelookError, UserError
+from relook.interventions import INTERVENTIONS
 from relook.looks import LOOKS
 from relook.regions import GRID
 from relook.trace import Answer
@@ -87,6 +88,12 @@ class OpenAIEngine:
     def looks(self) -> list[str]:
         takes = self.processor.looks
         return list(takes) if self.dialect == "relook" else [look for look in takes if not LOOKS[look].reencodes]
+
+    @property
+    def interventions(self) -> tuple[str, ...]:
+        """Rows of `relook.interventions` that can be made here: relook's server has views and history of its own."""
+        here = ("blank", "other", "moved")
+        return here if self.dialect == "relook" else tuple(INTERVENTIONS)
 
     @property
     def grid(self) -> int:

@@ -34,6 +34,7 @@ class RemoteVLM:
     domain = property(lambda self: self.engine.domain)
     warnings = property(lambda self: self.engine.warnings)
     context = property(lambda self: self.engine.context)
+    interventions = property(lambda self: self.engine.interventions)
 
     def with_settings(self, **settings: Any) -> RemoteVLM:
         raise UserError(
@@ -42,7 +43,7 @@ class RemoteVLM:
         )
 
     def ask(self, image: Any, question: str, **options: Any) -> Answer:
-        """See `VLM.ask`; `condition`, `blank` and re-encoding looks need a model in this process."""
+        """See `VLM.ask`; `condition` and re-encoding looks need a model in this process."""
         return last_answer(self.stream(image, question, **options))
 
     def stream(self, image: Any, question: str, **options: Any) -> Iterator[Event]:
