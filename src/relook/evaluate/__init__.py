@@ -6,6 +6,7 @@ Importing this package loads neither torch nor matplotlib.
 import warnings
 from typing import Any
 
+from relook.evaluate.effect import Effect, effects
 from relook.evaluate.metrics import SCORERS, anls, exact_match, region_overlap
 from relook.evaluate.records import keep, read_folder
 from relook.evaluate.report import WRITERS, Report, collect, write
@@ -25,6 +26,7 @@ __all__ = [
     "SPLIT_SCORES",
     "TASKS",
     "WRITERS",
+    "Effect",
     "Evaluation",
     "Places",
     "Report",
@@ -33,6 +35,7 @@ __all__ = [
     "anls",
     "bootstrap",
     "collect",
+    "effects",
     "evaluate",
     "exact_match",
     "find_task",

@@ -23,7 +23,7 @@ WRITERS: dict[str, Callable[[Report], bytes]] = {
 }
 PAGE = "report.html"
 
-__all__ = ["PAGE", "WRITERS", "Report", "collect", "page_html", "table_csv", "table_md", "write"]
+__all__ = ["IMAGES", "PAGE", "WRITERS", "Report", "collect", "page_html", "table_csv", "table_md", "write"]
 
 
 def write(report: Report, out: str | Path, images: int | None = IMAGES) -> list[Path]:

@@ -1,6 +1,6 @@
 """The record browser's data: a report's records as plain lists for JSON, questions once, answers apart.
 
-    rows       name, title, look, the look in words
+    rows       name, title, look, the look in words, run (number of the folders that it is of)
     questions  task, index, where, field, text, accepted, boxes, size, picture (number of a picture; null: `why` not)
     answers    row, folder, question (numbers), text, scores, looks, recall (and of the first look), iou, cost, judge,
                failed, skipped, said
@@ -21,6 +21,7 @@ from relook.evaluate.records import Record, image_key
 from relook.evaluate.report.pictures import Pictures, gather
 from relook.evaluate.report.rows import Report
 from relook.evaluate.settings import SETTINGS
+from relook.evaluate.summary import RIGHT
 from relook.interventions import INTERVENTIONS
 from relook.looks import LOOKS
 from relook.regions import cells_in, token_area
@@ -45,13 +46,23 @@ def browser_data(report: Report, images: int) -> tuple[dict[str, Any], Pictures]
             questions[same] = len(asked)
             asked.append(_question(record, size, numbers, pictures))
         answers.append(_clean(_answer(record, size) | {"row": row, "folder": folder, "question": questions[same]}))
+    places = [tuple(folder.path for folder in row.folders) for row in report.rows]
+    runs = list(dict.fromkeys(places))
     first = [report.scores(task)[0] for task in report.tasks]  # the scores that decide in a task come first
     data = {
         "tasks": list(report.tasks),
         "scores": list(dict.fromkeys([*first, *(name for task in report.tasks for name in report.scores(task))])),
         "rows": [
-            {"name": row.name, "title": row.title, "look": row.look, "about": _about(row.look)} for row in report.rows
+            {
+                "name": row.name,
+                "title": row.title,
+                "look": row.look,
+                "about": _about(row.look),
+                "run": runs.index(place),
+            }
+            for row, place in zip(report.rows, places, strict=True)
         ],
+        "right": RIGHT,
         "questions": asked,
         "answers": answers,
         "pictures": [{"src": src, "width": w, "height": h} for src, (w, h) in pictures.shown.values()],

@@ -159,6 +159,17 @@ def _document(report: Report, draw: Draw, height: float) -> Any:
     return figure
 
 
+def panels_png(panels: Sequence[tuple[str, Callable[[Any], None]]], height: float) -> bytes:
+    """Panels side by side, each its title and what draws it, `height` inches high."""
+    with _matplotlib():
+        figure = _figure(WIDTH * len(panels), height, DPI)
+        for panel, (title, draw) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+            draw(panel)
+            panel.set_title(short(title, 60), loc="left", fontsize=11, weight="bold")
+            panel.spines[["top", "right"]].set_visible(False)
+        return _png(figure)
+
+
 def _entry(row: Row) -> str:
     text = row.title if row.title == row.name else f"{row.name}: {row.title}"
     return short(text, 70) + ("" if row.results else " (not run)")

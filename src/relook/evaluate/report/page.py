@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ HERE = Path(__file__).parent
 IMAGES = 100  # pictures on a page by default: some five megabytes
 
 
-def page_html(report: Report, images: int = IMAGES) -> bytes:
-    """The page, with at most `images` pictures in it.
+def page_html(report: Report, images: int = IMAGES, first: Mapping[str, Sequence[Table]] | None = None) -> bytes:
+    """The page, with at most `images` pictures in it; `first`: tables that stand before the others of a task.
 
     Raises:
         UserError: matplotlib or Jinja is not installed.
@@ -37,7 +37,7 @@ def page_html(report: Report, images: int = IMAGES) -> bytes:
     data, pictures = browser_data(report, images)
     script = (HERE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    tasks = [_task(report, task, pictures) for task in report.tasks]
+    tasks = [_task(report, task, pictures, (first or {}).get(task, ())) for task in report.tasks]
     every = iter(figures.unique([chart for task in tasks for chart in (*task["charts"], *task["heat"])]))
     for task in tasks:
         task["charts"], task["heat"] = ([next(every) for _ in task[name]] for name in ("charts", "heat"))
@@ -59,12 +59,12 @@ def page_html(report: Report, images: int = IMAGES) -> bytes:
     return text.encode("utf-8", "replace")
 
 
-def _task(report: Report, task: str, pictures: Pictures) -> dict[str, Any]:
+def _task(report: Report, task: str, pictures: Pictures, first: Sequence[Table]) -> dict[str, Any]:
     maps, left = heat_maps(report, task, pictures)
     return {
         "name": task,
         "heading": heading(report, task),
-        "tables": [_table(report, table) for table in tables(report, task)],
+        "tables": [_table(report, table) for table in (*first, *tables(report, task))],
         "charts": figures.charts(report, task),
         "heat": [figures.heat(each) for each in maps],
         "left": left,

@@ -48,6 +48,18 @@
     return answer.looks.map((look) => (look.problem ? `${look.kind}, not taken` : look.kind));
   }
 
+  // What the look was worth in an answer's question: the run's own way ("auto") against no look, in the chosen score.
+  function effect(answer) {
+    const find = (look) => together[answer.question].map((each) => answers[each]).find((each) =>
+      rows[each.row].look === look && rows[each.row].run === rows[answer.row].run && each.folder === answer.folder);
+    const scored = (each) => each && (each.scores || {})[at("score").value];
+    const [own, without] = [find("auto"), find("none")];
+    if (scored(own) === undefined || scored(without) === undefined) return "";
+    if (!(own.looks || []).some((look) => !look.problem)) return "no look";
+    const [right, before] = [scored(own) >= data.right, scored(without) >= data.right];
+    return right ? (before ? "idle" : "needed") : before ? "harmful" : "useless";
+  }
+
   const haystacks = [];
   function haystack(number) {
     if (haystacks[number] === undefined) {
@@ -79,6 +91,8 @@
     options(at("other"), ["", ...used.map(String)], { ...names, "": "anything" });
     options(at("kind"), ["", ...distinct(answers.flatMap(kinds))], ANY);
     options(at("field"), ["", ...distinct(questions.map((question) => question.field))], ANY);
+    options(at("effect"), ["", "needed", "idle", "harmful", "useless", "no look"], ANY);
+    at("effect").closest("label").hidden = !answers.some(effect);
     options(at("other-outcome"), ["right", "wrong", "partly", "failed"]);
     for (const id of ["task", "field", "score"]) at(id).closest("label").hidden = at(id).length < (id === "score" ? 2 : 3);
     for (const id of ["other", "other-outcome"]) at(id).closest("label").hidden = used.length < 2;
@@ -93,7 +107,7 @@
     const value = (id) => at(id).value;
     return {
       outcome: document.querySelector("input[name=outcome]:checked").value,
-      task: value("task"), row: value("row"), kind: value("kind"), field: value("field"),
+      task: value("task"), row: value("row"), kind: value("kind"), field: value("field"), effect: value("effect"),
       other: value("other"), otherOutcome: value("other-outcome"),
       words: value("text").toLowerCase().split(/\s+/).filter(Boolean), pictured: at("pictured").checked,
     };
@@ -107,6 +121,7 @@
     if (wanted.row && answer.row !== Number(wanted.row)) return false;
     if (wanted.field && question.field !== wanted.field) return false;
     if (wanted.pictured && question.picture === undefined) return false;
+    if (wanted.effect && effect(answer) !== wanted.effect) return false;
     if (wanted.kind && !kinds(answer).includes(wanted.kind)) return false;
     if (wanted.other && !together[answer.question].some((each) =>
       answers[each].row === Number(wanted.other) && outcome(answers[each]) === wanted.otherOutcome)) return false;
