@@ -1,4 +1,4 @@
-"""`relook evaluate`, `relook judge` and `relook report`: measure a model, score its answers, compare evaluations."""
+"""`relook evaluate`, `matter`, `judge`, `report`: measure a model and its looks, score answers, compare evaluations."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +7,7 @@ from typer import Argument, Option
 
 from relook.cli.common import (
     DEFAULT_MODEL,
+    SERVED_HELP,
     BaseUrl,
     Dialect,
     Dtype,
@@ -29,12 +30,37 @@ By = Annotated[
 ]
 
 
+Tasks = Annotated[
+    list[str] | None,
+    Option(metavar="TASK...", help="cards, receipts, receipts-real, docvqa, gqa, ..., or files of questions."),
+]
+Number = Annotated[int | None, Option("--n", "--limit", min=1, metavar="N", help="Questions of each task.")]
+Seed = Annotated[int, Option(metavar="N", help="Of pages drawn, random regions, intervals.")]
+Batch = Annotated[str, Option(metavar="N", help="Questions per batch; auto: measure, and take the fastest.")]
+EngineName = Annotated[
+    str | None,
+    Option(metavar="NAME", help="local, ray (needs relook[ray]) or processes (torchrun); detected by default."),
+]
+Replicas = Annotated[
+    int | None, Option(min=1, metavar="N", help="Copies of the model, with ray; default: one per GPU or CPU.")
+]
+ProtocolName = Annotated[
+    str, Option(metavar="NAME", help="default (greedy, all items), or as published: paper, paper-224.")
+]
+Data = Annotated[Path | None, Option(metavar="FOLDER", help="With Visual-CoT's benchmark files, for docvqa, gqa, ...")]
+Images = Annotated[
+    list[str] | None, Option(metavar="SET=FOLDER...", help="Folders of images, as in `relook data remap`.")
+]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace a finished evaluation in --out.")]
+TokenPrices = Annotated[
+    tuple[float, float] | None,
+    Option(metavar="IN OUT", help="Price of a million input and output tokens, to report the cost."),
+]
+
+
 def evaluate(
     model: Model = None,
-    tasks: Annotated[
-        list[str] | None,
-        Option(metavar="TASK...", help="cards, receipts, receipts-real, docvqa, gqa, ..., or files of questions."),
-    ] = None,
+    tasks: Tasks = None,
     looks: Annotated[
         list[str] | None,
         Option(
@@ -43,35 +69,21 @@ def evaluate(
             "clip-unconditioned, ..., auto-blank, other, blurred, moved, image-only, text-only.",
         ),
     ] = None,
-    n: Annotated[
-        int | None,
-        Option("--n", "--limit", min=1, metavar="N", help="Questions of each task."),
-    ] = None,
+    n: Number = None,
     out: Annotated[Path | None, Option(metavar="FOLDER", help="Where results and a record of each answer go.")] = None,
-    seed: Annotated[int, Option(metavar="N", help="Of pages drawn, random regions, intervals.")] = 0,
-    batch: Annotated[str, Option(metavar="N", help="Questions per batch; auto: measure, and take the fastest.")] = "8",
+    seed: Seed = 0,
+    batch: Batch = "8",
     dtype: Dtype = None,
-    engine: Annotated[
-        str | None,
-        Option(metavar="NAME", help="local, ray (needs relook[ray]) or processes (torchrun); detected by default."),
-    ] = None,
-    replicas: Annotated[
-        int | None, Option(min=1, metavar="N", help="Copies of the model, with ray; default: one per GPU or CPU.")
-    ] = None,
-    protocol: Annotated[
-        str, Option(metavar="NAME", help="default (greedy, all items), or as published: paper, paper-224.")
-    ] = "default",
-    data: Annotated[
-        Path | None, Option(metavar="FOLDER", help="With Visual-CoT's benchmark files, for docvqa, gqa, ...")
-    ] = None,
-    images: Annotated[
-        list[str] | None, Option(metavar="SET=FOLDER...", help="Folders of images, as in `relook data remap`.")
-    ] = None,
+    engine: EngineName = None,
+    replicas: Replicas = None,
+    protocol: ProtocolName = "default",
+    data: Data = None,
+    images: Images = None,
     base_url: BaseUrl = None,
     processor: Processor = None,
     dialect: Dialect = None,
     by: By = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace a finished evaluation in --out.")] = False,
+    overwrite: Overwrite = False,
     as_json: ResultsAsJson = False,
 ) -> None:
     """Measure a model: tasks x ways to look, with 95 % intervals."""
@@ -88,6 +100,44 @@ def evaluate(
                    progress=progress, overwrite=overwrite, by=by or ())  # fmt: skip
     if is_main_process():
         print_result(done, as_json, ensure_ascii=False)
+
+
+def matter(
+    model: Annotated[str | None, Argument(metavar="MODEL", help=SERVED_HELP)] = None,
+    tasks: Tasks = None,
+    out: Annotated[Path, Option(metavar="FOLDER", help="Where the report, results and records go.")] = Path(
+        "out/matter"
+    ),
+    n: Number = None,
+    seed: Seed = 0,
+    batch: Batch = "8",
+    dtype: Dtype = None,
+    engine: EngineName = None,
+    replicas: Replicas = None,
+    protocol: ProtocolName = "default",
+    data: Data = None,
+    images: Images = None,
+    base_url: BaseUrl = None,
+    processor: Processor = None,
+    dialect: Dialect = None,
+    prices: TokenPrices = None,
+    pictures: Annotated[int, Option(min=0, metavar="N", help="Pictures in report.html, some 50 kB each.")] = 100,
+    overwrite: Overwrite = False,
+    as_json: ResultsAsJson = False,
+) -> None:
+    """Did the look matter? Every question with it, without, and with parts of it taken away (docs/matter.md)."""
+    from relook.data.published import parse_folders
+    from relook.evaluate import Places
+    from relook.evaluate import matter as run
+
+    places = Places(data, parse_folders(images or []))
+    asked = model or DEFAULT_MODEL if base_url is None else open_model(model, base_url, processor, dialect)
+    with progress_bars() as progress:
+        found = run(asked, tasks or [], out, prices, pictures, dtype, engine, overwrite, n=n, seed=seed,
+                    batch=_batch(batch), replicas=replicas, protocol=protocol, places=places,
+                    progress=progress)  # fmt: skip
+    if found is not None:
+        print_result(found, as_json, ensure_ascii=False)
 
 
 def _batch(text: str) -> int | str:
@@ -113,10 +163,7 @@ def judge(
     retries: Annotated[
         int, Option(min=0, metavar="N", help="Retries of a failed request, with exponential back-off.")
     ] = 5,
-    prices: Annotated[
-        tuple[float, float] | None,
-        Option(metavar="IN OUT", help="Price of a million input and output tokens, to report the cost."),
-    ] = None,
+    prices: TokenPrices = None,
     as_json: ResultsAsJson = False,
 ) -> None:
     """Let a language model score an evaluation's answers (key: OPENAI_API_KEY); what fails is unscored, never 0."""

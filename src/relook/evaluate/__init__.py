@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from relook.evaluate.effect import Effect, effects
+from relook.evaluate.matter import Matter, matter
 from relook.evaluate.metrics import SCORERS, anls, exact_match, region_overlap
 from relook.evaluate.records import keep, read_folder
 from relook.evaluate.report import WRITERS, Report, collect, write
@@ -28,6 +29,7 @@ __all__ = [
     "WRITERS",
     "Effect",
     "Evaluation",
+    "Matter",
     "Places",
     "Report",
     "Summary",
@@ -40,6 +42,7 @@ __all__ = [
     "exact_match",
     "find_task",
     "keep",
+    "matter",
     "read_folder",
     "region_overlap",
     "write",

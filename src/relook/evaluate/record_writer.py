@@ -124,6 +124,13 @@ def begun(folder: str | Path | None) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else {}
 
 
+def finished_alike(folder: str | Path, now: Mapping[str, Any]) -> bool:
+    """Whether a finished run lies in a folder, no unfinished one beside it, and all that decides its records is so."""
+    path, run = Path(folder), read_run(Path(folder))
+    now = json.loads(json.dumps(now))
+    return holds_records(path) and begun(path) is None and all(run.get(name) == now[name] for name in now)
+
+
 def _finished(folder: Path, now: Mapping[str, Any]) -> str:
     """What a finished run is about, beside what is to be run now."""
     run = read_run(folder)

@@ -18,8 +18,8 @@ from relook.errors import RelookError
 from relook.evaluate.environment import questions_hashes, versions
 from relook.evaluate.executors import EXECUTORS, Executor, Progress, find_executor
 from relook.evaluate.groups import grouping
-from relook.evaluate.record_writer import begun
-from relook.evaluate.records import RESULTS
+from relook.evaluate.record_writer import begun, finished_alike
+from relook.evaluate.records import RESULTS, read_folder, read_run
 from relook.evaluate.results import Evaluation
 from relook.evaluate.runner import Plan, in_order
 from relook.evaluate.tasks import Places
@@ -50,6 +50,7 @@ def evaluate(
     replicas: int | None = None,
     overwrite: bool = False,
     by: Sequence[str] = (),
+    resume: bool = False,
 ) -> Evaluation:
     """Ask the questions of `tasks` under each setting of `looks`, and score the answers.
 
@@ -72,6 +73,7 @@ def evaluate(
         replicas: of the model, for engine="ray"; None: one for each GPU, or else each CPU, of the cluster.
         by: results by groups of questions, too: by keys of their records and bounds, such as "field,width<880".
         overwrite: whether `out` may hold a finished run, which is replaced when this one ends.
+        resume: whether a finished run in `out` that is this one is read, in place of being refused.
 
     Raises:
         UserError: unknown task or look, a look the model lacks, a file that cannot be read, a folder with a finished
@@ -88,6 +90,8 @@ def evaluate(
             plan, run["measured"] = _with_fastest_batch(plan, executor, out)
         run |= plan.to_dict() | {"engine": find_executor(engine), "drawn": plan.drawn()}
         with locked_folder(out) if out is not None and executor.main else nullcontext():
+            if resume and out is not None and finished_alike(out, _decisive(run)):
+                return Evaluation.of(dict(read_run(Path(out))), read_folder(out).records, run["scores"], plan.seed, by)
             evaluation = _asked(plan, run, executor, out, progress, overwrite, by)
     if not _any_answer(evaluation):
         errors = [*(e for result in evaluation.results for e in result.errors), "no setting applied to any question"]
@@ -105,7 +109,7 @@ def _asked(
     by: Sequence[str],
 ) -> Evaluation:
     """The results of the plan, written into `out`; a run without an answer leaves nothing there."""
-    writer = executor.writer(out, {name: run.get(name) for name in DECISIVE}, overwrite)
+    writer = executor.writer(out, _decisive(run), overwrite)
     records = in_order(executor.records(plan, writer, progress), plan)
     run["taken_up"] = writer.taken_up
     run["seconds"] = sum(record["seconds"] or 0.0 for record in records)
@@ -119,6 +123,10 @@ def _asked(
                 json.dump(evaluation.to_dict(), results_file, indent=2, ensure_ascii=False)
         writer.finish(records)
     return evaluation
+
+
+def _decisive(run: dict[str, Any]) -> dict[str, Any]:
+    return {name: run.get(name) for name in DECISIVE}
 
 
 def _any_answer(evaluation: Evaluation) -> bool:
