@@ -361,3 +361,5 @@ def test_relooks_own_server_has_views_of_its_own():
             with pytest.raises(UserError, match=f"'{name}' is for a model in this process"):
                 remote.ask(PAGE, QUESTION, intervention=change(name))
         assert remote.ask(PAGE, QUESTION, intervention=change("moved")).text == "7"
+        remote.processor.region_of = "last"
+        assert remote.interventions == ("blank", "other")

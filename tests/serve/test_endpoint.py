@@ -11,6 +11,7 @@ from support.scripted_model import picture, writing
 import relook
 from relook.cli.app import app
 from relook.errors import RelookError, UserError
+from relook.interventions import Intervention
 from relook.looks import IM_END, LOOKS, write_call
 from relook.options import AskOptions
 from relook.perceive.endpoint.openai import OpenAIEngine
@@ -62,6 +63,18 @@ def test_answers_are_those_of_the_model_itself(url, local, options):
         else:
             assert one.attention is None
             assert np.array_equal(np.asarray(one.image), np.asarray(PAGE.image.crop(other.box)))
+
+
+@pytest.mark.parametrize("name", ["other", "moved", "blank"])
+def test_what_is_shown_instead_reaches_the_model(url, local, name):
+    """As in this process; only a blank crop is grey, since the server's processor and its mean are not known here."""
+    change = Intervention(name, Cards(7).sample(1).image if name == "other" else None)
+    ours, theirs = (vlm.ask(PAGE.image, QUESTION, intervention=change) for vlm in (relook.load(url), local))
+    assert ours.looks == theirs.looks and ours.usage.sequence_length == theirs.usage.sequence_length
+    shown = change.crop(PAGE.image, ours.looks[0].box, relook.load(url).processor)
+    assert np.array_equal(np.asarray(ours.looks[0].image), np.asarray(shown))
+    assert ours.text == theirs.text or name == "blank"
+    assert ours.text != local.ask(PAGE.image, QUESTION).text or name == "moved"
 
 
 @pytest.mark.parametrize("options", [{}, {"max_looks": 2}, {"region": "2,2,5,5"}, {"box": "100,200,110,212"}])

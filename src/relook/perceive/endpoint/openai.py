@@ -91,9 +91,11 @@ class OpenAIEngine:
 
     @property
     def interventions(self) -> tuple[str, ...]:
-        """Rows of `relook.interventions` that can be made here: relook's server has views and history of its own."""
-        here = ("blank", "other", "moved")
-        return here if self.dialect == "relook" else tuple(INTERVENTIONS)
+        """Rows of `relook.interventions` that can be made here: relook's server has views and history of its own, and
+        where regions nest it counts cells in what it was asked for."""
+        if self.dialect != "relook":
+            return tuple(INTERVENTIONS)
+        return ("blank", "other", *(["moved"] if self.processor.region_of == "whole" else []))
 
     @property
     def grid(self) -> int:
