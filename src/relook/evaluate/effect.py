@@ -270,12 +270,11 @@ def _bins(pairs: Sequence[_Pair], seed: int) -> tuple[Bin, ...]:
     for low, high in zip((0, *EDGES), (*EDGES, None), strict=True):
         those = [p for p in pairs if p.side is not None and low <= p.side and (high is None or p.side < high)]
         if those:
-            means = [
-                _mean([(p.image, value(p)) for p in those], seed)
-                for value in (lambda p: p.with_look, lambda p: p.without, lambda p: p.with_look - p.without)
-            ]
-            p = paired_test([(p.image, p.with_look, p.without) for p in those], seed)
-            found.append(Bin(low, high, len(those), *means, p))
+            own = _mean([(p.image, p.with_look) for p in those], seed)
+            without = _mean([(p.image, p.without) for p in those], seed)
+            gain = _mean([(p.image, p.with_look - p.without) for p in those], seed)
+            test = paired_test([(p.image, p.with_look, p.without) for p in those], seed)
+            found.append(Bin(low, high, len(those), own, without, gain, test))
     return tuple(found)
 
 
