@@ -16,7 +16,6 @@ from relook.evaluate.effect import OUTCOMES
 from relook.evaluate.matter import rows_of
 
 ROWS = ["auto", "none", "oracle", "random", "auto-blank", "other", "blurred", "moved", "image-only", "text-only"]
-
 ASKED = ["cards-tiny", "--tasks", "cards", "--n", "6"]
 
 
@@ -24,9 +23,7 @@ ASKED = ["cards-tiny", "--tasks", "cards", "--n", "6"]
 def asked(tmp_path_factory):
     """cards-tiny on six cards, by the command."""
     out = tmp_path_factory.mktemp("matter") / "out"
-    shown = call(
-        "matter", "cards-tiny", "--tasks", "cards", "--n", "4", "--out", out, "--prices", "1", "2", "--pictures", "1"
-    )
+    shown = call("matter", *ASKED, "--out", out, "--prices", "1", "2", "--pictures", "1")
     return out, shown.stdout
 
 

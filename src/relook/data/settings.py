@@ -97,7 +97,7 @@ def first_size(processor: Any, size: tuple[int, int]) -> tuple[int, int] | None:
 
     if (own := getattr(processor, "first_size", None)) is not None:  # of a model behind an endpoint
         return own(size)
-    if not hasattr(processor, "first_look"):
+    if not hasattr(processor, "image_processor"):
         return None
     return vit_size(processor.image_processor, processor.first_look.target(size, processor.min_side))
 
