@@ -87,13 +87,13 @@ def test_sizes_are_in_bins_and_a_look_pays_up_to_one(tmp_path):
 
 
 def test_what_a_right_answer_costs(tmp_path):
-    """Two of three are right; all three are paid for: 300 tokens, 24 patches, 0.75 s, 30 written and 60 read again."""
+    """Two of three are right, and all are paid for: 300 tokens run and 60 read again, 24 patches, 0.75 s, 30 written."""
     usage = {"lm_positions": 100, "vision_patches": 8, "generated_tokens": 10, "cached_tokens": 20, "seconds": {}}
     rows = [*row("auto", "110", usage=usage), *row("none", "000", usage={**usage, "generated_tokens": None})]
     folder = read_folder(save(tmp_path / "run", rows))
     (plain,), (priced,) = effects(folder), effects(folder, (2.0, 10.0))
     cost = {name: value.mean for name, value in plain.row("auto").per_right.items()}
-    assert cost == {"tokens": 150, "patches": 12, "seconds": 0.375}
+    assert cost == {"tokens": 180, "patches": 12, "seconds": 0.375}
     money = ((3 * (100 - 10 + 20)) * 2 + 30 * 10) / 1e6 / 2
     assert priced.row("auto").per_right["money"].mean == pytest.approx(money)
     assert priced.row("none").per_right["tokens"].mean is None and "money" not in priced.row("none").per_right
@@ -105,6 +105,7 @@ def test_the_zooming_gap_is_between_the_annotated_crop_and_no_look(tmp_path):
     found = effect(tmp_path, row("auto", "1000"), row("none", "1000"), [*row("oracle", "111"), skipped])
     assert found.gap.gain.mean == pytest.approx(2 / 3) and found.gap.n == 3 and found.row("oracle").skipped == 1
     assert "Zooming gap (oracle - none): +66.7" in matter_text([found])
+    assert "oracle: 0 failed and 1 skipped" in matter_text([found]) and "none: " not in matter_text([found])
     assert effect(tmp_path / "less", row("auto", "1"), row("none", "1")).gap is None
 
 

@@ -48,8 +48,8 @@ class Row:
 
     against     the row it is compared with, minus it: `BASE`, or of an unconditioned look the look; None for `BASE`
     changed     share of the questions in which that row looked, whose answer is another one here
-    per_right   what all answers cost, for each right one: tokens through the language model, patches through vision
-                encoders, seconds, and money where prices were given
+    per_right   what all answers cost, for each right one: tokens of all turns, patches through vision encoders,
+                seconds, and money where prices were given
     """
 
     look: str
@@ -202,7 +202,7 @@ def _per_right(
 ) -> dict[str, Estimate]:
     """What all answers cost, divided by how many are right; nothing where none is."""
     costs: dict[str, Callable[[dict[str, Any], Record], float | None]] = {
-        "tokens": lambda usage, record: usage.get("lm_positions"),
+        "tokens": lambda usage, record: _tokens(usage),
         "patches": lambda usage, record: usage.get("vision_patches"),
         "seconds": lambda usage, record: record["seconds"],
     }
@@ -219,13 +219,16 @@ def _per_right(
     return found
 
 
+def _tokens(usage: Mapping[str, Any]) -> float | None:
+    """Tokens of all turns, kept in a server's cache or not: later rows find there what earlier ones left."""
+    run = usage.get("lm_positions")
+    return None if run is None else run + usage.get("cached_tokens", 0)
+
+
 def _money(usage: Mapping[str, Any], prices: Prices) -> float | None:
-    """What the tokens of an answer cost. Input is every prompt token of every turn, kept in a cache or not."""
-    out = usage.get("generated_tokens")
-    if out is None:
-        return None
-    read = usage["lm_positions"] - out + usage.get("cached_tokens", 0)
-    return (read * prices[0] + out * prices[1]) / 1e6
+    """What the tokens of an answer cost; all are input that were not generated."""
+    out, every = usage.get("generated_tokens"), _tokens(usage)
+    return None if out is None or every is None else ((every - out) * prices[0] + out * prices[1]) / 1e6
 
 
 # ---- with against without

@@ -112,6 +112,9 @@ def sentences(effect: Effect) -> Iterator[str]:
         yield f"A look pays for annotated regions {to}."
     elif effect.bins:
         yield "A look pays for annotated regions of no size: no bin's gain is above 0 for sure."
+    for row in effect.rows:
+        if row.failed or row.skipped:
+            yield f"{row.look}: {row.failed} failed and {row.skipped} skipped, which are in no number of it."
 
 
 def _p(value: float) -> str:
