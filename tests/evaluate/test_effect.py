@@ -87,7 +87,7 @@ def test_sizes_are_in_bins_and_a_look_pays_up_to_one(tmp_path):
 
 
 def test_what_a_right_answer_costs(tmp_path):
-    """Two of three are right, and all are paid for: 300 tokens run and 60 read again, 24 patches, 0.75 s, 30 written."""
+    """Two of three are right, and all are paid for: 300 tokens and 60 read again, 24 patches, 0.75 s, 30 written."""
     usage = {"lm_positions": 100, "vision_patches": 8, "generated_tokens": 10, "cached_tokens": 20, "seconds": {}}
     rows = [*row("auto", "110", usage=usage), *row("none", "000", usage={**usage, "generated_tokens": None})]
     folder = read_folder(save(tmp_path / "run", rows))
