@@ -5,7 +5,7 @@
     answer = vlm.ask("receipt.jpg", "What is the total amount on this receipt?")
 
 Importing this package is quick (no torch, no transformers): each public name loads its module on first use (PEP 562),
-and the `qwen2_vl_vpt` classes are announced to transformers' Auto classes by name only (`relook._autoclasses`).
+and our model classes are announced to transformers' Auto classes by name only (`relook._autoclasses`).
 """
 
 from importlib import import_module

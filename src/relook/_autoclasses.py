@@ -1,8 +1,8 @@
-"""Registration of `qwen2_vl_vpt` with transformers' Auto classes, without importing transformers or torch.
+"""Registration of our model types (`relook.bases`) with transformers' Auto classes, without importing torch.
 
 transformers is itself lazy: tables of *names* say which class belongs to a model type, and the class is imported from
 `transformers.models.<model type>` when first asked for. `announce` adds our names to those tables as each table's
-module is imported, and answers for the one module `transformers.models.qwen2_vl_vpt` by forwarding to `relook.model`.
+module is imported, and answers for the modules `transformers.models.<our model type>` by forwarding to `relook.model`.
 Nothing of relook.model is imported before somebody asks for one of its classes; so no import order makes a cycle.
 
 Where the tables were already read (transformers' Auto classes imported before relook), torch is loaded anyway, and the
@@ -10,29 +10,30 @@ classes are registered in the ordinary, eager way.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-MODEL_TYPE = "qwen2_vl_vpt"
+from relook.bases import BASES, Base
+
 _AUTO = "transformers.models.auto."
-_ALIAS = f"transformers.models.{MODEL_TYPE}"  # the module transformers derives from the model type
+_ALIASES = {f"transformers.models.{kind}" for kind in BASES}  # the modules transformers derives from the model types
 
 _MODELS = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
 
-# module of transformers -> (our class, its tables of names)
-_TABLES = {
-    _AUTO + "configuration_auto": ("VPTQwen2VLConfig", ("CONFIG_MAPPING_NAMES",)),
-    _AUTO + "modeling_auto": ("VPTQwen2VLForConditionalGeneration", _MODELS),
-    _AUTO + "processing_auto": ("VPTQwen2VLProcessor", ("PROCESSOR_MAPPING_NAMES",)),
+# module of transformers -> (our class of a base, its tables of names)
+_TABLES: dict[str, tuple[Callable[[Base], str], tuple[str, ...]]] = {
+    _AUTO + "configuration_auto": (lambda base: base.config_class, ("CONFIG_MAPPING_NAMES",)),
+    _AUTO + "modeling_auto": (lambda base: base.model_class, _MODELS),
+    _AUTO + "processing_auto": (lambda base: "VPTQwen2VLProcessor", ("PROCESSOR_MAPPING_NAMES",)),
 }
 
 
 class _Alias(Loader):
-    """Loads `transformers.models.qwen2_vl_vpt`: an empty module whose attributes are those of `relook.model`."""
+    """Loads `transformers.models.<our model type>`: an empty module whose attributes are those of `relook.model`."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return None  # the default module
@@ -59,7 +60,7 @@ class _ByModel:
             kind = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
         except OSError:  # no config beside it
             kind = None
-        found = import_module("relook.processing").VPTQwen2VLProcessor if kind == MODEL_TYPE else Qwen2VLProcessor
+        found = import_module("relook.processing").VPTQwen2VLProcessor if kind in BASES else Qwen2VLProcessor
         return found.from_pretrained(name, **kwargs)
 
 
@@ -77,7 +78,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname == _ALIAS:
+        if fullname in _ALIASES:
             return ModuleSpec(fullname, _Alias())
         if fullname not in _TABLES:
             return None
@@ -90,8 +91,8 @@ class _Finder(MetaPathFinder):
                 run(module)
                 name, tables = _TABLES[fullname]
                 for table in tables:
-                    getattr(module, table)[MODEL_TYPE] = name
-                if name == "VPTQwen2VLProcessor":
+                    getattr(module, table).update({kind: name(base) for kind, base in BASES.items()})
+                if fullname == _AUTO + "processing_auto":
                     _look_at_the_model(module)
 
             spec.loader.exec_module = run_and_add  # type: ignore[method-assign]  # this loader object is ours alone

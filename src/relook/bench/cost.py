@@ -239,7 +239,7 @@ class Subject:
 
 def random_model() -> tuple[Any, Any]:
     """A relook model (8 layers, width 512) whose answers do not end early, and its processor."""
-    from relook.model import VPTQwen2VLForConditionalGeneration
+    from relook.model.modeling import model_class
     from relook.model.new import Size, build_config, build_processor
 
     view = {"longest_side": SIDE}
@@ -252,7 +252,7 @@ def random_model() -> tuple[Any, Any]:
     )  # fmt: skip
     processor = build_processor(size)
     config = build_config(size, processor)
-    model = VPTQwen2VLForConditionalGeneration(config).eval()
+    model = model_class(config)(config).eval()
     model.lm_head.weight.data[config.para_end_id] = 0  # logit 0, below the maximum: no answer ends early
     return model, processor
 

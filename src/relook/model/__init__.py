@@ -1,4 +1,4 @@
-"""The model: Qwen2-VL whose image tokens may be looked at again, on stock transformers.
+"""The models: those of the table of bases, whose image tokens may be looked at again, on stock transformers.
 
     from relook.model import VPTQwen2VLConfig, VPTQwen2VLForConditionalGeneration, VPTQwen2VLProcessor
 
@@ -9,9 +9,11 @@ happens without importing torch at `import relook`.
 from importlib import import_module
 from typing import Any
 
+from relook.bases import BASES
+
 _HOME = {
-    "VPTQwen2VLConfig": "relook.model.configuration",
-    "VPTQwen2VLForConditionalGeneration": "relook.model.modeling",
+    **{base.config_class: "relook.model.configuration" for base in BASES.values()},
+    **{base.model_class: "relook.model.modeling" for base in BASES.values()},
     "VPTQwen2VLProcessor": "relook.processing",
 }
 __all__ = ["VPTQwen2VLConfig", "VPTQwen2VLForConditionalGeneration", "VPTQwen2VLProcessor", "register"]
@@ -24,15 +26,14 @@ def __getattr__(name: str) -> Any:
 
 
 def register() -> None:
-    """Register `qwen2_vl_vpt` with transformers' Auto classes for its kind (imports torch)."""
+    """Register every base's model type with transformers' Auto classes for its kind (imports torch)."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
     from relook.processing import VPTQwen2VLProcessor
 
-    from .configuration import VPTQwen2VLConfig
-    from .modeling import VPTQwen2VLForConditionalGeneration
-
-    AutoConfig.register(VPTQwen2VLConfig.model_type, VPTQwen2VLConfig, exist_ok=True)
-    for kind in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        kind.register(VPTQwen2VLConfig, VPTQwen2VLForConditionalGeneration, exist_ok=True)
-    AutoProcessor.register(VPTQwen2VLConfig, VPTQwen2VLProcessor, exist_ok=True)
+    for base in BASES.values():
+        config, model = __getattr__(base.config_class), __getattr__(base.model_class)
+        AutoConfig.register(base.model_type, config, exist_ok=True)
+        for kind in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+            kind.register(config, model, exist_ok=True)
+        AutoProcessor.register(config, VPTQwen2VLProcessor, exist_ok=True)

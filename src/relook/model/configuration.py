@@ -1,4 +1,4 @@
-"""The configuration of a Qwen2-VL that may look again, read from relook's layout or the published one.
+"""The configurations of models that may look again, read from relook's layout or the published one.
 
 Everything needed to rebuild the model without a network is here: the published keys (transformers 4.45,
 spec: `detection_action_id`, `num_inner_forward_run`, ...) under their published names and meanings, and the few
@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen2VLConfig
 from transformers.utils import cached_file
 
+from relook.bases import BASES, Base
 from relook.io import checkpoint_name
 from relook.looks import LOOKS
 
@@ -33,9 +34,9 @@ class ReencodeIds:
     action: int
 
 
-@strict
-class VPTQwen2VLConfig(Qwen2VLConfig):
-    """Qwen2-VL's configuration with visual perception tokens (https://arxiv.org/abs/2502.17425).
+@dataclass(kw_only=True)
+class LookConfig:
+    """The fields of visual perception tokens (https://arxiv.org/abs/2502.17425), beside those of a base's config.
 
     Published keys keep their published meaning:
 
@@ -60,9 +61,6 @@ class VPTQwen2VLConfig(Qwen2VLConfig):
     - `domain`: what a small model was trained on.
     - `provenance`: free-form record of where the weights come from.
     """
-
-    model_type = "qwen2_vl_vpt"
-    keys_to_ignore_at_inference = ["past_key_values", "look_states"]
 
     detection_image_token_id: int | None = None
     detection_action_start_id: int | None = None
@@ -90,8 +88,16 @@ class VPTQwen2VLConfig(Qwen2VLConfig):
     domain: str | None = None
     provenance: dict | None = None
 
-    def __post_init__(self, encoder_config: dict | None = None, **kwargs):
-        super().__post_init__(**kwargs)
+    if TYPE_CHECKING:  # of the base's config
+        model_type: ClassVar[str]
+        architectures: Any
+        text_config: Any
+        tie_word_embeddings: bool
+        to_dict: Any
+        _name_or_path: Any
+
+    def __post_init__(self, encoder_config: dict | None = None, **kwargs):  # noqa: RUF033  # as strict configs do
+        super().__post_init__(**kwargs)  # type: ignore[misc]
         self.vision_encoder_ls = list(self.vision_encoder_ls or [])
         self.encoders = dict(self.encoders or {})
         if self.architectures == [PUBLISHED_CLASS]:
@@ -111,7 +117,7 @@ class VPTQwen2VLConfig(Qwen2VLConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
         return values, {**kwargs, "name_or_path": str(pretrained_model_name_or_path)}  # as AutoConfig gives it
 
     @classmethod
@@ -123,7 +129,7 @@ class VPTQwen2VLConfig(Qwen2VLConfig):
         """
         if "position_mode" not in config_dict:  # which relook always writes
             config_dict = {**config_dict, "architectures": [PUBLISHED_CLASS], "encoder_config": encoder_config}
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     def _read_published(self, given: dict[str, Any] | None) -> None:
         """What a published config leaves to others.
@@ -139,7 +145,12 @@ class VPTQwen2VLConfig(Qwen2VLConfig):
         self.num_inner_forward_run = 1 if self.alignment else 2
         self.encoders = {look: encoder_config(look, given.get(key)).to_diff_dict() for look, key in keys.items()}
         self.provenance = {"layout": "published", "source": checkpoint_name(self._name_or_path)}
-        self.architectures = ["VPTQwen2VLForConditionalGeneration"]
+        self.architectures = [self.base.model_class]
+
+    @property
+    def base(self) -> Base:
+        """The row of its base model."""
+        return BASES[self.model_type]
 
     @property
     def reencodings(self) -> list[str]:
@@ -158,6 +169,19 @@ class VPTQwen2VLConfig(Qwen2VLConfig):
         return (
             None if pad is None else ReencodeIds(pad, -1 if start is None else start, -1 if action is None else action)
         )
+
+
+@strict
+class VPTQwen2VLConfig(LookConfig, Qwen2VLConfig):
+    """Qwen2-VL's configuration with visual perception tokens."""
+
+    model_type = "qwen2_vl_vpt"
+    keys_to_ignore_at_inference = ["past_key_values", "look_states"]
+
+
+def config_class(model_type: str) -> Any:
+    """The config class of a model type of the table of bases."""
+    return globals()[BASES[model_type].config_class]
 
 
 def _encoder_configs_beside(name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
+from .decoder import widen
 from .projector import FeatureMap
 
 
@@ -99,7 +100,7 @@ def image_encoder(encode: Callable[..., Any]) -> Iterator[None]:
 
     Args:
         encode: (pixel_values (patches, p), image_grid_thw (k, 3), return_dict=True) -> an output with `pooler_output`,
-            one (n, d) tensor per image.
+            one (n, d) tensor per image (wider where it holds all that `view_features` gives).
     """
     token = _IMAGE_ENCODER.set(encode)
     try:
@@ -112,6 +113,17 @@ def image_features(model: Any, pixel_values: Tensor, image_grid_thw: Tensor) -> 
     """The output of the base model's own vision encoder; see `image_encoder`."""
     encode = _IMAGE_ENCODER.get() or model.model.get_image_features
     return encode(pixel_values, image_grid_thw, return_dict=True)
+
+
+def view_features(model: Any, output: Any) -> list[Tensor]:
+    """The features (n, (1 + k) d) of each image of an output: the final ones and, behind them, k inner ones.
+
+    Which these are is a base's own (`bases.Base.view_features`). An output that lacks the inner ones has them already.
+    """
+    final, *inner = model.config.base.view_features
+    layers = [layer for name in inner for layer in getattr(output, name, None) or ()]
+    images = list(getattr(output, final))
+    return [torch.cat(parts, dim=-1) for parts in zip(images, *layers, strict=True)] if layers else images
 
 
 def encode_images(model: Any, base: dict[str, Any], looks: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -141,7 +153,8 @@ def encode_images(model: Any, base: dict[str, Any], looks: dict[str, Any]) -> tu
             parts = clips.split(sizes.prod(-1).tolist())
             clips = torch.cat([parts[i] for i in others])
             rest = iter(model.encode("clip", pixel_values=clips, image_grid_thw=sizes[others]))
-        features["clip"] = [next(rest) if at is None else outputs["image"].pooler_output[at] for at in same]
+        own_features = view_features(model, outputs["image"])
+        features["clip"] = [next(rest) if at is None else own_features[at] for at in same]
     features |= {look: model.encode(look, **tensors) for look, tensors in looks.items() if look not in features}
     return outputs, features
 
@@ -164,9 +177,12 @@ def same_images(pixels: Tensor, grids: Tensor, others: Tensor, other_grids: Tens
 
 def merge_base_images(model: Any, input_ids: Any, embeds: Tensor, outputs: dict[str, Any]) -> Tensor:
     """First looks and crops (and videos) into the embeddings, exactly as the base model does."""
+    width = embeds.shape[-1]
     for index, kind in enumerate(("image", "video")):
         if outputs.get(kind) is not None:
-            values = torch.cat(list(outputs[kind].pooler_output), dim=0).to(embeds)
-            mask = model.model.get_placeholder_mask(input_ids, embeds, **{f"{kind}_features": values})[index]
-            embeds = embeds.masked_scatter(mask, values)
+            values = torch.cat(view_features(model, outputs[kind]), dim=0).to(embeds)
+            seen = {f"{kind}_features": values[:, :width]}
+            mask = model.model.get_placeholder_mask(input_ids, embeds[..., :width], **seen)[index]
+            embeds = widen(embeds, values.shape[-1])
+            embeds = embeds.masked_scatter(mask[..., :1].expand_as(embeds), values)
     return embeds

@@ -1,6 +1,6 @@
-"""A VPT checkpoint for engines that do not know it: its language model and ViT as a plain Qwen2-VL.
+"""A checkpoint with looks for engines that do not know it: its language model and ViT as its plain base.
 
-Control tokens are ordinary tokens of the vocabulary, so a plain Qwen2-VL calls regions as the model itself does; who
+Control tokens are ordinary tokens of the vocabulary, so the plain base calls regions as the model itself does; who
 asks it makes the crops (`relook.load` with an address). Encoders and projectors of re-encoding looks stay behind.
 """
 
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+import transformers
 
+from relook.bases import Base
 from relook.errors import UserError
 from relook.io import replacing_folder
 from relook.looks import IMAGE_PAD, VISION_END, VISION_START
@@ -98,13 +99,14 @@ def export(source: str | Path, target: str | Path, engine: str = "vllm") -> Path
     return Path(target)
 
 
-def plain_model(model: Any) -> Qwen2VLForConditionalGeneration:
-    """The Qwen2-VL inside: its weights are the model's own tensors."""
-    values = {name: value for name, value in model.config.to_dict().items() if name in _plain_keys()}
-    config = Qwen2VLConfig(**values)
+def plain_model(model: Any) -> Any:
+    """The plain base inside: its weights are the model's own tensors."""
+    stock, weights = plain_classes(model.config.base)
+    kept = _plain_keys(stock)
+    config = stock(**{name: value for name, value in model.config.to_dict().items() if name in kept})
     config.dtype = model.dtype
     with torch.device("meta"):
-        plain = Qwen2VLForConditionalGeneration(config)
+        plain = weights(config)
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(_LEFT)}
     plain.load_state_dict(state, assign=True)
     plain.tie_weights()
@@ -132,9 +134,15 @@ def _vllm_rope(rope: dict[str, Any]) -> dict[str, Any]:
     return {"mrope_section": [len(sections[axis::3]) for axis in range(3)], "mrope_interleaved": True}
 
 
-def _plain_keys() -> set[str]:
+def plain_classes(base: Base) -> tuple[Any, Any]:
+    """transformers' own config and model class of a base."""
+    names = f"{base.stock}Config", f"{base.stock}ForConditionalGeneration"
+    return getattr(transformers, names[0]), getattr(transformers, names[1])
+
+
+def _plain_keys(stock: Any) -> set[str]:
     """Of a config: all that transformers keeps in a plain one but what names the class."""
-    return set(Qwen2VLConfig().to_dict()) - {"model_type", "architectures", "transformers_version", "dtype"}
+    return set(stock().to_dict()) - {"model_type", "architectures", "transformers_version", "dtype"}
 
 
 def _save_processor(processor: Any, out: Path) -> None:

@@ -23,6 +23,7 @@ from relook.errors import UserError
 from relook.processing.vocabulary import TENSORS
 
 from .configuration import ReencodeIds
+from .decoder import widen
 from .segments import CallSite, find_calls
 
 LOOK_INPUTS = [name for look, names in TENSORS.items() if look != "image" for name in names]
@@ -95,7 +96,8 @@ def continue_call(
     state = torch.where(called, started, 0).sum(1, keepdim=True)  # (B, 1, d)
     here = torch.zeros_like(real).scatter(1, place, called.any(1))[..., None]
     open_still = torch.where(real.any(1)[:, None, None], torch.nan, started)  # of a row that is all padding
-    return torch.where(here, state, embeds), torch.cat([torch.where(called, started, latest), open_still], dim=1)
+    embeds = torch.where(here, widen(state, embeds.shape[-1]), embeds)
+    return embeds, torch.cat([torch.where(called, started, latest), open_still], dim=1)
 
 
 def state_in_cache(look: str, row: int, states: Tensor | None, ids: Mapping[str, ReencodeIds]) -> Tensor | None:

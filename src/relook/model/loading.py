@@ -16,12 +16,13 @@ import torch
 from safetensors import safe_open
 from transformers.utils import logging
 
+from relook.bases import BASES, PLAIN
 from relook.errors import CheckpointError, UserError
 from relook.io import replacing_folder
 
 from .adapters import is_adapter
-from .configuration import VPTQwen2VLConfig
-from .modeling import VPTQwen2VLForConditionalGeneration
+from .configuration import LookConfig, config_class
+from .modeling import model_class
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -91,7 +92,7 @@ def load_model(
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
     encoder_config: dict[str, Any] | None = None,
-) -> VPTQwen2VLForConditionalGeneration:
+) -> Any:
     """Load a model, whole or not at all, in eval mode.
 
     Args:
@@ -110,21 +111,21 @@ def load_model(
         raise UserError(f"{folder}: this is an adapter, not a model; open it with relook.load, or merge it first")
     config = read_config(folder, encoder_config)
     model = load_weights(folder, config, torch_dtype(dtype, device), attn_implementation)
-    return model.to(device).eval()  # type: ignore[arg-type]  # torch's own signature, wrapped by transformers
+    return model.to(device).eval()
 
 
-def read_config(folder: str | Path, encoder_config: dict[str, Any] | None = None) -> VPTQwen2VLConfig:
+def read_config(folder: str | Path, encoder_config: dict[str, Any] | None = None) -> LookConfig:
     """config.json of either layout -> a complete config (`VPTQwen2VLConfig.from_dict`)."""
     path = Path(folder) / "config.json"
     values = read_json(path)
     kind = values.get("model_type")
-    if kind != VPTQwen2VLConfig.model_type:
+    if kind not in BASES:
         raise CheckpointError(
-            f"{path}: model_type is {kind!r}; expected 'qwen2_vl_vpt'. A plain Qwen2-VL is "
-            "trained with looks: in a recipe's model:"
+            f"{path}: model_type is {kind!r}; expected {' or '.join(map(repr, BASES))}. A plain model "
+            f"({', '.join(PLAIN)}) is trained with looks: in a recipe's model:"
         )
     try:
-        return VPTQwen2VLConfig.from_dict(values, encoder_config, name_or_path=str(folder))
+        return config_class(kind).from_dict(values, encoder_config, name_or_path=str(folder))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -169,11 +170,11 @@ def torch_dtype(dtype: torch.dtype | str | None, device: torch.device | None = N
 
 def load_weights(
     folder: Path,
-    config: VPTQwen2VLConfig,
+    config: LookConfig,
     dtype: torch.dtype | str,
     attn_implementation: str | None = None,
     drawn: tuple[str, ...] = (),
-) -> VPTQwen2VLForConditionalGeneration:
+) -> Any:
     """A model of this config with the weights of a folder, on the CPU.
 
     Args:
@@ -183,7 +184,7 @@ def load_weights(
         CheckpointError: files that cannot be read, or do not fit the config; the message names the tensors.
     """
     stored_tensors(folder)  # names damaged files
-    cls: Any = VPTQwen2VLForConditionalGeneration  # from_pretrained's return type depends on output_loading_info
+    cls = model_class(config)  # from_pretrained's return type depends on output_loading_info
     extra: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     # Mismatched shapes are let through here so that they come back by name, with everything else that does not fit.
     extra |= {"dtype": dtype, "ignore_mismatched_sizes": True, "local_files_only": True, "weights_only": True}
@@ -282,7 +283,7 @@ PARTS = {  # prefix of a parameter's name -> the part it belongs to
 }
 
 
-def count_parameters(config: VPTQwen2VLConfig) -> dict[str, int]:
+def count_parameters(config: LookConfig) -> dict[str, int]:
     """Parameters by part. A tied lm_head counts as stored apart, as in the published files."""
     counts: dict[str, int] = {}
     for name, parameter in meta_model(config).named_parameters(remove_duplicate=False):
@@ -293,10 +294,10 @@ def count_parameters(config: VPTQwen2VLConfig) -> dict[str, int]:
     return counts
 
 
-def meta_model(config: VPTQwen2VLConfig) -> VPTQwen2VLForConditionalGeneration:
+def meta_model(config: LookConfig) -> Any:
     """The model on the meta device: names and shapes without numbers."""
     with torch.device("meta"):
-        model = VPTQwen2VLForConditionalGeneration(config)
+        model = model_class(config)(config)
     model.tie_weights()
     return model
 
@@ -346,7 +347,7 @@ def save_new(model: Any, processor: Any, target: str | Path) -> Path:
 
 
 @torch.no_grad()
-def new_token_rows(model: VPTQwen2VLForConditionalGeneration, known: int, total: int) -> None:
+def new_token_rows(model: Any, known: int, total: int) -> None:
     """Rows known..total of the embedding (and of an untied head): the mean of the rows before, growing if need be."""
     if total > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(total, mean_resizing=False)

@@ -1,4 +1,4 @@
-"""Qwen2-VL with visual perception tokens (https://arxiv.org/abs/2502.17425): a delta over transformers' model.
+"""Models with visual perception tokens (https://arxiv.org/abs/2502.17425): a delta over transformers' ones.
 
 The decoder is untouched; what changes is its input embeddings. The pads of re-encoded images are filled with projected
 features, conditioned on a hidden state that the same decoder computed further left, and that state is also the input
@@ -6,8 +6,7 @@ embedding of the control token. By causality one pass is enough (`segments`). Wi
 prefix runs once more.
 
 `LookAgainMixin` is the mechanism. Of the class it is mixed into it uses `get_input_embeddings`, `get_image_features`,
-`get_rope_index` and `language_model`, which Qwen2.5-VL and Qwen3-VL also have. `VPTQwen2VLForConditionalGeneration`
-applies it to Qwen2-VL.
+`get_rope_index` and `language_model`; what else differs between bases is in their rows (`relook.bases`).
 """
 
 from __future__ import annotations
@@ -26,10 +25,12 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2_vl.modeling_qwen2_vl import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from relook.bases import BASES
 from relook.errors import UserError
 
 from .configuration import ReencodeIds, VPTQwen2VLConfig
-from .encoders import ENCODERS, build_encoder, encode_images, image_features, merge_base_images
+from .decoder import put_columns, run_decoder
+from .encoders import ENCODERS, build_encoder, encode_images, image_features, merge_base_images, view_features
 from .generation import LookGenerationMixin, continue_call, state_in_cache, states_after
 from .packed import Packed
 from .projector import ConditionedProjector, init_projector_layer
@@ -40,7 +41,6 @@ from .segments import (
     find_image_spans,
     masked_columns,
     max_over_ranks,
-    put_columns,
     ranks_synchronised,
     zero_of,
 )
@@ -68,8 +68,22 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
     lm_head: Any
     loss_function: Any
     get_input_embeddings: Any
+    post_init: Any
     encoders: Any
     projectors: Any
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self._add_looks(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers visits modules that own parameters: the projectors' layers, never a projector itself.
+        projectors = getattr(self, "projectors", {}).values()  # absent while the base class builds itself
+        if any(module is layer for projector in projectors for layer in projector.children()):
+            init_projector_layer(module)
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +122,8 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
                 "detection": `detection_images` (k, 3, 224, 224); "seg": `seg_images` (k, 3, 1024, 1024).
 
         Returns:
-            one tensor per image: (n, d) merged ViT tokens, (256, c) DINOv2 tokens or a (c, 64, 64) SAM map.
+            one tensor per image: (n, (1 + k) d) merged ViT tokens and their k inner features (`run_decoder`), (256, c)
+            DINOv2 tokens or a (c, 64, 64) SAM map.
         """
         with self._input_grad_context():
             if look in ENCODERS:
@@ -117,27 +132,31 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
                 return list(spec.features(encoder(images)))
             self._branch(self.projectors, look) if look != "image" else None
             pixels, grids = tensors["pixel_values"].to(self.device), tensors["image_grid_thw"].to(self.device)
-            return list(image_features(self, pixels, grids).pooler_output)
+            return view_features(self, image_features(self, pixels, grids))
 
     def project(self, look: str, features: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """One image's features -> tokens for the language model (n, d), and the attention map <F_i, c> (n,) or None.
 
         `condition` (d,) is the final hidden state at the call's `*_action_start`. First looks and crops ("image",
-        "region") pass through.
+        "region") pass through, and so do inner features of the model's own ViT, behind the d of each token.
         """
         if look in ("image", "region"):
             return features, None
-        return self._branch(self.projectors, look)(features, condition)
+        width = features.shape[-1] if look in ENCODERS else self.config.text_config.hidden_size
+        tokens, attention = self._branch(self.projectors, look)(features[..., :width], condition)
+        inner = features[..., width:]
+        return (torch.cat([tokens, inner], dim=-1) if inner.shape[-1] else tokens), attention
 
     def decode(
         self, inputs_embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor, past_key_values: Cache | None
     ) -> Tensor:
-        """Run the language model on (B, L, d) embeddings; the cache grows in place by L.
+        """Run the language model on embeddings (`decoder.run_decoder`); the cache grows in place by L.
 
         `attention_mask` (B, past + L), `position_ids` (3, B, L). Returns the final normed hidden states (B, L, d).
         """
-        return self.model.language_model(
-            inputs_embeds=inputs_embeds,
+        return run_decoder(
+            self,
+            inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -328,7 +347,7 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         Where mask modelling hides the prefix after its conditions are known, the prefix runs first and then the whole.
         """
         if not batch.depth:
-            return self.model(inputs_embeds=batch.inputs_embeds, **batch.full_inputs(), **run)
+            return run_decoder(self, batch.inputs_embeds, **batch.full_inputs(), **run)
         masked = masked_columns(self.config, input_ids, batch, modes) if self.training else None
         # Checkpointed decoder layers drop the cache (transformers 5.23), and flash attention's kernels for packed
         # conversations take none: there the prefix is run again, not continued.
@@ -340,7 +359,7 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         embeds = segments.run_prefixes() if recompute else segments.run_segments(segments.segments[:-1])[0]
         if masked is not None:
             embeds = embeds.masked_fill(masked.unsqueeze(-1), 0)
-        return self.model.language_model(inputs_embeds=embeds, **batch.full_inputs(), **run)
+        return run_decoder(self, embeds, **batch.full_inputs(), **run)
 
     def _head(self, outputs: Any, batch: SegmentedBatch, input_ids, labels, logits_to_keep, kwargs) -> LookAgainOutput:
         hidden = outputs.last_hidden_state
@@ -387,31 +406,17 @@ class VPTQwen2VLForConditionalGeneration(LookAgainMixin, Qwen2VLForConditionalGe
 
     config_class = VPTQwen2VLConfig
 
-    def __init__(self, config: VPTQwen2VLConfig):
-        super().__init__(config)
-        self._add_looks(config)
-        self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        # transformers visits modules that own parameters: the projectors' layers, never a projector itself.
-        projectors = getattr(self, "projectors", {}).values()  # absent while the base class builds itself
-        if any(module is layer for projector in projectors for layer in projector.children()):
-            init_projector_layer(module)
-        else:
-            super()._init_weights(module)
+def model_class(config: Any) -> Any:
+    """The model class of a config."""
+    return globals()[config.base.model_class]
 
 
-# Published name of a weight (transformers 4.45) -> name here; regular expressions at the start of a key. transformers
-# renames while it loads, and back while it saves, by tables registered per class name. Its two functions are not stable
-# API (transformers 5.23): `tests/model/test_loading.py` fails when they change.
-PUBLISHED_TO_HERE = {
-    r"^visual": "model.visual",
-    r"^model(?!\.(language_model|visual))": "model.language_model",
-    r"^(detection|seg)_model": r"encoders.\1",
-    r"^(clip|detection|seg)_projector": r"projectors.\1",
-}
-register_checkpoint_conversion_mapping(
-    VPTQwen2VLForConditionalGeneration.__name__,
-    [WeightRenaming(source_patterns=old, target_patterns=new) for old, new in PUBLISHED_TO_HERE.items()],
-    overwrite=True,
-)
+# transformers renames weights while it loads, and back while it saves, by tables registered per class name. Its two
+# functions are not stable API (transformers 5.23): `tests/model/test_loading.py` fails when they change.
+for _base in BASES.values():
+    register_checkpoint_conversion_mapping(
+        _base.model_class,
+        [WeightRenaming(source_patterns=old, target_patterns=new) for old, new in _base.renames.items()],
+        overwrite=True,
+    )

@@ -1,4 +1,4 @@
-"""Scaled-down Qwen2-VLs that may look again: configuration, tokenizer and processor from one table row.
+"""Scaled-down models that may look again: configuration, tokenizer and processor from one table row.
 
 The tokenizer is byte-level BPE in Qwen2's own class, so it loads anywhere and encodes any text. Its merges are learnt
 only from the phrases of the model's world, the published trigger sentences and the chat roles: known sentences cost
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from relook import looks
+from relook.bases import BASES, DEFAULT
 from relook.looks import LOOKS
 from relook.plugins import find
 from relook.processing.vocabulary import add_look_tokens
 
-from .configuration import VPTQwen2VLConfig
-from .modeling import VPTQwen2VLForConditionalGeneration
+from .configuration import config_class
+from .modeling import model_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,7 @@ SPECIALS = (
 class Size:
     """A row of the size table.
 
+    `vit` holds `embed_dim`, `depth`, `num_heads` and `patch_size`; `base` is a row of the table of bases.
     `condition_std` is the initial spread of Linear_c: y = F + <F, c> c is quadratic in c, so a large c wrecks what the
     language model can already read, and c = 0 has no gradient.
     `first`, `crop` and `reencode` are keyword arguments of `processing.View`: how the page is seen at first, as the
@@ -64,6 +66,7 @@ class Size:
     rope_theta: float = 1000.0
     init_std: float = 0.04
     condition_std: float = 0.005
+    base: str = DEFAULT.model_type
     phrases: tuple[str, ...] = ()  # what the tokenizer is to know by whole words
     initialise: Callable[[Any], None] | None = None  # of a fresh model, after its weights were drawn
 
@@ -104,12 +107,14 @@ def build_processor(size: Size) -> Any:
 
     from relook.processing import View, VPTQwen2VLProcessor
 
-    patch = size.vit["patch_size"]
+    patch, (mean, std) = size.vit["patch_size"], BASES[size.base].normalize
     images = Qwen2VLImageProcessorPil(
         patch_size=patch,
         merge_size=2,
         temporal_patch_size=2,
         size={"shortest_edge": (2 * patch) ** 2, "longest_edge": size.max_pixels},
+        image_mean=list(mean),
+        image_std=list(std),
     )
     return VPTQwen2VLProcessor(
         images,
@@ -128,11 +133,11 @@ def build_processor(size: Size) -> Any:
 
 
 def build_config(size: Size, processor: Any, **extra: Any) -> Any:
-    """The VPTQwen2VLConfig of a row, with the token ids of its processor."""
-    tokenizer = processor.tokenizer
+    """The config of a row, with the token ids of its processor."""
+    tokenizer, base = processor.tokenizer, BASES[size.base]
     hidden, heads = size.lm["hidden_size"], size.lm["num_attention_heads"]
     # One frequency each for t, h, w in turn, so that rows and columns are told apart at every scale.
-    rope = {"rope_type": "default", "rope_theta": size.rope_theta, "mrope_section": [1] * (hidden // heads // 2)}
+    rope = {"rope_type": "default", "rope_theta": size.rope_theta, "mrope_section": base.rope(hidden // heads // 2)}
     text = {
         **size.lm,
         "vocab_size": len(tokenizer),
@@ -144,10 +149,9 @@ def build_config(size: Size, processor: Any, **extra: Any) -> Any:
         "eos_token_id": tokenizer.convert_tokens_to_ids(looks.IM_END),
         "pad_token_id": tokenizer.convert_tokens_to_ids(SPECIALS[0]),
     }
-    make: Any = VPTQwen2VLConfig  # the fields it inherits are not in its signature
-    return make(
+    return config_class(base.model_type)(
         text_config=text,
-        vision_config={**size.vit, "hidden_size": hidden, "mlp_ratio": 4, "initializer_range": size.init_std},
+        vision_config=base.vision(**size.vit, out=hidden, initializer_range=size.init_std),
         tie_word_embeddings=True,
         vision_encoder_ls=[LOOKS[n].encoder for n in size.looks if LOOKS[n].reencodes],
         initializer_range=size.init_std,
@@ -168,7 +172,7 @@ def build(size: Size | str, seed: int, **extra: Any) -> tuple[Any, Any]:
     processor = build_processor(row)
     config = build_config(row, processor, **extra)
     torch.manual_seed(seed)
-    model = VPTQwen2VLForConditionalGeneration(config)
+    model = model_class(config)(config)
     for projector in model.projectors.values():
         torch.nn.init.normal_(projector.linear_condition.weight, std=row.condition_std)
     if row.initialise is not None:

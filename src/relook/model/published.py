@@ -22,7 +22,7 @@ from relook.errors import UserError
 from relook.io import replacing_folder
 from relook.looks import LOOKS, control_tokens
 
-from .configuration import PUBLISHED_CLASS, VPTQwen2VLConfig
+from .configuration import PUBLISHED_CLASS, LookConfig
 from .encoders import ENCODERS
 from .loading import check_free, load_model, load_processor, read_config, resolve, stored_tensors, weight_files
 
@@ -111,7 +111,7 @@ _NOT_PUBLISHED = (
 )
 
 
-def published_config_values(config: VPTQwen2VLConfig, dtype: torch.dtype) -> dict[str, Any]:
+def published_config_values(config: LookConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The flat dict of a published config.json."""
 
     def plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def published_config_values(config: VPTQwen2VLConfig, dtype: torch.dtype) -> dic
     return {
         **plain(values["text_config"]),
         **plain(values),
-        "vision_config": {**plain(values["vision_config"]), "model_type": "qwen2_vl"},
+        "vision_config": {**plain(values["vision_config"]), "model_type": config.base.plain},
         "architectures": [PUBLISHED_CLASS],
         "rope_theta": rope["rope_theta"],
         "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
@@ -161,7 +161,7 @@ def convert(
     return Path(target)
 
 
-def _save_published(model: Any, config: VPTQwen2VLConfig, out: Path) -> None:
+def _save_published(model: Any, config: LookConfig, out: Path) -> None:
     """Write config.json, pytorch_model.bin and encoder_config.json into the folder `out`."""
     values = published_config_values(config, model.dtype)
     (out / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -24,6 +24,7 @@ from transformers import DynamicCache
 from relook.errors import UserError
 
 from .configuration import ReencodeIds
+from .decoder import gather_columns, put_columns, run_decoder
 from .packed import Packed
 
 
@@ -127,17 +128,6 @@ def find_image_spans(
     return spans
 
 
-def gather_columns(x: Tensor, columns: Tensor) -> Tensor:
-    """x (B, L, d) at columns (B, S) -> (B, S, d)."""
-    return x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-def put_columns(x: Tensor, row: int, columns: Tensor, values: Tensor) -> Tensor:
-    """x (B, L, d) with x[row, columns] replaced by values (N, d); a new tensor, so gradients reach both."""
-    rows = torch.full_like(columns, row)
-    return x.index_put((rows, columns), values.to(x.dtype))
-
-
 # -- mask modelling ---------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +217,7 @@ class SegmentedBatch:
     """One batch between embedding and language model.
 
     Attributes:
-        inputs_embeds: (B, L, d), images without a condition merged in.
+        inputs_embeds: (B, L, d), images without a condition merged in; wider with inner features (`run_decoder`).
         attention_mask: (B, past + L) or None; position_ids: (3, B, L).
         calls, spans: the calls in the batch, and the image spans of its looks.
         features: look -> the encoder's output for each of its images.
@@ -304,7 +294,7 @@ class SegmentedForward:
     """Runs a batch segment by segment over one growing cache (`SegmentedBatch.segments`).
 
     Args:
-        model: a `LookAgainMixin`: its `model.language_model` runs, its `project` turns features into tokens.
+        model: a `LookAgainMixin`: its language model runs, its `project` turns features into tokens.
         batch: what to run.
         run: keyword arguments of the language model, `past_key_values` and `use_cache` among them.
     """
@@ -336,8 +326,9 @@ class SegmentedForward:
         self.cached = [Segment(columns, mask[:, : self.past].bool())]  # what the keys of the cache are
 
     def _run(self, segment: Segment, embeds: Tensor) -> Any:
-        output = self.model.model.language_model(
-            inputs_embeds=gather_columns(embeds, segment.columns),
+        output = run_decoder(
+            self.model,
+            gather_columns(embeds, segment.columns),
             past_key_values=self.cache,
             use_cache=True,
             **self._inputs(segment, self.cached),
@@ -381,8 +372,9 @@ class SegmentedForward:
         embeds = self.batch.inputs_embeds
         for order in range(self.batch.depth):
             segment = self.batch.prefixes(self.mask, order)
-            states = self.model.model.language_model(
-                inputs_embeds=gather_columns(embeds, segment.columns),
+            states = run_decoder(
+                self.model,
+                gather_columns(embeds, segment.columns),
                 use_cache=False,
                 **self._inputs(segment, []),
             ).last_hidden_state

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from relook.bases import DEFAULT, PLAIN
 from relook.errors import CheckpointError, UserError
 from relook.io import checkpoint_name, content_digest
 from relook.looks import LOOKS
 
 from . import new
 from .adapters import ADAPTER_CONFIG, BASE, is_adapter, merge_updates
-from .configuration import VPTQwen2VLConfig
+from .configuration import LookConfig, config_class
 from .encoders import encoder_config
 from .loading import (
     check_free,
@@ -43,7 +44,6 @@ from .loading import (
     torch_dtype,
     weight_files,
 )
-from .modeling import VPTQwen2VLForConditionalGeneration
 from .published import BASES, PUBLISHED, look_token_ids, published_config
 
 BASE_KEYS = ("start", "looks", "detection", "seg")
@@ -107,7 +107,7 @@ def open_model(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
-) -> tuple[VPTQwen2VLForConditionalGeneration, Any]:
+) -> tuple[Any, Any]:
     """A model that has its looks, in eval mode, and its processor.
 
     Args:
@@ -133,7 +133,7 @@ def open_start(
     domain: str | None = None,
     dtype: torch.dtype | str = torch.float32,
     attn_implementation: str | None = None,
-) -> tuple[VPTQwen2VLForConditionalGeneration, Any]:
+) -> tuple[Any, Any]:
     """The model that training starts from, on the CPU, and its processor.
 
     A start that has its looks keeps its own encoders; `detection` and `seg` are for a plain one.
@@ -184,13 +184,13 @@ def _take_vision_encoder(model: Any, source: str) -> None:
 
 
 def _is_plain(folder: Path) -> bool:
-    """Whether a folder holds a Qwen2-VL without looks."""
-    return read_json(folder / "config.json").get("model_type") == "qwen2_vl"
+    """Whether a folder holds a base without looks."""
+    return read_json(folder / "config.json").get("model_type") in PLAIN
 
 
 def _give_looks(
     start: Start, folder: Path, seed: int, dtype: torch.dtype | str, attn_implementation: str | None
-) -> tuple[VPTQwen2VLForConditionalGeneration, Any]:
+) -> tuple[Any, Any]:
     """A plain Qwen2-VL folder plus DINOv2 and SAM as one model with looks, in eval mode, and its processor.
 
     Control tokens are added to the tokenizer; their embeddings start at the mean of the old ones; projectors are
@@ -222,7 +222,7 @@ def _read_encoder(look: str, path: str | Path | None, dtype: torch.dtype | str) 
         raise UserError(f"{path}: no encoder could be read there ({first}); give a folder or a hub id") from error
 
 
-def plain_config(folder: Path, looks: Sequence[str], encoders: Mapping[str, Any]) -> tuple[VPTQwen2VLConfig, Any, int]:
+def plain_config(folder: Path, looks: Sequence[str], encoders: Mapping[str, Any]) -> tuple[Any, Any, int]:
     """(config, processor, number of tokens before) of a plain Qwen2-VL that is given looks.
 
     Args:
@@ -237,7 +237,9 @@ def plain_config(folder: Path, looks: Sequence[str], encoders: Mapping[str, Any]
 
     if not looks:
         raise UserError(f"{folder} is a plain Qwen2-VL; say which looks it is given, e.g. looks: [region, clip]")
-    base, processor = AutoConfig.from_pretrained(folder).to_dict(), VPTQwen2VLProcessor.from_pretrained(folder)
+    base = AutoConfig.from_pretrained(folder).to_dict()
+    row = PLAIN[base["model_type"]]
+    processor = VPTQwen2VLProcessor.from_pretrained(folder, system=row.system)
     known = len(processor.tokenizer)
     processor.add_look_tokens(looks)
     values = {
@@ -247,7 +249,7 @@ def plain_config(folder: Path, looks: Sequence[str], encoders: Mapping[str, Any]
         "encoders": {look: config.to_diff_dict() for look, config in encoders.items()},
         "region": "region" in looks,
     }
-    return VPTQwen2VLConfig(**values), processor, known
+    return config_class(row.model_type)(**values), processor, known
 
 
 # -- a start without its weights --------------------------------------------------------------------------------------
@@ -262,11 +264,11 @@ class StartInfo:
         missing: why weights (or more) are not on this machine; "" where all is.
     """
 
-    config: VPTQwen2VLConfig
+    config: LookConfig
     processor: Any
     missing: str
 
-    def meta_model(self) -> VPTQwen2VLForConditionalGeneration:
+    def meta_model(self) -> Any:
         return meta_model(self.config)
 
 
@@ -309,7 +311,7 @@ def _known_by_name(start: Start, why: str) -> StartInfo:
             values |= look_token_ids(look, first=151657 + 25 * number)
     else:
         raise UserError(why)
-    return StartInfo(VPTQwen2VLConfig.from_dict(values), None, why)
+    return StartInfo(config_class(DEFAULT.model_type).from_dict(values), None, why)
 
 
 def _encoder_config(look: str, path: str) -> Any:

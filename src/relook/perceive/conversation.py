@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from relook.model.decoder import widen
 from relook.trace import Look, Turn
 
 from .features import FeatureCache, ViewFeatures
@@ -161,7 +162,7 @@ class Conversation:
         return rest, positions[:, at:]
 
 
-Inputs = tuple[Tensor, Tensor]  # (L, d) input embeddings and (3, L) positions of tokens that one row runs next
+Inputs = tuple[Tensor, Tensor]  # (L, d) embeddings (`run_decoder`), (3, L) positions of tokens that one row runs next
 
 
 def embed_pending(model: Any, conversations: Sequence[Conversation]) -> list[Inputs]:
@@ -173,17 +174,20 @@ def embed_pending(model: Any, conversations: Sequence[Conversation]) -> list[Inp
     taken = [conversation.take_pending(model) for conversation in conversations]
     ids = torch.tensor([[token for pending, _ in taken for token in pending.ids]], device=device)
     parts = model.get_input_embeddings()(ids)[0].split([len(pending) for pending, _ in taken])  # of a fresh tensor
-    for embeds, (pending, _), conversation in zip(parts, taken, conversations, strict=True):
+    inputs: list[Inputs] = []
+    for embeds, (pending, positions), conversation in zip(parts, taken, conversations, strict=True):
         for offset, state in pending.states:
             embeds[offset] = state.to(embeds.dtype)
         for offset, shown in pending.shown:
             tokens, attention = model.project(shown.kind, shown.view.features, shown.condition)
-            embeds[offset : offset + len(tokens)] = tokens.to(embeds.dtype)
+            embeds = widen(embeds, max(embeds.shape[1], tokens.shape[1]))
+            embeds[offset : offset + len(tokens)] = widen(tokens, embeds.shape[1]).to(embeds.dtype)
             if shown.look is not None and attention is not None:
                 merge = conversation.features.processor.image_processor.merge_size
                 grid = shown.view.token_grid(len(attention), merge)
                 shown.look.attention = attention.float().reshape(grid).cpu().numpy()
-    return [(embeds, positions) for embeds, (_, positions) in zip(parts, taken, strict=True)]
+        inputs.append((embeds, positions))
+    return inputs
 
 
 def forward_inputs(model: Any, kv: KVRows, inputs: Sequence[Inputs]) -> Tensor:
@@ -194,7 +198,8 @@ def forward_inputs(model: Any, kv: KVRows, inputs: Sequence[Inputs]) -> Tensor:
     """
     lengths = torch.tensor([len(embeds) for embeds, _ in inputs], device=kv.mask.device)
     width = int(lengths.max())
-    embeds = torch.nn.utils.rnn.pad_sequence([embeds for embeds, _ in inputs], batch_first=True)
+    channels = max(embeds.shape[1] for embeds, _ in inputs)
+    embeds = torch.nn.utils.rnn.pad_sequence([widen(embeds, channels) for embeds, _ in inputs], batch_first=True)
     positions = torch.stack([torch.nn.functional.pad(p, (0, width - p.shape[1])) for _, p in inputs], dim=1)
     real = torch.arange(width, device=kv.mask.device) < lengths[:, None]
     hidden = kv.forward(model, embeds, positions, real)

@@ -33,7 +33,7 @@ class ViewFeatures:
         encoder: "image" (the model's own ViT), "detection" or "seg".
         tensors: what `model.encode` takes, for this one image; empty where it is kept for later.
         grid: (t, h, w) patches of the ViT, None for the other encoders.
-        features: raw features, None until encoded: (n, d) merged tokens of the ViT, (256, c) DINOv2, (c, 64, 64) SAM.
+        features: raw features, None until encoded: (n, (1 + k) d) of the ViT, (256, c) DINOv2, (c, 64, 64) SAM.
     """
 
     key: Hashable

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from relook.io import replacing_file
+from relook.model.encoders import view_features
 from relook.train.recipe import Stage
 
 BOUND = 2**30  # bytes of features in memory
@@ -33,7 +34,8 @@ class FeatureCache:
     """
 
     def __init__(self, base: Any, images: int | None = None, bound: int = BOUND, folder: str | Path | None = None):
-        self.encode, self.visual, self.images, self.bound = base.get_image_features, base.visual, images, bound
+        self.base, self.encode, self.visual = base, base.get_image_features, base.visual
+        self.images, self.bound = images, bound
         self.found: OrderedDict[str, Tensor] = OrderedDict()
         self.bytes = 0
         self.folder = None if folder is None else Path(folder) / _digest(self.visual)
@@ -75,7 +77,8 @@ class FeatureCache:
             except (SafetensorError, KeyError, OSError):
                 pass  # damaged: made again
         with torch.no_grad():
-            features = self.encode(pixels, grid[None], return_dict=True).pooler_output[0].detach().cpu().contiguous()
+            output = self.encode(pixels, grid[None], return_dict=True)
+        features = view_features(self.base, output)[0].detach().cpu().contiguous()
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing_file(path) as aside:
