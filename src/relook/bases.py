@@ -68,9 +68,38 @@ def _qwen2_vision(embed_dim: int, out: int, mlp_ratio: int = 4, **others: Any) -
     return {"embed_dim": embed_dim, "hidden_size": out, "mlp_ratio": mlp_ratio, **others}
 
 
+def _interleaved(frequencies: int) -> list[int]:
+    return [len(range(axis, frequencies, 3)) for axis in range(3)]
+
+
+def _wide_vision(embed_dim: int, out: int, mlp_ratio: int = 4, **others: Any) -> dict[str, Any]:
+    inner = {"hidden_size": embed_dim, "intermediate_size": mlp_ratio * embed_dim}
+    return {**inner, "out_hidden_size": out, **others}
+
+
 BASES: dict[str, Base] = {
     row.model_type: row
-    for row in (Base("Qwen2VL", "qwen2_vl", _qwen2_vision, _one_by_one, renames={**FLAT, **PUBLISHED}),)
+    for row in (
+        Base("Qwen2VL", "qwen2_vl", _qwen2_vision, _one_by_one, renames={**FLAT, **PUBLISHED}),
+        Base(
+            "Qwen2_5_VL",
+            "qwen2_5_vl",
+            _wide_vision,
+            _one_by_one,
+            position_inputs=("second_per_grid_ts",),
+            renames=FLAT,
+        ),
+        Base(
+            "Qwen3VL",
+            "qwen3_vl",
+            _wide_vision,
+            _interleaved,
+            patch=16,
+            normalize=HALF,
+            system="",
+            view_features=("pooler_output", "deepstack_features"),
+        ),
+    )
 }
 PLAIN = {row.plain: row for row in BASES.values()}
 DEFAULT = next(iter(BASES.values()))  # the published one

@@ -1,22 +1,26 @@
-"""Without looks the model equals transformers' Qwen2-VL; batching, padding and caching never change its numbers."""
+"""Without looks the model equals the stock one of its base; batching, padding and caching never change its numbers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from support.oracle import stock_model
 from support.tiny_model import LOOK_MIXES, conversation, grads, image, stack, tiny_config, tiny_model
-from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import DynamicCache
 
 from relook.errors import UserError
-from relook.model import VPTQwen2VLForConditionalGeneration
+from relook.model.modeling import model_class
 from relook.model.projector import ConditionedProjector
 from relook.model.segments import find_calls, find_image_spans
 
 CLOSE = dict(atol=4e-5, rtol=1e-4)  # under one thread, sums in another order differ by 2.7e-5
 
 
+pytestmark = pytest.mark.usefixtures("base")
+
+
 @pytest.fixture(scope="module")
-def model():
+def model(base):
     return tiny_model()
 
 
@@ -26,28 +30,10 @@ def logits(model, batch):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_without_a_look_equals_qwen2_vl_bit_for_bit(model, side):
-    values = model.config.to_dict()
-    base = Qwen2VLForConditionalGeneration(
-        Qwen2VLConfig(
-            **{
-                k: values[k]
-                for k in (
-                    "text_config",
-                    "vision_config",
-                    "image_token_id",
-                    "video_token_id",
-                    "vision_start_token_id",
-                    "vision_end_token_id",
-                    "tie_word_embeddings",
-                )
-            }
-        )
-    )
-    base.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith(("encoders", "projectors"))})
+def test_without_a_look_equals_the_base_bit_for_bit(model, side):
     batch = stack([conversation((), 1), conversation(("region",), 2), conversation((), 3, grid=(1, 2, 8))], side)
     kinds = (batch["input_ids"] == model.config.image_token_id).int()
-    theirs = base.eval()(**batch, mm_token_type_ids=kinds)
+    theirs = stock_model(model)(**batch, mm_token_type_ids=kinds)
     ours = model(**batch)
     assert torch.equal(ours.logits, theirs.logits)
     assert torch.equal(ours.loss, theirs.loss)
@@ -238,10 +224,11 @@ def test_alignment_run_is_unconditioned():
 def test_fresh_projectors_start_xavier_uniform_also_when_the_base_is_loaded(tmp_path):
     """Uniform in +-sqrt(6 / (in + out)), zero biases, unit norms: the published start, not the base model's normal."""
     torch.manual_seed(0)
-    made = VPTQwen2VLForConditionalGeneration(tiny_config())
+    config = tiny_config()
+    made = model_class(config)(config)
     state = {k: v for k, v in made.state_dict().items() if not k.startswith("projectors")}
     made.save_pretrained(tmp_path, state_dict=state)
-    loaded = VPTQwen2VLForConditionalGeneration.from_pretrained(tmp_path)
+    loaded = type(made).from_pretrained(tmp_path)
     for model in (made, loaded):
         for projector in model.projectors.values():
             for name, parameter in projector.named_parameters():

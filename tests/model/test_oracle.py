@@ -1,6 +1,6 @@
 """forward and generate against `support.oracle`, over drawn conversations, keyword arguments and caches.
 
-The oracle is stock Qwen2-VL with one uncached full forward a call, written from the paper. Whatever way a conversation
+The oracle is the stock base with one uncached full forward a call, written from the paper. Whatever way a conversation
 goes in, its logits are the oracle's, or the model says in one sentence why it cannot.
 """
 
@@ -16,6 +16,7 @@ from support.oracle import Oracle
 from support.tiny_model import conversation, stack, tiny_model
 from transformers import DynamicCache
 
+from relook.bases import BASES
 from relook.errors import UserError
 
 CLOSE = 2e-4  # logits are of order 1 to 10
@@ -23,10 +24,12 @@ QUICK = dict(
     deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
 )
 
+EVERY = pytest.mark.parametrize("base", BASES)
+
 
 @cache
-def pair():
-    model = tiny_model(3)
+def pair(base="qwen2_vl_vpt"):
+    model = tiny_model(3, base=base)
     return model, Oracle(model)
 
 
@@ -51,9 +54,9 @@ def rows(*looks):
     )
 
 
-def build(drawn):
+def build(drawn, base="qwen2_vl_vpt"):
     """The conversation, with pieces of calls that no call needs before its end."""
-    config = pair()[0].config
+    config = pair(base)[0].config
     pieces = [getattr(config, f"{name}_id") for name in drawn["stray"]]
     row = conversation(**{name: value for name, value in drawn.items() if name != "stray"})
     for name, filler in (("input_ids", pieces), ("labels", [-100] * len(pieces))):
@@ -69,10 +72,10 @@ def images(row):
     return {name: value for name, value in row.items() if name not in ("input_ids", "labels", "attention_mask")}
 
 
-def check_whole(batch, side, keep, use_cache):
+def check_whole(batch, side, keep, use_cache, base):
     """A padded batch of conversations in one forward."""
-    model, oracle = pair()
-    batch = [build(drawn) for drawn in batch]
+    model, oracle = pair(base)
+    batch = [build(drawn, base) for drawn in batch]
     whole = stack(batch, side)
     keep = keep if side == "left" else 0
     if keep:
@@ -93,10 +96,10 @@ def check_whole(batch, side, keep, use_cache):
         torch.testing.assert_close(out.loss, sum(losses) / learnt, atol=CLOSE, rtol=1e-4)
 
 
-def check_continued(row, cuts):
+def check_continued(row, cuts, base):
     """A conversation in pieces over one cache, each piece with the images whose pads begin in it."""
-    model, oracle = pair()
-    row = build(row)
+    model, oracle = pair(base)
+    row = build(row, base)
     with torch.no_grad():
         expected = oracle.logits(row)
         for begin, out in continued(model, row, cuts):
@@ -163,27 +166,30 @@ WHOLE = dict(
 CONTINUED = dict(row=rows(), cuts=st.lists(st.integers(1, 500), min_size=1, max_size=4))
 
 
+@EVERY
 @settings(max_examples=25, **QUICK)
 @given(**WHOLE)
-def test_forward_equals_the_oracle(batch, side, keep, use_cache):
-    check_whole(batch, side, keep, use_cache)
+def test_forward_equals_the_oracle(base, batch, side, keep, use_cache):
+    check_whole(batch, side, keep, use_cache, base)
 
 
+@EVERY
 @settings(max_examples=25, **QUICK)
 @given(**CONTINUED)
-def test_a_continued_cache_equals_the_oracle(row, cuts):
+def test_a_continued_cache_equals_the_oracle(base, row, cuts):
     try:
-        check_continued(row, cuts)
+        check_continued(row, cuts, base)
     except UserError:
         return  # refused, in a sentence
 
 
+@EVERY
 @settings(max_examples=8, **QUICK)
 @given(row=rows(), start=st.sampled_from([None, "clip", "detection"]))
-def test_generate_equals_the_oracle(row, start):
+def test_generate_equals_the_oracle(base, row, start):
     """Greedy tokens after a prompt, with a call begun at its end or not."""
-    model, oracle = pair()
-    row = build(row)
+    model, oracle = pair(base)
+    row = build(row, base)
     prompt = images(row) | {"input_ids": row["input_ids"][:, :-4]}
     if start:
         prompt["input_ids"][:, -1] = model.config.reencode_ids(start).start
@@ -194,17 +200,19 @@ def test_generate_equals_the_oracle(row, start):
 
 
 @pytest.mark.slow
+@EVERY
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(**{**WHOLE, "batch": st.lists(rows("seg"), min_size=1, max_size=4)})
-def test_forward_equals_the_oracle_long(batch, side, keep, use_cache):
-    check_whole(batch, side, keep, use_cache)
+def test_forward_equals_the_oracle_long(base, batch, side, keep, use_cache):
+    check_whole(batch, side, keep, use_cache, base)
 
 
 @pytest.mark.slow
+@EVERY
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(**{**CONTINUED, "row": rows("seg")})
-def test_a_continued_cache_equals_the_oracle_long(row, cuts):
+def test_a_continued_cache_equals_the_oracle_long(base, row, cuts):
     try:
-        check_continued(row, cuts)
+        check_continued(row, cuts, base)
     except UserError:
         return

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from relook.bases import BASES
 from relook.looks import LOOKS
 from support import qwen_vocab
-from support.tiny_model import PATCH, tiny_model
+from support.tiny_model import PATCH, default_base, of_base, tiny_model
 
 
 @cache
@@ -24,8 +25,15 @@ def _tokenizer():
     return build_tokenizer(type(size)(**{**vars(size), "looks": tuple(LOOKS)}))
 
 
+@pytest.fixture(scope="module", params=list(BASES))
+def base(request):
+    """Each base in turn, of which tiny models are twins; module fixtures that hold one depend on it."""
+    with of_base(request.param):
+        yield request.param
+
+
 @cache
-def _tiny_vlm(looks: tuple[str, ...], seed: int, settings: tuple):
+def _tiny_vlm(base: str, looks: tuple[str, ...], seed: int, settings: tuple):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     from relook.model import VPTQwen2VLProcessor
@@ -46,6 +54,7 @@ def _tiny_vlm(looks: tuple[str, ...], seed: int, settings: tuple):
     # tiny_config's token ids belong to a vocabulary without text
     model = tiny_model(
         seed,
+        base=base,
         looks=reencoding,
         region="region" in looks,
         vocab_size=len(tokenizer) + 5,  # models pad their vocabulary
@@ -77,7 +86,7 @@ def tiny_vlm():
     """
 
     def make(looks=tuple(LOOKS), seed=0, **settings):
-        return _tiny_vlm(tuple(looks), seed, tuple(sorted(settings.items())))
+        return _tiny_vlm(default_base(), tuple(looks), seed, tuple(sorted(settings.items())))
 
     return make
 

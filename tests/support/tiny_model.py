@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 
+from relook.bases import BASES, DEFAULT
 from relook.looks import LOOKS
-from relook.model import VPTQwen2VLConfig, VPTQwen2VLForConditionalGeneration
+from relook.model.configuration import config_class
+from relook.model.modeling import model_class
 
 IM_START, IM_END, IMAGE, VISION_START, VISION_END, PAD = 105, 106, 103, 101, 102, 107
 PATCH = 8
@@ -27,8 +31,38 @@ def token_ids(look: str) -> dict[str, int]:
     return {f"{look}_image_token_id": first, f"{look}_action_start_id": first + 1, f"{look}_action_id": first + 2}
 
 
-def tiny_config(looks=("clip", "detection", "seg"), **changes) -> VPTQwen2VLConfig:
-    values = dict(
+# What a base's twin has beyond the sizes that all share: windows smaller than an image, inner layers and positions.
+VISION = {
+    "qwen2_vl_vpt": {},
+    "qwen2_5_vl_vpt": dict(window_size=4 * PATCH, fullatt_block_indexes=[1]),
+    "qwen3_vl_vpt": dict(num_position_embeddings=36, deepstack_visual_indexes=[0, 1]),
+}
+TEXT = {"qwen3_vl_vpt": dict(head_dim=8)}
+
+
+_base = DEFAULT.model_type
+
+
+def default_base() -> str:
+    """The base of a tiny model whose base is not said; fixture `base` changes it."""
+    return _base
+
+
+@contextmanager
+def of_base(base):
+    """Within, tiny models are twins of this base."""
+    global _base
+    before, _base = _base, base
+    try:
+        yield base
+    finally:
+        _base = before
+
+
+def tiny_config(looks=("clip", "detection", "seg"), base=None, **changes):
+    base = base or _base
+    own = type(config_class(base)().text_config).__annotations__
+    text = dict(
         vocab_size=128,
         hidden_size=32,
         intermediate_size=64,
@@ -39,7 +73,14 @@ def tiny_config(looks=("clip", "detection", "seg"), **changes) -> VPTQwen2VLConf
         bos_token_id=PAD,
         eos_token_id=IM_END,
         pad_token_id=PAD,
-        vision_config=dict(depth=2, embed_dim=16, hidden_size=32, mlp_ratio=2, num_heads=2, patch_size=PATCH),
+        tie_word_embeddings=True,
+        **TEXT.get(base, {}),
+    )
+    text |= {name: changes.pop(name) for name in list(changes) if name in {**text, **own}}
+    vision = BASES[base].vision(embed_dim=16, out=32, mlp_ratio=2, depth=2, num_heads=2, patch_size=PATCH)
+    values = dict(
+        text_config=text,
+        vision_config={**vision, **VISION[base]},
         image_token_id=IMAGE,
         video_token_id=104,
         vision_start_token_id=VISION_START,
@@ -48,16 +89,17 @@ def tiny_config(looks=("clip", "detection", "seg"), **changes) -> VPTQwen2VLConf
         para_end_id=IM_END,
         vision_encoder_ls=[LOOKS[look].encoder for look in looks],
         encoders={k: v for k, v in (("detection", DINO), ("seg", SAM)) if k in looks},
-        tie_word_embeddings=True,
+        tie_word_embeddings=text["tie_word_embeddings"],
     )
     for look in looks:
         values |= token_ids(look)
-    return VPTQwen2VLConfig(**(values | changes))
+    return config_class(base)(**(values | changes))
 
 
-def tiny_model(seed=0, **changes) -> VPTQwen2VLForConditionalGeneration:
+def tiny_model(seed=0, **changes):
     torch.manual_seed(seed)
-    model = VPTQwen2VLForConditionalGeneration(tiny_config(**changes)).eval()
+    config = tiny_config(**changes)
+    model = model_class(config)(config).eval()
     with torch.no_grad():  # weights large enough that a wrong position or conditioning changes the logits
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "model." in name:

@@ -12,6 +12,7 @@ from relook.data.collate import fill, join_packed
 from relook.errors import UserError
 from relook.model.packed import Packed
 
+pytestmark = pytest.mark.usefixtures("base")
 EQUAL = dict(atol=1e-5, rtol=1e-3)
 CHEAP = [(), ("region",), ("clip",), ("detection",), ("clip", "region"), ("region", "detection", "clip"), ("clip",)]
 

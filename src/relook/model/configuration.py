@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import Qwen2VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 from transformers.utils import cached_file
 
 from relook.bases import BASES, Base
@@ -176,6 +176,22 @@ class VPTQwen2VLConfig(LookConfig, Qwen2VLConfig):
     """Qwen2-VL's configuration with visual perception tokens."""
 
     model_type = "qwen2_vl_vpt"
+    keys_to_ignore_at_inference = ["past_key_values", "look_states"]
+
+
+@strict
+class VPTQwen2_5_VLConfig(LookConfig, Qwen2_5_VLConfig):
+    """Qwen2.5-VL's configuration with visual perception tokens."""
+
+    model_type = "qwen2_5_vl_vpt"
+    keys_to_ignore_at_inference = ["past_key_values", "look_states"]
+
+
+@strict
+class VPTQwen3VLConfig(LookConfig, Qwen3VLConfig):
+    """Qwen3-VL's configuration with visual perception tokens."""
+
+    model_type = "qwen3_vl_vpt"
     keys_to_ignore_at_inference = ["past_key_values", "look_states"]
 
 

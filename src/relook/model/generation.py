@@ -163,7 +163,8 @@ class LookGenerationMixin:
                 "generate from inputs_embeds needs position_ids: image places cannot be read from embeddings"
             )
         grids = (model_kwargs.get("image_grid_thw"), model_kwargs.get("video_grid_thw"))
-        return self._positions(ids, model_kwargs.get("attention_mask"), *grids)
+        times = {name: model_kwargs[name] for name in self.config.base.position_inputs if name in model_kwargs}
+        return self._positions(ids, model_kwargs.get("attention_mask"), *grids, **times)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         looks = {k: model_kwargs.pop(k) for k in list(model_kwargs) if k in LOOK_INPUTS}

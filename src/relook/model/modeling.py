@@ -17,7 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -28,7 +32,7 @@ from transformers.utils import can_return_tuple
 from relook.bases import BASES
 from relook.errors import UserError
 
-from .configuration import ReencodeIds, VPTQwen2VLConfig
+from .configuration import ReencodeIds, VPTQwen2_5_VLConfig, VPTQwen2VLConfig, VPTQwen3VLConfig
 from .decoder import put_columns, run_decoder
 from .encoders import ENCODERS, build_encoder, encode_images, image_features, merge_base_images, view_features
 from .generation import LookGenerationMixin, continue_call, state_in_cache, states_after
@@ -173,16 +177,16 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         positions = self._positions(input_ids[None], None, image_grid_thw, None)[:, 0]
         return positions + start, start + int(positions.max()) + 1
 
-    def _positions(self, input_ids, attention_mask, image_grid_thw, video_grid_thw, packed=None) -> Tensor:
+    def _positions(self, input_ids, attention_mask, image_grid_thw, video_grid_thw, packed=None, **more) -> Tensor:
         """(3, B, L) positions of whole conversations; padding columns hold arbitrary values."""
         if packed is not None:
             ids, real = packed.unpack(input_ids), packed.unpack(torch.ones_like(input_ids))
-            return packed.repack(self._positions(ids, real, image_grid_thw, video_grid_thw))
+            return packed.repack(self._positions(ids, real, image_grid_thw, video_grid_thw, **more))
         if self.config.position_mode == "sequential":
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             return (real.long().cumsum(-1) - 1).clamp(min=0)[None].expand(3, -1, -1)
         kinds = (input_ids == self.config.image_token_id).int() + 2 * (input_ids == self.config.video_token_id).int()
-        grids = dict(image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw)
+        grids = dict(image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw, **more)
         try:
             return self.model.get_rope_index(input_ids, kinds, attention_mask=attention_mask, **grids)[0]
         except (TypeError, StopIteration) as error:  # how it reports that a grid is missing
@@ -247,6 +251,7 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
         looks = {look: tensors for look, tensors in looks.items() if next(iter(tensors.values())) is not None}
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         given = inputs_embeds if input_ids is None else input_ids
+        times = {name: kwargs.pop(name) for name in self.config.base.position_inputs if name in kwargs}
         packed = self._checked(given, attention_mask, base, looks, conversation_ids, past)
         run = dict(past_key_values=past_key_values, use_cache=use_cache if packed is None else False, **kwargs)
         if position_ids is None and input_ids is not None:
@@ -256,7 +261,7 @@ class LookAgainMixin(LookGenerationMixin, nn.Module):
                     "the new tokens alone. Pass position_ids=model.rope_positions(block, grids, start)[0][:, None]"
                 )
             mask = two_dimensional(attention_mask)
-            position_ids = self._positions(input_ids, mask, image_grid_thw, video_grid_thw, packed)
+            position_ids = self._positions(input_ids, mask, image_grid_thw, video_grid_thw, packed, **times)
         before = look_states if past else None
         batch = self._batch(input_ids, inputs_embeds, attention_mask, position_ids, before, base, looks, packed, past)
         outputs = self._run(batch, input_ids, para_mask_modes, run)
@@ -405,6 +410,18 @@ class VPTQwen2VLForConditionalGeneration(LookAgainMixin, Qwen2VLForConditionalGe
     """Qwen2-VL with visual perception tokens. Without a look its logits are the base model's, bit for bit."""
 
     config_class = VPTQwen2VLConfig
+
+
+class VPTQwen2_5_VLForConditionalGeneration(LookAgainMixin, Qwen2_5_VLForConditionalGeneration):
+    """Qwen2.5-VL with visual perception tokens."""
+
+    config_class = VPTQwen2_5_VLConfig
+
+
+class VPTQwen3VLForConditionalGeneration(LookAgainMixin, Qwen3VLForConditionalGeneration):
+    """Qwen3-VL with visual perception tokens. Its decoder adds inner features of each view (deepstack)."""
+
+    config_class = VPTQwen3VLConfig
 
 
 def model_class(config: Any) -> Any:
