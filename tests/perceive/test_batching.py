@@ -18,6 +18,7 @@ from relook.perceive.loop import Limits, Scheduler
 from relook.perceive.memory import Memory
 from relook.trace import Finished, TextDelta
 
+pytestmark = pytest.mark.usefixtures("base")
 TIGHT = Limits(rows=4, tokens=900, piece=16, turn=3)
 
 

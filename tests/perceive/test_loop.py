@@ -15,6 +15,7 @@ from relook.looks import ANSWER_PREFIX, IM_END, LOOKS, write_call
 from relook.options import AskOptions
 from relook.trace import Finished
 
+pytestmark = pytest.mark.usefixtures("base")
 CASES = {
     "no look": ({"look": "none"}, []),
     "region": ({"region": (1, 2, 3, 4)}, []),
