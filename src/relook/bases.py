@@ -26,8 +26,9 @@ class Base:
 
     stock             begins the names of transformers' classes: `<stock>Config`, `<stock>ForConditionalGeneration`
     plain             their model type
-    vision            (embed_dim, out, mlp_ratio, others) -> its vision config: width of the ViT, of the language model
+    vision            (embed_dim, out, depth, mlp_ratio, ...) -> its vision config; `out` is the language model's width
     rope              number of frequencies -> `mrope_section` that gives t, h, w one each in turn
+    head_dim          whether its text config states the width of a head
     patch, normalize  patch size in pixels; mean and standard deviation of normalized pixels
     system            system prompt of its chat template; "" for none
     view_features     outputs of `get_image_features` that a view's features consist of: the final ones, and lists of
@@ -40,6 +41,7 @@ class Base:
     plain: str
     vision: Callable[..., dict[str, Any]]
     rope: Callable[[int], list[int]]
+    head_dim: bool = False
     patch: int = 14
     normalize: tuple[tuple[float, ...], tuple[float, ...]] = CLIP
     system: str = DEFAULT_SYSTEM
@@ -72,9 +74,19 @@ def _interleaved(frequencies: int) -> list[int]:
     return [len(range(axis, frequencies, 3)) for axis in range(3)]
 
 
-def _wide_vision(embed_dim: int, out: int, mlp_ratio: int = 4, **others: Any) -> dict[str, Any]:
-    inner = {"hidden_size": embed_dim, "intermediate_size": mlp_ratio * embed_dim}
-    return {**inner, "out_hidden_size": out, **others}
+def _quarters(depth: int) -> list[int]:
+    """The last layer of each quarter: 7, 15, 23, 31 of 32."""
+    return sorted({max(0, depth * quarter // 4 - 1) for quarter in range(1, 5)})
+
+
+def _qwen2_5_vision(embed_dim: int, out: int, depth: int, mlp_ratio: int = 4, **others: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": embed_dim, "intermediate_size": mlp_ratio * embed_dim, "out_hidden_size": out}
+    return {**sizes, "depth": depth, "fullatt_block_indexes": _quarters(depth), **others}
+
+
+def _qwen3_vision(embed_dim: int, out: int, depth: int, mlp_ratio: int = 4, **others: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": embed_dim, "intermediate_size": mlp_ratio * embed_dim, "out_hidden_size": out}
+    return {**sizes, "depth": depth, "deepstack_visual_indexes": _quarters(depth)[:3], **others}
 
 
 BASES: dict[str, Base] = {
@@ -84,7 +96,7 @@ BASES: dict[str, Base] = {
         Base(
             "Qwen2_5_VL",
             "qwen2_5_vl",
-            _wide_vision,
+            _qwen2_5_vision,
             _one_by_one,
             position_inputs=("second_per_grid_ts",),
             renames=FLAT,
@@ -92,8 +104,9 @@ BASES: dict[str, Base] = {
         Base(
             "Qwen3VL",
             "qwen3_vl",
-            _wide_vision,
+            _qwen3_vision,
             _interleaved,
+            head_dim=True,
             patch=16,
             normalize=HALF,
             system="",

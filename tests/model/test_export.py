@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
 from support.openai_server import PlainQwen
+from support.oracle import STOCK
 from support.running_server import data_url
 from support.scripted_model import QUESTION, picture
+from support.synthetic import TINY
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 import relook
 from relook.cli.app import app
 from relook.errors import UserError
 from relook.model.export import export, vllm_command
+from relook.model.loading import save_new
+from relook.model.new import build
 from relook.model.published import convert
 
 
@@ -39,6 +44,18 @@ def test_stock_qwen2_vl_loads_it_whole_and_gives_the_same_logits(exported):
     with torch.no_grad():
         ours, theirs = vlm.model(**inputs).logits, plain(**inputs).logits
     assert torch.equal(ours, theirs)
+
+
+def test_every_base_is_exported_as_its_own_stock_class(base, tmp_path):
+    model, processor = build(replace(TINY, base=base), seed=2)
+    plain, info = STOCK[base][1].from_pretrained(
+        export(save_new(model, processor, tmp_path / "model"), tmp_path / "plain"), output_loading_info=True
+    )
+    assert not any(info.values())
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": QUESTION}]}]
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**inputs).logits, plain.eval()(**inputs).logits)
 
 
 def test_the_published_layout_by_the_command(tmp_path, capsys):

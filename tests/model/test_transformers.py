@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -13,9 +15,9 @@ from relook.model.new import build
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    model, processor = build(TINY, seed=1)
+    model, processor = build(replace(TINY, base=base), seed=1)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -61,7 +63,7 @@ class Rows(torch.utils.data.Dataset):
         return conversation(self.looks[index % 4], index)
 
 
-def test_trainer_lowers_the_loss_on_a_mix_of_looks(tmp_path):
+def test_trainer_lowers_the_loss_on_a_mix_of_looks(base, tmp_path):
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
@@ -83,7 +85,7 @@ def test_trainer_lowers_the_loss_on_a_mix_of_looks(tmp_path):
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
-def test_peft_lora_learns_and_reloads(tmp_path):
+def test_peft_lora_learns_and_reloads(base, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     targets = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"

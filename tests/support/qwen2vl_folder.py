@@ -1,11 +1,15 @@
-"""A tiny random Qwen2-VL in a folder as on the hub (model, tokenizer, image processor, chat template)."""
+"""A tiny random base in a folder as on the hub (model, tokenizer, image processor, chat template)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
+from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
+
+from relook.bases import BASES
+from support.oracle import STOCK
+from support.tiny_model import TEXT, default_base
 
 SPECIALS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
@@ -24,7 +28,9 @@ def plain_qwen2_vl(folder: Path) -> list[int]:
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIALS}
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(patch_size=8, size={"shortest_edge": 256, "longest_edge": 65536}).save_pretrained(folder)
-    config = Qwen2VLConfig(
+    base = default_base()
+    settings, kind = STOCK[base]
+    text = dict(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
@@ -35,7 +41,12 @@ def plain_qwen2_vl(folder: Path) -> list[int]:
         eos_token_id=ids["<|im_end|>"],
         pad_token_id=ids["<|endoftext|>"],
         bos_token_id=ids["<|endoftext|>"],
-        vision_config=dict(depth=1, embed_dim=16, hidden_size=32, mlp_ratio=2, num_heads=2, patch_size=8),
+        tie_word_embeddings=True,
+        **TEXT.get(base, {}),
+    )
+    config = settings(
+        text_config=text,
+        vision_config=BASES[base].vision(depth=1, embed_dim=16, out=32, mlp_ratio=2, num_heads=2, patch_size=8),
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
@@ -43,5 +54,5 @@ def plain_qwen2_vl(folder: Path) -> list[int]:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    Qwen2VLForConditionalGeneration(config).eval().save_pretrained(folder)
+    kind(config).eval().save_pretrained(folder)
     return tokenizer("What is the total?")["input_ids"]

@@ -138,7 +138,7 @@ def build_config(size: Size, processor: Any, **extra: Any) -> Any:
     hidden, heads = size.lm["hidden_size"], size.lm["num_attention_heads"]
     # One frequency each for t, h, w in turn, so that rows and columns are told apart at every scale.
     rope = {"rope_type": "default", "rope_theta": size.rope_theta, "mrope_section": base.rope(hidden // heads // 2)}
-    text = {
+    text: dict[str, Any] = {
         **size.lm,
         "vocab_size": len(tokenizer),
         "rope_parameters": rope,
@@ -149,6 +149,8 @@ def build_config(size: Size, processor: Any, **extra: Any) -> Any:
         "eos_token_id": tokenizer.convert_tokens_to_ids(looks.IM_END),
         "pad_token_id": tokenizer.convert_tokens_to_ids(SPECIALS[0]),
     }
+    if base.head_dim:
+        text["head_dim"] = hidden // heads
     return config_class(base.model_type)(
         text_config=text,
         vision_config=base.vision(**size.vit, out=hidden, initializer_range=size.init_std),
