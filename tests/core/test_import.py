@@ -57,9 +57,11 @@ ORDERS = {
 ASK_AUTO_CLASSES = """
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
-config = AutoConfig.for_model("qwen2_vl_vpt")
-model = AutoModelForImageTextToText._model_mapping[type(config)]
-print(type(config).__name__, model.__name__, PROCESSOR_MAPPING[type(config)].__name__)
+from relook.bases import BASES
+for base in BASES:
+    config = AutoConfig.for_model(base)
+    model = AutoModelForImageTextToText._model_mapping[type(config)]
+    print(type(config).__name__, model.__name__, PROCESSOR_MAPPING[type(config)].__name__)
 print(processor_class_from_name("VPTQwen2VLProcessor").__module__)
 """
 
@@ -97,8 +99,11 @@ def runs() -> dict[str, str]:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_auto_classes_know_the_model_type(order: str, runs) -> None:
-    names, module = runs[order].splitlines()
-    assert names == "VPTQwen2VLConfig VPTQwen2VLForConditionalGeneration VPTQwen2VLProcessor"
+    *names, module = runs[order].splitlines()
+    assert names == [
+        f"VPT{stock}Config VPT{stock}ForConditionalGeneration VPTQwen2VLProcessor"
+        for stock in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
+    ]
     assert module.startswith("relook.")
 
 

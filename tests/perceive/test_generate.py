@@ -15,6 +15,7 @@ from relook.looks import LOOKS, write_call
 from relook.model.loading import load_model, load_processor, shipped_models
 from relook.processing import VPTQwen2VLProcessor
 
+pytestmark = pytest.mark.usefixtures("base")
 CALLS = {"region": write_call("region", (1, 2, 3, 4)), "clip": LOOKS["clip"].start, "none": ""}
 
 

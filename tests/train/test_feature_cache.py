@@ -17,6 +17,7 @@ from relook.train.feature_cache import FeatureCache, feature_cache
 from relook.train.recipe import Recipe, Stage
 from relook.train.runner import run
 
+pytestmark = pytest.mark.usefixtures("base")
 GRIDS = torch.tensor([[1, 4, 6], [1, 2, 4]])
 
 
@@ -111,7 +112,7 @@ def features(model, cache, seed: int = 0):
 def test_kept_features_are_those_of_the_encoder_to_the_bit(model, tmp_path):
     """From memory, from the disk, after being forgotten: the same bits as an image encoded by itself."""
     pairs = zip(pixels(0).split(GRIDS.prod(-1).tolist()), GRIDS, strict=True)
-    alone = [model.model.get_image_features(p, g[None], return_dict=True).pooler_output[0] for p, g in pairs]
+    alone = [look(model, p, g[None])[0] for p, g in pairs]
     small, on_disk = FeatureCache(model.model, bound=1), FeatureCache(model.model, folder=tmp_path)
     features(model, on_disk)
     seen = count_images(model)
@@ -176,7 +177,8 @@ def test_a_frozen_encoder_is_not_run_again_for_the_backward_pass(model):
         with image_encoder(encode) if encode else nullcontext():
             asks = [features.requires_grad for features in look(model, pixels(0))]
             model(**tiny.stack([tiny.conversation(["clip"])])).loss.backward()
-        assert asks == [encode is None] * 2  # of transformers' checkpointing alone: for a pass back through nothing
+        # Of transformers' checkpointing alone, and not in every base: for a pass back through nothing.
+        assert encode is None or asks == [False] * 2
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys() and not any(".visual." in name for name in found[0])
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
