@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from support.oracle import Oracle
-from support.tiny_model import conversation, stack, tiny_model
+from support.tiny_model import LOOK_MIXES, conversation, grads, stack, tiny_model
 from transformers import DynamicCache
 
 from relook.bases import BASES
@@ -197,6 +197,30 @@ def test_generate_equals_the_oracle(base, row, start):
         kwargs = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, suppress_tokens=pads(model))
         found = model.generate(**prompt, **kwargs)[0, -5:].tolist()
         assert found == oracle.generate(prompt, 5, (*pads(model), model.config.para_end_id))
+
+
+@EVERY
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_equal_the_oracle(base, checkpointing):
+    """One pass over a batch against the literal procedure row by row, through every condition and encoder."""
+    model = tiny_model(3, base=base).train()
+    oracle = Oracle(model)
+    rows = [conversation(looks, seed) for seed, looks in enumerate(LOOK_MIXES)]
+    for weight in oracle.weights.values():
+        weight.requires_grad_()
+    learnt = sum(int((row["labels"][0, 1:] != -100).sum()) for row in rows)
+    for row in rows:
+        logits, labels = oracle.logits(row)[:-1], row["labels"][0, 1:]
+        (torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / learnt).backward()
+    shared = [*oracle.stock.named_parameters(), *model.named_parameters()]  # of the latter its encoders have one
+    expected = {name: p.grad.clone() for name, p in shared if p.grad is not None}
+    expected |= {f"projectors.{name}": w.grad for name, w in oracle.weights.items() if w.grad is not None}
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    found = grads(model, stack(rows))[1]
+    assert found.keys() == expected.keys() and {name.split(".")[0] for name in found} > {"encoders", "projectors"}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.slow
