@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from support import TESTS, qwen_vocab
-from support.small_processors import page, processor_of, region_item
+from support.small_processors import as_chat, page, processor_of, region_item
 from transformers import Qwen2VLImageProcessorPil
 
 from relook.errors import UserError
@@ -28,7 +28,6 @@ from relook.processing import (
     add_look_tokens,
     chat_template,
     expand,
-    load_item_image,
 )
 
 DATA = TESTS / "fixtures" / "parity" / "data"
@@ -107,36 +106,15 @@ def test_pixels_equal_the_published_pipeline(published, name):
 # ---- one way of writing ids
 
 
-def as_parts(content: str) -> list[dict]:
-    """Published content with placeholders -> content parts of the chat template."""
-    parts: list[dict] = []
-    while content:
-        found = [(content.find(s.placeholder), s.placeholder) for s in LOOKS.values() if s.placeholder in content]
-        at, placeholder = min(found, default=(len(content), ""))
-        if at:
-            parts.append({"type": "text", "text": content[:at]})
-        if placeholder:
-            parts.append({"type": placeholder.strip("<>")})
-        content = content[at + len(placeholder) :]
-    return parts
-
-
-def as_chat(item: dict) -> list[dict]:
-    """An item as a chat whose image parts hold their images."""
-    images = {s.placeholder.strip("<>"): iter(item.get(s.item_key) or []) for s in LOOKS.values()}
-    chat = [{"role": m["role"], "content": as_parts(m["content"])} for m in item["messages"]]
-    for part in (part for message in chat for part in message["content"] if part["type"] in images):
-        part["image"] = load_item_image(next(images[part["type"]]), DATA)
-    return chat
-
-
 @pytest.mark.parametrize("name", SAMPLES)
 def test_transformers_way_equals_encode_item(published, name):
     """processor.apply_chat_template, as pipelines and Trainers call it, gives the ids and pixels of encode_item."""
     sample = SAMPLES[name]
     processor = published[sample["tokenizer"]]
     encoded = processor.encode_item(sample["sample"], image_root=DATA)
-    out = processor.apply_chat_template(as_chat(sample["sample"]), tokenize=True, return_dict=True, return_tensors="pt")
+    out = processor.apply_chat_template(
+        as_chat(sample["sample"], DATA), tokenize=True, return_dict=True, return_tensors="pt"
+    )
     newline = processor.tokenizer.encode("\n")  # the template closes the last turn with its newline
     assert out["input_ids"][0].tolist() == encoded["input_ids"] + newline
     for key in sample["vision"]:

@@ -4,7 +4,8 @@ import numpy as np
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
-from relook.processing import VPTQwen2VLProcessor
+from relook.looks import LOOKS
+from relook.processing import VPTQwen2VLProcessor, load_item_image
 from support import qwen_vocab
 
 
@@ -31,3 +32,26 @@ def region_item(**changes) -> dict:
         ],
         "images": [page(), (page(), (0, 0, 24, 24))],
     } | changes
+
+
+def as_parts(content: str) -> list[dict]:
+    """Published content with placeholders -> content parts of the chat template."""
+    parts: list[dict] = []
+    while content:
+        found = [(content.find(s.placeholder), s.placeholder) for s in LOOKS.values() if s.placeholder in content]
+        at, placeholder = min(found, default=(len(content), ""))
+        if at:
+            parts.append({"type": "text", "text": content[:at]})
+        if placeholder:
+            parts.append({"type": placeholder.strip("<>")})
+        content = content[at + len(placeholder) :]
+    return parts
+
+
+def as_chat(item: dict, root) -> list[dict]:
+    """An item as a chat whose image parts hold their images."""
+    images = {s.placeholder.strip("<>"): iter(item.get(s.item_key) or []) for s in LOOKS.values()}
+    chat = [{"role": m["role"], "content": as_parts(m["content"])} for m in item["messages"]]
+    for part in (part for message in chat for part in message["content"] if part["type"] in images):
+        part["image"] = load_item_image(next(images[part["type"]]), root)
+    return chat

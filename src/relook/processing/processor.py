@@ -406,13 +406,7 @@ class VPTQwen2VLProcessor(Qwen2VLProcessor):
         parts = [p for c in conversations for m in c if not isinstance(m["content"], str) for p in m["content"]]
         for kind in ("clip", "detection", "seg"):
             name = KINDS[kind].placeholder.strip("<>")
-            found = [
-                p[key]
-                for p in parts
-                if p["type"] == name
-                for key in (name, "image", "url", "path", "base64")
-                if key in p
-            ]
+            found = [p[name] for p in parts if p["type"] == name and name in p]
             if found:
                 more = {**more, KINDS[kind].item_key: found}
         return images, videos, audios, more

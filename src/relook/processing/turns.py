@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from relook.errors import UserError
-from relook.looks import IM_START, LOOKS, parse_calls
+from relook.looks import IM_START, LOOKS, VISION_END, VISION_START, parse_calls
 from relook.processing.vocabulary import BREAK, KINDS
 
 Message = Mapping[str, str]
@@ -42,6 +42,7 @@ def template_turn(
         if not isinstance(part, Mapping) or "type" not in part or not isinstance(part.get("text", ""), str):
             shape = "{'type': 'text', 'text': ...} or {'type': 'image', 'image': ...}"
             raise UserError(f"content part {str(part)[:80]} is not understood; expected {shape}")
+    parts = [_look_part(part) for part in parts]
     sides = [is_text for is_text, _ in groupby(parts, lambda part: part["type"] == "text")]
     if role == "user" and True in sides and len(sides) <= 2:
         images = [part for part in parts if part["type"] != "text"]
@@ -63,6 +64,23 @@ def template_turn(
             {**part, "text": text} if part["type"] == "text" else part for part, text in zip(parts, said, strict=True)
         ]
     return {**message, "content": parts[0]["text"] if isinstance(content, str) else parts}
+
+
+def _look_part(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A part that shows a re-encoded image, in a form that any chat template writes alike.
+
+    Stock ones take what has the key "image" for an ordinary image, and write the text of parts of types that are not
+    theirs.
+    """
+    kind = part["type"]
+    if kind not in _PADS:
+        return part
+    shown = {"type": kind, "text": VISION_START + _PADS[kind] + VISION_END}
+    key = next((key for key in (kind, "image", "url", "path", "base64") if key in part), None)
+    return shown if key is None else {**shown, kind: part[key]}
+
+
+_PADS = {spec.placeholder.strip("<>"): spec.pad for kind, spec in KINDS.items() if kind != "image"}
 
 
 def check_counts(messages: Sequence[Message], images: Mapping[str, int]) -> None:
