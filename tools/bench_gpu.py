@@ -30,10 +30,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+from relook.bases import HUB
 from relook.looks import LOOKS
 from relook.model import VPTQwen2VLConfig, VPTQwen2VLForConditionalGeneration
 from relook.model.encoders import encoder_config
-from relook.model.published import BASES, look_token_ids
+from relook.model.published import look_token_ids
 from relook.train.optim import set_trainable
 
 BASE = "Qwen/Qwen2-VL-2B-Instruct"
@@ -60,12 +61,13 @@ TINY = {
 
 def shape(tiny: bool) -> dict[str, Any]:
     """Config values of the plain 2B model; `tiny`: of the same in small."""
-    values = dict(BASES[BASE])
+    values = HUB[BASE].config()
     if tiny:
-        values |= {**TINY["text"], "vision_config": {**values["vision_config"], **TINY["vision"]}}
-        ids = ("bos", "eos", "pad", "image", "video", "vision_start", "vision_end")
-        values |= {f"{name}_token_id": 1010 + number for number, name in enumerate(ids)}
-        values |= {"vocab_size": 2048, "max_window_layers": 2}
+        values["text_config"] |= {**TINY["text"], "vocab_size": 2048, "max_window_layers": 2}
+        values["vision_config"] |= TINY["vision"]
+        values["text_config"] |= {f"{name}_token_id": 1010 + n for n, name in enumerate(("bos", "eos", "pad"))}
+        ids = ("image", "video", "vision_start", "vision_end")
+        values |= {f"{name}_token_id": 1013 + number for number, name in enumerate(ids)}
     return values
 
 

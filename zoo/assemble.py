@@ -18,9 +18,9 @@ from torch import nn
 
 from relook.errors import CheckpointError, UserError
 from relook.looks import LOOKS
+from relook.model.classes import VPTQwen2VLForConditionalGeneration
 from relook.model.configuration import VPTQwen2VLConfig
 from relook.model.loading import check_free, load_model, load_processor, quiet, resolve, save_new
-from relook.model.modeling import VPTQwen2VLForConditionalGeneration
 from relook.model.new import build
 from relook.model.start import new_token_rows
 

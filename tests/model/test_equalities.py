@@ -9,7 +9,7 @@ from support.tiny_model import LOOK_MIXES, conversation, grads, image, stack, ti
 from transformers import DynamicCache
 
 from relook.errors import UserError
-from relook.model.modeling import model_class
+from relook.model.classes import model_class
 from relook.model.projector import ConditionedProjector
 from relook.model.segments import find_calls, find_image_spans
 

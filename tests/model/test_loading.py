@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.hub_totals import HUB_TOTALS
 from support.oracle import STOCK
 from support.parity import MODELS, encoder_configs, folder, tensors
 from support.tiny_model import conversation, stack, tiny_model
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 import relook
+from relook.bases import HUB
 from relook.errors import CheckpointError, UserError
 from relook.model import VPTQwen2VLConfig
 from relook.model.loading import count_parameters, inspect, load_model, load_processor, resolve
@@ -39,6 +41,15 @@ def load_published(folder, **settings):
 def test_parameter_counts_of_the_published_checkpoints(name):
     total = sum(count_parameters(VPTQwen2VLConfig(**published_config(name))).values())
     assert round(total / 1e9, 2) == PUBLISHED[name].billions
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_parameter_counts_of_the_bases_on_the_hub(name):
+    settings, kind = STOCK[HUB[name].base.model_type]
+    with torch.device("meta"):
+        model = kind(settings(**HUB[name].config()))
+    model.tie_weights()
+    assert sum(p.numel() for p in model.parameters()) == HUB_TOTALS[name]
 
 
 @pytest.fixture

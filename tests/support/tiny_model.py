@@ -8,8 +8,8 @@ import torch
 
 from relook.bases import BASES, DEFAULT
 from relook.looks import LOOKS
+from relook.model.classes import model_class
 from relook.model.configuration import config_class
-from relook.model.modeling import model_class
 
 IM_START, IM_END, IMAGE, VISION_START, VISION_END, PAD = 105, 106, 103, 101, 102, 107
 PATCH = 8

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from support import ROOT
+from support.hub_totals import HUB_TOTALS
 from support.own_items import conversation, write_items_of
 from support.start_folders import parts, start
 from typer.testing import CliRunner
@@ -123,6 +125,33 @@ def test_published_starts_are_known_without_weights(items, monkeypatch) -> None:
     assert list(learning) == ["detection_projector"]
     total = sum(n for _, n in align.learns.values()) + 1536 * 151936  # a tied head, stored apart
     assert total / 1e9 == pytest.approx(2.75, abs=0.005)  # as published: spec.md, section 7
+
+
+OF_BASES = ("qwen2.5-vl-3b", "qwen2.5-vl-7b-lora", "qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b-lora")
+
+
+@pytest.mark.parametrize("name", OF_BASES)
+def test_recipes_of_each_base_are_known_at_full_size(tmp_path, monkeypatch, name) -> None:
+    """Every weight of the base is there, as many as the hub states, and what a device is to hold follows."""
+    monkeypatch.setattr("relook.model.start.resolve", _no_hub)
+    own = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    items = write_items_of(tmp_path / "items.json", own["model"]["looks"], count=7)
+    given = small(items, f"data.image_root={tmp_path}")
+    for stage in own["stages"]:
+        data = f"stages.{stage['name']}.data"
+        given += [f"{data}.path={items}", f"{data}.image_root={tmp_path}"] if "data" in stage else []
+    found = dry_run(RECIPES / f"{name}.yaml", given)
+    total = HUB_TOTALS[own["model"]["start"]]
+    for stage, dry in zip(own["stages"], found.stages, strict=True):
+        more = ("LoRA", "clip_projector", "detection_projector", "detection_model")
+        copies = sum(dry.learns[part][0] for part in ("embed_tokens", "lm_head")) if "LoRA" in dry.learns else 0
+        assert sum(n for part, (_, n) in dry.learns.items() if part not in more) - copies == total
+        assert dry.learns["visual"][0] == 0 and "weights are not here" in dry.unmeasured
+        learns = sum(n for n, _ in dry.learns.values())
+        assert dry.memory["gradients"] == 4 * learns and dry.memory["optimiser"] == 8 * learns
+        assert dry.memory["weights"] == 4 * sum(n for _, n in dry.learns.values())
+        assert dry.steps == stage.get("steps", dry.steps) and dry.steps > 0
+    assert ("LoRA" in dry.learns) == name.endswith("lora")
 
 
 def _no_hub(name):

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from support import ROOT
 from support.own_items import write_items_of
 from support.start_folders import parts, start
 from support.tiny_model import conversation as row
-from support.tiny_model import stack, tiny_model
+from support.tiny_model import of_base, stack, tiny_model
 from typer.testing import CliRunner
 
 from relook.cli.app import app
@@ -33,7 +34,15 @@ PUBLISHED = {
     "2b-det-noprompt": ("detection", 2e-5, 8, 4, 6000 * 32),
     "7b-clip-lora": ("clip", 2e-5, 4, 8, 6000 * 32),
 }
+BASES = {  # recipe -> base and look
+    "qwen2.5-vl-3b": ("qwen2_5_vl_vpt", "clip"),
+    "qwen2.5-vl-7b-lora": ("qwen2_5_vl_vpt", "clip"),
+    "qwen3-vl-2b": ("qwen3_vl_vpt", "clip"),
+    "qwen3-vl-4b": ("qwen3_vl_vpt", "detection"),
+    "qwen3-vl-8b-lora": ("qwen3_vl_vpt", "clip"),
+}
 LOOKS = {name: row[0] for name, row in PUBLISHED.items()} | {"own-data": "clip"}
+LOOKS |= {name: look for name, (_, look) in BASES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +55,17 @@ def made(tmp_path_factory) -> dict[str, str]:
 
 
 def overrides(name: str, made: dict[str, str], folder: Path) -> list[str]:
-    """What makes a shipped recipe small: tiny weights, six items, two steps."""
+    """What makes a shipped recipe small: tiny weights, six items, two steps of each stage."""
     look = LOOKS[name]
     items = write_items_of(folder / "items.json", [look] if "alignment" in name else [look, "region"], count=6)
-    stage = "align" if "alignment" in name else "tune" if name == "own-data" else "instruct"
-    source = load_recipe(RECIPES / f"{name}.yaml").model
-    given = [f"model.start={made['start' if source.looks else f'with {look}']}"]
-    given += [f"model.{part}={made[part]}" for part in ("detection", "seg") if getattr(source, part)]
-    length = f"stages.{stage}.{'steps' if name.startswith(('2', '7')) else 'samples'}"
-    given += [f"data.path={items}", f"data.image_root={folder}", f"{length}={2 if 'steps' in length else 4}"]
-    given += [f"stages.{stage}.batch=2", f"stages.{stage}.accumulate=1", "validation.items=2", "evaluate_every=2"]
+    recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    given = [f"model.start={made['start' if recipe['model'].get('looks') else f'with {look}']}"]
+    given += [f"model.{part}={made[part]}" for part in ("detection", "seg") if part in recipe["model"]]
+    given += [f"data.path={items}", f"data.image_root={folder}", "validation.items=2", "evaluate_every=2"]
+    for stage in recipe["stages"]:
+        at = f"stages.{stage['name']}"
+        given += [f"{at}.steps=2" if "steps" in stage else f"{at}.samples=4", f"{at}.batch=2", f"{at}.accumulate=1"]
+        given += [f"{at}.data.path={items}", f"{at}.data.image_root={folder}"] if "data" in stage else []
     small = ["validation.questions=1", "validation.pictures=0", "threads=1", "workers=0", "save_dtype=float32"]
     return [*given, *small, f"out={folder / 'out'}"]
 
@@ -82,10 +92,23 @@ def test_two_steps_of_each_recipe(name: str, made, tmp_path: Path) -> None:
         given = [*overrides(name, made, tmp_path), "stages.tune.epochs=1"]
     else:
         given = overrides(name, made, tmp_path)
+    check_run(name, given, made, tmp_path)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_two_steps_of_the_recipes_of_each_base(name: str, tmp_path: Path) -> None:
+    with of_base(BASES[name][0]):
+        made = parts(tmp_path / "starts")
+        model = check_run(name, overrides(name, made, tmp_path), made, tmp_path)
+    assert model.config.model_type == BASES[name][0]
+
+
+def check_run(name: str, given: list[str], made: dict[str, str], tmp_path: Path):
+    """Run a recipe; returns the model."""
     final = run(RECIPES / f"{name}.yaml", given)
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     model, processor = load_model(final, device="cpu"), load_processor(final)
-    assert model.config.num_inner_forward_run == recipe.stages[0].passes
+    assert model.config.num_inner_forward_run == recipe.stages[-1].passes
     assert processor.free_choice == recipe.data.free_choice
     source = given[0].removeprefix("model.start=")
     before, after = load_model(source, device="cpu") if not recipe.model.looks else None, model.state_dict()
@@ -97,6 +120,7 @@ def test_two_steps_of_each_recipe(name: str, made, tmp_path: Path) -> None:
     assert ("lm_head.weight" in moved) == ("alignment" not in name)
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert any("eval_loss" in line for line in lines) and all(line["step"] <= 2 for line in lines)
+    return model
 
 
 def expected(name: str, key: str) -> bool:

@@ -5,7 +5,7 @@ stock transformers on the same weights and tokens, which leaves only the cost of
 answers have a fixed length.
 
     answer with a look   from the image to the last token, with a forced `clip` look
-    plain, read once     transformers' Qwen2-VL on the same final sequence: encode the image once, prefill everything
+    plain, read once     transformers' model on the same final sequence: encode the image once, prefill everything
                          before the answer, then decode the answer token by token; a lower bound for any loop
     direct answer        `ask` with look="none" and the same number of answer tokens
     training step        forward and backward of a batch in which every row looks again; plain: the same tokens with a
@@ -164,18 +164,19 @@ def _command_seconds(arguments: list[str]) -> float:
 
 
 class Subject:
-    """A random relook model and stock Qwen2-VL with the same weights, and the same inputs for both."""
+    """A random relook model and the stock one with the same weights, and the same inputs for both."""
 
     def __init__(self, seed: int) -> None:
         import numpy as np
         import torch
         from PIL import Image
 
+        from relook.model.export import plain_model
         from relook.perceive import VLM
 
         torch.manual_seed(seed)
         model, processor = random_model()
-        self.plain = stock_model(model)
+        self.plain = plain_model(model)
         self.vlm = VLM(model, processor, "bench")
         self.image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
         chat = self.vlm.chat(self.image)
@@ -239,7 +240,7 @@ class Subject:
 
 def random_model() -> tuple[Any, Any]:
     """A relook model (8 layers, width 512) whose answers do not end early, and its processor."""
-    from relook.model.modeling import model_class
+    from relook.model.classes import model_class
     from relook.model.new import Size, build_config, build_processor
 
     view = {"longest_side": SIDE}
@@ -255,17 +256,6 @@ def random_model() -> tuple[Any, Any]:
     model = model_class(config)(config).eval()
     model.lm_head.weight.data[config.para_end_id] = 0  # logit 0, below the maximum: no answer ends early
     return model, processor
-
-
-def stock_model(model: Any) -> Any:
-    """transformers' Qwen2-VL with the weights of a relook model."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-    shared = {key: model.config.to_dict()[key] for key in ("text_config", "vision_config", "image_token_id",
-              "video_token_id", "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings")}  # fmt: skip
-    plain = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**shared)).eval()
-    plain.load_state_dict({name: value for name, value in model.state_dict().items() if name in plain.state_dict()})
-    return plain
 
 
 def _batch(processor: Any, image: Any) -> dict[str, Any]:

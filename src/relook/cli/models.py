@@ -1,4 +1,4 @@
-"""`relook models`: list, inspect, convert, merge, export and assemble checkpoints."""
+"""`relook models`: list, inspect, new, convert, merge, export and assemble checkpoints."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from relook.cli.common import AsJson, ModelArgument
+from relook.cli.common import AsJson, ListOptions, ModelArgument
 from relook.plugins import find
 
 app = typer.Typer(help="Models: what ships, what is inside, conversion.")
@@ -58,6 +58,30 @@ def convert_model(
     print(f"written: {convert(source, target, to=to, encoder_config=encoders)}")
 
 
+@app.command("new", cls=ListOptions)
+def new_model(
+    base: Annotated[str, Argument(metavar="BASE", help="A plain Qwen2-VL, Qwen2.5-VL or Qwen3-VL: folder or hub id.")],
+    out: Annotated[Path, Option("--out", metavar="FOLDER", help="A new or empty folder.")],
+    looks: Annotated[
+        list[str] | None, Option(metavar="LOOKS", help="region, clip, detection, seg: any; default: region clip.")
+    ] = None,
+    detection: Annotated[
+        str | None, Option(metavar="FOLDER", help="For the look detection: a DINOv2, folder or hub id.")
+    ] = None,
+    seg: Annotated[str | None, Option(metavar="FOLDER", help="For the look seg: a SAM, folder or hub id.")] = None,
+    seed: Annotated[int, Option(metavar="N", help="Seed of new weights: the projectors.")] = 0,
+    dtype: Annotated[
+        str | None, Option(metavar="DTYPE", help="Of the written weights: float32, bfloat16, float16; else the base's.")
+    ] = None,
+) -> None:
+    """Give a plain base model looks: control tokens, encoders, and projectors that are to be trained."""
+    from relook.model.start import Start, create
+
+    given = [look for words in looks or ["region,clip"] for look in words.split(",") if look]
+    start = Start(start=base, looks=given, detection=detection, seg=seg)  # type: ignore[call-arg]  # pydantic's defaults
+    print(f"written: {create(start, out, seed=seed, dtype=dtype)}")
+
+
 @app.command("merge")
 def merge_adapter(
     adapter: Annotated[Path, Argument(metavar="ADAPTER", help="A LoRA adapter's folder, as relook train writes it.")],
@@ -71,7 +95,7 @@ def merge_adapter(
     ] = "float32",
 ) -> None:
     """Merge a LoRA adapter into its base model and write the result as an ordinary checkpoint."""
-    from relook.model.start import merge
+    from relook.model.merging import merge
 
     print(f"written: {merge(adapter, out, base=base, dtype=dtype)}")
 
@@ -82,7 +106,7 @@ def export_model(
     out: Annotated[Path, Option("--out", metavar="FOLDER", help="A new or empty folder.")],
     engine: Annotated[str, Option("--for", metavar="ENGINE", help="vllm (or transformers: the same folder).")] = "vllm",
 ) -> None:
-    """Write a model as a plain Qwen2-VL, which other engines serve; relook ask --base-url then takes region looks."""
+    """Write a model as its plain base, which other engines serve; relook ask --base-url then takes region looks."""
     from relook.model.export import export, vllm_command
 
     written = export(model, out, engine)

@@ -13,7 +13,7 @@ from relook.bases import BASES
 
 _HOME = {
     **{base.config_class: "relook.model.configuration" for base in BASES.values()},
-    **{base.model_class: "relook.model.modeling" for base in BASES.values()},
+    **{base.model_class: "relook.model.classes" for base in BASES.values()},
     "VPTQwen2VLProcessor": "relook.processing",
 }
 __all__ = ["VPTQwen2VLConfig", "VPTQwen2VLForConditionalGeneration", "VPTQwen2VLProcessor", "register"]

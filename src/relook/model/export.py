@@ -20,15 +20,14 @@ from relook.io import replacing_folder
 from relook.looks import IMAGE_PAD, VISION_END, VISION_START
 
 from .adapters import is_adapter
-from .loading import check_free, quiet, read_json, resolve, stored_tensors
+from .loading import check_free, quiet, read_json, resolve, stored_dtype
 from .start import open_model
 
 ENGINES = ("vllm", "transformers")  # which take the same folder
 _LEFT = ("encoders.", "projectors.")  # weights of re-encoding looks
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-# Qwen2-VL's turns. A user's question and its images are put in the form of training, whatever the order of the parts;
-# parts with text between images, as a look shows several regions, stay as they are.
+# The turns of every base. A user's question and its images are put in the form of training, whatever the order of
+# the parts; parts with text between images, as a look shows several regions, stay as they are.
 _TEMPLATE = """\
 {%- set image = __IMAGE__ -%}
 {%- if messages and messages[0].role != "system" and __SYSTEM__ -%}
@@ -67,7 +66,7 @@ _TEMPLATE = """\
 
 
 def export(source: str | Path, target: str | Path, engine: str = "vllm") -> Path:
-    """Write a model into a new or empty folder that stock transformers and vLLM take for a Qwen2-VL.
+    """Write a model into a new or empty folder that stock transformers and vLLM take for its plain base.
 
     The folder appears whole or not at all; weights keep the dtype that they are stored in.
 
@@ -77,14 +76,13 @@ def export(source: str | Path, target: str | Path, engine: str = "vllm") -> Path
         engine: one of `ENGINES`.
 
     Raises:
-        UserError: an unknown engine; a model that a plain Qwen2-VL would run otherwise than relook does.
+        UserError: an unknown engine; a model that its plain base would run otherwise than relook does.
     """
     if engine not in ENGINES:
         raise UserError(f"--for {engine!r} is no engine that models are exported for; expected {', '.join(ENGINES)}")
     check_free(target)
     folder = resolve(source)
-    kinds = set() if is_adapter(folder) else set(stored_tensors(folder).values())
-    dtype = getattr(torch, _DTYPES.get(next(iter(kinds)), "")) if len(kinds) == 1 and kinds <= {*_DTYPES} else "float32"
+    dtype = torch.float32 if is_adapter(folder) else stored_dtype(folder)
     model, processor = open_model(folder, dtype=dtype, device="cpu")
     sections = model.config.get_text_config().rope_parameters["mrope_section"]
     if model.config.position_mode != "mrope" or (len(sections) != 3 and set(sections) != {1}):
@@ -95,7 +93,7 @@ def export(source: str | Path, target: str | Path, engine: str = "vllm") -> Path
     with replacing_folder(target) as out, quiet():
         out.mkdir()
         plain_model(model).save_pretrained(out)
-        _save_processor(processor, out)
+        _save_processor(processor, model.config.base, out)
     return Path(target)
 
 
@@ -145,10 +143,10 @@ def _plain_keys(stock: Any) -> set[str]:
     return set(stock().to_dict()) - {"model_type", "architectures", "transformers_version", "dtype"}
 
 
-def _save_processor(processor: Any, out: Path) -> None:
-    """Tokenizer, image processor and chat template, as Qwen2-VL's folders have them."""
+def _save_processor(processor: Any, base: Base, out: Path) -> None:
+    """Tokenizer, image processor and chat template, as folders of plain bases have them."""
     tokenizer = processor.tokenizer
-    tokenizer._set_processor_class("Qwen2VLProcessor")
+    tokenizer._set_processor_class(base.processor_class)
     tokenizer.chat_template = plain_template(processor.system, processor.question_first)
     tokenizer.save_pretrained(out)
     processor.image_processor.save_pretrained(out)

@@ -21,11 +21,12 @@ from relook.errors import CheckpointError, UserError
 from relook.io import replacing_folder
 
 from .adapters import is_adapter
+from .classes import model_class
 from .configuration import LookConfig, config_class
-from .modeling import model_class
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors calls them -> torch's
 
 
 # -- finding ----------------------------------------------------------------------------------------------------------
@@ -255,6 +256,12 @@ def stored_tensors(folder: Path) -> dict[str, str]:
         except Exception as error:  # safetensors and torch raise several kinds for a damaged file
             raise CheckpointError(f"{path}: not a readable weight file ({type(error).__name__}: {error})") from error
     return found
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that all weights of a folder are stored in; float32 where they differ."""
+    kinds = {_DTYPES.get(kind, kind) for kind in stored_tensors(folder).values()}
+    return getattr(torch, kinds.pop()) if len(kinds) == 1 and kinds <= {*_DTYPES.values()} else torch.float32
 
 
 def load_processor(name_or_path: str | Path) -> Any:

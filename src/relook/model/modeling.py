@@ -5,8 +5,9 @@ features, conditioned on a hidden state that the same decoder computed further l
 embedding of the control token. By causality one pass is enough (`segments`). With mask modelling (training only) the
 prefix runs once more.
 
-`LookAgainMixin` is the mechanism. Of the class it is mixed into it uses `get_input_embeddings`, `get_image_features`,
-`get_rope_index` and `language_model`; what else differs between bases is in their rows (`relook.bases`).
+`LookAgainMixin` is the mechanism (`classes` applies it). Of the class it is mixed into it uses `get_input_embeddings`,
+`get_image_features`, `get_rope_index` and `language_model`; what else differs between bases is in their rows
+(`relook.bases`).
 """
 
 from __future__ import annotations
@@ -17,22 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLForConditionalGeneration,
-    Qwen3VLForConditionalGeneration,
-)
 from transformers.cache_utils import Cache
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2_vl.modeling_qwen2_vl import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from relook.bases import BASES
 from relook.errors import UserError
 
-from .configuration import ReencodeIds, VPTQwen2_5_VLConfig, VPTQwen2VLConfig, VPTQwen3VLConfig
+from .configuration import ReencodeIds
 from .decoder import put_columns, run_decoder
 from .encoders import ENCODERS, build_encoder, encode_images, image_features, merge_base_images, view_features
 from .generation import LookGenerationMixin, continue_call, state_in_cache, states_after
@@ -404,36 +397,3 @@ def _shown(input_ids: Tensor, attention_mask: Any) -> Tensor:
 def _tokens(features: Tensor) -> int:
     """Image tokens that features become: n of (n, d), h/4 * w/4 of a SAM map (c, h, w)."""
     return features.shape[0] if features.ndim == 2 else (features.shape[1] // 4) * (features.shape[2] // 4)
-
-
-class VPTQwen2VLForConditionalGeneration(LookAgainMixin, Qwen2VLForConditionalGeneration):
-    """Qwen2-VL with visual perception tokens. Without a look its logits are the base model's, bit for bit."""
-
-    config_class = VPTQwen2VLConfig
-
-
-class VPTQwen2_5_VLForConditionalGeneration(LookAgainMixin, Qwen2_5_VLForConditionalGeneration):
-    """Qwen2.5-VL with visual perception tokens."""
-
-    config_class = VPTQwen2_5_VLConfig
-
-
-class VPTQwen3VLForConditionalGeneration(LookAgainMixin, Qwen3VLForConditionalGeneration):
-    """Qwen3-VL with visual perception tokens. Its decoder adds inner features of each view (deepstack)."""
-
-    config_class = VPTQwen3VLConfig
-
-
-def model_class(config: Any) -> Any:
-    """The model class of a config."""
-    return globals()[config.base.model_class]
-
-
-# transformers renames weights while it loads, and back while it saves, by tables registered per class name. Its two
-# functions are not stable API (transformers 5.23): `tests/model/test_loading.py` fails when they change.
-for _base in BASES.values():
-    register_checkpoint_conversion_mapping(
-        _base.model_class,
-        [WeightRenaming(source_patterns=old, target_patterns=new) for old, new in _base.renames.items()],
-        overwrite=True,
-    )

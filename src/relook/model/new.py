@@ -21,8 +21,8 @@ from relook.looks import LOOKS
 from relook.plugins import find
 from relook.processing.vocabulary import add_look_tokens
 
+from .classes import model_class
 from .configuration import config_class
-from .modeling import model_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,7 +137,7 @@ def build_config(size: Size, processor: Any, **extra: Any) -> Any:
     tokenizer, base = processor.tokenizer, BASES[size.base]
     hidden, heads = size.lm["hidden_size"], size.lm["num_attention_heads"]
     # One frequency each for t, h, w in turn, so that rows and columns are told apart at every scale.
-    rope = {"rope_type": "default", "rope_theta": size.rope_theta, "mrope_section": base.rope(hidden // heads // 2)}
+    rope = {"rope_type": "default", "rope_theta": size.rope_theta, **base.rope(hidden // heads // 2)}
     text: dict[str, Any] = {
         **size.lm,
         "vocab_size": len(tokenizer),

@@ -1,9 +1,9 @@
 """The published checkpoints (https://huggingface.co/rp-yu): facts, names of weights, and the layout on disk.
 
-- `PUBLISHED`, `BASES`: a row for each checkpoint and the shapes of their base models, from which they can be built
+- `PUBLISHED`: a row for each checkpoint (`bases.HUB` has the shapes of their base models), from which it can be built
   without a network (spec.md, section 7).
 - `convert`: writes a checkpoint in the other layout. (`VPTQwen2VLConfig` and `VPTQwen2VLProcessor` read the published
-  one; `modeling` has the names of its weights.)
+  one; `bases` has the names of its weights.)
 """
 
 from __future__ import annotations
@@ -18,39 +18,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from relook.bases import HUB
 from relook.errors import UserError
 from relook.io import replacing_folder
 from relook.looks import LOOKS, control_tokens
 
 from .configuration import PUBLISHED_CLASS, LookConfig
 from .encoders import ENCODERS
-from .loading import check_free, load_model, load_processor, read_config, resolve, stored_tensors, weight_files
+from .loading import check_free, load_model, load_processor, read_config, resolve, stored_dtype, weight_files
 
 # -- facts
 
 BASE_TOKENS = 151657  # ids below are Qwen2-VL's own; the published tokenizers add theirs from here
-
-
-def _base(hidden: int, intermediate: int, heads: tuple[int, int], vocabulary: int, tied: bool) -> dict[str, Any]:
-    return dict(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=28,
-        num_attention_heads=heads[0],
-        num_key_value_heads=heads[1],
-        vocab_size=vocabulary,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0},
-        tie_word_embeddings=tied,
-        vision_config=dict(depth=32, embed_dim=1280, mlp_ratio=4, num_heads=16, patch_size=14, hidden_size=hidden),
-    )
-
-
-BASES: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen2-VL-2B-Instruct": _base(1536, 8960, (12, 2), 151936, tied=True),
-    "Qwen/Qwen2-VL-7B-Instruct": _base(3584, 18944, (28, 4), 152064, tied=False),
-}
 
 
 @dataclass(frozen=True)
@@ -64,7 +43,7 @@ class Published:
     billions: float
 
 
-_2B, _7B = BASES
+_2B, _7B = "Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-7B-Instruct"
 PUBLISHED: dict[str, Published] = {
     row.hub_id.split("/")[1]: row
     for row in (
@@ -99,7 +78,7 @@ def published_config(name: str) -> dict[str, Any]:
     """Values for `VPTQwen2VLConfig.from_dict` of the published checkpoint `name`."""
     row = PUBLISHED[name]
     own = {"vision_encoder_ls": [LOOKS[row.look].encoder], "alignment": row.alignment}
-    return {**BASES[row.base], **look_token_ids(row.look), **own}
+    return {**HUB[row.base].config(), **look_token_ids(row.look), **own}
 
 
 # -- layout
@@ -143,10 +122,7 @@ def convert(
     check_free(target)
     folder = resolve(source)
     config = read_config(folder, encoder_config)  # as stored: loading may untie it
-    short = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    kinds = {short.get(kind, kind.removeprefix("torch.")) for kind in stored_tensors(folder).values()}
-    dtype = kinds.pop() if len(kinds) == 1 else "float32"
-    model = load_model(folder, dtype=dtype, device="cpu", encoder_config=encoder_config)
+    model = load_model(folder, dtype=stored_dtype(folder), device="cpu", encoder_config=encoder_config)
     with replacing_folder(target) as out:
         out.mkdir()
         for path in folder.iterdir():  # tokenizer, processor, card: as they are

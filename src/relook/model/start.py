@@ -1,17 +1,16 @@
 """What a model is opened from, and the one way to open it.
 
     open_model("receipts-tiny")                                             a model: shipped, folder, hub id, adapter
-    open_start(Start(start="Qwen/Qwen2-VL-2B-Instruct", looks=["clip"]))    a plain Qwen2-VL that is given looks
+    open_start(Start(start="Qwen/Qwen2-VL-2B-Instruct", looks=["clip"]))    a plain base that is given looks
     open_start(Start(size="cards-tiny"), seed=1)                            a new tiny model (`new.Size`)
 
 `describe_start` gives the config and processor of a start without its weights.
 
-Adapters (`adapters`) are opened by name like any other model: merged into their base.
+Adapters are opened by name like any other model: merged into their base (`merging`).
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,13 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from relook.bases import DEFAULT, PLAIN
+from relook.bases import DEFAULT, HUB, PLAIN
 from relook.errors import CheckpointError, UserError
 from relook.io import checkpoint_name, content_digest
 from relook.looks import LOOKS
 
 from . import new
-from .adapters import ADAPTER_CONFIG, BASE, is_adapter, merge_updates
+from .adapters import is_adapter
 from .configuration import LookConfig, config_class
 from .encoders import encoder_config
 from .loading import (
@@ -40,11 +39,12 @@ from .loading import (
     read_json,
     resolve,
     save_new,
+    stored_dtype,
     torch_device,
     torch_dtype,
     weight_files,
 )
-from .published import BASES, PUBLISHED, look_token_ids, published_config
+from .published import PUBLISHED, look_token_ids, published_config
 
 BASE_KEYS = ("start", "looks", "detection", "seg")
 
@@ -53,7 +53,7 @@ class Start(BaseModel):
     """What a model is opened from; the `model:` section of a recipe.
 
     A new tiny model (`size`), or weights to go on from (`start`: shipped name, folder, hub id or adapter). A new model
-    may take its vision encoder from other weights (`visual`). A `start` that is a plain Qwen2-VL is given `looks`, new
+    may take its vision encoder from other weights (`visual`). A `start` that is a plain base is given `looks`, new
     tokens and new projectors; looks with an encoder of their own need its weights (`detection`: DINOv2, `seg`: SAM).
     """
 
@@ -62,7 +62,7 @@ class Start(BaseModel):
     size: str | None = None
     start: str | None = None
     visual: str | None = None
-    looks: list[str] | None = Field(None, description="of a plain Qwen2-VL: region, clip, detection, seg")
+    looks: list[str] | None = Field(None, description="of a plain base: region, clip, detection, seg")
     detection: str | None = Field(None, description="folder or hub id of a DINOv2, for the look detection")
     seg: str | None = Field(None, description="folder or hub id of a SAM, for the look seg")
     max_looks: int | None = Field(None, ge=1, description="region looks to teach, each in the view before it")
@@ -74,7 +74,7 @@ class Start(BaseModel):
         if self.visual is not None and self.size is None:
             raise ValueError("visual: goes with size: (a fresh model that takes over a vision tower)")
         if self.size is not None and (self.looks or self.detection or self.seg):
-            raise ValueError("looks:, detection: and seg: go with start: (a plain Qwen2-VL that is given looks)")
+            raise ValueError("looks:, detection: and seg: go with start: (a plain base that is given looks)")
         return self
 
     def base_record(self, seed: int) -> dict[str, Any] | None:
@@ -115,10 +115,12 @@ def open_model(
         dtype, device, attn_implementation: as `loading.load_model` takes them.
 
     Raises:
-        UserError, CheckpointError: as `loading.load_model` and `load_adapted`.
+        UserError, CheckpointError: as `loading.load_model` and `merging.load_adapted`.
     """
     folder = resolve(name)
     if is_adapter(folder):
+        from .merging import load_adapted  # which opens its base here
+
         device = torch_device(device)
         model, processor = load_adapted(folder, None, torch_dtype(dtype, device), attn_implementation)
         return model.to(device), processor
@@ -140,7 +142,7 @@ def open_start(
 
     Args:
         start: what to open.
-        seed: of the weights that are drawn: all of a new model, or the projectors of a plain Qwen2-VL.
+        seed: of the weights that are drawn: all of a new model, or the projectors of a plain base.
         domain: what a new model is trained on, for its config.
         dtype, attn_implementation: of a model that is not new.
 
@@ -158,11 +160,31 @@ def open_start(
     config = read_config(folder)
     if lacking := [look for look in start.looks or () if look not in config.looks]:
         raise UserError(
-            f"{start.start} has the looks {', '.join(config.looks)}, not {lacking[0]!r}; start from a plain Qwen2-VL "
-            "to give it other looks"
+            f"{start.start} has the looks {', '.join(config.looks)}, not {lacking[0]!r}; start from a plain "
+            f"{config.base.name} to give it other looks"
         )
     model, processor = open_model(folder, dtype=dtype, device="cpu", attn_implementation=attn_implementation)
     return model, start.taught(processor)
+
+
+def create(start: Start, target: str | Path, *, seed: int = 0, dtype: torch.dtype | str | None = None) -> Path:
+    """Give a plain base looks and write the model into a new or empty folder, which appears whole or not at all.
+
+    Args:
+        start: a plain base (`start`) and the looks it is given.
+        target: where to.
+        seed: of the weights that are drawn.
+        dtype: of the written weights; None for that of the base.
+
+    Raises:
+        UserError: there is something at `target`; the start has looks already, an encoder is missing.
+    """
+    check_free(target)
+    folder = resolve(str(start.start))
+    if not _is_plain(folder):
+        looks = ", ".join(read_config(folder).looks)
+        raise UserError(f"{start.start} is no plain base: it has the looks {looks}; relook train starts from it")
+    return save_new(*open_start(start, seed=seed, dtype=dtype or stored_dtype(folder)), target)
 
 
 def _take_vision_encoder(model: Any, source: str) -> None:
@@ -180,7 +202,7 @@ def _take_vision_encoder(model: Any, source: str) -> None:
     model.config.tower = {"from": Path(source).name, **(getattr(other.config, "provenance", None) or {})}
 
 
-# -- a plain Qwen2-VL that is given looks -----------------------------------------------------------------------------
+# -- a plain base that is given looks ---------------------------------------------------------------------------------
 
 
 def _is_plain(folder: Path) -> bool:
@@ -191,7 +213,7 @@ def _is_plain(folder: Path) -> bool:
 def _give_looks(
     start: Start, folder: Path, seed: int, dtype: torch.dtype | str, attn_implementation: str | None
 ) -> tuple[Any, Any]:
-    """A plain Qwen2-VL folder plus DINOv2 and SAM as one model with looks, in eval mode, and its processor.
+    """A plain base's folder plus DINOv2 and SAM as one model with looks, in eval mode, and its processor.
 
     Control tokens are added to the tokenizer; their embeddings start at the mean of the old ones; projectors are
     Xavier-uniform from `seed`; everything else is the given weights.
@@ -223,7 +245,7 @@ def _read_encoder(look: str, path: str | Path | None, dtype: torch.dtype | str) 
 
 
 def plain_config(folder: Path, looks: Sequence[str], encoders: Mapping[str, Any]) -> tuple[Any, Any, int]:
-    """(config, processor, number of tokens before) of a plain Qwen2-VL that is given looks.
+    """(config, processor, number of tokens before) of a plain base that is given looks.
 
     Args:
         encoders: look -> the config of its encoder.
@@ -235,10 +257,12 @@ def plain_config(folder: Path, looks: Sequence[str], encoders: Mapping[str, Any]
 
     from relook.processing import VPTQwen2VLProcessor
 
-    if not looks:
-        raise UserError(f"{folder} is a plain Qwen2-VL; say which looks it is given, e.g. looks: [region, clip]")
     base = AutoConfig.from_pretrained(folder).to_dict()
     row = PLAIN[base["model_type"]]
+    if unknown := [look for look in looks if look not in LOOKS]:
+        raise UserError(f"look {unknown[0]!r} is unknown; expected some of {', '.join(LOOKS)}")
+    if not looks:
+        raise UserError(f"{folder} is a plain {row.name}; say which looks it is given, e.g. looks: [region, clip]")
     processor = VPTQwen2VLProcessor.from_pretrained(folder, system=row.system)
     known = len(processor.tokenizer)
     processor.add_look_tokens(looks)
@@ -301,17 +325,17 @@ def describe_start(start: Start, *, seed: int = 0, domain: str | None = None) ->
 
 def _known_by_name(start: Start, why: str) -> StartInfo:
     name = str(start.start)
-    short = name.removeprefix("rp-yu/")
+    short, base = name.removeprefix("rp-yu/"), DEFAULT
     if short in PUBLISHED:
         values = published_config(short)
-    elif name in BASES:
-        looks = [look for look in start.looks or () if look != "region"]
-        values = {**BASES[name], "vision_encoder_ls": [LOOKS[look].encoder for look in looks]}
+    elif name in HUB:
+        looks, base = [look for look in start.looks or () if look != "region"], HUB[name].base
+        values = {**HUB[name].config(), "vision_encoder_ls": [LOOKS[look].encoder for look in looks]}
         for number, look in enumerate(looks):  # any ids will do, but distinct ones
             values |= look_token_ids(look, first=151657 + 25 * number)
     else:
         raise UserError(why)
-    return StartInfo(config_class(DEFAULT.model_type).from_dict(values), None, why)
+    return StartInfo(config_class(base.model_type).from_dict(values), None, why)
 
 
 def _encoder_config(look: str, path: str) -> Any:
@@ -333,79 +357,3 @@ def _why_missing(path: str | None) -> str:
         except UserError as error:
             return str(error)
     return ""
-
-
-# -- adapters ---------------------------------------------------------------------------------------------------------
-
-
-def load_adapted(
-    folder: str | Path,
-    base: str | Path | None = None,
-    dtype: torch.dtype | str = torch.float32,
-    attn_implementation: str | None = None,
-) -> tuple[Any, Any]:
-    """The base with an adapter merged in, on the CPU in eval mode, and its processor.
-
-    Args:
-        folder: an adapter that `relook train` wrote, or peft's own files with a base that relook can load.
-        base: in place of the base that the folder names: a model folder or hub id.
-
-    Raises:
-        UserError: peft is missing, no base is known. CheckpointError: adapter and base do not fit.
-    """
-    folder = Path(folder)
-    if importlib.util.find_spec("peft") is None:
-        raise UserError("adapters need the package peft, which is not installed; pip install 'relook[train]'")
-    from peft import PeftConfig
-    from peft.utils import load_peft_weights
-
-    start, seed = _base_of(folder, base)
-    model, processor = open_start(start, seed=seed, dtype=dtype, attn_implementation=attn_implementation)
-    try:
-        merge_updates(model, PeftConfig.from_pretrained(str(folder)), load_peft_weights(str(folder), device="cpu"))
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        first = " ".join(str(error).split()[:40])
-        raise CheckpointError(f"{folder}: this adapter does not fit {start.start}: {first}") from error
-    if (folder / "config.json").is_file():  # how the looks are run was decided in training
-        trained = read_config(folder)
-        for name in ("num_inner_forward_run", "alignment", "position_mode", "domain"):
-            setattr(model.config, name, getattr(trained, name))
-    if (folder / "processor_config.json").is_file():
-        processor = load_processor(folder)
-    return model.eval(), processor
-
-
-def _base_of(folder: Path, base: str | Path | None) -> tuple[Start, int]:
-    """The start under an adapter and its seed, with `base` for its name where that is given."""
-    if (folder / BASE).is_file():
-        values = read_json(folder / BASE)
-    else:
-        values = {"start": read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")}
-    name = values.get("start") if base is None else str(base)
-    if not name:
-        raise UserError(
-            f"{folder}: the adapter does not say which model it belongs to (a later stage of a run: RUN/final is "
-            "that model, merged); give --base MODEL"
-        )
-    return Start(**{**{key: values.get(key) for key in BASE_KEYS}, "start": name}), values.get("seed") or 0
-
-
-def merge(
-    adapter: str | Path, target: str | Path, base: str | Path | None = None, dtype: torch.dtype | str = torch.float32
-) -> Path:
-    """Write base and adapter as one model into a new or empty folder, which appears whole or not at all.
-
-    The sum is taken in float32 and written as `dtype`.
-
-    Raises:
-        UserError: `adapter` is none, there is something at `target`; and as `load_adapted`.
-    """
-    check_free(target)
-    if not is_adapter(adapter):
-        raise UserError(
-            f"{adapter}: no adapter here ({ADAPTER_CONFIG} is missing); relook train writes stages/NAME/adapter"
-        )
-    kind = torch_dtype(dtype)
-    model, processor = load_adapted(adapter, base)
-    model.config.provenance = {**(model.config.provenance or {}), "adapter": Path(adapter).name}
-    return save_new(model.to(kind), processor, target)
