@@ -11,9 +11,9 @@ from support.synthetic import TINY
 from transformers import AutoModelForImageTextToText
 
 from relook.model.loading import load_model
-from relook.model.merging import merge
 from relook.model.new import build
 from relook.model.start import open_model
+from relook.model.writing import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore:[^\\n]*tie_word_embeddings")  # peft's
 PARTS = [

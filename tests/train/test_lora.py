@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 from relook.cli.app import app
 from relook.errors import UserError
 from relook.model.loading import load_model, load_processor
-from relook.model.merging import load_adapted
-from relook.model.start import Start, open_model, open_start
+from relook.model.start import Start, load_adapted, open_model, open_start
 from relook.train import lora
 from relook.train.recipe import Lora, Recipe
 from relook.train.runner import run

@@ -13,7 +13,7 @@ import relook.train
 from relook.errors import UserError
 from relook.model import new as tiny
 from relook.model.loading import load_model
-from relook.model.merging import merge
+from relook.model.writing import merge
 from relook.train.optim import schedule
 from relook.train.recipe import Recipe, Stage
 from relook.train.runner import run

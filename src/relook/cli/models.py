@@ -75,7 +75,8 @@ def new_model(
     ] = None,
 ) -> None:
     """Give a plain base model looks: control tokens, encoders, and projectors that are to be trained."""
-    from relook.model.start import Start, create
+    from relook.model.start import Start
+    from relook.model.writing import create
 
     given = [look for words in looks or ["region,clip"] for look in words.split(",") if look]
     start = Start(start=base, looks=given, detection=detection, seg=seg)  # type: ignore[call-arg]  # pydantic's defaults
@@ -95,7 +96,7 @@ def merge_adapter(
     ] = "float32",
 ) -> None:
     """Merge a LoRA adapter into its base model and write the result as an ordinary checkpoint."""
-    from relook.model.merging import merge
+    from relook.model.writing import merge
 
     print(f"written: {merge(adapter, out, base=base, dtype=dtype)}")
 

@@ -1,6 +1,6 @@
 """Low-rank updates (https://arxiv.org/abs/2106.09685) of a model, through peft: while they train, and merged.
 
-An adapter on disk is a folder (`merging` opens it):
+An adapter on disk is a folder (`start` opens it):
 
     adapter_config.json, adapter_model.safetensors    peft's
     base.json                                         {"start", "looks", "detection", "seg", "seed"}: the model under it

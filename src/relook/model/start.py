@@ -6,7 +6,7 @@
 
 `describe_start` gives the config and processor of a start without its weights.
 
-Adapters are opened by name like any other model: merged into their base (`merging`).
+Adapters are opened by name like any other model: merged into their base.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from relook.io import checkpoint_name, content_digest
 from relook.looks import LOOKS
 
 from . import new
-from .adapters import is_adapter
+from .adapters import ADAPTER_CONFIG, BASE, is_adapter
 from .configuration import LookConfig, config_class
 from .encoders import encoder_config
 from .loading import (
-    check_free,
     load_model,
     load_processor,
     load_weights,
@@ -38,12 +37,11 @@ from .loading import (
     read_config,
     read_json,
     resolve,
-    save_new,
-    stored_dtype,
     torch_device,
     torch_dtype,
     weight_files,
 )
+from .merging import check_peft, merge_adapter
 from .published import PUBLISHED, look_token_ids, published_config
 
 BASE_KEYS = ("start", "looks", "detection", "seg")
@@ -115,12 +113,10 @@ def open_model(
         dtype, device, attn_implementation: as `loading.load_model` takes them.
 
     Raises:
-        UserError, CheckpointError: as `loading.load_model` and `merging.load_adapted`.
+        UserError, CheckpointError: as `loading.load_model` and `load_adapted`.
     """
     folder = resolve(name)
     if is_adapter(folder):
-        from .merging import load_adapted  # which opens its base here
-
         device = torch_device(device)
         model, processor = load_adapted(folder, None, torch_dtype(dtype, device), attn_implementation)
         return model.to(device), processor
@@ -155,7 +151,7 @@ def open_start(
             _take_vision_encoder(model, start.visual)
         return model, start.taught(processor)
     folder = resolve(str(start.start))
-    if _is_plain(folder):
+    if is_plain(folder):
         return _give_looks(start, folder, seed, torch_dtype(dtype), attn_implementation)
     config = read_config(folder)
     if lacking := [look for look in start.looks or () if look not in config.looks]:
@@ -165,26 +161,6 @@ def open_start(
         )
     model, processor = open_model(folder, dtype=dtype, device="cpu", attn_implementation=attn_implementation)
     return model, start.taught(processor)
-
-
-def create(start: Start, target: str | Path, *, seed: int = 0, dtype: torch.dtype | str | None = None) -> Path:
-    """Give a plain base looks and write the model into a new or empty folder, which appears whole or not at all.
-
-    Args:
-        start: a plain base (`start`) and the looks it is given.
-        target: where to.
-        seed: of the weights that are drawn.
-        dtype: of the written weights; None for that of the base.
-
-    Raises:
-        UserError: there is something at `target`; the start has looks already, an encoder is missing.
-    """
-    check_free(target)
-    folder = resolve(str(start.start))
-    if not _is_plain(folder):
-        looks = ", ".join(read_config(folder).looks)
-        raise UserError(f"{start.start} is no plain base: it has the looks {looks}; relook train starts from it")
-    return save_new(*open_start(start, seed=seed, dtype=dtype or stored_dtype(folder)), target)
 
 
 def _take_vision_encoder(model: Any, source: str) -> None:
@@ -205,7 +181,7 @@ def _take_vision_encoder(model: Any, source: str) -> None:
 # -- a plain base that is given looks ---------------------------------------------------------------------------------
 
 
-def _is_plain(folder: Path) -> bool:
+def is_plain(folder: Path) -> bool:
     """Whether a folder holds a base without looks."""
     return read_json(folder / "config.json").get("model_type") in PLAIN
 
@@ -314,7 +290,7 @@ def describe_start(start: Start, *, seed: int = 0, domain: str | None = None) ->
             weight_files(folder)
         except CheckpointError as error:
             missing = str(error)
-    if _is_plain(folder):
+    if is_plain(folder):
         paths = {"detection": start.detection, "seg": start.seg}
         encoders = {look: _encoder_config(look, path) for look, path in paths.items() if path is not None}
         config, processor, _ = plain_config(folder, start.looks or (), encoders)
@@ -357,3 +333,43 @@ def _why_missing(path: str | None) -> str:
         except UserError as error:
             return str(error)
     return ""
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def load_adapted(
+    folder: str | Path,
+    base: str | Path | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    attn_implementation: str | None = None,
+) -> tuple[Any, Any]:
+    """The base with an adapter merged in, on the CPU in eval mode, and its processor.
+
+    Args:
+        folder: an adapter that `relook train` wrote, or peft's own files with a base that relook can load.
+        base: in place of the base that the folder names: a model folder or hub id.
+
+    Raises:
+        UserError: peft is missing, no base is known. CheckpointError: adapter and base do not fit.
+    """
+    folder = Path(folder)
+    check_peft()
+    start, seed = _base_of(folder, base)
+    model, processor = open_start(start, seed=seed, dtype=dtype, attn_implementation=attn_implementation)
+    return merge_adapter(model, processor, folder, str(start.start))
+
+
+def _base_of(folder: Path, base: str | Path | None) -> tuple[Start, int]:
+    """The start under an adapter and its seed, with `base` for its name where that is given."""
+    if (folder / BASE).is_file():
+        values = read_json(folder / BASE)
+    else:
+        values = {"start": read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")}
+    name = values.get("start") if base is None else str(base)
+    if not name:
+        raise UserError(
+            f"{folder}: the adapter does not say which model it belongs to (a later stage of a run: RUN/final is "
+            "that model, merged); give --base MODEL"
+        )
+    return Start(**{**{key: values.get(key) for key in BASE_KEYS}, "start": name}), values.get("seed") or 0
