@@ -182,7 +182,7 @@ _VIT_3_LARGE = {
     "intermediate_size": 4304,
     "deepstack_visual_indexes": [8, 16, 24],
 }
-HUB: dict[str, Checkpoint] = {  # by hub id
+HUB: dict[str, Checkpoint] = {  # by hub id; https://huggingface.co/Qwen, November 2026
     f"Qwen/{row.base.name}-{size}-Instruct": row
     for size, row in (
         ("2B", Checkpoint(PLAIN["qwen2_vl"], _qwen2(1536, 8960, 28, (12, 2)), _VIT, True)),

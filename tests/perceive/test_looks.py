@@ -11,6 +11,8 @@ from support.scripted_model import QUESTION, largest_difference, picture, record
 from relook.looks import IM_END, LOOKS, write_call
 from relook.processing import View
 
+pytestmark = pytest.mark.usefixtures("base")
+
 
 @pytest.mark.parametrize("look", ["clip", "detection", "seg"])
 def test_the_attention_map_is_the_projectors(tiny_vlm, look):

@@ -41,7 +41,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def vlm(tiny_vlm):
+def vlm(base, tiny_vlm):
     return tiny_vlm(("region", "clip"), region_of="last", max_looks=3, free_choice=True)
 
 

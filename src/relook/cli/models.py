@@ -7,9 +7,11 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from relook.bases import BASES
 from relook.cli.common import AsJson, ListOptions, ModelArgument
 from relook.plugins import find
 
+NAMES = ", ".join(row.name for row in BASES.values())
 app = typer.Typer(help="Models: what ships, what is inside, conversion.")
 
 
@@ -60,7 +62,7 @@ def convert_model(
 
 @app.command("new", cls=ListOptions)
 def new_model(
-    base: Annotated[str, Argument(metavar="BASE", help="A plain Qwen2-VL, Qwen2.5-VL or Qwen3-VL: folder or hub id.")],
+    base: Annotated[str, Argument(metavar="BASE", help=f"A plain base ({NAMES}): folder or hub id.")],
     out: Annotated[Path, Option("--out", metavar="FOLDER", help="A new or empty folder.")],
     looks: Annotated[
         list[str] | None, Option(metavar="LOOKS", help="region, clip, detection, seg: any; default: region clip.")
