@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.oracle import deepstack_inputs
 from support.scripted_model import QUESTION, largest_difference, picture, recorded, writing
 
 from relook.looks import IM_END, LOOKS, write_call
@@ -95,25 +96,30 @@ def test_none_and_spent_looks_cannot_be_called(tiny_vlm):
 def by_hand(vlm, ids, first, again):
     """Logits (L, V) of a conversation with one clip look and c = 0, from the decoder and the vision encoder alone.
 
-    y = F + <F, 0> 0 = F: the encoder's features of `again` stand where its pads are, nothing added; the control token
-    is the hidden state at the token before it, which one run over the prefix gives.
+    y = F + <F, 0> 0 = F: the encoder's features of `again` stand where its pads are, nothing added but the base's inner
+    ones; the control token is the hidden state at the token before it, which one run over the prefix gives.
     """
     inner, word = vlm.model.model, vlm.processor.tokenizer.convert_tokens_to_ids
-    row = torch.tensor([ids])
+    row, deep = torch.tensor([ids]), dict[int, torch.Tensor]()
+
+    def run(embeds, places):
+        given = deepstack_inputs(embeds.shape[1], deep)
+        return inner.language_model(inputs_embeds=embeds, position_ids=places, **given).last_hidden_state
+
     with torch.no_grad():
         embeds = inner.get_input_embeddings()(row)
         pictures = [vlm.processor.encode_images([image], "image") for image in (first, again)]
         for pad, picture_ in zip(("<|image_pad|>", "<|clip_image_pad|>"), pictures, strict=True):
-            tokens = inner.get_image_features(**picture_, return_dict=True).pooler_output[0]
-            embeds[row == word(pad)] = tokens
+            features = inner.get_image_features(**picture_, return_dict=True)
+            embeds[row == word(pad)] = features.pooler_output[0]
+            if layers := getattr(features, "deepstack_features", None):
+                deep[ids.index(word(pad))] = torch.stack([layer[0] for layer in layers])
         kinds = (row == word("<|image_pad|>")).int()
         places = inner.get_rope_index(row, kinds, image_grid_thw=pictures[0]["image_grid_thw"])[0]
         start = ids.index(word("<|clip_action_start|>"))
         assert ids[start + 1] == word("<|clip_action|>")
-        before = inner.language_model(inputs_embeds=embeds[:, : start + 1], position_ids=places[..., : start + 1])
-        embeds[0, start + 1] = before.last_hidden_state[0, -1]
-        hidden = inner.language_model(inputs_embeds=embeds, position_ids=places).last_hidden_state
-        return vlm.model.lm_head(hidden[0])
+        embeds[0, start + 1] = run(embeds[:, : start + 1], places[..., : start + 1])[0, -1]
+        return vlm.model.lm_head(run(embeds, places)[0])
 
 
 def test_an_unconditioned_look_equals_a_full_forward(tiny_vlm):

@@ -259,7 +259,9 @@ def test_batches_and_texts_without_images():
 
 def test_crops_in_a_chat_get_the_second_view():
     processor = processor_of(first_look=16, second_look=None)
-    out = processor.apply_chat_template(as_chat(region_item(), DATA), tokenize=True, return_dict=True, return_tensors="pt")
+    out = processor.apply_chat_template(
+        as_chat(region_item(), DATA), tokenize=True, return_dict=True, return_tensors="pt"
+    )
     assert out["image_grid_thw"].tolist() == processor.encode_item(region_item())["image_grid_thw"].tolist()
     for image in (page(), np.asarray(page())):
         as_given = processor(text="<|image_pad|>", images=image, views=False)
