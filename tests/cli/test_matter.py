@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -109,6 +110,11 @@ def test_rows_of_other_models(tiny_vlm):
     assert names == ["auto", "none", "clip", "clip-unconditioned"] and all(
         "needs a region look" in each for each in left
     )
+    taught = {"stages": [{"looks": ["region"]}]}
+    untaught = copy.copy(tiny_vlm(("region", "clip")))
+    untaught.model = SimpleNamespace(config=SimpleNamespace(looks=["region", "clip"], provenance=taught))
+    names, left = rows_of(untaught)
+    assert names == ROWS and "the clip look of tiny is untrained" in left[-1]
     names, left = rows_of(tiny_vlm(("region",), region_of="last", max_looks=2))
     assert names == [*ROWS[:4], "once", *ROWS[4:]] and not left
 

@@ -40,13 +40,17 @@ class Matter:
 
 
 def rows_of(vlm: Any) -> tuple[list[str], list[str]]:
-    """The rows that apply to a model, and why others do not. Of re-encodings: the look, and it unconditioned."""
-    names = [*ROWS]
+    """The rows that apply to a model, and why others do not. Of re-encodings that were trained: the look, and it
+    unconditioned."""
+    names, left_out = [*ROWS], list[str]()
+    warnings: Any = getattr(vlm, "look_warnings", lambda looks: [])
     for name in (name for name in SETTINGS if name.endswith(UNCONDITIONED)):
         look = name.removesuffix(UNCONDITIONED)
-        names += [look, name] if look in vlm.looks else []
+        untrained = warnings([look]) if look in vlm.looks else []
+        names += [look, name] if look in vlm.looks and not untrained else []
+        left_out += untrained
     problems = {name: why_not(SETTINGS[name], vlm) for name in names}
-    return [name for name in names if not problems[name]], [each for each in problems.values() if each]
+    return [name for name in names if not problems[name]], [*filter(None, problems.values()), *left_out]
 
 
 def matter(
